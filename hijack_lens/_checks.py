@@ -1,0 +1,74 @@
+"""Checks of what a user hands in: every error names the argument, what it was and what it should be."""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def as_generator(seed: int | torch.Generator) -> torch.Generator:
+    """A CPU generator for `seed`; the global random state is neither read nor changed."""
+    if isinstance(seed, torch.Generator):
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or a torch.Generator, got {seed!r}")
+    return torch.Generator().manual_seed(seed)
+
+
+def check_tokens(name: str, tokens: object, d_vocab: int, n_ctx: int | None = None) -> Int[Tensor, "*batch pos"]:
+    """`tokens` as integer ids of shape [pos] or [batch, pos], each in the vocabulary and within `n_ctx`."""
+    if not isinstance(tokens, Tensor):
+        if not isinstance(tokens, Iterable) or isinstance(tokens, (str, bytes)):
+            raise TypeError(f"{name} must be a tensor of token ids, got {type(tokens).__name__}")
+        tokens = torch.as_tensor(list(tokens))
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integer token ids, got dtype {tokens.dtype}")
+    if tokens.ndim not in (1, 2) or tokens.numel() == 0:
+        raise ValueError(f"{name} must be a non-empty [pos] or [batch, pos], got shape {tuple(tokens.shape)}")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= d_vocab:
+        bad = low if low < 0 else high
+        raise ValueError(f"{name} holds token id {bad}; the vocabulary has ids 0 to {d_vocab - 1}")
+    if n_ctx is not None and tokens.shape[-1] > n_ctx:
+        raise ValueError(f"{name} is {tokens.shape[-1]} tokens long; the model takes at most n_ctx={n_ctx}")
+    return tokens.long()
+
+
+def check_count(name: str, value: object, minimum: int = 0) -> int:
+    """`value` as an int of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """`value` is one of `choices`."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_distribution(name: str, values: object, shape: tuple[int, ...]) -> Float[Tensor, "... d_vocab"]:
+    """`values` as float64 probabilities of `shape`, their last axis summing to exactly one.
+
+    Rows may be off by up to 1e-6, as float32 rows are, and are then rescaled.
+    """
+    try:
+        probabilities = torch.as_tensor(values, dtype=torch.float64).detach().cpu().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a tensor of probabilities, got {type(values).__name__}") from error
+    if tuple(probabilities.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(probabilities.shape)}")
+    if not bool(probabilities.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got a NaN or an infinity")
+    if bool((probabilities < 0).any()):
+        raise ValueError(f"{name} must not be negative, got {float(probabilities.min()):g}")
+    sums = probabilities.sum(-1)
+    off = (sums - 1).abs()
+    if bool((off > 1e-6).any()):
+        where = f"row {int(off.argmax())}" if probabilities.ndim > 1 else "it"
+        raise ValueError(f"{name} must sum to 1 along its last axis; {where} sums to {float(sums.flatten()[off.argmax()]):g}")
+    return probabilities / sums.unsqueeze(-1)

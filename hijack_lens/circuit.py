@@ -1,0 +1,78 @@
+"""Which head or MLP of a model plays which role."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from hijack_lens._checks import check_choice, check_count
+
+
+@dataclass(frozen=True, order=True)
+class Component:
+    """An attention head or an MLP.
+
+    Attributes:
+        layer: its block, from 0.
+        kind: "head" or "mlp".
+        head: the head's index in its block; `None` for an MLP.
+    """
+
+    layer: int
+    kind: Literal["head", "mlp"]
+    head: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("layer", self.layer)
+        check_choice("kind", self.kind, ("head", "mlp"))
+        if self.kind == "head":
+            check_count("head", self.head)
+        elif self.head is not None:
+            raise ValueError(f"head must be None for an MLP, got {self.head!r}")
+
+    def __str__(self) -> str:
+        return f"L{self.layer}H{self.head}" if self.kind == "head" else f"L{self.layer}MLP"
+
+
+ROLE_NAMES = {
+    "previous_token": "previous-token head",
+    "induction": "induction head",
+    "bigram": "bigram memory",
+}
+"""What a person calls each role of a `Circuit`."""
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """The components that carry the two memories; a role may have several or none.
+
+    Attributes:
+        previous_token: heads that write into each position the token before it.
+        induction: heads that attend to where the current token's successor stands, and copy it.
+        bigram: MLPs that hold the global bigrams.
+    """
+
+    previous_token: tuple[Component, ...] = ()
+    induction: tuple[Component, ...] = ()
+    bigram: tuple[Component, ...] = ()
+
+    def __iter__(self) -> Iterator[tuple[str, Component]]:
+        for field in fields(self):
+            for component in getattr(self, field.name):
+                yield field.name, component
+
+    def role(self, component: Component) -> str | None:
+        """The role that a component plays, if any."""
+        return next((role for role, member in self if member == component), None)
+
+    def label(self, component: Component) -> str:
+        """What to call a component: by its role where that names just one, else by its place."""
+        role = self.role(component)
+        return ROLE_NAMES[role] if role is not None and len(getattr(self, role)) == 1 else str(component)
+
+
+TWO_LAYER_CIRCUIT = Circuit(
+    previous_token=(Component(0, "head", 0),),
+    induction=(Component(1, "head", 0),),
+    bigram=(Component(1, "mlp"),),
+)
+"""The roles in a two-layer model with one head per layer."""

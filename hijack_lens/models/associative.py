@@ -1,0 +1,147 @@
+"""The associative-memory transformer: every weight matrix written down as a sum of outer products."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
+
+from hijack_lens._checks import as_generator, check_choice, check_count
+from hijack_lens.language import BigramLanguage
+from hijack_lens.models.two_layer import TwoLayerTransformer
+from hijack_lens.theory import Strengths
+from hijack_lens.theory.closed_form import Positions, Triggers
+
+
+def associative_transformer(
+    language: BigramLanguage,
+    triggers: Triggers = None,
+    positions: Positions = "relative",
+    strengths: Strengths = Strengths(),
+    *,
+    n_ctx: int = 256,
+    n_ctx_train: int | None = None,
+    d_model: int | None = None,
+    seed: int | torch.Generator = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> TwoLayerTransformer:
+    """A two-layer HookedTransformer whose context memory and weight memory are known exactly.
+
+    The construction of Wang & Sato (arXiv 2412.11459) after Bietti et al. 2023 (arXiv 2306.00802). With
+    directions E(v), Phi(v), U(v) (token v; v was the previous token; v in the logits), p_t (position t), and
+    unit vectors e_i of head space:
+
+        block 0, head 0   W_R[1] = b1 * sum_v e_v, W_Q = sum_v E(v) e_v^T                  relative positions
+                          W_Q = sum_t p_t e_t^T, W_K = b1 * sum_t p_{t-1} e_t^T            absolute, t <= n_ctx_train
+                          W_V = sum_v E(v) e_v^T, W_O = sum_v e_v Phi(v)^T
+        block 1, head 0   W_Q = sum_k E(k) e_k^T, W_K = b2 * sum_k Phi(k) e_k^T            k over the triggers
+                          W_V = sum_v E(v) e_v^T, W_O = b3 * sum_v e_v U(v)^T
+        block 1, MLP      W_in = sum_v E(v) e_v^T, W_out = g * sum_v,u log pi_b(u|v) e_v U(u)^T
+
+    Block 0's MLP and all biases are 0. Predictions follow `theory.logits` to float precision.
+
+    Args:
+        language: the global bigrams; none may have probability 0.
+        triggers: tokens the induction head matches; `None` means all.
+        positions: how the previous-token head finds the position before: by a key per offset, at any
+            length; or by pairs of absolute positions, up to `n_ctx_train`.
+        strengths: of the memories.
+        n_ctx: the longest prompt.
+        n_ctx_train: with absolute positions, the last position with a learned pair; by default `n_ctx`.
+        d_model: by default just enough for orthonormal directions, the residual stream's axes. With fewer,
+            the directions are random unit vectors, nearly orthogonal (superposition): every logit is then
+            approximate, with noise of order 1/sqrt(d_model) per stored pair.
+        seed: of those random directions.
+        dtype: of the weights.
+        device: by default TransformerLens's choice.
+
+    Raises:
+        TypeError, ValueError: for an argument that is none of the above.
+    """
+    check_choice("positions", positions, ("relative", "absolute"))
+    if positions == "relative" and n_ctx_train is not None:
+        raise ValueError(f"n_ctx_train is for absolute positions; relative ones have no end, got {n_ctx_train}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+    if strengths.previous_token == float("inf"):
+        raise ValueError("strengths.previous_token must be finite in a model, got inf")
+    log_pi_b = language.finite_log_pi_b()
+    trigger_ids = language.trigger_ids(triggers)
+    size = language.d_vocab
+    check_count("n_ctx", n_ctx, minimum=1)
+    n_pos = 0
+    if positions == "absolute":
+        n_pos = n_ctx
+        n_ctx_train = n_ctx if n_ctx_train is None else check_count("n_ctx_train", n_ctx_train, minimum=1)
+        if n_ctx_train > n_ctx:
+            raise ValueError(f"n_ctx_train must be at most n_ctx={n_ctx}, got {n_ctx_train}")
+    orthonormal = 3 * size + n_pos
+    d_model = orthonormal if d_model is None else check_count("d_model", d_model, minimum=1)
+
+    model = TwoLayerTransformer(
+        HookedTransformerConfig(
+            n_layers=2,
+            d_model=d_model,
+            n_heads=1,
+            d_head=max(size, n_ctx_train or 0),
+            d_mlp=size,
+            act_fn="relu",
+            normalization_type=None,
+            n_ctx=n_ctx,
+            d_vocab=size,
+            use_attn_scale=False,
+            default_prepend_bos=False,
+            init_weights=False,
+            dtype=dtype,
+            device=None if device is None else str(device),
+        ),
+        language,
+        positions=positions,
+        strengths=strengths,
+        triggers=trigger_ids.tolist(),
+        n_ctx_train=n_ctx_train,
+    )
+    directions = _directions(orthonormal, d_model, as_generator(seed))
+    embed, previous, unembed, pos = directions.split([size, size, size, n_pos])
+    d_head = model.cfg.d_head
+
+    def heads(rows: Float[Tensor, "keys d_model"]) -> Float[Tensor, "1 d_model d_head"]:
+        """sum_i rows(i) e_i^T, as a head's input matrix."""
+        return torch.nn.functional.pad(rows.T, (0, d_head - len(rows)))[None]
+
+    matched = torch.zeros(size, 1, dtype=torch.float64)
+    matched[trigger_ids] = 1.0
+    weights = {
+        "embed.W_E": embed,
+        "unembed.W_U": unembed.T,
+        "blocks.0.attn.W_V": heads(embed),
+        "blocks.0.attn.W_O": heads(previous).mT,
+        "blocks.1.attn.W_Q": heads(matched * embed),
+        "blocks.1.attn.W_K": heads(strengths.match * matched * previous),
+        "blocks.1.attn.W_V": heads(embed),
+        "blocks.1.attn.W_O": heads(strengths.copy * unembed).mT,
+        "blocks.1.mlp.W_in": embed.T,
+        "blocks.1.mlp.W_out": strengths.bigram * log_pi_b @ unembed,
+    }
+    if positions == "relative":
+        offset_keys = torch.zeros(1, 2, d_head)
+        offset_keys[0, 1, :size] = strengths.previous_token
+        weights |= {"blocks.0.attn.W_Q": heads(embed), "blocks.0.attn.W_R": offset_keys}
+    else:
+        weights |= {
+            "pos_embed.W_pos": pos,
+            "blocks.0.attn.W_Q": heads(pos[1:n_ctx_train]),
+            "blocks.0.attn.W_K": heads(strengths.previous_token * pos[: n_ctx_train - 1]),
+        }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights.pop(name, torch.zeros(())))
+    assert not weights, f"no parameter took {sorted(weights)}"
+    return model
+
+
+def _directions(count: int, d_model: int, generator: torch.Generator) -> Float[Tensor, "count d_model"]:
+    if d_model >= count:
+        return torch.eye(count, d_model, dtype=torch.float64)
+    random = torch.randn(count, d_model, generator=generator, dtype=torch.float64)
+    return random / random.norm(dim=-1, keepdim=True)

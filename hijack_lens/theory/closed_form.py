@@ -1,0 +1,175 @@
+"""Attention, logits and margins of the associative-memory transformer, from counts alone.
+
+The setting is that of Wang & Sato (arXiv 2412.11459). With positions t, s from 1, q = z_t, and
+
+    m_s(q)     how strongly position s remembers that q came before it
+    A2[t, s]   = softmax over s <= t of  b2 * [q is a trigger] * m_s(q)
+
+the logits are
+
+    logit[t, v] = b3 * sum_{s <= t} A2[t, s] [z_s == v]  +  g * log pi_b(v | q)
+                  the context                               the weights
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from hijack_lens._checks import check_choice, check_count, check_tokens
+from hijack_lens.language import BigramLanguage, Token
+from hijack_lens.theory.margin import Margin
+from hijack_lens.theory.strengths import Strengths
+
+if TYPE_CHECKING:
+    from hijack_lens.prompts import HijackPrompt
+
+Positions = Literal["relative", "absolute"]
+Triggers = Token | Sequence[Token] | None
+
+
+def attention(
+    tokens: Int[Tensor, "*batch pos"],
+    language: BigramLanguage,
+    strengths: Strengths = Strengths(),
+    triggers: Triggers = None,
+    positions: Positions = "relative",
+    n_ctx_train: int | None = None,
+) -> tuple[Float[Tensor, "*batch query key"], Float[Tensor, "*batch query key"]]:
+    """Attention patterns of the previous-token head and of the induction head, in float64.
+
+    Args:
+        tokens: prompts.
+        language: for its vocabulary.
+        strengths: of the memories.
+        triggers: tokens the induction head has learned to match; `None` means all.
+        positions: "relative", where layer 0 has a key per offset; "absolute", where it has learned the
+            pairs of neighbouring positions up to `n_ctx_train`.
+        n_ctx_train: with absolute positions, the last position with a learned pair; `None` for no end.
+
+    Raises:
+        TypeError, ValueError: for tokens outside the vocabulary, and for unknown options.
+    """
+    tokens = check_tokens("tokens", tokens, language.d_vocab)
+    learned = _learned_positions(positions, n_ctx_train)
+    leak = math.exp(-strengths.previous_token)
+    pos = torch.arange(1, tokens.shape[-1] + 1, dtype=torch.float64, device=tokens.device)
+    causal = pos[:, None] >= pos
+
+    previous = (pos[:, None] - 1 == pos).double()
+    # Position 1 has nothing before it and attends to itself.
+    focused = torch.where(pos[:, None] > 1, previous + leak * (1 - previous), 1.0) * causal
+    blurred = causal.double()
+    previous_token = torch.where((pos <= learned)[:, None], focused, blurred)
+    previous_token = previous_token / previous_token.sum(-1, keepdim=True)
+
+    same = (tokens[..., :, None] == tokens[..., None, :]).double()  # [query, key]
+    before = same.roll(1, -1)
+    before[..., 0] = 0.0  # position 1 has no token before it
+    memory = previous_token_memory(same.cumsum(-1), before, pos, leak, learned)
+    is_trigger = torch.zeros(language.d_vocab, dtype=torch.bool, device=tokens.device)
+    is_trigger[language.trigger_ids(triggers).to(tokens.device)] = True
+    scores = strengths.match * is_trigger[tokens][..., None] * memory
+    induction = scores.masked_fill(~causal, -torch.inf).softmax(-1)
+    return previous_token.expand_as(induction), induction
+
+
+def logits(
+    tokens: Int[Tensor, "*batch pos"],
+    language: BigramLanguage,
+    strengths: Strengths = Strengths(),
+    triggers: Triggers = None,
+    positions: Positions = "relative",
+    n_ctx_train: int | None = None,
+) -> Float[Tensor, "*batch pos d_vocab"]:
+    """Next-token logits at every position, in float64. Arguments and errors are those of `attention`.
+
+    Raises:
+        ValueError: also where `language` has bigrams of probability 0.
+    """
+    context, weights = _memories(tokens, language, strengths, triggers, positions, n_ctx_train)
+    return context + weights
+
+
+def margin(
+    prompt: "HijackPrompt | Int[Tensor, '*batch pos']",
+    language: BigramLanguage,
+    strengths: Strengths = Strengths(),
+    triggers: Triggers = None,
+    positions: Positions = "relative",
+    n_ctx_train: int | None = None,
+    *,
+    in_context: Token | None = None,
+    global_: Token | None = None,
+) -> Margin:
+    """The hijack margin at the last position, `logit[in_context] - logit[global_]`, split by memory.
+
+    Args:
+        prompt: a `HijackPrompt`, which brings its two candidates, or tokens.
+        language, strengths, triggers, positions, n_ctx_train: as for `attention`.
+        in_context: what the context says. Required where `prompt` is tokens.
+        global_: what the weights say. Required where `prompt` is tokens.
+
+    Raises:
+        TypeError: for tokens without their candidates.
+    """
+    tokens = getattr(prompt, "tokens", prompt)
+    a = getattr(prompt, "in_context", None) if in_context is None else in_context
+    b = getattr(prompt, "global_", None) if global_ is None else global_
+    if a is None or b is None:
+        raise TypeError("margin needs in_context= and global_= where prompt is not a HijackPrompt")
+    a, b = language.index(a, "in_context"), language.index(b, "global_")
+    context, weights = (
+        part[..., -1, a] - part[..., -1, b]
+        for part in _memories(tokens, language, strengths, triggers, positions, n_ctx_train)
+    )
+    return Margin(context, weights, torch.zeros_like(context))
+
+
+def previous_token_memory(
+    count: Float[Tensor, "*batch pos"],
+    before: Float[Tensor, "*#batch pos"],
+    pos: Float[Tensor, "*#batch pos"],
+    leak: float,
+    learned: float,
+) -> Float[Tensor, "*batch pos"]:
+    """m_s(q), how strongly position s remembers q as the token before it.
+
+    Args:
+        count: occurrences of q up to and including s.
+        before: 1 where q stands at s-1, else 0.
+        pos: s, from 1.
+        leak: e^-b1, what the previous-token head gives every other position.
+        learned: the last position that knows which position comes before it.
+    """
+    focused = (leak * count + (1 - leak) * before) / (1 + leak * (pos - 1))
+    return torch.where((pos > 1) & (pos <= learned), focused, count / pos)
+
+
+def _learned_positions(positions: str, n_ctx_train: int | None) -> float:
+    check_choice("positions", positions, ("relative", "absolute"))
+    if n_ctx_train is None:
+        return math.inf
+    if positions == "relative":
+        raise ValueError(f"n_ctx_train is for absolute positions; relative ones have no end, got {n_ctx_train}")
+    return check_count("n_ctx_train", n_ctx_train, minimum=1)
+
+
+def _memories(
+    tokens: Int[Tensor, "*batch pos"],
+    language: BigramLanguage,
+    strengths: Strengths,
+    triggers: Triggers,
+    positions: Positions,
+    n_ctx_train: int | None,
+) -> tuple[Float[Tensor, "*batch pos d_vocab"], Float[Tensor, "*batch pos d_vocab"]]:
+    """What the context and what the weights add to every logit."""
+    log_pi_b = language.finite_log_pi_b()
+    _, induction = attention(tokens, language, strengths, triggers, positions, n_ctx_train)
+    tokens = check_tokens("tokens", tokens, language.d_vocab)
+    context = strengths.copy * (induction @ one_hot(tokens, language.d_vocab).double())
+    return context, strengths.bigram * log_pi_b.to(tokens.device)[tokens]

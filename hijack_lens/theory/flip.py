@@ -1,0 +1,206 @@
+"""How many repeats in context it takes to overrule the weights, and where the boundary runs.
+
+One layout serves both questions: neutral tokens first (neither the trigger q nor a candidate, except for
+`global_count` that are the global candidate), then n times the bigram (q, c), then q, whose successor is
+predicted. Either the prompt's length is fixed, so that repeats replace neutral tokens, or the number of
+neutral tokens is, so that the prompt grows.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hijack_lens._checks import check_count
+from hijack_lens.language import BigramLanguage, Token
+from hijack_lens.theory.closed_form import Positions, Triggers, _learned_positions, previous_token_memory
+from hijack_lens.theory.strengths import Strengths
+
+
+@dataclass(frozen=True)
+class Flip:
+    """The least number of in-context repeats with which the context wins.
+
+    Attributes:
+        repeats: that number; `None` where no number does.
+        reason: why, in one sentence.
+    """
+
+    repeats: int | None
+    reason: str
+
+
+def min_repeats(
+    language: BigramLanguage,
+    trigger: Token,
+    in_context: Token,
+    global_: Token | None = None,
+    strengths: Strengths = Strengths(),
+    triggers: Triggers = None,
+    positions: Positions = "relative",
+    n_ctx_train: int | None = None,
+    *,
+    length: int | None = None,
+    lead: int | None = None,
+    global_count: int = 0,
+    max_repeats: int = 100_000,
+) -> Flip:
+    """The smallest n for which n repeats of (trigger, in_context) overrule the weights.
+
+    Follows from the hijack condition b3 (a_c - a_g) > g log(pi_b(g|q) / pi_b(c|q)), where a_v is the induction
+    head's attention to token v (Wang & Sato, arXiv 2412.11459, made exact for finite strengths). Exact ties
+    are decided by rounding.
+
+    Args:
+        language: the weights' bigrams.
+        trigger: q.
+        in_context: c, what the context says follows q.
+        global_: what the weights say; by default the most likely successor of q.
+        strengths, triggers, positions, n_ctx_train: as for `theory.attention`.
+        length: for a prompt of this many tokens, in which repeats replace neutral tokens.
+        lead: instead, for this many neutral tokens and a prompt that grows with the repeats.
+        global_count: how many of the neutral tokens are the global candidate.
+        max_repeats: where a growing prompt's previous-token memory blurs (finite b1), how far to look.
+
+    Raises:
+        TypeError, ValueError: for counts that do not fit, and unless just one of `length`, `lead` is given.
+    """
+    q, c = language.index(trigger, "trigger"), language.index(in_context, "in_context")
+    g = language.most_likely(q) if global_ is None else language.index(global_, "global_")
+    if len({q, c, g}) < 3:
+        raise ValueError(
+            f"trigger {language.tokens[q]!r}, in_context {language.tokens[c]!r} and global_ {language.tokens[g]!r} "
+            "must be three different tokens"
+        )
+    log_pi_b = language.finite_log_pi_b()
+    ahead = strengths.bigram * float(log_pi_b[q, g] - log_pi_b[q, c])
+    matched = strengths if q in language.trigger_ids(triggers) else _unmatched(strengths)
+    growing = _check_layout(length, lead, global_count)
+
+    if growing:
+        assert lead is not None
+        if matched.previous_token == math.inf and positions == "relative":
+            return _with_infinite_focus(ahead, matched, lead, global_count)
+        most = check_count("max_repeats", max_repeats, minimum=1)
+        limit = f"no number of repeats up to {most} wins"
+    else:
+        assert length is not None
+        most = (length - 1 - global_count) // 2
+        limit = f"no number of repeats that fits into {length} tokens (at most {most}) wins"
+    repeats = torch.arange(most + 1)
+    pull = _context_pull(repeats, matched, length, lead, global_count, _learned_positions(positions, n_ctx_train))
+    wins = (pull > ahead).nonzero().flatten()
+    if len(wins):
+        n = int(wins[0])
+        return Flip(n, f"with {n} repeats the context pulls by {float(pull[n]):.3g}, the weights by {ahead:.3g}")
+    return Flip(None, f"{limit}: the context pulls by at most {float(pull.max()):.3g}, the weights by {ahead:.3g}")
+
+
+def phase_boundary(
+    repeats: Int[Tensor, "repeats"],
+    strengths: Strengths = Strengths(),
+    positions: Positions = "relative",
+    n_ctx_train: int | None = None,
+    *,
+    length: int | None = None,
+    lead: int | None = None,
+    global_count: int = 0,
+) -> Float[Tensor, "repeats"]:
+    """The log-ratio log(pi_b(g|q) / pi_b(c|q)) at which both memories pull alike, for each number of repeats.
+
+    Below the boundary the context wins; above it, the weights do. Layouts and errors are those of
+    `min_repeats`, for a trigger that the induction head matches.
+
+    Returns:
+        Natural log-ratios, float64.
+    """
+    _check_layout(length, lead, global_count)
+    repeats = torch.as_tensor(repeats)
+    if repeats.is_floating_point() or repeats.ndim != 1 or not len(repeats) or int(repeats.min()) < 0:
+        raise ValueError(f"repeats must be a vector of integers >= 0, got {repeats.tolist()}")
+    if length is not None and 2 * int(repeats.max()) + 1 + global_count > length:
+        raise ValueError(
+            f"length must be at least 2 * repeats + 1 + global_count = {2 * int(repeats.max()) + 1 + global_count}, got {length}"
+        )
+    if strengths.bigram == 0:
+        raise ValueError("strengths.bigram must be > 0: without the weights' memory there is no boundary")
+    learned = _learned_positions(positions, n_ctx_train)
+    return _context_pull(repeats, strengths, length, lead, global_count, learned) / strengths.bigram
+
+
+def _unmatched(strengths: Strengths) -> Strengths:
+    """A token that is no trigger matches nothing: every position scores alike."""
+    return Strengths(strengths.previous_token, 0.0, strengths.copy, strengths.bigram)
+
+
+def _check_layout(length: int | None, lead: int | None, global_count: int) -> bool:
+    """Whether the prompt grows with the repeats."""
+    if (length is None) == (lead is None):
+        raise ValueError(f"give either length= or lead=, got length={length}, lead={lead}")
+    check_count("global_count", global_count)
+    if lead is not None:
+        check_count("lead", lead, minimum=global_count)
+    else:
+        check_count("length", length, minimum=1 + global_count)
+    return lead is not None
+
+
+def _with_infinite_focus(ahead: float, strengths: Strengths, lead: int, global_count: int) -> Flip:
+    """The answer for a growing prompt and b1 = inf, where the context's pull rises with every repeat."""
+    unmatched = math.exp(-strengths.match)
+    limit = strengths.copy / (1 + unmatched)
+    if ahead >= limit:
+        return Flip(
+            None,
+            f"the weights are ahead by {ahead:.3g}, and as repeats pile up the context's pull only tends to "
+            f"b3 / (1 + e^-b2) = {limit:.3g}",
+        )
+    if lead == 0:  # the prompt begins with q, which position 1 remembers as its own predecessor
+        tie = ahead / (strengths.copy - ahead * (1 + unmatched))
+    else:
+        tie = (ahead * (lead + 1) + strengths.copy * global_count) * unmatched
+        tie /= strengths.copy - ahead * (1 + unmatched)
+    n = max(math.floor(tie) + 1, 0)
+    return Flip(n, f"the weights are ahead by {ahead:.3g}; the context draws level at {tie:.4g} repeats")
+
+
+def _context_pull(
+    repeats: Int[Tensor, "repeats"],
+    strengths: Strengths,
+    length: int | None,
+    lead: int | None,
+    global_count: int,
+    learned: float,
+) -> Float[Tensor, "repeats"]:
+    """b3 (a_c - a_g) at the end of the prompt with each number of repeats.
+
+    Attention weights are counted against e^b2, so that large strengths do not overflow.
+    """
+    leak = math.exp(-strengths.previous_token)
+    n = repeats.double()
+    if lead is not None:
+        # The pairs of a shorter prompt are a prefix of a longer one's: one running sum serves every n.
+        start = torch.tensor([float(lead)], dtype=torch.float64)
+    else:
+        assert length is not None
+        start = length - 1 - 2 * n
+    k = torch.arange(1, int(repeats.max()) + 1, dtype=torch.float64)
+
+    def weight(pos: Tensor, count: Tensor, before: float) -> Tensor:
+        """e^(b2 (m - 1)) at a position, from how often q has occurred and whether it came just before."""
+        seen = torch.full_like(pos, before)
+        memory = previous_token_memory(count.expand_as(pos), seen, pos, leak, learned)
+        return torch.exp(strengths.match * (memory - 1))
+
+    on_q = weight(start[:, None] + 2 * k - 1, k, 0.0)
+    on_c = weight(start[:, None] + 2 * k, k, 1.0)
+    # Running sums up to each number of repeats, with the empty sum in front.
+    upto = torch.nn.functional.pad(torch.stack([on_q, on_c]).cumsum(-1), (1, 0))
+    row = torch.arange(len(repeats)) if length is not None else torch.zeros_like(repeats)
+    sum_q, sum_c = upto[:, row, repeats]
+    neutral = math.exp(-strengths.match)
+    last = weight(start + 2 * n + 1, n + 1, 0.0)
+    total = start * neutral + sum_q + sum_c + last
+    return strengths.copy * (sum_c - global_count * neutral) / total
