@@ -1,0 +1,65 @@
+"""A model's normalisation as the linear map that it is, once its scale is known."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.components import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre
+
+
+@dataclass(frozen=True)
+class LinearNorm:
+    """A norm with its scale frozen: x -> (x - mean(x) if centred) / scale * w, and then + b.
+
+    Attributes:
+        centred: whether the mean is taken off (LayerNorm, not RMSNorm).
+        scale: of the actual run; `None` where there is no norm.
+        w: weight, if any.
+        b: bias, if any.
+    """
+
+    centred: bool = False
+    scale: Float[Tensor, "*batch 1"] | None = None
+    w: Float[Tensor, "d_model"] | None = None
+    b: Float[Tensor, "d_model"] | None = None
+
+    def linear(
+        self, x: Float[Tensor, "*rows d_model"], scale: Float[Tensor, "*rows_scale 1"] | None = None
+    ) -> Float[Tensor, "*rows d_model"]:
+        """The map without its bias, so that a sum of terms maps to the sum of what they map to.
+
+        Args:
+            x: terms of the residual stream.
+            scale: those of the run's scales that broadcast against x; by default all of them.
+        """
+        if self.scale is None:
+            return x
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        x = x / (self.scale if scale is None else scale)
+        return x if self.w is None else x * self.w
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The norm itself, where its scale is x's own."""
+        x = self.linear(x)
+        return x if self.b is None else x + self.b
+
+
+def linear_norm(norm: nn.Module | None, x: Float[Tensor, "*batch d_model"]) -> LinearNorm:
+    """The norm module as it acts on the residual stream `x`; none of its hooks fires.
+
+    Raises:
+        TypeError: for a kind of norm that is not linear once its scale is known, or is unknown here.
+    """
+    norm = getattr(norm, "original_component", norm)  # what a TransformerBridge wraps
+    if norm is None or isinstance(norm, nn.Identity):
+        return LinearNorm()
+    if isinstance(norm, (LayerNorm, LayerNormPre)):
+        centred = True
+    elif isinstance(norm, (RMSNorm, RMSNormPre)):
+        centred = False
+    else:
+        raise TypeError(f"model has a norm of type {type(norm).__name__}; known are TransformerLens's LayerNorm and RMSNorm")
+    spread = x - x.mean(-1, keepdim=True) if centred else x
+    scale = (spread.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+    return LinearNorm(centred, scale, getattr(norm, "w", None), getattr(norm, "b", None))

@@ -1,0 +1,171 @@
+"""An intervention: hooks that come and go together, and that say so when they do nothing."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+HookFunction = Callable[..., Tensor | None]
+"""TransformerLens's `fn(activation, hook) -> activation | None`."""
+
+_NEEDS_FLAG = {
+    "hook_result": "use_attn_result",
+    "hook_attn_in": "use_attn_in",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_mlp_in": "use_hook_mlp_in",
+}
+_BRIDGE_IGNORES = {
+    "hook_pattern": "it computes the head's output without them",
+    "hook_attn_scores": "it computes the head's output without them",
+    "hook_resid_mid": "only the MLP would see them, not the residual stream",
+}
+
+
+def check_hook_point(model: Any, name: str, edits: bool = True) -> None:
+    """The model has the hook point `name`, it fires, and (where `edits`) the model honours edits there.
+
+    Raises:
+        ValueError: saying what to do instead.
+    """
+    known = model.hook_dict
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"; close to it: {', '.join(close)}" if close else ""
+        raise ValueError(f"component {name!r} is not a hook point of this {type(model).__name__}{hint}")
+    leaf = name.rsplit(".", 1)[-1]
+    flag = _NEEDS_FLAG.get(leaf)
+    if flag is not None and not getattr(model.cfg, flag):
+        raise ValueError(f"{name!r} never fires while cfg.{flag} is False; call model.set_{flag}(True) first")
+    if edits and leaf in _BRIDGE_IGNORES and isinstance(model, TransformerBridge):
+        raise ValueError(f"a TransformerBridge does not honour edits at {name!r}: {_BRIDGE_IGNORES[leaf]}")
+
+
+class Intervention:
+    """Hooks on a model, there while the context lasts and gone afterwards, whatever happened inside.
+
+    Use it as a context manager, or hand its `fwd_hooks` to TransformerLens:
+
+        with ablate(model, model.circuit.induction):
+            model(tokens)
+        model.run_with_hooks(tokens, fwd_hooks=ablate(model, model.circuit.induction).fwd_hooks)
+
+    Interventions nest, and may be entered again while they are active. Hooks of the user's are never touched.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        edit: (hook point name, function) pairs, whose functions return a changed activation. A hook point
+            where the model would ignore that is refused.
+        look: pairs whose functions only look, and return `None`. They come first where both are at one point.
+
+    Raises:
+        ValueError: for a hook point that the model lacks or that would do nothing.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        edit: Sequence[tuple[str, HookFunction]] = (),
+        look: Sequence[tuple[str, HookFunction]] = (),
+    ):
+        for name, _ in look:
+            check_hook_point(model, name, edits=False)
+        for name, _ in edit:
+            check_hook_point(model, name)
+        self.model = model
+        self.fwd_hooks: list[tuple[str, HookFunction]] = [(name, _checked(name, fn)) for name, fn in (*look, *edit)]
+        self._entries: list[list[_Entry]] = []
+
+    def __enter__(self) -> "Intervention":
+        entries = [_Entry(name, fn) for name, fn in self.fwd_hooks]
+        entries += [_Entry(name) for name in dict.fromkeys(_witness(name) for name, _ in self.fwd_hooks)]
+        try:
+            for entry in entries:
+                self.model.hook_dict[entry.name].add_hook(entry)
+        except BaseException:
+            self._remove(entries)
+            raise
+        self._entries.append(entries)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        entries = self._entries.pop()
+        try:
+            self._remove(entries)
+        finally:
+            self._remove(entries)  # all over again, lest a Ctrl-C broke in
+        if kind is None:
+            ran = {entry.name for entry in entries if entry.fn is None and entry.fired}
+            silent = [e.name for e in entries if e.fn is not None and not e.fired and _witness(e.name) in ran]
+            if silent:
+                raise RuntimeError(f"the model ran, but these hook points never fired: {', '.join(silent)}")
+
+    def _remove(self, entries: "list[_Entry]") -> None:
+        hook_dict = self.model.hook_dict
+        for entry in entries:
+            hook_point = hook_dict[entry.name]
+            for handle in [handle for handle in hook_point.fwd_hooks if handle.user_hook is entry]:
+                handle.hook.remove()
+                hook_point.fwd_hooks.remove(handle)
+
+
+class _Entry:
+    """A hook function added once to a model; its own identity tells it from every other hook there."""
+
+    def __init__(self, name: str, fn: HookFunction | None = None):
+        self.name = name
+        self.fn = fn
+        self.fired = False
+
+    def __call__(self, activation: Tensor, hook: Any) -> Tensor | None:
+        self.fired = True
+        return None if self.fn is None else self.fn(activation, hook=hook)
+
+
+def _witness(name: str) -> str:
+    """A hook point that fires whenever the part of the model with `name` runs."""
+    parts = name.split(".")
+    layer = parts[1] if parts[0] == "blocks" else "0"
+    return f"blocks.{layer}.hook_resid_pre"
+
+
+def _checked(name: str, fn: HookFunction) -> HookFunction:
+    def checked(activation: Tensor, hook: Any) -> Tensor | None:
+        changed = fn(activation, hook=hook)
+        if changed is None:
+            return None
+        if not isinstance(changed, Tensor):
+            raise TypeError(f"the hook at {name!r} must return a tensor or None, got {type(changed).__name__}")
+        # A wrong but broadcastable shape would pass unnoticed through the rest of the model.
+        if changed.shape != activation.shape:
+            raise ValueError(
+                f"the hook at {name!r} must keep the shape {tuple(activation.shape)}, got {tuple(changed.shape)}"
+            )
+        return changed.to(activation)
+
+    return checked
+
+
+def record(model: Any, tokens: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Activations at the hook points `names` in a run on `tokens`, without gradients.
+
+    Unlike TransformerLens's cache it is keyed by the names asked for, also where those are aliases.
+    """
+    stored: dict[str, Tensor] = {}
+
+    def keep(name: str) -> HookFunction:
+        def hook_fn(activation: Tensor, hook: Any) -> None:
+            stored[name] = activation.detach().clone()
+
+        return hook_fn
+
+    with torch.no_grad(), Intervention(model, look=[(name, keep(name)) for name in names]):
+        model(tokens)
+    return stored
