@@ -16,7 +16,7 @@ from hijack_lens._checks import as_generator, check_choice, check_count, check_d
 
 UNKNOWN = "<unk>"
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
-_VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+_VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍", "Ġ": "␣", "Ċ": "⏎", "▁": "␣"}
 
 Token = str | int
 """A token as a user writes it: its text, or its id."""
@@ -260,8 +260,7 @@ class BigramLanguage:
 
     def display(self, token: Token) -> str:
         """A token's text with white space made visible, for tables and pictures."""
-        text = self.tokens[self.index(token)]
-        return "".join(_VISIBLE.get(character, character) for character in text)
+        return visible(self.tokens[self.index(token)])
 
     def most_likely(self, token: Token) -> int:
         """The id of the token most likely to follow `token`."""
@@ -366,6 +365,11 @@ class BigramLanguage:
                 break
             chain = squared
         return start @ chain
+
+
+def visible(text: str) -> str:
+    """A token's text with white space made visible, also as byte-level tokenizers write it."""
+    return "".join(_VISIBLE.get(character, character) for character in text)
 
 
 def default_text() -> str:

@@ -1,0 +1,171 @@
+"""Every logit as an exact sum over paths through the model."""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hijack_lens._inputs import model_tokens
+from hijack_lens.attribution.paths import Path, Source
+from hijack_lens.attribution.result import LogitAttribution
+from hijack_lens.attribution.terms import FirstBlock, FrozenBlock, LastBlock, Local, Point, Spread, SummedBlock
+from hijack_lens.circuit import Circuit, Component
+from hijack_lens.hooks.intervention import record
+from hijack_lens.norm import LinearNorm, linear_norm
+
+Term = tuple[Source, tuple[Component, ...], Any]
+
+
+def attribute(
+    model: Any,
+    tokens: object,
+    position: int | Literal["all"] = -1,
+    *,
+    circuit: Circuit | None = None,
+) -> LogitAttribution:
+    """Attributes the logits at a position to the paths that wrote them, by source position.
+
+    Given the attention patterns, norm scales and MLP gates of the run, logits are a sum over paths without
+    remainder: a path leads from an embedding (or a bias) through heads and MLPs to the unembedding, and a
+    source is the position whose embedding it carries (for a bias, where it enters). Paths through components
+    that write nothing are left out.
+
+    Args:
+        model: a HookedTransformer (or TransformerBridge) of one or two layers.
+        tokens: a prompt (text, tokens or a `HijackPrompt`), or a batch of prompts.
+        position: whose next-token logits; negative ones count from the end. "all" gives every position,
+            summed over sources.
+        circuit: the roles of the components, by which paths are named and grouped; by default `model.circuit`.
+
+    Returns:
+        A `LogitAttribution`; with a batch axis where `tokens` has one.
+
+    Raises:
+        TypeError, ValueError: for prompts the model cannot take, and for models that are not linear in this way.
+    """
+    _check_model(model)
+    circuit = getattr(model, "circuit", None) if circuit is None else circuit
+    if not isinstance(circuit, Circuit):
+        raise TypeError(f"circuit must be a Circuit, since the model has none of its own; got {circuit!r}")
+    batched = getattr(tokens, "tokens", tokens)
+    ids = model_tokens(model, tokens)
+    length = ids.shape[-1]
+    if position != "all" and (isinstance(position, (bool, str)) or not -length <= position < length):
+        raise ValueError(f"position must be 'all' or an int from {-length} to {length - 1}, got {position!r}")
+
+    run = record(model, ids, _names(model))
+    blocks = [FrozenBlock.of(block, run, layer) for layer, block in enumerate(model.blocks)]
+    final = linear_norm(getattr(model, "ln_final", None), run[f"blocks.{len(blocks) - 1}.hook_resid_post"])
+    W_U, b_U = model.W_U.detach(), model.b_U.detach()
+    constant = b_U if final.b is None else b_U + final.b @ W_U
+    sources = [("embed", run["hook_embed"])]
+    if "hook_pos_embed" in run and bool(run["hook_pos_embed"].any()):
+        sources.append(("pos_embed", run["hook_pos_embed"]))
+
+    values: dict[Path, Tensor] = {}
+    if position == "all":
+        for source, through, x in _follow(sources, [SummedBlock(block) for block in blocks], Tensor.clone):
+            _add(values, Path.of(source, through, circuit), final.linear(x) @ W_U)
+        _add(values, Path.of("biases", (), circuit), constant.expand(*ids.shape, -1).clone())
+        logits = run["unembed.hook_out"]
+    else:
+        query = position % length
+        last = LastBlock(blocks[-1], blocks[0] if len(blocks) > 1 else None, query)
+        views = [last] if len(blocks) == 1 else [FirstBlock(blocks[0]), last]
+        for source, through, term in _follow(sources, views, Local):
+            value = _unembed(term, final, W_U, query, length)
+            _add(values, Path.of(source, through, circuit), value)
+        at_query = torch.zeros(*ids.shape, len(constant)).to(W_U)
+        at_query[:, query] = constant
+        _add(values, Path.of("biases", (), circuit), at_query)
+        logits = run["unembed.hook_out"][:, query]
+
+    kept = {path: value for path, value in values.items() if path.source != "biases" or bool(value.any())}
+    stacked = torch.stack(list(kept.values()), 1)
+    if not isinstance(batched, (Tensor, list)) or (isinstance(batched, Tensor) and batched.ndim == 1):
+        stacked, logits, ids = stacked[0], logits[0], ids[0]
+    return LogitAttribution(
+        values=stacked,
+        logits=logits,
+        tokens=ids,
+        paths=tuple(kept),
+        position="all" if position == "all" else position % length,
+        vocab=_vocab(model),
+        candidates=(tokens.in_context, tokens.global_) if hasattr(tokens, "in_context") else None,
+    )
+
+
+def _follow(sources: list[tuple[Source, Tensor]], views: list[Any], enter: Any) -> list[Term]:
+    """All terms of the final residual stream: each block's input passes on, through each head, through the MLP."""
+    terms: list[Term] = [(source, (), enter(x)) for source, x in sources]
+    for layer, view in enumerate(views):
+        block: FrozenBlock = view.block
+        through_heads: list[Term] = [
+            (source, _via(source, through, Component(layer, "head", head)), view.head(term, head))
+            for head in block.heads
+            for source, through, term in terms
+        ]
+        bias: Term = ("biases", (), view.bias(block.attn_bias()))
+        terms = [(source, through, view.keep(term)) for source, through, term in terms] + through_heads + [bias]
+        if block.has_mlp:
+            mlp = Component(layer, "mlp")
+            terms += [(source, _via(source, through, mlp), view.mlp(term)) for source, through, term in terms]
+            terms.append(("biases", (), view.bias(block.mlp_bias())))
+    return terms
+
+
+def _via(source: Source, through: tuple[Component, ...], component: Component) -> tuple[Component, ...]:
+    # Biases are one path, whichever way they take.
+    return () if source == "biases" else (*through, component)
+
+
+def _unembed(
+    term: Point | Spread, final: LinearNorm, W_U: Float[Tensor, "d_model d_vocab"], query: int, length: int
+) -> Float[Tensor, "batch source d_vocab"]:
+    scale = None if final.scale is None else final.scale[:, query]
+    if isinstance(term, Point):
+        logits = final.linear(term.x, scale) @ W_U
+        value = logits.new_zeros(len(logits), length, logits.shape[-1])
+        value[:, query] = logits
+        return value
+    basis = term.basis if scale is None else term.basis.expand(len(scale), -1, -1)
+    return (term.v * term.weight[..., None]) @ (final.linear(basis, None if scale is None else scale[:, None]) @ W_U)
+
+
+def _add(values: dict[Path, Tensor], path: Path, value: Tensor) -> None:
+    values[path] = values[path] + value if path in values else value
+
+
+def _names(model: Any) -> list[str]:
+    names = ["hook_embed", "unembed.hook_out"]
+    if "hook_pos_embed" in model.hook_dict:
+        names.append("hook_pos_embed")
+    for layer, block in enumerate(model.blocks):
+        names += [f"blocks.{layer}.{name}" for name in ("hook_resid_pre", "hook_resid_post", "attn.hook_pattern")]
+        if hasattr(block, "mlp"):
+            names += [f"blocks.{layer}.{name}" for name in ("hook_resid_mid", "mlp.hook_pre", "mlp.hook_post")]
+    return names
+
+
+def _vocab(model: Any) -> tuple[str, ...] | None:
+    language = getattr(model, "language", None)
+    if language is not None:
+        return language.tokens
+    tokenizer = getattr(model, "tokenizer", None)
+    return None if tokenizer is None else tuple(tokenizer.convert_ids_to_tokens(range(model.cfg.d_vocab)))
+
+
+def _check_model(model: Any) -> None:
+    cfg = model.cfg
+    if cfg.n_layers > 2:
+        raise ValueError(f"model has {cfg.n_layers} layers; paths are followed through at most 2")
+    for flag in ("parallel_attn_mlp", "gated_mlp", "use_normalization_before_and_after", "post_embedding_ln"):
+        if getattr(cfg, flag, False):
+            raise ValueError(f"model has cfg.{flag}=True, which attribution does not cover")
+    if getattr(cfg, "n_key_value_heads", None) not in (None, cfg.n_heads):
+        raise ValueError("model has grouped-query attention (cfg.n_key_value_heads), which attribution does not cover")
+    if getattr(cfg, "output_logits_soft_cap", -1.0) not in (None, -1.0, 0.0):
+        raise ValueError("model caps its logits (cfg.output_logits_soft_cap), so that they are no sum over paths")
+    if str(cfg.act_fn).endswith("_ln"):
+        raise ValueError(f"model has cfg.act_fn={cfg.act_fn!r}, a norm inside the MLP, which attribution does not cover")

@@ -1,0 +1,92 @@
+"""The main job in one call: a prompt's verdict, its attribution, its ablations and the theory beside it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from hijack_lens import hooks, theory
+from hijack_lens.attribution import LogitAttribution, attribute
+from hijack_lens.circuit import ROLE_NAMES
+from hijack_lens.models import TwoLayerTransformer
+from hijack_lens.prompts import HijackPrompt
+from hijack_lens.theory import Flip, Margin
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which memory wrote the last position's logits, and how that is known.
+
+    All margins are `logit[in_context] - logit[global_]` at the last position, in logits.
+
+    Attributes:
+        model: that was explained.
+        prompt: it was asked.
+        attribution: of the last position's logits.
+        ablated: the margin with each role of the circuit switched off (zeroed), by what it is called.
+        theory: the closed form's margin, where the model was written by hand.
+        flip: the least number of repeats that wins at the prompt's length, likewise.
+    """
+
+    model: TwoLayerTransformer
+    prompt: HijackPrompt
+    attribution: LogitAttribution
+    ablated: dict[str, float]
+    theory: Margin | None
+    flip: Flip | None
+
+    @property
+    def margin(self) -> Margin:
+        """The model's own margin, split by memory."""
+        return self.attribution.margin()
+
+    @property
+    def winner(self) -> str:
+        """"context" or "weights": whose candidate has the larger logit."""
+        return "context" if float(self.margin.total) > 0 else "weights"
+
+    @property
+    def verdict(self) -> str:
+        """The answer in a sentence."""
+        language, total = self.prompt.language, float(self.margin.total)
+        c, g, q = (
+            repr(language.display(token))
+            for token in (self.prompt.in_context, self.prompt.global_, self.prompt.trigger)
+        )
+        if self.winner == "context":
+            return f"The context hijacks the weights: after {q} the model predicts {c} over {g}, by {total:.2f} logits."
+        return f"The weights overrule the context: after {q} the model predicts {g} over {c}, by {-total:.2f} logits."
+
+
+def explain(model: TwoLayerTransformer, prompt: HijackPrompt) -> Explanation:
+    """Explains what a two-layer model predicts at the end of a prompt that sets its memories against each other.
+
+    Args:
+        model: a `TwoLayerTransformer`.
+        prompt: one `HijackPrompt`, of the model's language.
+
+    Raises:
+        TypeError, ValueError: for other models and prompts, and for batches of prompts.
+    """
+    if not isinstance(model, TwoLayerTransformer):
+        raise TypeError(f"model must be a TwoLayerTransformer, got {type(model).__name__}")
+    if not isinstance(prompt, HijackPrompt):
+        raise TypeError(f"prompt must be a HijackPrompt, got {type(prompt).__name__}")
+    if prompt.tokens.ndim != 1:
+        raise ValueError(f"prompt must be a single prompt, got a batch of {len(prompt.tokens)}")
+    if prompt.language.tokens != model.language.tokens:
+        raise ValueError("prompt must be of the model's language, got one with other tokens")
+    attribution = attribute(model, prompt)
+    ablated = {}
+    for role, name in ROLE_NAMES.items():
+        if components := getattr(model.circuit, role):
+            with hooks.ablate(model, components), torch.no_grad():
+                logits = model(prompt.tokens)[0, -1]
+            ablated[name] = float(logits[prompt.in_context] - logits[prompt.global_])
+    predicted = flip = None
+    if model.strengths is not None:
+        setting = (model.strengths, model.triggers, model.positions, model.n_ctx_train)
+        predicted = theory.margin(prompt, model.language, *setting)
+        flip = theory.min_repeats(
+            model.language, prompt.trigger, prompt.in_context, prompt.global_, *setting, length=len(prompt)
+        )
+    return Explanation(model, prompt, attribution, ablated, predicted, flip)

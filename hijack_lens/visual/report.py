@@ -1,0 +1,5 @@
+"""One self-contained HTML file."""
+
+
+def report() -> None:
+    """Placeholder until the views exist."""
