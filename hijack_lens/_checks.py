@@ -70,5 +70,7 @@ def check_distribution(name: str, values: object, shape: tuple[int, ...]) -> Flo
     off = (sums - 1).abs()
     if bool((off > 1e-6).any()):
         where = f"row {int(off.argmax())}" if probabilities.ndim > 1 else "it"
-        raise ValueError(f"{name} must sum to 1 along its last axis; {where} sums to {float(sums.flatten()[off.argmax()]):g}")
+        raise ValueError(
+            f"{name} must sum to 1 along its last axis; {where} sums to {float(sums.flatten()[off.argmax()]):g}"
+        )
     return probabilities / sums.unsqueeze(-1)

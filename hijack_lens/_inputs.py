@@ -21,3 +21,9 @@ def model_tokens(model: Any, prompt: object, name: str = "tokens") -> Int[Tensor
         prompt = model.to_tokens(texts)
     tokens = check_tokens(name, getattr(prompt, "tokens", prompt), model.cfg.d_vocab, model.cfg.n_ctx)
     return (tokens if tokens.ndim == 2 else tokens[None]).to(model.cfg.device)
+
+
+def is_single(prompt: object) -> bool:
+    """Whether what a user calls a prompt is one, rather than a batch."""
+    tokens = getattr(prompt, "tokens", prompt)
+    return isinstance(tokens, str) or (isinstance(tokens, Tensor) and tokens.ndim == 1)

@@ -60,6 +60,10 @@ class Circuit:
             for component in getattr(self, field.name):
                 yield field.name, component
 
+    def __str__(self) -> str:
+        named = ((name, getattr(self, field)) for field, name in ROLE_NAMES.items())
+        return "; ".join(f"{name}: {', '.join(map(str, components)) or 'none'}" for name, components in named)
+
     def role(self, component: Component) -> str | None:
         """The role that a component plays, if any."""
         return next((role for role, member in self if member == component), None)

@@ -39,9 +39,16 @@ class Explanation:
         """The model's own margin, split by memory."""
         return self.attribution.margin()
 
+    def theory_beside_model(self) -> dict[str, tuple[float, float]]:
+        """The margin and its parts, as (theory, model); empty for a model that was not written by hand."""
+        if self.theory is None:
+            return {}
+        parts = ("context", "weights", "rest", "total")
+        return {part: (float(getattr(self.theory, part)), float(getattr(self.margin, part))) for part in parts}
+
     @property
     def winner(self) -> str:
-        """"context" or "weights": whose candidate has the larger logit."""
+        """ "context" or "weights": whose candidate has the larger logit."""
         return "context" if float(self.margin.total) > 0 else "weights"
 
     @property

@@ -88,7 +88,7 @@ class BigramLanguage:
         self.level: Literal["char", "word"] = level
         self._ids = {name: index for index, name in enumerate(names)}
         start = torch.full((size,), 1 / size, dtype=torch.float64)
-        self.pi_u: Float[Tensor, "d_vocab"] = (
+        self.pi_u: Float[Tensor, d_vocab] = (
             self._long_run(start) if pi_u is None else check_distribution("pi_u", pi_u, (size,))
         )
 
@@ -134,14 +134,10 @@ class BigramLanguage:
         unigrams = torch.bincount(ids, minlength=size).double() + smoothing
         # The text's last token may be followed by nothing at all: then by anything, as often as it occurs.
         bigrams = torch.where(bigrams.sum(-1, keepdim=True) > 0, bigrams, unigrams)
-        return cls(
-            bigrams / bigrams.sum(-1, keepdim=True), unigrams / unigrams.sum(), tokens=tokens, level=level
-        )
+        return cls(bigrams / bigrams.sum(-1, keepdim=True), unigrams / unigrams.sum(), tokens=tokens, level=level)
 
     @classmethod
-    def dirichlet(
-        cls, d_vocab: int, concentration: float = 1.0, seed: int | torch.Generator = 0
-    ) -> "BigramLanguage":
+    def dirichlet(cls, d_vocab: int, concentration: float = 1.0, seed: int | torch.Generator = 0) -> "BigramLanguage":
         """A random language: each row of `pi_b` drawn from a symmetric Dirichlet distribution.
 
         Args:
@@ -161,9 +157,7 @@ class BigramLanguage:
         if not 0 < floor < 1 / self.d_vocab:
             raise ValueError(f"floor must lie between 0 and 1/d_vocab = {1 / self.d_vocab:g}, got {floor!r}")
         raised = self.pi_b.clamp_min(floor)
-        return BigramLanguage(
-            raised / raised.sum(-1, keepdim=True), self.pi_u, tokens=self.tokens, level=self.level
-        )
+        return BigramLanguage(raised / raised.sum(-1, keepdim=True), self.pi_u, tokens=self.tokens, level=self.level)
 
     def __repr__(self) -> str:
         return f"BigramLanguage(d_vocab={self.d_vocab}, level={self.level!r}, entropy_rate={self.entropy_rate:.3f})"
@@ -326,9 +320,7 @@ class BigramLanguage:
             predictable |= here & (here.cumsum(1) > 1)
         return SampledSequences(tokens, predictable, chosen.clone(), follow)
 
-    def step(
-        self, tokens: Int[Tensor, "sequence"], uniform: Float[Tensor, "sequence"]
-    ) -> Int[Tensor, "sequence"]:
+    def step(self, tokens: Int[Tensor, "sequence"], uniform: Float[Tensor, "sequence"]) -> Int[Tensor, "sequence"]:
         """One step of the chain: the successor of each token, by inverting its row's distribution at `uniform`."""
         # Kept clear of 1, lest tokens + uniform round up into the next token's row.
         drawn = tokens + uniform.clamp(max=1 - 2**-32)

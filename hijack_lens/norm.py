@@ -59,7 +59,9 @@ def linear_norm(norm: nn.Module | None, x: Float[Tensor, "*batch d_model"]) -> L
     elif isinstance(norm, (RMSNorm, RMSNormPre)):
         centred = False
     else:
-        raise TypeError(f"model has a norm of type {type(norm).__name__}; known are TransformerLens's LayerNorm and RMSNorm")
+        raise TypeError(
+            f"model has a norm of type {type(norm).__name__}; known are TransformerLens's LayerNorm and RMSNorm"
+        )
     spread = x - x.mean(-1, keepdim=True) if centred else x
     scale = (spread.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
     return LinearNorm(centred, scale, getattr(norm, "w", None), getattr(norm, "b", None))

@@ -50,7 +50,9 @@ def patch_path(
 
     def watch_sender(activation: Tensor, hook: Any) -> None:
         current = site.read(activation)
-        wanted = torch.zeros_like(current) if stored is None else site.read(site.write(activation, site.read(stored), None))
+        wanted = (
+            torch.zeros_like(current) if stored is None else site.read(site.write(activation, site.read(stored), None))
+        )
         change = _into_stream(model, sender, wanted - current)
         if where is not None:
             index = position_index(where, change.shape[1]).to(change.device)

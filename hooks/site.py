@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformer_lens import ActivationCache
 
 from hijack_lens._checks import check_choice
 from hijack_lens._inputs import model_tokens
@@ -120,10 +121,9 @@ def read_source(model: Any, source: object, names: Sequence[str], argument: str)
     Raises:
         ValueError: where a cache lacks one of them.
     """
-    if hasattr(source, "cache_dict"):  # TransformerLens's ActivationCache, of one prompt perhaps
-        if not source.has_batch_dim:
-            return {name: value[None] for name, value in read_source(model, source.cache_dict, names, argument).items()}
-        source = source.cache_dict
+    if isinstance(source, ActivationCache):
+        stored = read_source(model, source.cache_dict, names, argument)
+        return stored if source.has_batch_dim else {name: value[None] for name, value in stored.items()}
     if isinstance(source, Mapping):
         missing = [name for name in names if name not in source]
         if missing:

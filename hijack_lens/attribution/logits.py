@@ -6,13 +6,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens._inputs import model_tokens
+from hijack_lens._inputs import is_single, model_tokens
 from hijack_lens.attribution.paths import Path, Source
 from hijack_lens.attribution.result import LogitAttribution
-from hijack_lens.attribution.terms import FirstBlock, FrozenBlock, LastBlock, Local, Point, Spread, SummedBlock
+from hijack_lens.attribution.terms import (
+    FirstBlock,
+    FrozenBlock,
+    LastBlock,
+    Local,
+    Point,
+    Spread,
+    SummedBlock,
+)
 from hijack_lens.circuit import Circuit, Component
 from hijack_lens.hooks.intervention import record
 from hijack_lens.norm import LinearNorm, linear_norm
+from hijack_lens.prompts import HijackPrompt
 
 Term = tuple[Source, tuple[Component, ...], Any]
 
@@ -48,7 +57,6 @@ def attribute(
     circuit = getattr(model, "circuit", None) if circuit is None else circuit
     if not isinstance(circuit, Circuit):
         raise TypeError(f"circuit must be a Circuit, since the model has none of its own; got {circuit!r}")
-    batched = getattr(tokens, "tokens", tokens)
     ids = model_tokens(model, tokens)
     length = ids.shape[-1]
     if position != "all" and (isinstance(position, (bool, str)) or not -length <= position < length):
@@ -59,7 +67,7 @@ def attribute(
     final = linear_norm(getattr(model, "ln_final", None), run[f"blocks.{len(blocks) - 1}.hook_resid_post"])
     W_U, b_U = model.W_U.detach(), model.b_U.detach()
     constant = b_U if final.b is None else b_U + final.b @ W_U
-    sources = [("embed", run["hook_embed"])]
+    sources: list[tuple[Source, Tensor]] = [("embed", run["hook_embed"])]
     if "hook_pos_embed" in run and bool(run["hook_pos_embed"].any()):
         sources.append(("pos_embed", run["hook_pos_embed"]))
 
@@ -71,8 +79,7 @@ def attribute(
         logits = run["unembed.hook_out"]
     else:
         query = position % length
-        last = LastBlock(blocks[-1], blocks[0] if len(blocks) > 1 else None, query)
-        views = [last] if len(blocks) == 1 else [FirstBlock(blocks[0]), last]
+        views = [*(FirstBlock(block) for block in blocks[:-1]), LastBlock(blocks[-1], query)]
         for source, through, term in _follow(sources, views, Local):
             value = _unembed(term, final, W_U, query, length)
             _add(values, Path.of(source, through, circuit), value)
@@ -83,7 +90,7 @@ def attribute(
 
     kept = {path: value for path, value in values.items() if path.source != "biases" or bool(value.any())}
     stacked = torch.stack(list(kept.values()), 1)
-    if not isinstance(batched, (Tensor, list)) or (isinstance(batched, Tensor) and batched.ndim == 1):
+    if is_single(tokens):
         stacked, logits, ids = stacked[0], logits[0], ids[0]
     return LogitAttribution(
         values=stacked,
@@ -92,7 +99,7 @@ def attribute(
         paths=tuple(kept),
         position="all" if position == "all" else position % length,
         vocab=_vocab(model),
-        candidates=(tokens.in_context, tokens.global_) if hasattr(tokens, "in_context") else None,
+        candidates=(tokens.in_context, tokens.global_) if isinstance(tokens, HijackPrompt) else None,
     )
 
 
@@ -106,12 +113,14 @@ def _follow(sources: list[tuple[Source, Tensor]], views: list[Any], enter: Any) 
             for head in block.heads
             for source, through, term in terms
         ]
-        bias: Term = ("biases", (), view.bias(block.attn_bias()))
+        bias: Term = ("biases", (), view.bias(block.bias()))
         terms = [(source, through, view.keep(term)) for source, through, term in terms] + through_heads + [bias]
-        if block.has_mlp:
+        if block.mlp is not None and block.mlp.writes:
             mlp = Component(layer, "mlp")
-            terms += [(source, _via(source, through, mlp), view.mlp(term)) for source, through, term in terms]
-            terms.append(("biases", (), view.bias(block.mlp_bias())))
+            terms += [
+                (source, _via(source, through, mlp), view.mlp(term, block.mlp)) for source, through, term in terms
+            ]
+            terms.append(("biases", (), view.bias(block.mlp.bias())))
     return terms
 
 
@@ -168,4 +177,6 @@ def _check_model(model: Any) -> None:
     if getattr(cfg, "output_logits_soft_cap", -1.0) not in (None, -1.0, 0.0):
         raise ValueError("model caps its logits (cfg.output_logits_soft_cap), so that they are no sum over paths")
     if str(cfg.act_fn).endswith("_ln"):
-        raise ValueError(f"model has cfg.act_fn={cfg.act_fn!r}, a norm inside the MLP, which attribution does not cover")
+        raise ValueError(
+            f"model has cfg.act_fn={cfg.act_fn!r}, a norm inside the MLP, which attribution does not cover"
+        )

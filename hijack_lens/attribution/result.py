@@ -95,25 +95,30 @@ class LogitAttribution:
 
     def margin(self, a: str | int | None = None, b: str | int | None = None) -> Margin:
         """`logit[a] - logit[b]`, split by memory; by default of the prompt's two candidates."""
-        first, second = self._pair(a, b)
-        return Margin(**{memory: part[..., first] - part[..., second] for memory, part in self.by_memory().items()})
+        first, second = self.pair(a, b)
+        context, weights, rest = (part[..., first] - part[..., second] for part in self.by_memory().values())
+        return Margin(context, weights, rest)
 
     def top(self, k: int = 10) -> pd.DataFrame:
         """The k largest logits, each split by memory; for one prompt and one position."""
         self._check_single("top")
         chosen = self.logits.topk(min(k, len(self.logits)))
-        split = {memory: part[chosen.indices].tolist() for memory, part in self.by_memory().items()}
-        names = [self.token_text(int(index)) for index in chosen.indices]
-        return pd.DataFrame({"token": names, "logit": chosen.values.tolist(), **split})
+        table = pd.DataFrame({"token": [self.token_text(int(index)) for index in chosen.indices]})
+        table["logit"] = chosen.values.tolist()
+        for memory, part in self.by_memory().items():
+            table[memory] = part[chosen.indices].tolist()
+        return table
 
     def to_pandas(self) -> pd.DataFrame:
         """A tidy table, one row per value: path, memory, source (or position), token, logit."""
         index = pd.MultiIndex.from_product([range(size) for size in self.values.shape], names=self.axes)
-        table = pd.DataFrame({"logit": self.values.detach().cpu().flatten().numpy()}, index=index).reset_index()
-        table.insert(table.columns.get_loc("path") + 1, "memory", table["path"].map(lambda i: self.paths[i].memory))
-        table["path"] = table["path"].map(lambda i: self.paths[i].label)
-        table["token"] = table.pop("d_vocab").map([self.token_text(i) for i in range(self.values.shape[-1])].__getitem__)
-        return table[[column for column in table.columns if column != "logit"] + ["logit"]]
+        table = pd.Series(self.values.detach().cpu().flatten().numpy(), index=index, name="logit").reset_index()
+        texts = [self.token_text(token) for token in range(self.values.shape[-1])]
+        table["memory"] = [self.paths[i].memory for i in table["path"]]
+        table["path"] = [self.paths[i].label for i in table["path"]]
+        table["token"] = [texts[i] for i in table["d_vocab"]]
+        kept = [axis for axis in self.axes if axis in ("batch", "source", "position")]
+        return table[[*kept[:-1], "path", "memory", kept[-1], "token", "logit"]]
 
     def token_text(self, token: int) -> str:
         """A vocabulary entry's text with white space visible; its id where there is no tokenizer."""
@@ -181,18 +186,19 @@ class LogitAttribution:
 
         return as_html(self)
 
-    def candidate_pair(self) -> tuple[int, int]:
-        """The prompt's two candidates; else the two largest logits. For one prompt and one position."""
-        self._check_single("candidate_pair")
+    def pair(self, a: str | int | None = None, b: str | int | None = None) -> tuple[int, int]:
+        """Ids of two tokens to compare; by default the prompt's candidates, else the two largest logits.
+
+        Raises:
+            TypeError, ValueError: for tokens outside the vocabulary, and where there is no default.
+        """
+        if a is not None or b is not None:
+            return self._index(a, "a"), self._index(b, "b")
         if self.candidates is not None:
             return self.candidates
+        self._check_single("a default for a and b")
         first, second = self.logits.topk(2).indices.tolist()
         return first, second
-
-    def _pair(self, a: str | int | None, b: str | int | None) -> tuple[int, int]:
-        if a is None and b is None:
-            return self.candidates if self.candidates is not None else self.candidate_pair()
-        return self._index(a, "a"), self._index(b, "b")
 
     def _index(self, token: str | int | None, name: str) -> int:
         if isinstance(token, str):

@@ -1,5 +1,6 @@
 """An attribution as a table: text for a terminal, HTML for a notebook."""
 
+import io
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,13 @@ if TYPE_CHECKING:
 # Okabe & Ito's palette, told apart also by colour-blind readers.
 COLOURS = {"context": "#0072B2", "weights": "#D55E00", "rest": "#999999"}
 
+_NOTHING = 0.0005
+"""Paths below this, in logits, would show as zero, and are left out of tables."""
+
 
 def rich_table(result: "LogitAttribution") -> Table:
     """Paths by candidate: what each wrote into the two logits, and into their difference."""
-    a, b = result.candidate_pair()
+    a, b = result.pair()
     first, second = repr(result.token_text(a)), repr(result.token_text(b))
     table = Table(title=f"logits at position {result.position}, by path")
     for column in ("path", "memory"):
@@ -33,17 +37,17 @@ def as_text(result: "LogitAttribution") -> str:
     head = f"LogitAttribution({shape}), completeness error {result.completeness_error:.1e}"
     if result.tokens.ndim > 1 or result.position == "all":
         return head
-    console = Console(width=120, color_system=None)
-    with console.capture() as capture:
-        console.print(rich_table(result))
-    return f"{head}\n{capture.get().rstrip()}"
+    # In a notebook a console would display the table at once, beside returning it.
+    console = Console(file=io.StringIO(), width=120, color_system=None, force_jupyter=False)
+    console.print(rich_table(result))
+    return "\n".join(filter(None, [head, console.file.getvalue().rstrip(), _hidden(result)]))
 
 
 def as_html(result: "LogitAttribution") -> str:
     """The table, the margin's parts as bars, and the prompt shaded by what each token contributed."""
     if result.tokens.ndim > 1 or result.position == "all":
         return f"<pre>{escape(as_text(result))}</pre>"
-    a, b = result.candidate_pair()
+    a, b = result.pair()
     first, second = (f"<code>{escape(result.token_text(token))}</code>" for token in (a, b))
     rows = "".join(
         f"<tr style='font-weight:{400 if memory else 600}'><td style='text-align:left'>{escape(label)}</td>"
@@ -52,33 +56,47 @@ def as_html(result: "LogitAttribution") -> str:
         + f"<td>{_bar(numbers[2], result, memory)}</td></tr>"
         for label, memory, *numbers in _rows(result)
     )
+    left, narrow = " style='text-align:left'", " style='white-space:nowrap'"
     return (
-        "<div class='hijack-lens' style='font-family:sans-serif'>"
-        f"<p><b>Which memory wrote the logits at position {result.position}?</b> {_verdict(result, first, second)}</p>"
-        f"{_shaded_prompt(result, a, b)}"
-        f"<table><thead><tr><th style='text-align:left'>path</th><th style='text-align:left'>memory</th>"
-        f"<th>logit {first}</th><th>logit {second}</th><th>difference</th><th style='width:200px'></th></tr></thead>"
-        f"<tbody>{rows}</tbody></table>"
-        f"<p style='font-size:85%'>Sum over all paths minus the model's logits: at most {result.completeness_error:.1e}."
-        "</p></div>"
+        f"<div class='hijack-lens'><p><b>Which memory wrote the logits at position {result.position}?</b> "
+        f"{_verdict(result, first, second)}</p>{shaded_prompt(result, a, b)}"
+        f"<table><thead><tr><th{left}>path</th><th{left}>memory</th><th{narrow}>logit {first}</th>"
+        f"<th{narrow}>logit {second}</th><th>difference</th><th style='width:200px'></th></tr></thead>"
+        f"<tbody>{rows}</tbody></table><p style='font-size:85%'>{_hidden(result)} Sum over all paths minus the model's "
+        f"logits: at most {result.completeness_error:.1e}.</p></div>"
     )
 
 
 def _rows(result: "LogitAttribution") -> list[tuple]:
-    a, b = result.candidate_pair()
+    a, b = result.pair()
     by_path = result.by_path()
     rows = [
-        (path.label, path.memory, float(by_path[i, a]), float(by_path[i, b]), float(by_path[i, a] - by_path[i, b]))
+        (
+            path.label,
+            path.memory,
+            float(by_path[i, a]),
+            float(by_path[i, b]),
+            float(by_path[i, a] - by_path[i, b]),
+        )
         for i, path in enumerate(result.paths)
     ]
-    rows.sort(key=lambda row: (list(COLOURS).index(row[1]), -abs(row[4])))
-    total = (float(by_path[:, token].sum()) for token in (a, b))
-    first, second = total
-    return [*rows, ("sum", "", first, second, first - second)]
+    shown = [row for row in rows if max(map(abs, row[2:])) >= _NOTHING]
+    shown.sort(key=lambda row: (list(COLOURS).index(row[1]), -abs(row[4])))
+    first, second = (float(by_path[:, token].sum()) for token in (a, b))
+    return [*shown, ("sum", "", first, second, first - second)]
+
+
+def _hidden(result: "LogitAttribution") -> str:
+    count = len(result.paths) + 1 - len(_rows(result))
+    return (
+        f"{count} more path{'s' * (count != 1)} write{'s' * (count == 1)} less than {_NOTHING} to either."
+        if count
+        else ""
+    )
 
 
 def _verdict(result: "LogitAttribution", first: str, second: str) -> str:
-    margin = result.margin(*result.candidate_pair())
+    margin = result.margin(*result.pair())
     winner, loser = (first, second) if margin.total > 0 else (second, first)
     split = ", ".join(f"{memory} {float(getattr(margin, memory)):+.2f}" for memory in COLOURS)
     return f"{winner} beats {loser} by {abs(float(margin.total)):.2f} logits ({first} − {second}: {split})."
@@ -96,8 +114,8 @@ def _bar(value: float, result: "LogitAttribution", memory: str) -> str:
     )
 
 
-def _shaded_prompt(result: "LogitAttribution", a: int, b: int) -> str:
-    """The prompt's tokens, shaded by the context path's pull: blue towards the first candidate, orange to the second."""
+def shaded_prompt(result: "LogitAttribution", a: int, b: int) -> str:
+    """The prompt's tokens, shaded by their pull through the induction head: blue to the first, orange to the second."""
     pull = result.by_source()["context"]
     pull = pull[:, a] - pull[:, b]
     widest = float(pull.abs().max()) or 1.0
@@ -111,7 +129,7 @@ def _shaded_prompt(result: "LogitAttribution", a: int, b: int) -> str:
     return (
         "<p style='font-family:monospace;line-height:1.6;overflow-wrap:anywhere'>"
         + "".join(spans)
-        + "<br><span style='font-family:sans-serif;font-size:85%'>Shading: what each source token adds to the "
+        + "</p><p style='font-size:85%'>Shading: what each source token adds to the "
         "difference through the induction head, blue towards the first candidate, orange towards the second."
-        "</span></p>"
+        "</p>"
     )

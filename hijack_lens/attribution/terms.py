@@ -22,45 +22,77 @@ from hijack_lens.norm import LinearNorm, linear_norm
 
 
 @dataclass(frozen=True)
+class FrozenMLP:
+    """An MLP whose gates, activation / pre-activation per neuron, are those of a run. A bias may be absent."""
+
+    norm: LinearNorm
+    gate: Float[Tensor, "batch pos d_mlp"]
+    W_in: Float[Tensor, "d_model d_mlp"]
+    W_out: Float[Tensor, "d_mlp d_model"]
+    b_in: Float[Tensor, "d_mlp"] | None
+    b_out: Float[Tensor, "d_model"] | None
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes anything at all."""
+        return bool(self.W_out.any()) or (self.b_out is not None and bool(self.b_out.any()))
+
+    def bias(self) -> Float[Tensor, "batch pos d_model"]:
+        """What it adds at each position whatever it reads."""
+        before = torch.zeros_like(self.W_in[0])
+        if self.b_in is not None:
+            before = before + self.b_in
+        if self.norm.b is not None:
+            before = before + self.norm.b @ self.W_in
+        total = (before * self.gate) @ self.W_out
+        return total if self.b_out is None else total + self.b_out
+
+    def everywhere(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """What it makes of a term at every position, biases aside."""
+        return (self.norm.linear(x) @ self.W_in * self.gate) @ self.W_out
+
+    def at(self, query: int, x: Float[Tensor, "*batch rows d_model"]) -> Float[Tensor, "batch rows d_model"]:
+        """What it makes of terms at one position, biases aside."""
+        x = x.expand(len(self.gate), -1, -1)
+        scale = None if self.norm.scale is None else self.norm.scale[:, query, None]
+        return (self.norm.linear(x, scale) @ self.W_in * self.gate[:, query, None]) @ self.W_out
+
+
+@dataclass(frozen=True)
 class FrozenBlock:
     """A block's weights, and what the run has settled: patterns, scales and gates. A bias may be absent."""
 
     pattern: Float[Tensor, "batch head query key"]
-    ln1: LinearNorm
-    ln2: LinearNorm
-    gate: Float[Tensor, "batch pos d_mlp"] | None
+    norm: LinearNorm
     W_V: Float[Tensor, "head d_model d_head"]
     W_O: Float[Tensor, "head d_head d_model"]
     b_V: Float[Tensor, "head d_head"] | None
     b_O: Float[Tensor, "d_model"] | None
-    W_in: Float[Tensor, "d_model d_mlp"] | None
-    W_out: Float[Tensor, "d_mlp d_model"] | None
-    b_in: Float[Tensor, "d_mlp"] | None
-    b_out: Float[Tensor, "d_model"] | None
+    mlp: FrozenMLP | None
 
     @classmethod
     def of(cls, block: Any, run: dict[str, Tensor], layer: int) -> "FrozenBlock":
         """Block `layer` of a model, as it acted in a recorded run."""
         prefix = f"blocks.{layer}"
-        mlp = getattr(block, "mlp", None)
-        gate = None
-        if mlp is not None:
-            pre, post = run[f"{prefix}.mlp.hook_pre"], run[f"{prefix}.mlp.hook_post"]
-            gate = torch.where(pre == 0, 0.0, post / pre)
-        attn = block.attn
+        attn, frozen_mlp = block.attn, None
+        if hasattr(block, "mlp"):
+            mlp, pre, post = block.mlp, run[f"{prefix}.mlp.hook_pre"], run[f"{prefix}.mlp.hook_post"]
+            frozen_mlp = FrozenMLP(
+                norm=linear_norm(getattr(block, "ln2", None), run[f"{prefix}.hook_resid_mid"]),
+                gate=torch.where(pre == 0, 0.0, post / pre),
+                W_in=mlp.W_in.detach(),
+                W_out=mlp.W_out.detach(),
+                b_in=_detached(mlp.b_in),
+                b_out=_detached(mlp.b_out),
+            )
         return cls(
             pattern=run[f"{prefix}.attn.hook_pattern"],
-            ln1=linear_norm(getattr(block, "ln1", None), run[f"{prefix}.hook_resid_pre"]),
-            ln2=linear_norm(getattr(block, "ln2", None), run[f"{prefix}.hook_resid_mid"]) if mlp else LinearNorm(),
-            gate=gate,
+            norm=linear_norm(getattr(block, "ln1", None), run[f"{prefix}.hook_resid_pre"]),
             W_V=attn.W_V.detach(),
             W_O=attn.W_O.detach(),
             b_V=_detached(attn.b_V),
             b_O=_detached(attn.b_O),
-            W_in=_detached(mlp.W_in) if mlp else None,
-            W_out=_detached(mlp.W_out) if mlp else None,
-            b_in=_detached(mlp.b_in) if mlp else None,
-            b_out=_detached(mlp.b_out) if mlp else None,
+            mlp=frozen_mlp,
         )
 
     @property
@@ -68,43 +100,32 @@ class FrozenBlock:
         """Heads that write anything at all."""
         return [head for head in range(len(self.W_O)) if bool(self.W_O[head].any())]
 
-    @property
-    def has_mlp(self) -> bool:
-        """Whether there is an MLP that writes anything at all."""
-        return self.W_out is not None and (bool(self.W_out.any()) or self.b_out is not None and bool(self.b_out.any()))
-
-    def attn_bias(self) -> Float[Tensor, "batch pos d_model"]:
+    def bias(self) -> Float[Tensor, "batch pos d_model"]:
         """What the attention adds at each position whatever it reads."""
-        total = torch.zeros_like(self.W_O[0, 0])
-        total = total.expand(self.pattern.shape[0], self.pattern.shape[2], -1)
+        total = self.W_O.new_zeros(self.pattern.shape[0], self.pattern.shape[2], self.W_O.shape[-1])
         for head in range(len(self.W_O)):
             value = torch.zeros_like(self.W_O[head, :, 0])
             if self.b_V is not None:
                 value = value + self.b_V[head]
-            if self.ln1.b is not None:
-                value = value + self.ln1.b @ self.W_V[head]
+            if self.norm.b is not None:
+                value = value + self.norm.b @ self.W_V[head]
             total = total + self.pattern[:, head].sum(-1)[..., None] * (value @ self.W_O[head])
         return total if self.b_O is None else total + self.b_O
 
-    def mlp_bias(self) -> Float[Tensor, "batch pos d_model"]:
-        """What the MLP adds at each position whatever it reads, given its gates."""
-        assert self.gate is not None and self.W_in is not None and self.W_out is not None
-        before = torch.zeros_like(self.W_in[0])
-        if self.b_in is not None:
-            before = before + self.b_in
-        if self.ln2.b is not None:
-            before = before + self.ln2.b @ self.W_in
-        total = (before * self.gate) @ self.W_out
-        return total if self.b_out is None else total + self.b_out
+    def values(self, x: Tensor, head: int) -> Tensor:
+        """The value vectors that a head reads from a term at every position, bias aside."""
+        return self.norm.linear(x) @ self.W_V[head]
 
-    def values(self, x: Tensor, head: int, scale: Tensor | None = None) -> Tensor:
-        """What a head reads from terms x: its value vectors, bias aside."""
-        return self.ln1.linear(x, scale) @ self.W_V[head]
+    def unscaled_values(self, x: Tensor, head: int) -> Tensor:
+        """The same before the division by the norm's scale, which `reading` then does."""
+        if self.norm.scale is None:
+            return x @ self.W_V[head]
+        return self.norm.linear(x, torch.ones_like(self.norm.scale[0, :1])) @ self.W_V[head]
 
-    def mlp(self, x: Tensor, gate: Tensor, scale: Tensor | None) -> Tensor:
-        """What the MLP makes of terms x at the positions of `gate` and `scale`, biases aside."""
-        assert self.W_in is not None and self.W_out is not None
-        return (self.ln2.linear(x, scale) @ self.W_in * gate) @ self.W_out
+    def reading(self, head: int, query: int) -> Float[Tensor, "batch key"]:
+        """With which weight a query position reads each position's unscaled values."""
+        pattern = self.pattern[:, head, query]
+        return pattern if self.norm.scale is None else pattern / self.norm.scale[..., 0]
 
 
 def _detached(weight: Tensor | None) -> Tensor | None:
@@ -129,10 +150,9 @@ class SummedBlock:
         """The term through a head."""
         return self.block.pattern[:, head] @ self.block.values(term, head) @ self.block.W_O[head]
 
-    def mlp(self, term: Tensor) -> Tensor:
+    def mlp(self, term: Tensor, mlp: FrozenMLP) -> Tensor:
         """The term through the MLP."""
-        assert self.block.gate is not None
-        return self.block.mlp(term, self.block.gate, None)
+        return mlp.everywhere(term)
 
 
 @dataclass(frozen=True)
@@ -153,9 +173,10 @@ class Mixed:
 
 @dataclass(frozen=True)
 class Gated:
-    """What the first block's MLP makes of a head's output, at every position."""
+    """What an MLP makes of a head's output, at every position."""
 
     mixed: Mixed
+    mlp: FrozenMLP
 
 
 @dataclass(frozen=True)
@@ -190,15 +211,11 @@ class FirstBlock:
 
     def head(self, term: Local, head: int) -> Mixed:
         """The term through a head."""
-        block = self.block
-        return Mixed(block.pattern[:, head], block.values(term.x, head), block.W_O[head])
+        return Mixed(self.block.pattern[:, head], self.block.values(term.x, head), self.block.W_O[head])
 
-    def mlp(self, term: Local | Mixed) -> Local | Gated:
+    def mlp(self, term: Local | Mixed, mlp: FrozenMLP) -> Local | Gated:
         """The term through the MLP."""
-        if isinstance(term, Mixed):
-            return Gated(term)
-        assert self.block.gate is not None
-        return Local(self.block.mlp(term.x, self.block.gate, None))
+        return Gated(term, mlp) if isinstance(term, Mixed) else Local(mlp.everywhere(term.x))
 
 
 @dataclass(frozen=True)
@@ -206,7 +223,6 @@ class LastBlock:
     """The block of which one query position matters."""
 
     block: FrozenBlock
-    first: FrozenBlock | None
     query: int
 
     def keep(self, term: Local | Mixed | Gated) -> Point | Spread:
@@ -215,10 +231,8 @@ class LastBlock:
             return Point(term.x[:, self.query])
         if isinstance(term, Mixed):
             return Spread(term.pattern[:, self.query], term.v, term.basis)
-        assert self.first is not None
         mixed = term.mixed
-        basis = _mlp_at(self.first, self.query, mixed.basis)
-        return Spread(mixed.pattern[:, self.query], mixed.v, basis)
+        return Spread(mixed.pattern[:, self.query], mixed.v, term.mlp.at(self.query, mixed.basis))
 
     def bias(self, x: Float[Tensor, "batch pos d_model"]) -> Point:
         """A bias as a term; its source is the query position, where it enters."""
@@ -226,40 +240,25 @@ class LastBlock:
 
     def head(self, term: Local | Mixed | Gated, head: int) -> Spread:
         """The term through a head."""
-        block = self.block
-        pattern, W_O = block.pattern[:, head, self.query], block.W_O[head]
-        # The norm divides each position by its scale; here that is part of the weight it is read with.
-        one = None if block.ln1.scale is None else torch.ones_like(block.ln1.scale[:, :1])
-        unscaled = pattern if block.ln1.scale is None else pattern / block.ln1.scale[..., 0]
+        block, W_O = self.block, self.block.W_O[head]
+        reading = block.reading(head, self.query)
         if isinstance(term, Local):
-            return Spread(unscaled, block.values(term.x, head, one), W_O)
+            return Spread(reading, block.unscaled_values(term.x, head), W_O)
         if isinstance(term, Mixed):
-            weight = torch.einsum("bq,bqs->bs", unscaled, term.pattern)
-            return Spread(weight, term.v @ block.values(term.basis, head, None if one is None else one[0]), W_O)
+            weight = torch.einsum("bq,bqs->bs", reading, term.pattern)
+            return Spread(weight, term.v @ block.unscaled_values(term.basis, head), W_O)
         # Between the two heads stands an MLP, whose gates differ by position: mix neuron by neuron.
-        first, mixed = self.first, term.mixed
-        assert first is not None and first.gate is not None and first.W_in is not None and first.W_out is not None
-        if first.ln2.scale is not None:
-            unscaled = unscaled / first.ln2.scale[..., 0]
-            basis = first.ln2.linear(mixed.basis, torch.ones_like(first.ln2.scale[0, :1]))
-        else:
-            basis = mixed.basis
-        mix = torch.einsum("bqs,bqm->bsm", mixed.pattern * unscaled[..., None], first.gate)
-        neurons = mix * (mixed.v @ (basis @ first.W_in))
-        read = block.values(first.W_out, head, None if one is None else one[0])
-        return Spread(torch.ones_like(pattern), neurons @ read, W_O)
+        mixed, mlp = term.mixed, term.mlp
+        basis = mixed.basis
+        if mlp.norm.scale is not None:
+            reading = reading / mlp.norm.scale[..., 0]
+            basis = mlp.norm.linear(basis, torch.ones_like(mlp.norm.scale[0, :1]))
+        mix = torch.einsum("bqs,bqm->bsm", mixed.pattern * reading[..., None], mlp.gate)
+        neurons = mix * (mixed.v @ (basis @ mlp.W_in))
+        return Spread(torch.ones_like(reading), neurons @ block.unscaled_values(mlp.W_out, head), W_O)
 
-    def mlp(self, term: Point | Spread) -> Point | Spread:
+    def mlp(self, term: Point | Spread, mlp: FrozenMLP) -> Point | Spread:
         """The term at the query position through the MLP."""
         if isinstance(term, Point):
-            return Point(_mlp_at(self.block, self.query, term.x[:, None])[:, 0])
-        return Spread(term.weight, term.v, _mlp_at(self.block, self.query, term.basis))
-
-
-def _mlp_at(
-    block: FrozenBlock, query: int, x: Float[Tensor, "*batch rows d_model"]
-) -> Float[Tensor, "batch rows d_model"]:
-    """Terms through the MLP as it stands at one position."""
-    assert block.gate is not None
-    scale = None if block.ln2.scale is None else block.ln2.scale[:, query, None]
-    return block.mlp(x.expand(len(block.gate), -1, -1), block.gate[:, query, None], scale)
+            return Point(mlp.at(self.query, term.x[:, None])[:, 0])
+        return Spread(term.weight, term.v, mlp.at(self.query, term.basis))

@@ -69,11 +69,11 @@ def associative_transformer(
     trigger_ids = language.trigger_ids(triggers)
     size = language.d_vocab
     check_count("n_ctx", n_ctx, minimum=1)
-    n_pos = 0
+    n_pos = learned = 0
     if positions == "absolute":
         n_pos = n_ctx
-        n_ctx_train = n_ctx if n_ctx_train is None else check_count("n_ctx_train", n_ctx_train, minimum=1)
-        if n_ctx_train > n_ctx:
+        learned = n_ctx if n_ctx_train is None else check_count("n_ctx_train", n_ctx_train, minimum=1)
+        if learned > n_ctx:
             raise ValueError(f"n_ctx_train must be at most n_ctx={n_ctx}, got {n_ctx_train}")
     orthonormal = 3 * size + n_pos
     d_model = orthonormal if d_model is None else check_count("d_model", d_model, minimum=1)
@@ -83,7 +83,7 @@ def associative_transformer(
             n_layers=2,
             d_model=d_model,
             n_heads=1,
-            d_head=max(size, n_ctx_train or 0),
+            d_head=max(size, learned),
             d_mlp=size,
             act_fn="relu",
             normalization_type=None,
@@ -99,7 +99,7 @@ def associative_transformer(
         positions=positions,
         strengths=strengths,
         triggers=trigger_ids.tolist(),
-        n_ctx_train=n_ctx_train,
+        n_ctx_train=learned or None,
     )
     directions = _directions(orthonormal, d_model, as_generator(seed))
     embed, previous, unembed, pos = directions.split([size, size, size, n_pos])
@@ -130,8 +130,8 @@ def associative_transformer(
     else:
         weights |= {
             "pos_embed.W_pos": pos,
-            "blocks.0.attn.W_Q": heads(pos[1:n_ctx_train]),
-            "blocks.0.attn.W_K": heads(strengths.previous_token * pos[: n_ctx_train - 1]),
+            "blocks.0.attn.W_Q": heads(pos[1:learned]),
+            "blocks.0.attn.W_K": heads(strengths.previous_token * pos[: learned - 1]),
         }
     with torch.no_grad():
         for name, parameter in model.named_parameters():

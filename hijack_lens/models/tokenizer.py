@@ -24,5 +24,9 @@ def hf_tokenizer(language: BigramLanguage) -> PreTrainedTokenizerFast:
         # Without a decoder, tokens are joined by spaces.
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False, **unknown
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=END,
+        clean_up_tokenization_spaces=False,
+        **unknown,
     )

@@ -55,7 +55,7 @@ def attention(
         TypeError, ValueError: for tokens outside the vocabulary, and for unknown options.
     """
     tokens = check_tokens("tokens", tokens, language.d_vocab)
-    learned = _learned_positions(positions, n_ctx_train)
+    learned = learned_positions(positions, n_ctx_train)
     leak = math.exp(-strengths.previous_token)
     pos = torch.arange(1, tokens.shape[-1] + 1, dtype=torch.float64, device=tokens.device)
     causal = pos[:, None] >= pos
@@ -117,7 +117,7 @@ def margin(
     Raises:
         TypeError: for tokens without their candidates.
     """
-    tokens = getattr(prompt, "tokens", prompt)
+    tokens = prompt if isinstance(prompt, Tensor) else prompt.tokens
     a = getattr(prompt, "in_context", None) if in_context is None else in_context
     b = getattr(prompt, "global_", None) if global_ is None else global_
     if a is None or b is None:
@@ -150,13 +150,14 @@ def previous_token_memory(
     return torch.where((pos > 1) & (pos <= learned), focused, count / pos)
 
 
-def _learned_positions(positions: str, n_ctx_train: int | None) -> float:
+def learned_positions(positions: str, n_ctx_train: int | None) -> float:
+    """The last position that knows which position comes before it; checks the two options."""
     check_choice("positions", positions, ("relative", "absolute"))
     if n_ctx_train is None:
         return math.inf
     if positions == "relative":
         raise ValueError(f"n_ctx_train is for absolute positions; relative ones have no end, got {n_ctx_train}")
-    return check_count("n_ctx_train", n_ctx_train, minimum=1)
+    return float(check_count("n_ctx_train", n_ctx_train, minimum=1))
 
 
 def _memories(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hijack_lens._checks import check_count
 from hijack_lens.language import BigramLanguage, Token
-from hijack_lens.theory.closed_form import Positions, Triggers, _learned_positions, previous_token_memory
+from hijack_lens.theory.closed_form import Positions, Triggers, learned_positions, previous_token_memory
 from hijack_lens.theory.strengths import Strengths
 
 
@@ -30,6 +30,9 @@ class Flip:
 
     repeats: int | None
     reason: str
+
+    def __str__(self) -> str:
+        return f"{'no number would do' if self.repeats is None else self.repeats} ({self.reason})"
 
 
 def min_repeats(
@@ -90,11 +93,14 @@ def min_repeats(
         most = (length - 1 - global_count) // 2
         limit = f"no number of repeats that fits into {length} tokens (at most {most}) wins"
     repeats = torch.arange(most + 1)
-    pull = _context_pull(repeats, matched, length, lead, global_count, _learned_positions(positions, n_ctx_train))
+    pull = _context_pull(repeats, matched, length, lead, global_count, learned_positions(positions, n_ctx_train))
     wins = (pull > ahead).nonzero().flatten()
     if len(wins):
         n = int(wins[0])
-        return Flip(n, f"with {n} repeats the context pulls by {float(pull[n]):.3g}, the weights by {ahead:.3g}")
+        return Flip(
+            n,
+            f"with {n} repeat{'s' * (n != 1)} the context pulls by {float(pull[n]):.3g}, the weights by {ahead:.3g}",
+        )
     return Flip(None, f"{limit}: the context pulls by at most {float(pull.max()):.3g}, the weights by {ahead:.3g}")
 
 
@@ -120,13 +126,12 @@ def phase_boundary(
     repeats = torch.as_tensor(repeats)
     if repeats.is_floating_point() or repeats.ndim != 1 or not len(repeats) or int(repeats.min()) < 0:
         raise ValueError(f"repeats must be a vector of integers >= 0, got {repeats.tolist()}")
-    if length is not None and 2 * int(repeats.max()) + 1 + global_count > length:
-        raise ValueError(
-            f"length must be at least 2 * repeats + 1 + global_count = {2 * int(repeats.max()) + 1 + global_count}, got {length}"
-        )
+    shortest = 2 * int(repeats.max()) + 1 + global_count
+    if length is not None and length < shortest:
+        raise ValueError(f"length must be at least 2 * repeats + 1 + global_count = {shortest}, got {length}")
     if strengths.bigram == 0:
         raise ValueError("strengths.bigram must be > 0: without the weights' memory there is no boundary")
-    learned = _learned_positions(positions, n_ctx_train)
+    learned = learned_positions(positions, n_ctx_train)
     return _context_pull(repeats, strengths, length, lead, global_count, learned) / strengths.bigram
 
 

@@ -28,7 +28,9 @@ class Margin:
     def __repr__(self) -> str:
         parts = {"context": self.context, "weights": self.weights, "rest": self.rest, "total": self.total}
         shown = (
-            f"{name}={value.item():+.4f}" if value.numel() == 1 else f"{name}={[round(x, 4) for x in value.flatten().tolist()]}"
+            f"{name}={value.item():+.4f}"
+            if value.numel() == 1
+            else f"{name}={[round(x, 4) for x in value.flatten().tolist()]}"
             for name, value in parts.items()
         )
         return f"Margin({', '.join(shown)})"

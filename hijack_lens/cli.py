@@ -1,0 +1,176 @@
+"""The command line: `hijack-lens COMMAND`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import hijack_lens as hl
+from hijack_lens.attribution.table import rich_table
+
+app = App(
+    name="hijack-lens",
+    help="Which memory wrote each output logit: the context, or the weights?",
+    version=hl.__version__,
+    default_parameter=Parameter(negative=()),
+)
+
+
+@app.command
+def explain(
+    *,
+    text: Path | None = None,
+    level: Literal["char", "word"] = "char",
+    max_vocab: int | None = None,
+    trigger: str | None = None,
+    in_context: str | None = None,
+    repeats: int = 3,
+    length: int = 64,
+    previous_token: float = 20.0,
+    match: float = 6.0,
+    copy: float = 10.0,
+    bigram: float = 1.0,
+    positions: Literal["relative", "absolute"] = "relative",
+    seed: int = 0,
+    as_json: Annotated[bool, Parameter(name="--json")] = False,
+    out: Path = Path("hijack-lens-report.html"),
+) -> None:
+    """Set the two memories against each other on a text, and say which one wrote the prediction.
+
+    Args:
+        text: Text file to take the bigrams from; by default, English that is always at hand.
+        level: What a token is.
+        max_vocab: Keep this many tokens, the most frequent.
+        trigger: The token whose successor is predicted; by default, the one whose successor is surest.
+        in_context: What follows it in the prompt; by default, a common token that rarely does.
+        repeats: How often it does.
+        length: Tokens in the prompt.
+        previous_token: Strength b1 of the previous-token head.
+        match: Strength b2 of the induction head's match.
+        copy: Strength b3 of the induction head's copy.
+        bigram: Strength g of the bigram memory.
+        positions: How the previous-token head knows positions.
+        seed: Of the prompt.
+        as_json: Print JSON instead of tables.
+        out: Where to write the report.
+    """
+    corpus = hl.default_text() if text is None else text.read_text(encoding="utf-8")
+    language = hl.BigramLanguage.from_text(corpus, level=level, max_vocab=max_vocab)
+    q, c = _conflict(language, trigger, in_context)
+    prompt = hl.hijack_prompt(language, q, c, repeats, length, seed=seed)
+    strengths = hl.Strengths(previous_token, match, copy, bigram)
+    model = hl.associative_transformer(language, positions=positions, strengths=strengths, n_ctx=length)
+    explanation = hl.explain(model, prompt)
+    report = hl.report(explanation, out).resolve()
+    if as_json:
+        print(json.dumps(_as_json(explanation, report), indent=2, ensure_ascii=False))
+    else:
+        _print(explanation, report)
+
+
+def main() -> None:
+    """Runs the command line; bad input ends it with one line and exit code 2."""
+    try:
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        error.verbose = False  # without it, the message names Python functions
+        _fail(str(error))
+    except (ValueError, TypeError, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _fail(message: str) -> None:
+    print(f"hijack-lens: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _conflict(language: hl.BigramLanguage, trigger: str | None, in_context: str | None) -> tuple[int, int]:
+    """The conflict asked for; where it is left open, a strong one.
+
+    By default the trigger is the word or letter whose successor is surest, and the context says the most
+    common word or letter of those least likely to follow.
+    """
+    wordlike = [i for i, token in enumerate(language.tokens) if token.isalpha()] or list(range(language.d_vocab))
+    if trigger is None:
+        common = [i for i in wordlike if language.pi_u[i] >= 0.1 / language.d_vocab] or wordlike
+        q = max(common, key=lambda i: float(language.pi_b[i].max()))
+    else:
+        q = language.index(trigger, "trigger")
+    if in_context is None:
+        taken = (q, language.most_likely(q))
+        others = [i for i in wordlike if i not in taken] or [i for i in range(language.d_vocab) if i not in taken]
+        if not others:
+            raise ValueError(f"text has only {language.d_vocab} different tokens; a conflict needs at least 3")
+        return q, min(others, key=lambda i: (float(language.pi_b[q, i]), -float(language.pi_u[i])))
+    return q, language.index(in_context, "in-context")
+
+
+def _print(explanation: hl.Explanation, report: Path) -> None:
+    prompt, margin = explanation.prompt, explanation.margin
+    show = prompt.language.display
+    q, c, g = (repr(show(token)) for token in (prompt.trigger, prompt.in_context, prompt.global_))
+    console = Console()
+    shown = Text("prompt  ", style="bold")
+    tokens = prompt.tokens.tolist()
+    for i, token in enumerate(tokens):
+        after_trigger = i > 0 and tokens[i - 1] == prompt.trigger
+        style = "bold blue" if after_trigger else "bold" if token == prompt.trigger else "dim"
+        shown.append(show(token) + (" " if prompt.language.level == "word" else ""), style=style)
+    console.print(shown)
+    console.print(f"After {q}, the context says {c}; the weights say {g}.")
+    console.print(Text(f"\n{explanation.verdict}\n", style="bold"))
+    console.print(rich_table(explanation.attribution))
+
+    table = Table(title=f"margin, logit {c} - logit {g}, with a component switched off")
+    table.add_column("switched off")
+    table.add_column("margin", justify="right")
+    table.add_column("change", justify="right")
+    for name, value in explanation.ablated.items():
+        table.add_row(name, f"{value:+.3f}", f"{value - float(margin.total):+.3f}")
+    console.print(table)
+
+    if explanation.theory is not None and explanation.flip is not None:
+        table = Table(title="theory beside model")
+        for column in ("margin", "theory", "model", "difference"):
+            table.add_column(column, justify="left" if column == "margin" else "right")
+        for part, (predicted, found) in explanation.theory_beside_model().items():
+            table.add_row(part, f"{predicted:+.4f}", f"{found:+.4f}", f"{abs(predicted - found):.1e}")
+        console.print(table)
+        console.print(f"Repeats needed among neutral tokens, at this length: {explanation.flip}.")
+    console.print(f"\nReport: {report}", soft_wrap=True)
+
+
+def _as_json(explanation: hl.Explanation, report: Path) -> dict[str, Any]:
+    prompt, attribution = explanation.prompt, explanation.attribution
+    tokens = prompt.language.tokens
+    by_path = attribution.by_path()
+    return {
+        "prompt": prompt.text,
+        "trigger": tokens[prompt.trigger],
+        "in_context": tokens[prompt.in_context],
+        "global": tokens[prompt.global_],
+        "winner": explanation.winner,
+        "verdict": explanation.verdict,
+        "margin": {part: float(getattr(explanation.margin, part)) for part in ("context", "weights", "rest", "total")},
+        "theory": {part: predicted for part, (predicted, _) in explanation.theory_beside_model().items()},
+        "repeats_needed": None if explanation.flip is None else explanation.flip.repeats,
+        "ablated": explanation.ablated,
+        "paths": [
+            {
+                "path": path.label,
+                "memory": path.memory,
+                "in_context": float(by_path[i, prompt.in_context]),
+                "global": float(by_path[i, prompt.global_]),
+            }
+            for i, path in enumerate(attribution.paths)
+        ],
+        "completeness_error": attribution.completeness_error,
+        "report": str(report),
+    }

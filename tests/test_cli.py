@@ -1,0 +1,123 @@
+"""The command line, as a person runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hijack_lens as hl
+from hijack_lens import cli, theory
+
+
+def run(capsys, monkeypatch, *arguments):
+    """Exit code, standard output and standard error of `hijack-lens arguments`."""
+    monkeypatch.setattr(sys, "argv", ["hijack-lens", *arguments])
+    monkeypatch.setenv("COLUMNS", "120")
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_explain_without_arguments_tells_the_whole_story(capsys, monkeypatch, tmp_path):
+    code, out, err = run(capsys, monkeypatch, "explain")
+    assert (code, err) == (0, "")
+    for part in (
+        "hijacks the weights",
+        "previous-token head",
+        "induction head",
+        "bigram memory",
+        "theory beside model",
+    ):
+        assert part in out
+    assert str(tmp_path / "hijack-lens-report.html") in out.replace("\n", "")
+    assert (tmp_path / "hijack-lens-report.html").stat().st_size > 1_000_000
+
+
+def test_json_holds_the_numbers_that_the_library_gives(capsys, monkeypatch, tmp_path):
+    text = "the cat sat on the mat and the dog sat on the log while the cow ate the hay " * 20
+    Path("my.txt").write_text(text)
+    options = ["--text", "my.txt", "--level", "word", "--trigger", "the", "--in-context", "sat", "--repeats", "2",
+               "--length", "40", "--match", "4", "--copy", "7", "--bigram", "0.5", "--seed", "5"]  # fmt: skip
+    code, out, err = run(capsys, monkeypatch, "explain", *options, "--json", "--out", "r.html")
+    assert (code, err) == (0, "")
+    printed = json.loads(out)
+    language = hl.BigramLanguage.from_text(text, level="word")
+    prompt = hl.hijack_prompt(language, "the", "sat", 2, 40, seed=5)
+    assert printed["prompt"] == prompt.text
+    assert (printed["trigger"], printed["in_context"]) == ("the", "sat")
+    expected = theory.margin(prompt, language, hl.Strengths(match=4.0, copy=7.0, bigram=0.5))
+    assert printed["margin"]["total"] == pytest.approx(float(expected.total), abs=1e-4)
+    assert printed["theory"]["context"] == pytest.approx(float(expected.context))
+    assert printed["ablated"]["induction head"] == pytest.approx(float(expected.weights), abs=1e-4)
+    assert printed["ablated"]["bigram memory"] == pytest.approx(float(expected.context), abs=1e-4)
+    assert sum(path["in_context"] - path["global"] for path in printed["paths"]) == pytest.approx(
+        float(expected.total), abs=1e-4
+    )
+    assert printed["winner"] == ("context" if float(expected.total) > 0 else "weights")
+    assert printed["report"] == str(tmp_path / "r.html")
+
+
+def test_absolute_positions_and_weights_that_win(capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "explain", "--positions", "absolute", "--copy", "2", "--json")
+    assert code == 0
+    printed = json.loads(out)
+    assert printed["winner"] == "weights"
+    assert printed["repeats_needed"] is None
+    assert "overrule the context" in printed["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trigger", "日"], "trigger '日' is not one of the language's"),
+        (["--in-context", "u", "--trigger", "q"], "in_context 'u' is also what the weights say"),
+        (["--repeats", "60"], "repeats=60 do not fit"),
+        (["--repeats", "many"], "many"),
+        (["--length", "0"], "length must be at least 1, got 0"),
+        (["--level", "syllable"], "syllable"),
+        (["--match", "nan"], "match must be a finite number >= 0, got nan"),
+        (["--text", "missing.txt"], "missing.txt"),
+        (["--text", "empty.txt"], "text must hold at least two tokens, got ''"),
+        (["--text", "binary.txt"], "can't decode"),
+        (["--out", "no/such/folder.html"], "path must lie in an existing folder"),
+        (["--max-vocab", "1"], "max_vocab must be at least 2, got 1"),
+        (["--nonsense"], "nonsense"),
+    ],
+)
+def test_bad_input_ends_with_one_clear_line(capsys, monkeypatch, tmp_path, arguments, message):
+    Path("empty.txt").write_text("")
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00\x9f")
+    code, out, err = run(capsys, monkeypatch, "explain", *arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("hijack-lens: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["binary.txt", "empty.txt"]
+
+
+def test_an_unknown_command_is_bad_input_and_none_shows_help(capsys, monkeypatch):
+    code, _, err = run(capsys, monkeypatch, "explode")
+    assert code == 2
+    assert "explode" in err
+    code, out, _ = run(capsys, monkeypatch)
+    assert code == 0
+    assert "explain" in out
+
+
+def test_importing_drags_in_no_plotting():
+    """What only pictures need is loaded when a picture is drawn, so that importing costs what TransformerLens costs."""
+    code = "import sys, hijack_lens; print([m for m in ('matplotlib', 'circuitsvis', 'cyclopts') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

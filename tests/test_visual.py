@@ -1,0 +1,269 @@
+"""Pictures and the report, looked at in a real browser with the network off."""
+
+import json
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+import hijack_lens as hl
+from hijack_lens import visual
+
+NASTY = "</script><b>&"
+
+
+@pytest.fixture(scope="module")
+def language():
+    return hl.BigramLanguage.from_text(hl.default_text())
+
+
+@pytest.fixture(scope="module")
+def explanation(language):
+    model = hl.associative_transformer(language)
+    return hl.explain(model, hl.hijack_prompt(language, "q", "x", repeats=3, length=48, seed=0))
+
+
+@pytest.fixture(scope="module")
+def nasty_explanation():
+    """A language whose tokens would break out of a careless page."""
+    tokens = ["q", NASTY, "<img/src=x>", "'\"", "`${x}`", "</SCRIPT>", "a", "b"]
+    language = hl.BigramLanguage(hl.BigramLanguage.dirichlet(8, seed=3).pi_b, tokens=tokens)
+    prompt = hl.hijack_prompt(language, "q", NASTY, 3, 30, global_="<img/src=x>", seed=0)
+    return hl.explain(hl.associative_transformer(language), prompt)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if executable is None:
+        if os.environ.get("REQUIRE_BROWSER"):
+            pytest.fail("REQUIRE_BROWSER is set, but no Chromium is installed")
+        pytest.skip("no Chromium on this machine: install it (Debian: apt-get install chromium) to run this test")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()
+
+
+class Opened:
+    """A page opened offline, with all it complained about and all it asked the network for."""
+
+    def __init__(self, browser, path):
+        self.page = browser.new_context(offline=True, viewport={"width": 1100, "height": 900}).new_page()
+        self.complaints, self.requests = [], []
+        self.page.on("console", lambda message: self._hear(message.type, message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("canvas", timeout=30_000)
+
+    def _hear(self, kind, text):
+        if kind == "error":
+            self.complaints.append(text)
+
+    def inked(self):
+        """For each canvas, how many of its pixels are not white or transparent."""
+        return self.page.evaluate(
+            """() => [...document.querySelectorAll("canvas")].map(canvas => {
+                const copy = document.createElement("canvas");
+                copy.width = canvas.width; copy.height = canvas.height;
+                const context = copy.getContext("2d");
+                context.drawImage(canvas, 0, 0);
+                const data = context.getImageData(0, 0, copy.width, copy.height).data;
+                let count = 0;
+                for (let i = 0; i < data.length; i += 4)
+                    if (data[i + 3] > 0 && data[i] + data[i + 1] + data[i + 2] < 720) count++;
+                return count;
+            })"""
+        )
+
+
+@pytest.mark.browser
+def test_the_report_draws_both_attention_patterns_and_the_attribution_offline(explanation, browser, tmp_path):
+    path = hl.report(explanation, tmp_path / "report.html")
+    opened = Opened(browser, path)
+    assert opened.complaints == []
+    assert [url for url in opened.requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
+    text = opened.page.inner_text("body")
+    assert explanation.verdict in text
+    assert "previous-token head (L0H0)" in text
+    assert "induction head (L1H0)" in text
+    opened.page.wait_for_timeout(500)
+    patterns = opened.inked()
+    assert len(patterns) == 2
+    assert min(patterns) > 10_000  # axes, mask and cells; an empty canvas has none
+    # The token view: its buttons, and one coloured element per token of the prompt.
+    assert "embed → induction head → unembed" in text
+    shaded = opened.page.evaluate(
+        """() => [...document.querySelectorAll("figure span")]
+            .map(token => [token.innerText, getComputedStyle(token).backgroundColor])"""
+    )
+    tokens = [explanation.prompt.language.display(int(token)) for token in explanation.prompt.tokens]
+    drawn = [text for text, _ in shaded if text in tokens]
+    assert len(drawn) >= len(tokens)
+    colours = {colour for _, colour in shaded}
+    assert len(colours) >= 3  # towards one candidate, towards the other, and neither
+
+
+@pytest.mark.browser
+def test_tokens_that_look_like_markup_are_shown_as_text(nasty_explanation, browser, tmp_path):
+    opened = Opened(browser, hl.report(nasty_explanation, tmp_path / "report.html"))
+    assert opened.complaints == []
+    assert opened.page.evaluate("document.querySelectorAll('img[src=\"x\"]').length") == 0
+    assert NASTY in opened.page.inner_text("body")
+
+
+@pytest.mark.browser
+def test_a_view_stands_alone_in_a_notebook_page_and_may_stand_there_twice(explanation, browser, tmp_path):
+    view = visual.attention(explanation.model, explanation.prompt)
+    page = tmp_path / "cells.html"
+    page.write_text(f"<!DOCTYPE html><meta charset=utf-8><body>{view._repr_html_()}{view._repr_html_()}</body>")
+    opened = Opened(browser, page)
+    opened.page.wait_for_timeout(500)
+    assert opened.complaints == []
+    assert len(opened.inked()) == 4
+    assert min(opened.inked()) > 10_000
+
+
+def test_the_report_carries_circuitsvis_once(explanation, tmp_path):
+    html = hl.report(explanation, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert html.count("var CircuitsVis=") == 1
+    assert html.count("lens.render(") == 3
+    assert "https://unpkg.com" not in html
+
+
+def props_of(view):
+    """The properties in a view's HTML, as a browser would read them."""
+    calls = re.findall(r'lens\.render\("[\w-]+", lens\.(\w+), (.*?)\);(?= ?lens|  ?\}\)| \}\))', view.fragment())
+    return [(element, json.loads(props)) for element, props in calls]
+
+
+def test_the_attention_view_holds_the_models_own_patterns(explanation):
+    model, prompt = explanation.model, explanation.prompt
+    _, cache = model.run_with_cache(prompt.tokens)
+    (first, one), (second, two) = props_of(visual.attention(model, prompt))
+    assert first == second == "AttentionPattern"
+    torch.testing.assert_close(torch.tensor(one["attention"]), cache["pattern", 0][0, 0])
+    torch.testing.assert_close(torch.tensor(two["attention"]), cache["pattern", 1][0, 0])
+    assert one["tokens"] == [prompt.language.display(int(token)) for token in prompt.tokens]
+
+
+def test_the_token_view_adds_up_to_the_margin(explanation):
+    ((element, props),) = props_of(visual.token_paths(explanation.attribution))
+    assert element == "ColoredTokensMulti"
+    values = torch.tensor(props["values"])
+    assert values.shape == (len(explanation.prompt), len(props["labels"]))
+    totals = dict(zip(props["labels"], values.sum(0).tolist(), strict=True))
+    assert totals["all paths"] == pytest.approx(float(explanation.margin.total), abs=1e-4)
+    assert totals["context"] == pytest.approx(float(explanation.margin.context), abs=1e-4)
+    assert totals["embed → bigram memory → unembed"] == pytest.approx(float(explanation.margin.weights), abs=1e-4)
+    assert set(props["positiveBounds"]) == {float(values.abs().max())}  # one scale for all paths
+
+
+class Balanced(HTMLParser):
+    VOID = frozenset({"br", "img", "meta", "input", "path", "use", "rect"})
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.text = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_reports_markup_is_balanced(explanation, nasty_explanation, tmp_path):
+    for case in (explanation, nasty_explanation):
+        html = hl.report(case, tmp_path / "report.html").read_text(encoding="utf-8")
+        assert Balanced(html).open == []
+
+
+def test_the_bars_show_the_margin_and_every_ablation(explanation):
+    (ax,) = visual.margin_bars(explanation).figure.axes
+    labels = [tick.get_text() for tick in ax.get_yticklabels()]
+    assert labels == ["whole model", "previous-token head off", "induction head off", "bigram memory off"]
+    totals = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "D"]
+    assert totals == pytest.approx([float(explanation.margin.total), *explanation.ablated.values()])
+    stacked = {bar.get_facecolor(): bar.get_width() for bar in ax.patches if abs(bar.get_y() + 0.31) < 1e-6}
+    assert sorted(stacked.values()) == pytest.approx(
+        sorted([float(explanation.margin.weights), 0.0, float(explanation.margin.context)])
+    )
+    assert "logit 'x'" in ax.get_xlabel()
+    low, high = ax.get_xlim()
+    assert low < min(totals)
+    assert max(totals) < high
+
+
+def test_pictures_can_be_saved_and_shown(explanation, tmp_path):
+    picture = visual.margin_bars(explanation)
+    picture.save(tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes()[:8] == picture._repr_png_()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert picture.svg().startswith("<svg")
+
+
+def test_a_report_is_written_whole_or_not_at_all(explanation, tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("the old report")
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hl.report(explanation, path)
+    assert path.read_text() == "the old report"
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+    with pytest.raises(ValueError, match=r"path must lie in an existing folder, got '/no/such"):
+        hl.report(explanation, Path("/no/such/report.html"))
+
+
+def test_views_refuse_what_they_cannot_draw(explanation, language):
+    model = explanation.model
+    batch = hl.hijack_prompt(language, "q", "x", 2, 20, n_prompts=2, seed=0)
+    with pytest.raises(ValueError, match="prompt must be a single prompt, got a batch of 2"):
+        visual.attention(model, batch)
+    with pytest.raises(TypeError, match="heads must be heads, got"):
+        visual.attention(model, batch, heads=list(model.circuit.bigram))
+    with pytest.raises(ValueError, match="one position"):
+        visual.token_paths(hl.attribute(model, explanation.prompt, "all"))
+    with pytest.raises(ValueError, match="'nope'"):
+        visual.token_paths(explanation.attribution, "nope", "x")
+    broken = hl.LogitAttribution(
+        explanation.attribution.values * float("nan"),
+        explanation.attribution.logits,
+        explanation.attribution.tokens,
+        explanation.attribution.paths,
+        explanation.attribution.position,
+        candidates=(1, 2),
+    )
+    with pytest.raises(ValueError, match="NaN"):
+        visual.token_paths(broken)
+
+
+def test_attention_of_a_bridge_without_tokenizer():
+    bridge = TransformerBridge.boot_native(
+        {"n_layers": 2, "d_model": 12, "d_head": 6, "n_heads": 2, "n_ctx": 16, "d_vocab": 9, "d_mlp": 12,
+         "act_fn": "relu", "normalization_type": None, "seed": 0}
+    )  # fmt: skip
+    tokens = torch.tensor([3, 1, 4, 1, 5])
+    with pytest.raises(ValueError, match="heads must be given"):
+        visual.attention(bridge, tokens)
+    ((_, props),) = props_of(visual.attention(bridge, tokens, heads=[hl.Component(1, "head", 1)]))
+    _, cache = bridge.run_with_cache(tokens[None])
+    torch.testing.assert_close(torch.tensor(props["attention"]), cache["blocks.1.attn.hook_pattern"][0, 1])
+    assert props["tokens"] == ["3", "1", "4", "1", "5"]
