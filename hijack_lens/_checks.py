@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,7 +22,7 @@ def check_tokens(name: str, tokens: object, d_vocab: int, n_ctx: int | None = No
     if not isinstance(tokens, Tensor):
         if not isinstance(tokens, Iterable) or isinstance(tokens, (str, bytes)):
             raise TypeError(f"{name} must be a tensor of token ids, got {type(tokens).__name__}")
-        tokens = torch.as_tensor(list(tokens))
+        tokens = torch.as_tensor(np.asarray(tokens if hasattr(tokens, "__len__") else list(tokens)))
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise TypeError(f"{name} must hold integer token ids, got dtype {tokens.dtype}")
     if tokens.ndim not in (1, 2) or tokens.numel() == 0:

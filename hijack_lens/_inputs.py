@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
@@ -23,7 +24,9 @@ def model_tokens(model: Any, prompt: object, name: str = "tokens") -> Int[Tensor
     return (tokens if tokens.ndim == 2 else tokens[None]).to(model.cfg.device)
 
 
-def is_single(prompt: object) -> bool:
+def is_single(prompt: Any) -> bool:
     """Whether what a user calls a prompt is one, rather than a batch."""
     tokens = getattr(prompt, "tokens", prompt)
-    return isinstance(tokens, str) or (isinstance(tokens, Tensor) and tokens.ndim == 1)
+    if isinstance(tokens, Tensor):
+        return tokens.ndim == 1
+    return isinstance(tokens, str) or (np.ndim(tokens) == 1 and not isinstance(tokens[0], str))

@@ -72,11 +72,3 @@ class Circuit:
         """What to call a component: by its role where that names just one, else by its place."""
         role = self.role(component)
         return ROLE_NAMES[role] if role is not None and len(getattr(self, role)) == 1 else str(component)
-
-
-TWO_LAYER_CIRCUIT = Circuit(
-    previous_token=(Component(0, "head", 0),),
-    induction=(Component(1, "head", 0),),
-    bigram=(Component(1, "mlp"),),
-)
-"""The roles in a two-layer model with one head per layer."""

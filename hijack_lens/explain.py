@@ -91,7 +91,7 @@ def explain(model: TwoLayerTransformer, prompt: HijackPrompt) -> Explanation:
             ablated[name] = float(logits[prompt.in_context] - logits[prompt.global_])
     predicted = flip = None
     if model.strengths is not None:
-        setting = (model.strengths, model.triggers, model.positions, model.n_ctx_train)
+        setting = (model.strengths, model.triggers, model.architecture.positions, model.n_ctx_train)
         predicted = theory.margin(prompt, model.language, *setting)
         flip = theory.min_repeats(
             model.language, prompt.trigger, prompt.in_context, prompt.global_, *setting, length=len(prompt)

@@ -190,7 +190,12 @@ class BigramLanguage:
     def entropy_rate(self) -> float:
         """Nats per token of a long sequence: the least loss that any predictor without context can reach."""
         per_token = -torch.special.xlogy(self.pi_b, self.pi_b).sum(-1)
-        return float(self._long_run(self.pi_u) @ per_token)
+        return float(self.long_run @ per_token)
+
+    @cached_property
+    def long_run(self) -> Float[Tensor, "d_vocab"]:
+        """How often each token occurs in a long sequence that starts from `pi_u`."""
+        return self._long_run(self.pi_u)
 
     def index(self, token: Token, name: str = "token") -> int:
         """The id of a token given as text or as id.

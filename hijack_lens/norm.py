@@ -54,14 +54,16 @@ def linear_norm(norm: nn.Module | None, x: Float[Tensor, "*batch d_model"]) -> L
     norm = getattr(norm, "original_component", norm)  # what a TransformerBridge wraps
     if norm is None or isinstance(norm, nn.Identity):
         return LinearNorm()
-    if isinstance(norm, (LayerNorm, LayerNormPre)):
+    if isinstance(norm, (LayerNorm, LayerNormPre, nn.LayerNorm)):
         centred = True
-    elif isinstance(norm, (RMSNorm, RMSNormPre)):
+    elif isinstance(norm, (RMSNorm, RMSNormPre, nn.RMSNorm)):
         centred = False
     else:
         raise TypeError(
             f"model has a norm of type {type(norm).__name__}; known are TransformerLens's LayerNorm and RMSNorm"
         )
     spread = x - x.mean(-1, keepdim=True) if centred else x
+    # PyTorch's own modules call them weight and bias.
+    w, b = (getattr(norm, short, getattr(norm, long, None)) for short, long in (("w", "weight"), ("b", "bias")))
     scale = (spread.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
-    return LinearNorm(centred, scale, getattr(norm, "w", None), getattr(norm, "b", None))
+    return LinearNorm(centred, scale, w, b)

@@ -32,7 +32,8 @@ def ablate(
             "resample" what a reference prompt drawn for each prompt of the run has there, the same
             draw for all components.
         reference: prompts or a cache, as long as the run's prompts; for "mean" and "resample".
-        positions: where to; by default everywhere. Negative ones count from the end.
+        positions: where to; by default everywhere. Negative ones count from the end. They count the tokens of one
+            forward pass: with a key-value cache, the new ones alone.
         part: "output", or a head's attention "pattern".
         seed: of the draws for "resample".
 

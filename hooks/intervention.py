@@ -55,7 +55,8 @@ class Intervention:
             model(tokens)
         model.run_with_hooks(tokens, fwd_hooks=ablate(model, model.circuit.induction).fwd_hooks)
 
-    Interventions nest, and may be entered again while they are active. Hooks of the user's are never touched.
+    Interventions nest, and may be entered again while they are active; at one hook point they act in the order in
+    which they were entered, so enter ablations before what builds on them. Hooks of the user's are never touched.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -87,19 +88,19 @@ class Intervention:
         try:
             for entry in entries:
                 self.model.hook_dict[entry.name].add_hook(entry)
+            self._entries.append(entries)
+            return self
         except BaseException:
             self._remove(entries)
             raise
-        self._entries.append(entries)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        entries = self._entries.pop()
         try:
-            self._remove(entries)
+            self._remove(self._entries[-1])
         finally:
+            entries = self._entries.pop()
             self._remove(entries)  # all over again, lest a Ctrl-C broke in
         if kind is None:
             ran = {entry.name for entry in entries if entry.fn is None and entry.fired}

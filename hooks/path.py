@@ -17,8 +17,8 @@ Via = Literal["q", "k", "v", "mlp_in", "unembed"]
 
 def patch_path(
     model: Any,
-    sender: Component | Literal["embed", "pos_embed"],
-    receiver: Component | Literal["unembed"],
+    sender: Component | tuple[Component] | Literal["embed", "pos_embed"],
+    receiver: Component | tuple[Component] | Literal["unembed"],
     via: Via,
     source: object = None,
     positions: int | Iterable[int] | None = None,
@@ -30,8 +30,8 @@ def patch_path(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        sender: a head or MLP, "embed" or "pos_embed".
-        receiver: a head or MLP after the sender, or "unembed".
+        sender: a head or MLP (or a role of a `Circuit` that has just one), "embed" or "pos_embed".
+        receiver: a head or MLP after the sender (likewise), or "unembed".
         via: the receiver's input: "q", "k" or "v" of a head, "mlp_in" of an MLP, or "unembed".
         source: where the sender's output comes from: a cache, or prompts to run once, now; `None` cuts the
             edge, as if the sender wrote zeros there.
@@ -41,6 +41,7 @@ def patch_path(
         TypeError, ValueError: for an edge that the model does not have.
     """
     check_choice("via", via, ("q", "k", "v", "mlp_in", "unembed"))
+    sender, receiver = _only("sender", sender), _only("receiver", receiver)
     _check_edge(model, sender, receiver, via)
     where = as_positions(positions)
     site = Site(f"hook_{sender}") if isinstance(sender, str) else sites(model, sender)[0]
@@ -62,12 +63,14 @@ def patch_path(
 
     def watch_stream(activation: Tensor, hook: Any) -> None:
         run["stream"] = activation
+        # Messages of all path patches into one input add up before the norm: kept with the stream they change.
+        activation.hijack_lens_messages = {}  # type: ignore[attr-defined]
 
     if isinstance(receiver, str):
         last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
 
         def change_stream(activation: Tensor, hook: Any) -> Tensor:
-            return activation + run["change"]
+            return activation + run.pop("change") if "change" in run else activation
 
         return Intervention(model, edit=[(last, change_stream)], look=[(site.name, watch_sender)])
 
@@ -81,9 +84,17 @@ def patch_path(
         stream, target, norm = f"{prefix}.hook_resid_pre", f"{prefix}.attn.hook_{via}", "ln1"
         weight = getattr(block.attn, f"W_{via.upper()}")[head]
 
+    module = getattr(block, norm, None)
+    linear_norm(module, torch.zeros(1, model.cfg.d_model))  # refuses a norm of an unknown kind before the run does
+
     def change_input(activation: Tensor, hook: Any) -> Tensor:
-        module, before = getattr(block, norm, None), run["stream"]
-        after = before + run["change"]
+        if "change" not in run:  # entered twice, and done already
+            return activation
+        current = run.pop("stream")
+        messages = current.hijack_lens_messages  # type: ignore[attr-defined]
+        before = current + messages.get((target, head), 0.0)
+        after = before + run.pop("change")
+        messages[target, head] = after - current
         change = (linear_norm(module, after)(after) - linear_norm(module, before)(before)) @ weight
         if head is None:
             return activation + change
@@ -94,6 +105,15 @@ def patch_path(
     # Reading resid_mid is fine also where editing it is not.
     look: list[tuple[str, HookFunction]] = [(site.name, watch_sender), (stream, watch_stream)]
     return Intervention(model, edit=[(target, change_input)], look=look)
+
+
+def _only(name: str, component: Any) -> Any:
+    """The one component of a role; what is no role, as it is."""
+    if not isinstance(component, tuple):
+        return component
+    if len(component) != 1:
+        raise ValueError(f"{name} must be one component, got {len(component)}: {', '.join(map(str, component))}")
+    return component[0]
 
 
 def _check_edge(model: Any, sender: object, receiver: object, via: str) -> None:

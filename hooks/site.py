@@ -72,7 +72,11 @@ def as_positions(positions: int | Iterable[int] | None) -> list[int] | None:
     """A list of positions, or `None` for all."""
     if positions is None:
         return None
+    if not isinstance(positions, (int, Iterable)) or isinstance(positions, str):
+        raise TypeError(f"positions must be an int or several, got {positions!r}")
     listed = [positions] if isinstance(positions, int) else list(positions)
+    if not listed:
+        raise ValueError("positions must hold at least one position, got none; None means all")
     for position in listed:
         if isinstance(position, bool) or not isinstance(position, int):
             raise TypeError(f"positions must be ints, got {position!r}")
@@ -86,6 +90,8 @@ def sites(model: Any, components: Components, part: Part = "output") -> list[Sit
         TypeError, ValueError: for components that the model lacks, and the pattern of an MLP.
     """
     check_choice("part", part, ("output", "pattern"))
+    if not isinstance(components, (Component, str, Iterable)):
+        raise TypeError(f"component must be a Component, the name of a hook point, or several, got {components!r}")
     listed = [components] if isinstance(components, (Component, str)) else list(components)
     if not listed:
         raise ValueError("component must name at least one component, got none")

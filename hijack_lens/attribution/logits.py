@@ -26,6 +26,7 @@ from hijack_lens.prompts import HijackPrompt
 Term = tuple[Source, tuple[Component, ...], Any]
 
 
+@torch.no_grad()
 def attribute(
     model: Any,
     tokens: object,
@@ -59,13 +60,14 @@ def attribute(
         raise TypeError(f"circuit must be a Circuit, since the model has none of its own; got {circuit!r}")
     ids = model_tokens(model, tokens)
     length = ids.shape[-1]
-    if position != "all" and (isinstance(position, (bool, str)) or not -length <= position < length):
+    in_range = isinstance(position, int) and not isinstance(position, bool) and -length <= position < length
+    if position != "all" and not in_range:
         raise ValueError(f"position must be 'all' or an int from {-length} to {length - 1}, got {position!r}")
 
     run = record(model, ids, _names(model))
     blocks = [FrozenBlock.of(block, run, layer) for layer, block in enumerate(model.blocks)]
     final = linear_norm(getattr(model, "ln_final", None), run[f"blocks.{len(blocks) - 1}.hook_resid_post"])
-    W_U, b_U = model.W_U.detach(), model.b_U.detach()
+    W_U, b_U = model.W_U, model.b_U
     constant = b_U if final.b is None else b_U + final.b @ W_U
     sources: list[tuple[Source, Tensor]] = [("embed", run["hook_embed"])]
     if "hook_pos_embed" in run and bool(run["hook_pos_embed"].any()):

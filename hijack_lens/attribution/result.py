@@ -3,7 +3,6 @@
 import json
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path as FilePath
 from typing import Literal
 
 import pandas as pd
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from hijack_lens._files import write_atomically
 from hijack_lens.attribution.paths import MEMORIES, Memory, Path
 from hijack_lens.circuit import Component
 from hijack_lens.language import visible
@@ -140,13 +140,7 @@ class LogitAttribution:
             "candidates": self.candidates,
         }
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in ("values", "logits", "tokens")}
-        target = FilePath(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            partial.write_bytes(save(tensors, {"hijack_lens": json.dumps(header)}))
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, save(tensors, {"hijack_lens": json.dumps(header)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "LogitAttribution":

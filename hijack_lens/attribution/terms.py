@@ -79,19 +79,19 @@ class FrozenBlock:
             mlp, pre, post = block.mlp, run[f"{prefix}.mlp.hook_pre"], run[f"{prefix}.mlp.hook_post"]
             frozen_mlp = FrozenMLP(
                 norm=linear_norm(getattr(block, "ln2", None), run[f"{prefix}.hook_resid_mid"]),
-                gate=torch.where(pre == 0, 0.0, post / pre),
-                W_in=mlp.W_in.detach(),
-                W_out=mlp.W_out.detach(),
-                b_in=_detached(mlp.b_in),
-                b_out=_detached(mlp.b_out),
+                gate=torch.where(pre == 0, _slope_at_zero(mlp), post / pre),
+                W_in=mlp.W_in,
+                W_out=mlp.W_out,
+                b_in=mlp.b_in,
+                b_out=mlp.b_out,
             )
         return cls(
             pattern=run[f"{prefix}.attn.hook_pattern"],
             norm=linear_norm(getattr(block, "ln1", None), run[f"{prefix}.hook_resid_pre"]),
-            W_V=attn.W_V.detach(),
-            W_O=attn.W_O.detach(),
-            b_V=_detached(attn.b_V),
-            b_O=_detached(attn.b_O),
+            W_V=attn.W_V,
+            W_O=attn.W_O,
+            b_V=attn.b_V,
+            b_O=attn.b_O,
             mlp=frozen_mlp,
         )
 
@@ -128,8 +128,14 @@ class FrozenBlock:
         return pattern if self.norm.scale is None else pattern / self.norm.scale[..., 0]
 
 
-def _detached(weight: Tensor | None) -> Tensor | None:
-    return None if weight is None else weight.detach()
+def _slope_at_zero(mlp: Any) -> float:
+    """The activation's gate where its input is 0, and any gate would make the sum right."""
+    act_fn = getattr(mlp, "act_fn", None)
+    if act_fn is None:
+        return 0.0
+    with torch.enable_grad():
+        x = torch.zeros((), requires_grad=True)
+        return float(torch.autograd.grad(act_fn(x), x)[0])
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 
 from hijack_lens._checks import as_generator, check_choice, check_count
 from hijack_lens.language import BigramLanguage
+from hijack_lens.models.architecture import Architecture
 from hijack_lens.models.two_layer import TwoLayerTransformer
 from hijack_lens.theory import Strengths
 from hijack_lens.theory.closed_form import Positions, Triggers
@@ -61,8 +61,6 @@ def associative_transformer(
     check_choice("positions", positions, ("relative", "absolute"))
     if positions == "relative" and n_ctx_train is not None:
         raise ValueError(f"n_ctx_train is for absolute positions; relative ones have no end, got {n_ctx_train}")
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
     if strengths.previous_token == float("inf"):
         raise ValueError("strengths.previous_token must be finite in a model, got inf")
     log_pi_b = language.finite_log_pi_b()
@@ -78,28 +76,22 @@ def associative_transformer(
     orthonormal = 3 * size + n_pos
     d_model = orthonormal if d_model is None else check_count("d_model", d_model, minimum=1)
 
-    model = TwoLayerTransformer(
-        HookedTransformerConfig(
-            n_layers=2,
-            d_model=d_model,
-            n_heads=1,
-            d_head=max(size, learned),
-            d_mlp=size,
-            act_fn="relu",
-            normalization_type=None,
-            n_ctx=n_ctx,
-            d_vocab=size,
-            use_attn_scale=False,
-            default_prepend_bos=False,
-            init_weights=False,
-            dtype=dtype,
-            device=None if device is None else str(device),
-        ),
-        language,
+    architecture = Architecture(
+        d_model=d_model,
+        d_head=max(size, learned),
+        d_mlp=size,
+        n_ctx=n_ctx,
         positions=positions,
+        scale_attention=False,
+    )
+    model = TwoLayerTransformer(
+        architecture,
+        language,
         strengths=strengths,
         triggers=trigger_ids.tolist(),
         n_ctx_train=learned or None,
+        dtype=dtype,
+        device=device,
     )
     directions = _directions(orthonormal, d_model, as_generator(seed))
     embed, previous, unembed, pos = directions.split([size, size, size, n_pos])
@@ -124,7 +116,7 @@ def associative_transformer(
         "blocks.1.mlp.W_out": strengths.bigram * log_pi_b @ unembed,
     }
     if positions == "relative":
-        offset_keys = torch.zeros(1, 2, d_head)
+        offset_keys = torch.zeros(1, 2, d_head, dtype=torch.float64)
         offset_keys[0, 1, :size] = strengths.previous_token
         weights |= {"blocks.0.attn.W_Q": heads(embed), "blocks.0.attn.W_R": offset_keys}
     else:

@@ -31,12 +31,19 @@ class RelativeAttention(Attention):
         q: Float[Tensor, "batch query_pos head_index d_head"],
         k: Float[Tensor, "batch key_pos head_index d_head"],
     ) -> Float[Tensor, "batch head_index query_pos key_pos"]:
-        """Scores before masking; with a key-value cache the queries are the last of the keys' positions."""
-        n_query, n_key, n_offsets = q.shape[1], k.shape[1], self.W_R.shape[1]
-        by_offset = torch.einsum("bqhd,hod->bhqo", q, self.W_R) / self.attn_scale
-        query = torch.arange(n_key - n_query, n_key, device=q.device)
-        offset = query[:, None] - torch.arange(n_key, device=q.device)
-        has_key = (offset >= 0) & (offset < n_offsets)
-        index = offset.clamp(0, n_offsets - 1).expand(*by_offset.shape[:2], -1, -1)
-        relative = torch.where(has_key, by_offset.gather(-1, index), 0.0)
+        """Scores before masking."""
+        relative = self.relative_scores(q, n_key=k.shape[1])
         return super().calculate_attention_scores(q, k) + self.hook_rel_scores(relative)
+
+    def relative_scores(
+        self, q: Float[Tensor, "batch query_pos head_index d_head"], n_key: int
+    ) -> Float[Tensor, "batch head_index query_pos key_pos"]:
+        """The offset keys' part; with a key-value cache the queries are the last of the keys' positions."""
+        n_query, n_offsets = q.shape[1], self.W_R.shape[1]
+        by_offset = torch.einsum("bqhd,hod->bhqo", q, self.W_R.flip(1)) / self.attn_scale
+        # Rows of the offsets' scores, largest offset first, are to be shifted right by one more from row to row:
+        # pad them to one more than the width wanted, and read the same memory with that width.
+        wide = nn.functional.pad(by_offset, (n_key - n_query, n_query))
+        width = wide.shape[-1] - 1
+        shifted = wide.flatten(2)[..., : n_query * width].unflatten(2, (n_query, width))
+        return shifted[..., n_offsets - 1 : n_offsets - 1 + n_key]

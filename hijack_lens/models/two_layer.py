@@ -1,61 +1,131 @@
 """The two-layer architecture: a HookedTransformer that knows its language and its circuit."""
 
+import os
+import tempfile
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 
-from hijack_lens.circuit import TWO_LAYER_CIRCUIT, Circuit
 from hijack_lens.language import BigramLanguage, Token
+from hijack_lens.models.architecture import Architecture
 from hijack_lens.models.relative_attention import RelativeAttention
+from hijack_lens.models.storage import find_model, read_model, write_model
 from hijack_lens.models.tokenizer import hf_tokenizer
 from hijack_lens.theory import Strengths
-from hijack_lens.theory.closed_form import Positions
 
 
 class TwoLayerTransformer(HookedTransformer):
-    """A HookedTransformer of two layers over the vocabulary of a bigram language.
+    """A HookedTransformer (of two layers, unless asked otherwise) over the vocabulary of a bigram language.
 
     All of TransformerLens works on it. Beyond that, text that the language cannot encode and prompts longer
     than `n_ctx` are refused, where TransformerLens would truncate them.
 
+    Weights are uninitialised: build it with `associative_transformer` or `two_layer_transformer`.
+
     Attributes:
+        architecture: its shape.
         language: its vocabulary, and the bigrams it was written or trained for.
         circuit: the components that carry the two memories.
-        positions: "relative" (layer 0 has `RelativeAttention`) or "absolute".
         strengths: of its memories, for a model written by hand; else `None`.
-        triggers: token ids that its induction head was written to match; else `None`.
-        n_ctx_train: with absolute positions, the last position whose predecessor it knows; else `None`.
+        triggers: token ids that its induction head was written or trained to match, where known.
+        n_ctx_train: with absolute positions, the last position whose predecessor it knows, where known.
     """
 
     def __init__(
         self,
-        cfg: HookedTransformerConfig,
+        architecture: Architecture,
         language: BigramLanguage,
         *,
-        positions: Positions = "relative",
-        n_offsets: int = 2,
-        circuit: Circuit = TWO_LAYER_CIRCUIT,
         strengths: Strengths | None = None,
         triggers: list[Token] | None = None,
         n_ctx_train: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
     ):
+        if not isinstance(language, BigramLanguage):
+            raise TypeError(f"language must be a BigramLanguage, got {type(language).__name__}")
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+        cfg = HookedTransformerConfig(
+            n_layers=architecture.n_layers,
+            d_model=architecture.d_model,
+            n_heads=architecture.n_heads,
+            d_head=architecture.d_head,
+            d_mlp=architecture.d_mlp,
+            attn_only=architecture.mlp is None,
+            act_fn="relu",
+            normalization_type=architecture.norm,
+            n_ctx=architecture.n_ctx,
+            d_vocab=language.d_vocab,
+            positional_embedding_type="rotary" if architecture.positions == "rotary" else "standard",
+            rotary_dim=architecture.d_head if architecture.positions == "rotary" else None,
+            use_attn_scale=architecture.scale_attention,
+            default_prepend_bos=False,
+            init_weights=False,
+            dtype=dtype,
+            device=None if device is None else str(device),
+        )
         with warnings.catch_warnings():
             # Known, and the reason for the bound on transformer-lens; a user cannot act on it.
             warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
             super().__init__(cfg, tokenizer=hf_tokenizer(language), default_padding_side="right")
+        self.architecture = architecture
         self.language = language
-        self.circuit = circuit
-        self.positions: Positions = positions
+        self.circuit = architecture.circuit
         self.strengths = strengths
         self.triggers = triggers
         self.n_ctx_train = n_ctx_train
-        if positions == "relative":
-            self.blocks[0].attn = RelativeAttention(self.cfg, n_offsets, layer_id=0).to(self.cfg.device)
+        if architecture.positions == "relative":
+            self.blocks[0].attn = RelativeAttention(self.cfg, architecture.n_offsets, layer_id=0).to(self.cfg.device)
             self.setup()  # without it the new attention's hook points never fire
+        if architecture.mlp == "linear":
+            self.blocks[-1].mlp.act_fn = nn.Identity()
+
+    @property
+    def positions(self) -> Literal["relative", "absolute", "rotary", "none"]:
+        """How positions enter the model."""
+        return self.architecture.positions
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `model.safetensors` and `config.json` into a folder, each whole or not at all."""
+        write_model(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+    ) -> "TwoLayerTransformer":
+        """Reads a model that `save_pretrained` wrote.
+
+        Args:
+            folder: where it is; a training run's folder stands for its latest checkpoint. What is no folder
+                is looked up on the Hugging Face Hub.
+            revision: of a model on the Hub.
+            device: by default TransformerLens's choice.
+
+        Raises:
+            ValueError: for files that are truncated or hold something else. Nothing in them is ever executed.
+        """
+        return read_model(cls, find_model(folder, revision), device)
+
+    def push_to_hub(self, repo_id: str, **upload: Any) -> str:
+        """Uploads the model to the Hugging Face Hub; `upload` goes to huggingface_hub's `upload_folder`."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo_id, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **upload))
 
     def to_tokens(self, input: str | list[str], *args: Any, **kwargs: Any) -> Int[Tensor, "batch pos"]:
         """TransformerLens's `to_tokens`, refusing what it would cut short, pad or fail on.

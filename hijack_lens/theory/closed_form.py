@@ -73,7 +73,7 @@ def attention(
     memory = previous_token_memory(same.cumsum(-1), before, pos, leak, learned)
     is_trigger = torch.zeros(language.d_vocab, dtype=torch.bool, device=tokens.device)
     is_trigger[language.trigger_ids(triggers).to(tokens.device)] = True
-    scores = strengths.match * is_trigger[tokens][..., None] * memory
+    scores = strengths.match * (is_trigger[tokens][..., None] * memory)
     induction = scores.masked_fill(~causal, -torch.inf).softmax(-1)
     return previous_token.expand_as(induction), induction
 

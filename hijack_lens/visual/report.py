@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hijack_lens._files import write_atomically
 from hijack_lens.attribution.table import as_html
 from hijack_lens.visual.figures import margin_bars
 from hijack_lens.visual.views import attention, circuitsvis_script, token_paths
@@ -42,13 +43,7 @@ def report(explanation: "Explanation", path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if not target.parent.is_dir():
         raise ValueError(f"path must lie in an existing folder, got {str(target)!r}")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(_page(explanation), encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+    return write_atomically(target, _page(explanation).encode())
 
 
 def _page(explanation: "Explanation") -> str:

@@ -1,0 +1,129 @@
+"""A model in a folder: `model.safetensors`, whose header says how to build it, and a `config.json` for people."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from hijack_lens._files import write_atomically
+from hijack_lens.language import BigramLanguage
+from hijack_lens.models.architecture import Architecture
+from hijack_lens.theory import Strengths
+
+if TYPE_CHECKING:
+    from hijack_lens.models.two_layer import TwoLayerTransformer
+
+_FORMAT = "hijack_lens.TwoLayerTransformer.1"
+
+
+def write_model(model: "TwoLayerTransformer", folder: Path) -> None:
+    """Writes a model's folder. The weights' file holds all there is to know; it alone is read back."""
+    header = {
+        "format": _FORMAT,
+        "architecture": asdict(model.architecture),
+        "tokens": model.language.tokens,
+        "level": model.language.level,
+        "strengths": None if model.strengths is None else asdict(model.strengths),
+        "triggers": model.triggers,
+        "n_ctx_train": model.n_ctx_train,
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+    }
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    tensors |= {"language.pi_b": model.language.pi_b, "language.pi_u": model.language.pi_u}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "model.safetensors", save(tensors, {"hijack_lens": json.dumps(header)}))
+    write_atomically(folder / "config.json", json.dumps(header, indent=2, ensure_ascii=False).encode())
+
+
+def read_model(
+    kind: type["TwoLayerTransformer"], folder: Path, device: str | torch.device | None
+) -> "TwoLayerTransformer":
+    """Reads what `write_model` wrote.
+
+    Raises:
+        ValueError: for a folder without it, and for files that are truncated, foreign or inconsistent.
+    """
+    path = folder / "model.safetensors"
+    tensors, header = read_safetensors(path, _FORMAT)
+    try:
+        pi_b, pi_u = tensors.pop("language.pi_b"), tensors.pop("language.pi_u")
+        language = BigramLanguage(pi_b, pi_u, tokens=header["tokens"], level=header["level"])
+        architecture = Architecture(**header["architecture"])
+        _check_shapes(architecture, language, tensors)
+        model = kind(
+            architecture,
+            language,
+            strengths=None if header["strengths"] is None else Strengths(**header["strengths"]),
+            triggers=header["triggers"],
+            n_ctx_train=header["n_ctx_train"],
+            dtype=tensors["embed.W_E"].dtype,
+            device=device,
+        )
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                stored = tensors.pop(name)
+                if stored.shape != parameter.shape:
+                    raise ValueError(f"{name} has shape {tuple(stored.shape)}, not {tuple(parameter.shape)}")
+                parameter.copy_(stored)
+                parameter.requires_grad_(name not in header["frozen"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a model of hijack-lens: {error}") from error
+    return model
+
+
+def read_safetensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A safetensors file's tensors, and the header that says it is of our `kind`.
+
+    Raises:
+        ValueError: for any other file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("hijack_lens", "null"))
+            if not isinstance(header, dict) or header.get("format") != kind:
+                raise ValueError(f"{path} is not a {kind} file")
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (no mapping)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+def find_model(folder: str | os.PathLike[str], revision: str | None) -> Path:
+    """The folder of a model, of a training run's latest checkpoint, or of a download from the Hub."""
+    path = Path(folder)
+    if path.is_dir():
+        if (path / "model.safetensors").is_file():
+            return path
+        checkpoints = sorted(path.glob("checkpoint-*"), key=lambda found: found.name)
+        if not checkpoints:
+            raise ValueError(f"{path} holds neither model.safetensors nor a checkpoint")
+        return checkpoints[-1]
+    if path.is_absolute() or len(path.parts) != 2:  # what cannot be the name of a repository
+        raise ValueError(f"{path} is not a folder")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(folder), revision=revision, allow_patterns=["model.safetensors", "config.json"]))
+
+
+def _check_shapes(architecture: Architecture, language: BigramLanguage, tensors: dict[str, torch.Tensor]) -> None:
+    """The stored tensors bear out the sizes that the header claims, before anything of that size is built."""
+    a = architecture
+    expected = {"embed.W_E": (language.d_vocab, a.d_model), "pos_embed.W_pos": (a.n_ctx, a.d_model)}
+    if a.positions == "rotary":
+        del expected["pos_embed.W_pos"]
+        if a.n_ctx > 1_000_000:
+            raise ValueError(f"n_ctx={a.n_ctx} is more than any stored table bears out")
+    expected |= {f"blocks.{layer}.attn.W_Q": (a.n_heads, a.d_model, a.d_head) for layer in range(min(a.n_layers, 99))}
+    if a.mlp is not None:
+        expected["blocks.0.mlp.W_in"] = (a.d_model, a.d_mlp)
+    if a.positions == "relative":
+        expected["blocks.0.attn.W_R"] = (a.n_heads, a.n_offsets, a.d_head)
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, but the header says {shape}")

@@ -1,0 +1,238 @@
+"""The training loop: fresh sequences at every step, deterministic, resumable to the bit."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from hijack_lens.language import BigramLanguage, SampledSequences
+from hijack_lens.models import TwoLayerTransformer
+from hijack_lens.training.config import TrainConfig
+from hijack_lens.training.forward import PlainForward
+from hijack_lens.training.probes import behaviour, memory_recall
+from hijack_lens.training.run import TrainingRun, read_checkpoint, restore_optimizer, write_checkpoint
+
+_BLOCK = 16
+"""Steps whose sequences are sampled together: the sampler's cost is per time step, hardly per sequence."""
+
+
+def train(
+    model: TwoLayerTransformer,
+    language: BigramLanguage,
+    config: TrainConfig,
+    out: str | os.PathLike[str] | None = None,
+) -> TrainingRun:
+    """Trains a two-layer model, in place, on sequences of a bigram language with triggers.
+
+    With `out`, checkpoints are written there, each whole or not at all. Called again with the same `out`, model,
+    language and config, a run that was killed goes on where its last checkpoint left it, and on a CPU ends with the
+    same weights, bit for bit, as one that was not. A Ctrl-C ends the run after the step under way, with a checkpoint;
+    what has been trained is returned.
+
+    Args:
+        model: from `two_layer_transformer`, on any device; at least one parameter must not be frozen.
+        language: whose sequences to train on; of the model's tokens.
+        config: what to do.
+        out: folder for checkpoints.
+
+    Raises:
+        TypeError, ValueError: for triggers that the language lacks, lengths beyond the model's n_ctx, and where
+            `out` holds a run of another config or model.
+    """
+    _check(model, language, config)
+    folder = None if out is None else Path(out)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = _optimizer(parameters, config)
+    step, rows = _resume(model, config, optimizer, folder)
+    if not config.n_triggers:
+        model.triggers = language.trigger_ids(config.triggers).tolist()
+    model.n_ctx_train = config.length if model.positions == "absolute" else None
+
+    forward: Any = PlainForward(model)
+    if config.compile:
+        forward = torch.compile(forward)
+    device = model.W_E.device
+    held_out = _held_out(model, language, config)
+    sequences: SampledSequences | None = None
+    elapsed = rows[-1]["seconds"] if rows else 0.0
+    started = time.monotonic() - elapsed
+
+    def so_far() -> TrainingRun:
+        return TrainingRun(model, config, step, pd.DataFrame(rows))
+
+    with _interruptible() as interrupted, tqdm(total=config.steps, initial=step, disable=None, unit="step") as bar:
+        if step == 0:
+            rows += _evaluate(model, config, held_out, step, 0.0)
+        while step < config.steps:
+            if sequences is None or step % _BLOCK == 0:
+                sequences = _sequences(language, config, step // _BLOCK)
+            part = slice(step % _BLOCK * config.batch_size, (step % _BLOCK + 1) * config.batch_size)
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr_at(step)
+            tokens = sequences.tokens[part].to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                logits = forward(tokens)[:, :-1]
+            answers = tokens[:, 1:]
+            if config.loss == "predictable":
+                chosen = sequences.predictable[part][:, :-1].to(device)
+                logits, answers = logits[chosen], answers[chosen]
+            loss = F.cross_entropy(
+                logits.flatten(0, -2).float() if config.bf16 else logits.flatten(0, -2), answers.flatten()
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+
+            last = step == config.steps or bool(interrupted)
+            if step % config.evaluate_every == 0 or last:
+                seconds = time.monotonic() - started
+                rows += _evaluate(model, config, held_out, step, seconds)
+                accuracy = so_far().probe("in_context_accuracy").iloc[-1]
+                speed = step * config.batch_size * config.length / seconds
+                bar.set_postfix_str(f"loss {loss.item():.3f}, in context {accuracy:.3f}, {speed:,.0f} tokens/s")
+            bar.update()
+            if folder is not None and (step % config.checkpoint_every == 0 or last):
+                write_checkpoint(folder, so_far(), optimizer)
+            if interrupted:
+                break
+    return so_far()
+
+
+def _check(model: TwoLayerTransformer, language: BigramLanguage, config: TrainConfig) -> None:
+    if not isinstance(model, TwoLayerTransformer):
+        raise TypeError(f"model must be a TwoLayerTransformer, got {type(model).__name__}")
+    if not isinstance(language, BigramLanguage):
+        raise TypeError(f"language must be a BigramLanguage, got {type(language).__name__}")
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
+    if language.tokens != model.language.tokens:
+        raise ValueError("language must have the model's tokens")
+    if config.length > model.cfg.n_ctx:
+        raise ValueError(f"config.length is {config.length}; the model takes at most n_ctx={model.cfg.n_ctx}")
+    language.trigger_ids(config.triggers)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model has no parameter left to train: all are frozen")
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    fused = all(parameter.is_floating_point() for parameter in parameters)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=fused
+        )
+    return torch.optim.SGD(
+        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
+    )
+
+
+def _resume(
+    model: TwoLayerTransformer, config: TrainConfig, optimizer: torch.optim.Optimizer, folder: Path | None
+) -> tuple[int, list[dict[str, Any]]]:
+    """Steps taken and rows written so far; the model and the optimizer take up where they were."""
+    if folder is None or not any(folder.glob("checkpoint-*")):
+        return 0, []
+    checkpoint = max(folder.glob("checkpoint-*"), key=lambda found: found.name)
+    stored, state = read_checkpoint(checkpoint)
+    if asdict(stored.config) != asdict(config):
+        differing = [name for name, value in asdict(config).items() if asdict(stored.config)[name] != value]
+        raise ValueError(f"out={str(folder)!r} holds a run of another config: they differ in {', '.join(differing)}")
+    frozen = [{n for n, p in m.named_parameters() if not p.requires_grad} for m in (stored.model, model)]
+    if stored.model.architecture != model.architecture or frozen[0] != frozen[1]:
+        raise ValueError(f"out={str(folder)!r} holds a run of another model: {stored.model.architecture}")
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), stored.model.parameters(), strict=True):
+            parameter.copy_(value)
+    restore_optimizer(optimizer, state, checkpoint)
+    return stored.step, stored.table.to_dict(orient="records")
+
+
+def _sequences(language: BigramLanguage, config: TrainConfig, block: int) -> SampledSequences:
+    """The training sequences of a block of steps; a function of the seed and the block alone."""
+    return language.sample(
+        _BLOCK * config.batch_size,
+        config.length,
+        config.triggers,
+        n_triggers=config.n_triggers,
+        continuations=config.continuations,
+        seed=_seed(config.seed, "train", block),
+    )
+
+
+def _held_out(
+    model: TwoLayerTransformer, language: BigramLanguage, config: TrainConfig
+) -> dict[tuple[str, int], SampledSequences]:
+    """Sequences for the probes, by continuations (as trained, and the other kind) and length."""
+    lengths = [config.length * multiple for multiple in config.eval_lengths]
+    cases = [(config.continuations, length) for length in lengths if length <= model.cfg.n_ctx]
+    cases.append(("bigram" if config.continuations == "uniform" else "uniform", config.length))
+    return {
+        (continuations, length): language.sample(
+            config.eval_sequences,
+            length,
+            config.triggers,
+            n_triggers=config.n_triggers,
+            continuations=continuations,
+            seed=_seed(config.seed, "held out", length),
+        )
+        for continuations, length in cases
+    }
+
+
+def _evaluate(
+    model: TwoLayerTransformer,
+    config: TrainConfig,
+    held_out: dict[tuple[str, int], SampledSequences],
+    step: int,
+    seconds: float,
+) -> list[dict[str, Any]]:
+    base = {"step": step, "seconds": seconds}
+    rows = [
+        {**base, "probe": probe, "continuations": None, "length": None, "value": value}
+        for probe, value in memory_recall(model, config.length, model.triggers).items()
+    ]
+    for (continuations, length), sequences in held_out.items():
+        rows += [
+            {**base, "probe": probe, "continuations": continuations, "length": length, "value": value}
+            for probe, value in behaviour(model, sequences).items()
+        ]
+    return rows
+
+
+def _seed(seed: int, purpose: str, index: int) -> int:
+    """A seed of its own for each use: mixed, so that neighbouring seeds and blocks share nothing."""
+    import hashlib
+
+    digest = hashlib.sha256(f"hijack-lens {seed} {purpose} {index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Turns a Ctrl-C into an entry of the list, so that the step under way is finished; a second one interrupts."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be handled
+        yield received
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,33 @@
+"""Settings and fixtures that several test files use.
+
+Nothing here may import hijack_lens: pytest reads this file while the run-time shape checks are being set up.
+"""
+
+import os
+import random
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "hijack-lens", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("hijack-lens")
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """The library as its users run it: its own checks meet bad input, not the test run's type checker."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def global_rng_untouched(unchecked):  # the type checker looks at random items of lists, by the global state
+    """Fails a test in which any global random state moved."""
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    yield
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    assert before == after

@@ -1,0 +1,139 @@
+"""The main job in one call gives the numbers that its parts give, and says who won."""
+
+import pytest
+import torch
+from models_for_tests import close, handwritten, hooked, perturbed, prompts
+
+import hijack_lens as hl
+
+STRENGTHS = hl.Strengths(previous_token=6.0, match=4.5, copy=9.3, bigram=1.1)
+SETTINGS = {
+    "relative": {},
+    "absolute": {"positions": "absolute", "n_ctx_train": 9},
+    "few triggers": {"triggers": [0, 3]},
+    "trigger unknown": {"triggers": [3]},
+}
+
+
+def prompt_for(model, repeats=2, **options):
+    """The least likely successor of token 0 in context, against the most likely one."""
+    row = model.language.pi_b[0].clone()
+    row[0] = row[1:].mean()  # not the trigger itself
+    c, g = int(row.argmin()), int(row.argmax())
+    return hl.hijack_prompt(model.language, 0, c, repeats, 14, global_=g, seed=0, **options)
+
+
+def margin_with_zeros(model, prompt, name):
+    zeros = [(name, lambda x, hook: torch.zeros_like(x))]
+    logits = model.run_with_hooks(prompt.tokens[None], fwd_hooks=zeros)[0, -1].detach()
+    return float(logits[prompt.in_context] - logits[prompt.global_])
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("repeats", [0, 3])
+def test_its_numbers_are_those_of_its_parts(setting, repeats):
+    model = handwritten(strengths=STRENGTHS, **SETTINGS[setting])
+    prompt = prompt_for(model, repeats)
+    c, g = prompt.in_context, prompt.global_
+    explanation = hl.explain(model, prompt)
+    assert explanation.model is model
+    assert explanation.prompt is prompt
+
+    logits = model(prompt.tokens)[0, -1].detach()
+    close(explanation.margin.total, logits[c] - logits[g])
+    close(explanation.attribution.values, hl.attribute(model, prompt).values, atol=0)
+
+    assert explanation.ablated == {
+        "previous-token head": pytest.approx(margin_with_zeros(model, prompt, "blocks.0.attn.hook_z"), abs=1e-12),
+        "induction head": pytest.approx(margin_with_zeros(model, prompt, "blocks.1.attn.hook_z"), abs=1e-12),
+        "bigram memory": pytest.approx(margin_with_zeros(model, prompt, "blocks.1.hook_mlp_out"), abs=1e-12),
+    }
+    log_pi_b = model.language.log_pi_b[0]
+    weights = STRENGTHS.bigram * float(log_pi_b[c] - log_pi_b[g])
+    assert explanation.ablated["induction head"] == pytest.approx(weights, abs=1e-10)
+    assert explanation.ablated["bigram memory"] == pytest.approx(float(explanation.margin.context), abs=1e-10)
+
+    options = {"triggers": None, "positions": "relative", "n_ctx_train": None, **SETTINGS[setting]}
+    arguments = (model.language, STRENGTHS, *options.values())
+    theory = hl.theory.margin(prompt, *arguments)
+    beside = explanation.theory_beside_model()
+    assert list(beside) == ["context", "weights", "rest", "total"]
+    for part, (predicted, measured) in beside.items():
+        assert predicted == float(getattr(theory, part))
+        assert measured == float(getattr(explanation.margin, part))
+        assert measured == pytest.approx(predicted, abs=1e-10)
+    assert beside["rest"] == (0.0, 0.0)
+    flip = hl.theory.min_repeats(model.language, 0, c, g, *arguments[1:], length=14)
+    assert explanation.flip == flip
+
+
+def test_the_verdict_names_the_winner_and_by_how_much():
+    language = hl.BigramLanguage.from_text("ab ab ab ac \n", level="char")
+    for strengths, winner in ((hl.Strengths(copy=20.0), "context"), (hl.Strengths(copy=0.1), "weights")):
+        model = hl.associative_transformer(language, strengths=strengths, dtype=torch.float64, device="cpu")
+        prompt = hl.hijack_prompt(language, "a", " ", 2, 10, global_="b", seed=0)
+        explanation = hl.explain(model, prompt)
+        logits = model(prompt.tokens)[0, -1].detach()
+        margin = float(logits[language.index(" ")] - logits[language.index("b")])
+        assert explanation.winner == winner
+        if winner == "context":
+            expected = f"The context hijacks the weights: after 'a' the model predicts '␣' over 'b', by {margin:.2f}"
+        else:
+            expected = f"The weights overrule the context: after 'a' the model predicts 'b' over '␣', by {-margin:.2f}"
+        assert margin * (1 if winner == "context" else -1) > 0
+        assert explanation.verdict == f"{expected} logits."
+
+
+def test_the_flip_is_where_the_verdict_turns():
+    """With neutral filler that holds no candidate, as the closed form has it."""
+    model = handwritten(strengths=STRENGTHS, n_ctx=32)
+    explanations = [hl.explain(model, prompt_for(model, n, filler="avoid")) for n in range(7)]
+    winners = [explanation.winner for explanation in explanations]
+    least = explanations[0].flip.repeats
+    assert least is not None
+    assert 0 < least < 7
+    assert winners.index("context") == least
+
+
+def test_a_model_that_was_not_written_by_hand_has_no_theory():
+    model = perturbed(n_ctx=16)
+    model.strengths = None
+    explanation = hl.explain(model, prompt_for(model))
+    assert explanation.theory is None
+    assert explanation.flip is None
+    assert explanation.theory_beside_model() == {}
+    assert set(explanation.ablated) == {"previous-token head", "induction head", "bigram memory"}
+
+
+def test_roles_that_nothing_plays_are_not_ablated():
+    model = handwritten()
+    model.circuit = hl.Circuit(induction=model.circuit.induction)
+    assert set(hl.explain(model, prompt_for(model)).ablated) == {"induction head"}
+
+
+def test_it_leaves_the_model_as_it_was():
+    model, tokens = handwritten(), prompts()
+    model.hook_dict["blocks.0.hook_resid_pre"].add_perma_hook(lambda x, hook: None)
+    before = {name: list(point.fwd_hooks) for name, point in model.hook_dict.items()}
+    logits = model(tokens)
+    hl.explain(model, prompt_for(model))
+    assert {name: list(point.fwd_hooks) for name, point in model.hook_dict.items()} == before
+    assert torch.equal(model(tokens), logits)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_it_cannot_explain_is_refused_with_the_reason(unchecked):
+    model = handwritten()
+    prompt = prompt_for(model)
+    with pytest.raises(TypeError, match="model must be a TwoLayerTransformer, got HookedTransformer"):
+        hl.explain(hooked(), prompt)
+    with pytest.raises(TypeError, match="prompt must be a HijackPrompt, got Tensor"):
+        hl.explain(model, prompt.tokens)
+    with pytest.raises(TypeError, match="prompt must be a HijackPrompt, got str"):
+        hl.explain(model, "012")
+    with pytest.raises(ValueError, match="single prompt, got a batch of 3"):
+        hl.explain(model, prompt_for(model, n_prompts=3))
+    with pytest.raises(ValueError, match="of the model's language"):
+        hl.explain(handwritten(d_vocab=9), prompt)
+    with pytest.raises(ValueError, match=r"14 tokens long.*n_ctx=10"):
+        hl.explain(handwritten(n_ctx=10), prompt)
