@@ -1,5 +1,6 @@
 """Checks of what a user hands in: every error names the argument, what it was and what it should be."""
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -43,6 +44,15 @@ def check_count(name: str, value: object, minimum: int = 0) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return value
+
+
+def check_number(name: str, value: object, positive: bool = False) -> float:
+    """`value` as a finite float >= 0, or > 0 where it must be `positive`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name} must be a finite number {'>' if positive else '>='} 0, got {value!r}")
+    return float(value)
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hijack_lens._checks import as_generator, check_choice, check_count, check_distribution, check_tokens
+from hijack_lens._checks import as_generator, check_choice, check_count, check_distribution, check_number, check_tokens
 
 UNKNOWN = "<unk>"
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
@@ -116,8 +116,7 @@ class BigramLanguage:
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, got {type(text).__name__}")
         check_choice("level", level, ("char", "word"))
-        if not (np.isfinite(smoothing) and smoothing >= 0):
-            raise ValueError(f"smoothing must be a finite number >= 0, got {smoothing!r}")
+        check_number("smoothing", smoothing)
         pieces = list(text) if level == "char" else _WORD.findall(text)
         if len(pieces) < 2:
             raise ValueError(f"text must hold at least two tokens, got {text!r}")
@@ -146,18 +145,17 @@ class BigramLanguage:
             seed: of the draw.
         """
         check_count("d_vocab", d_vocab, minimum=2)
-        if not (np.isfinite(concentration) and concentration > 0):
-            raise ValueError(f"concentration must be a finite number > 0, got {concentration!r}")
+        check_number("concentration", concentration, positive=True)
         draw = int(torch.randint(2**63 - 1, (), generator=as_generator(seed)))
         rows = np.random.default_rng(draw).dirichlet([concentration] * d_vocab, size=d_vocab)
         return cls(rows)
 
     def floored(self, floor: float) -> "BigramLanguage":
-        """The same language with every probability raised to at least `floor`, rows rescaled to 1."""
-        if not 0 < floor < 1 / self.d_vocab:
+        """The same language, mixed with just enough of a uniform one that every probability is at least `floor`."""
+        if check_number("floor", floor, positive=True) >= 1 / self.d_vocab:
             raise ValueError(f"floor must lie between 0 and 1/d_vocab = {1 / self.d_vocab:g}, got {floor!r}")
-        raised = self.pi_b.clamp_min(floor)
-        return BigramLanguage(raised / raised.sum(-1, keepdim=True), self.pi_u, tokens=self.tokens, level=self.level)
+        mixed = self.pi_b * (1 - self.d_vocab * floor) + floor
+        return BigramLanguage(mixed, self.pi_u, tokens=self.tokens, level=self.level)
 
     def __repr__(self) -> str:
         return f"BigramLanguage(d_vocab={self.d_vocab}, level={self.level!r}, entropy_rate={self.entropy_rate:.3f})"
@@ -217,7 +215,9 @@ class BigramLanguage:
         """Ids of the triggers; `None` means every token. A string is one token."""
         if triggers is None:
             return torch.arange(self.d_vocab)
-        listed = [triggers] if isinstance(triggers, (str, int)) else list(triggers)
+        if not isinstance(triggers, (str, int, np.integer, Iterable)):
+            raise TypeError(f"triggers must be a token or several, got {triggers!r}")
+        listed = [triggers] if isinstance(triggers, (str, int, np.integer)) else list(triggers)
         ids = [self.index(token, "trigger") for token in listed]
         if len(set(ids)) != len(ids):
             raise ValueError(f"triggers must be distinct, got {listed!r}")
@@ -241,7 +241,8 @@ class BigramLanguage:
                 pieces += [chunk] if chunk in self._ids else _WORD.findall(chunk)
         known = [piece if piece in self._ids or UNKNOWN not in self._ids else UNKNOWN for piece in pieces]
         for piece in known:
-            self.index(piece, "text holds")
+            if piece not in self._ids:
+                raise ValueError(f"text holds {piece!r}, which is not one of the language's {self.d_vocab} tokens")
         return known
 
     def encode(self, text: str) -> Int[Tensor, "pos"]:
@@ -250,6 +251,8 @@ class BigramLanguage:
 
     def decode(self, tokens: object) -> str:
         """The text of token ids: characters run together, words with spaces between."""
+        if isinstance(tokens, Tensor) and tokens.numel() == 0:
+            return ""
         return self.joiner.join(self.tokens[i] for i in check_tokens("tokens", tokens, self.d_vocab).flatten())
 
     @property
@@ -296,6 +299,8 @@ class BigramLanguage:
         check_count("n_sequences", n_sequences, minimum=1)
         check_count("length", length, minimum=1)
         generator = as_generator(seed)
+        if n_triggers is not None and (triggers is None or not isinstance(triggers, Sequence) or len(triggers)):
+            raise ValueError(f"give either triggers or n_triggers, got {triggers!r} and {n_triggers!r}")
         if n_triggers is None:
             chosen = self.trigger_ids(triggers).expand(n_sequences, -1)
         else:

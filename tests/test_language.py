@@ -196,11 +196,11 @@ def test_dirichlet_concentration_sets_the_spread():
         assert float(pi_b.var()) == pytest.approx(expected, rel=0.1)
 
 
-def test_floored_raises_zeros_and_rescales():
-    # Row 0: 0.1, 0.5, 0.1, 0.5 over 1.2.
+def test_floored_mixes_in_a_uniform_language():
+    # 0.6 of the row, and 0.4 shared by four tokens. Row 0 is 0, 0.5, 0, 0.5; row 1 is 0, 0, 1, 0.
     floored = hl.BigramLanguage(SPARSE, tokens=list("abcd")).floored(0.1)
-    assert_close(floored.pi_b[0], [0.1 / 1.2, 0.5 / 1.2, 0.1 / 1.2, 0.5 / 1.2])
-    assert_close(floored.pi_b[1], [0.1 / 1.3, 0.1 / 1.3, 1 / 1.3, 0.1 / 1.3])
+    assert_close(floored.pi_b[0], [0.1, 0.4, 0.1, 0.4])
+    assert_close(floored.pi_b[1], [0.1, 0.1, 0.7, 0.1])
     assert floored.tokens == tuple("abcd")
     assert bool(floored.finite_log_pi_b().isfinite().all())
 
@@ -340,12 +340,12 @@ VALUE_ERRORS = {
     "d_vocab must be at least 2, got 1": lambda: Language.dirichlet(1),
     "concentration must be .* > 0, got 0": lambda: Language.dirichlet(5, 0),
     r"floor must .* 1/d_vocab = 0\.25, got 0\.25": lambda: abcd().floored(0.25),
-    r"floor must .* 1/d_vocab = 0\.25, got 0$": lambda: abcd().floored(0),
+    r"floor must be a finite number > 0, got 0$": lambda: abcd().floored(0),
     r"'a' after 'a'.*floored\(1e-6\), or smoothing > 0": lambda: abcd().finite_log_pi_b(),
     "token 'z' is not one of the language's 4 tokens": lambda: abcd().index("z"),
     "trigger 4 is not a token id; ids run from 0 to 3": lambda: abcd().index(4, "trigger"),
     "token -1 is not a token id": lambda: abcd().index(-1),
-    "text .*'z' is not one of": lambda: abcd().encode("abz"),
+    "text holds 'z', which is not one of": lambda: abcd().encode("abz"),
     "tokens holds token id 4; the vocabulary has ids 0 to 3": lambda: abcd().decode([0, 4]),
     "n_sequences must be at least 1, got 0": lambda: sample(0, 5),
     "length must be at least 1, got 0": lambda: sample(2, 0),
@@ -370,7 +370,7 @@ TYPE_ERRORS = {
     r"seed must be an int or a torch\.Generator, got 0\.5": lambda: Language.dirichlet(5, seed=0.5),
     "floor must .* got 'low'": lambda: abcd().floored("low"),
     "token must be a token's text or its id, got True": lambda: abcd().index(True),
-    "tokens must hold integer token ids, got dtype torch.float32": lambda: abcd().decode([0.5]),
+    r"tokens must hold integer token ids, got dtype torch\.float": lambda: abcd().decode([0.5]),
     "tokens must be a tensor of token ids, got str": lambda: abcd().decode("ab"),
     r"n_sequences must be an int, got 2\.0": lambda: sample(2.0, 5),
     r"trigger.* got 1\.5": lambda: sample(2, 5, 1.5),

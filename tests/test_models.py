@@ -446,7 +446,7 @@ VALUE_ERRORS = {
     "is 5 tokens long; the model takes at most n_ctx=4": lambda: GOOD(torch.tensor([[0] * 5])),
     "is 6 tokens long; the model takes at most n_ctx=4": lambda: GOOD(torch.tensor([0] * 6)),
     "is 7 tokens long; the model takes at most n_ctx=4": lambda: GOOD("abcabca"),
-    "'z' is not one of the language's 3 tokens": lambda: GOOD("abz"),
+    "text holds 'z', which is not one of the language's 3 tokens": lambda: GOOD("abz"),
     "input must hold at least one token, got ''": lambda: GOOD(""),
     r"input must hold at least one token, got \[\]": lambda: GOOD([]),
     r"input texts must be equally long, got \[1, 2\]": lambda: GOOD(["a", "bc"]),
@@ -456,7 +456,7 @@ VALUE_ERRORS = {
 TYPE_ERRORS = {
     "n_ctx must be an int, got 8.0": lambda: construct(n_ctx=8.0),
     "d_model must be an int, got '9'": lambda: construct(d_model="9"),
-    "dtype must be a floating-point dtype, got torch.int64": lambda: construct(dtype=torch.int64),
+    "dtype must be a floating-point torch.dtype, got torch.int64": lambda: construct(dtype=torch.int64),
     "dtype must be a .* got 'float32'": lambda: construct(dtype="float32"),
     "seed must be an int or a torch.Generator, got None": lambda: construct(seed=None),
     "n_ctx_train must be an int, got 2.5": lambda: absolute(n_ctx_train=2.5),

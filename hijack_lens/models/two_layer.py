@@ -1,5 +1,6 @@
 """The two-layer architecture: a HookedTransformer that knows its language and its circuit."""
 
+import inspect
 import os
 import tempfile
 import warnings
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 
+from hijack_lens._checks import check_tokens
 from hijack_lens.language import BigramLanguage, Token
 from hijack_lens.models.architecture import Architecture
 from hijack_lens.models.relative_attention import RelativeAttention
@@ -50,8 +52,8 @@ class TwoLayerTransformer(HookedTransformer):
     ):
         if not isinstance(language, BigramLanguage):
             raise TypeError(f"language must be a BigramLanguage, got {type(language).__name__}")
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
         cfg = HookedTransformerConfig(
             n_layers=architecture.n_layers,
             d_model=architecture.d_model,
@@ -127,26 +129,45 @@ class TwoLayerTransformer(HookedTransformer):
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **upload))
 
-    def to_tokens(self, input: str | list[str], *args: Any, **kwargs: Any) -> Int[Tensor, "batch pos"]:
-        """TransformerLens's `to_tokens`, refusing what it would cut short, pad or fail on.
+    def to_tokens(
+        self,
+        input: str | list[str],
+        prepend_bos: Any = None,
+        padding_side: Any = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+    ) -> Int[Tensor, "batch pos"]:
+        """TransformerLens's `to_tokens`, refusing what it would cut short, pad or begin with another token.
 
         Raises:
             ValueError: for text outside the vocabulary, too long for `n_ctx`, or of several lengths.
         """
-        texts = [input] if isinstance(input, str) else input
-        pieces = [self.language.tokenize(text) for text in texts]
-        lengths = sorted({len(piece) for piece in pieces})
+        if prepend_bos is True:
+            raise ValueError("prepend_bos must not be True: the language has no token that begins a text")
+        rows = [self.language.encode(text) for text in ([input] if isinstance(input, str) else input)]
+        lengths = sorted({len(row) for row in rows})
         if not lengths or lengths[0] == 0:
             raise ValueError(f"input must hold at least one token, got {input!r}")
-        if lengths[-1] > self.cfg.n_ctx:
-            raise ValueError(f"input is {lengths[-1]} tokens long; the model takes at most n_ctx={self.cfg.n_ctx}")
         if len(lengths) > 1:
             raise ValueError(f"input texts must be equally long, got {lengths} tokens: the vocabulary has no padding")
-        joined = [self.language.joiner.join(piece) for piece in pieces]
-        return super().to_tokens(joined[0] if isinstance(input, str) else joined, *args, **kwargs)
+        self._check_length(lengths[0])
+        tokens = torch.stack(rows)
+        return tokens.to(self.cfg.device) if move_to_device else tokens
 
     def input_to_embed(self, input: Any, *args: Any, **kwargs: Any) -> Any:
-        """The first residual stream; refuses prompts longer than `n_ctx`."""
-        if isinstance(input, Tensor) and input.shape[-1] > self.cfg.n_ctx:
-            raise ValueError(f"input is {input.shape[-1]} tokens long; the model takes at most n_ctx={self.cfg.n_ctx}")
+        """The first residual stream; refuses token ids outside the vocabulary, which -1 would not be in PyTorch."""
+        if isinstance(input, Tensor):
+            check_tokens("input", input, self.cfg.d_vocab, self.cfg.n_ctx)
         return super().input_to_embed(input, *args, **kwargs)
+
+    def get_residual(self, embed: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The residual stream of embeddings; refuses to go on beyond `n_ctx`, also while generating."""
+        given = inspect.signature(super().get_residual).bind(embed, *args, **kwargs).arguments
+        mask = given.get("attention_mask")
+        # With a key-value cache, only the mask is sure to cover what came before.
+        self._check_length((embed if mask is None else mask).shape[1])
+        return super().get_residual(embed, *args, **kwargs)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.cfg.n_ctx:
+            raise ValueError(f"input is {length} tokens long; the model takes at most n_ctx={self.cfg.n_ctx}")

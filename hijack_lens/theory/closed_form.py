@@ -68,8 +68,7 @@ def attention(
     previous_token = previous_token / previous_token.sum(-1, keepdim=True)
 
     same = (tokens[..., :, None] == tokens[..., None, :]).double()  # [query, key]
-    before = same.roll(1, -1)
-    before[..., 0] = 0.0  # position 1 has no token before it
+    before = same.roll(1, -1)  # position 1, where this wraps around, is told apart by its number
     memory = previous_token_memory(same.cumsum(-1), before, pos, leak, learned)
     is_trigger = torch.zeros(language.d_vocab, dtype=torch.bool, device=tokens.device)
     is_trigger[language.trigger_ids(triggers).to(tokens.device)] = True

@@ -81,19 +81,21 @@ def min_repeats(
     ahead = strengths.bigram * float(log_pi_b[q, g] - log_pi_b[q, c])
     matched = strengths if q in language.trigger_ids(triggers) else _unmatched(strengths)
     growing = _check_layout(length, lead, global_count)
+    learned = learned_positions(positions, n_ctx_train)
+    check_count("max_repeats", max_repeats, minimum=1)
 
     if growing:
         assert lead is not None
         if matched.previous_token == math.inf and positions == "relative":
             return _with_infinite_focus(ahead, matched, lead, global_count)
-        most = check_count("max_repeats", max_repeats, minimum=1)
+        most = max_repeats
         limit = f"no number of repeats up to {most} wins"
     else:
         assert length is not None
         most = (length - 1 - global_count) // 2
         limit = f"no number of repeats that fits into {length} tokens (at most {most}) wins"
     repeats = torch.arange(most + 1)
-    pull = _context_pull(repeats, matched, length, lead, global_count, learned_positions(positions, n_ctx_train))
+    pull = _context_pull(repeats, matched, length, lead, global_count, learned)
     wins = (pull > ahead).nonzero().flatten()
     if len(wins):
         n = int(wins[0])
@@ -155,20 +157,21 @@ def _check_layout(length: int | None, lead: int | None, global_count: int) -> bo
 def _with_infinite_focus(ahead: float, strengths: Strengths, lead: int, global_count: int) -> Flip:
     """The answer for a growing prompt and b1 = inf, where the context's pull rises with every repeat."""
     unmatched = math.exp(-strengths.match)
-    limit = strengths.copy / (1 + unmatched)
-    if ahead >= limit:
+    per_repeat = strengths.copy - ahead * (1 + unmatched)
+    # What the repeats must make up for; with lead = 0, position 1 remembers its q as its own predecessor.
+    deficit = ahead * (lead + 1) + strengths.copy * global_count if lead else ahead
+    if deficit < 0:
+        return Flip(0, f"the context is ahead by {-ahead:.3g} without any repeat")
+    if per_repeat <= 0:
         return Flip(
             None,
             f"the weights are ahead by {ahead:.3g}, and as repeats pile up the context's pull only tends to "
-            f"b3 / (1 + e^-b2) = {limit:.3g}",
+            f"b3 / (1 + e^-b2) = {strengths.copy / (1 + unmatched):.3g}",
         )
-    if lead == 0:  # the prompt begins with q, which position 1 remembers as its own predecessor
-        tie = ahead / (strengths.copy - ahead * (1 + unmatched))
-    else:
-        tie = (ahead * (lead + 1) + strengths.copy * global_count) * unmatched
-        tie /= strengths.copy - ahead * (1 + unmatched)
-    n = max(math.floor(tie) + 1, 0)
-    return Flip(n, f"the weights are ahead by {ahead:.3g}; the context draws level at {tie:.4g} repeats")
+    tie = deficit * (unmatched if lead else 1.0) / per_repeat
+    return Flip(
+        math.floor(tie) + 1, f"the weights are ahead by {ahead:.3g}; the context draws level at {tie:.4g} repeats"
+    )
 
 
 def _context_pull(
@@ -179,10 +182,23 @@ def _context_pull(
     global_count: int,
     learned: float,
 ) -> Float[Tensor, "repeats"]:
-    """b3 (a_c - a_g) at the end of the prompt with each number of repeats.
+    """b3 (a_c - a_g) at the end of the prompt with each number of repeats."""
+    if lead is not None:
+        return _pull(repeats, strengths, None, lead, global_count, learned)
+    # At a fixed length every number of repeats has positions of its own: bound the memory for all of them.
+    rows = max(1, 2_000_000 // (int(repeats.max()) + 1))
+    return torch.cat([_pull(part, strengths, length, None, global_count, learned) for part in repeats.split(rows)])
 
-    Attention weights are counted against e^b2, so that large strengths do not overflow.
-    """
+
+def _pull(
+    repeats: Int[Tensor, "repeats"],
+    strengths: Strengths,
+    length: int | None,
+    lead: int | None,
+    global_count: int,
+    learned: float,
+) -> Float[Tensor, "repeats"]:
+    """`_context_pull` at once. In logarithms of attention weights, which large strengths would over- or underflow."""
     leak = math.exp(-strengths.previous_token)
     n = repeats.double()
     if lead is not None:
@@ -193,19 +209,17 @@ def _context_pull(
         start = length - 1 - 2 * n
     k = torch.arange(1, int(repeats.max()) + 1, dtype=torch.float64)
 
-    def weight(pos: Tensor, count: Tensor, before: float) -> Tensor:
-        """e^(b2 (m - 1)) at a position, from how often q has occurred and whether it came just before."""
+    def score(pos: Tensor, count: Tensor, before: float) -> Tensor:
+        """b2 m at a position, from how often q has occurred and whether it came just before."""
         seen = torch.full_like(pos, before)
-        memory = previous_token_memory(count.expand_as(pos), seen, pos, leak, learned)
-        return torch.exp(strengths.match * (memory - 1))
+        return strengths.match * previous_token_memory(count.expand_as(pos), seen, pos, leak, learned)
 
-    on_q = weight(start[:, None] + 2 * k - 1, k, 0.0)
-    on_c = weight(start[:, None] + 2 * k, k, 1.0)
+    on_q = score(start[:, None] + 2 * k - 1, k, 0.0)
+    on_c = score(start[:, None] + 2 * k, k, 1.0)
     # Running sums up to each number of repeats, with the empty sum in front.
-    upto = torch.nn.functional.pad(torch.stack([on_q, on_c]).cumsum(-1), (1, 0))
+    running = torch.nn.functional.pad(torch.stack([on_q, on_c]).logcumsumexp(-1), (1, 0), value=-torch.inf)
     row = torch.arange(len(repeats)) if length is not None else torch.zeros_like(repeats)
-    sum_q, sum_c = upto[:, row, repeats]
-    neutral = math.exp(-strengths.match)
-    last = weight(start + 2 * n + 1, n + 1, 0.0)
-    total = start * neutral + sum_q + sum_c + last
-    return strengths.copy * (sum_c - global_count * neutral) / total
+    sum_q, sum_c = running[:, row, repeats]
+    last = score(start + 2 * n + 1, n + 1, 0.0)
+    total = torch.stack([start.log().expand_as(n), sum_q, sum_c, last]).logsumexp(0)
+    return strengths.copy * ((sum_c - total).exp() - global_count * (-total).exp())

@@ -34,11 +34,11 @@ def memory_recall(model: TwoLayerTransformer, length: int, triggers: Sequence[in
     Returns:
         "previous_token_recall", "match_recall" and "copy_recall", fractions in [0, 1], each with its "..._margin",
         the mean of (own score - best other) in units of attention score or logit; and "bigram_kl", the mean KL
-        divergence in nats of the token's own prediction (no attention) from pi_b. NaN where a memory is not there
-        to be asked: without a head in that role, or without positions.
+        divergence in nats of the token's own prediction (no attention) from pi_b, over tokens other than `triggers`.
+        NaN where a memory is not there to be asked: without a head in that role, or without positions.
     """
     scores: Scores = {}
-    previous = [_previous_token_scores(model, head, length) for head in model.circuit.previous_token]
+    previous = [previous_token_scores(model, head, length) for head in model.circuit.previous_token]
     scores |= _best("previous_token", [table for table in previous if table is not None])
     chosen = torch.arange(model.cfg.d_vocab) if triggers is None else torch.as_tensor(list(triggers))
     match = [match_scores(model, head)[chosen.to(model.W_E.device)] for head in model.circuit.induction]
@@ -48,7 +48,10 @@ def memory_recall(model: TwoLayerTransformer, length: int, triggers: Sequence[in
     log_pi_b = model.language.pi_b.clamp_min(1e-12).log().to(model.W_E)
     predicted = context_free_logits(model).log_softmax(-1)
     kl = (log_pi_b.exp() * (log_pi_b - predicted)).sum(-1)
-    scores["bigram_kl"] = float((model.language.long_run.to(kl) * kl).sum())
+    weight = model.language.long_run.to(kl)
+    if triggers is not None:
+        weight[chosen.to(weight.device)] = 0.0
+    scores["bigram_kl"] = float((weight * kl).sum() / weight.sum())
     return scores
 
 
@@ -133,7 +136,7 @@ def behaviour(model: TwoLayerTransformer, sequences: SampledSequences) -> Scores
     return scores
 
 
-def _previous_token_scores(
+def previous_token_scores(
     model: TwoLayerTransformer, head: Component, length: int
 ) -> tuple[Float[Tensor, "query key"], Tensor] | None:
     """Scores of positions (or offsets) as keys, and which key is right, for the head's positional part alone."""

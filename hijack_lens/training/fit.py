@@ -1,0 +1,171 @@
+"""From learned weights back to the theory: the strengths of the memories that a trained model holds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hijack_lens import theory
+from hijack_lens._checks import check_count
+from hijack_lens.language import Token
+from hijack_lens.models import TwoLayerTransformer
+from hijack_lens.prompts import hijack_prompt
+from hijack_lens.theory import Strengths
+from hijack_lens.training.forward import PlainForward
+from hijack_lens.training.probes import context_free_logits, copy_scores, match_scores, previous_token_scores
+
+
+@dataclass(frozen=True)
+class FittedStrengths:
+    """Strengths read off a model's weights.
+
+    Attributes:
+        strengths: for `theory`, with the triggers below.
+        triggers: token ids that were taken as keys of the match memory.
+        purity: by memory ("previous_token", "match", "copy", "bigram"), the R^2 of the pure associative memory in the
+            model's own table of scores: 1 for a model written by hand, less as other structure is added.
+    """
+
+    strengths: Strengths
+    triggers: tuple[int, ...]
+    purity: dict[str, float]
+
+
+@torch.no_grad()
+def fit_strengths(model: TwoLayerTransformer, triggers: Sequence[Token] | None = None) -> FittedStrengths:
+    """Reads effective strengths off a model's weights; its predictions are not asked.
+
+    Each memory is a table of scores, key by value, and the strength is how far the own value's score lies above the
+    others' mean: the previous-token head's over offsets (b1), the induction head's match of remembered by current
+    token (b2), its copy of attended token to logit (b3). The bigram memory's (g) is the slope of the context-free
+    logits over log pi_b. Tokens count as often as they occur; negative strengths are taken as 0. Norms act by their
+    weights.
+
+    Args:
+        model: with one head in each role, and relative or absolute positions.
+        triggers: keys of the match memory; by default the model's own, else all tokens.
+
+    Raises:
+        ValueError: for other models.
+    """
+    circuit = model.circuit
+    if len(circuit.previous_token) != 1 or len(circuit.induction) != 1:
+        raise ValueError(f"model must have one previous-token and one induction head, got {circuit}")
+    length = model.n_ctx_train or min(model.cfg.n_ctx, 128)
+    previous = previous_token_scores(model, circuit.previous_token[0], length)
+    if previous is None:
+        raise ValueError(f"model must have relative or absolute positions, got {model.positions!r}")
+    keys = triggers if triggers is not None else model.triggers
+    ids = model.language.trigger_ids(keys)
+    weight = model.language.long_run.to(model.W_E)
+    head = circuit.induction[0]
+
+    scores, right = previous
+    by_query = (
+        weight if len(scores) == len(weight) and model.positions == "relative" else torch.ones(len(scores)).to(weight)
+    )
+    focus, focus_purity = _diagonal_strength(scores, right, by_query)
+    match = match_scores(model, head)[ids.to(weight.device)]
+    matched, match_purity = _diagonal_strength(match, ids.to(weight.device), weight[ids.to(weight.device)])
+    copied = copy_scores(model, head)
+    copy, copy_purity = _diagonal_strength(copied, torch.arange(len(copied), device=weight.device), weight)
+
+    # The rows of triggers hold what follows them in context, which no bigram memory should know.
+    rows = torch.ones(len(weight), dtype=torch.bool)
+    if len(ids) < len(weight):
+        rows[ids] = False
+    log_pi_b = model.language.finite_log_pi_b().to(weight)
+    x, y = (_centred(table, log_pi_b.exp())[rows] for table in (log_pi_b, context_free_logits(model)))
+    cells = (weight[:, None] * log_pi_b.exp())[rows]
+    slope = float((cells * x * y).sum() / (cells * x * x).sum())
+    residual = float((cells * (y - slope * x) ** 2).sum() / (cells * y**2).sum())
+    return FittedStrengths(
+        Strengths(*(max(value, 0.0) for value in (focus, matched, copy, slope))),
+        tuple(ids.tolist()),
+        {"previous_token": focus_purity, "match": match_purity, "copy": copy_purity, "bigram": 1 - residual},
+    )
+
+
+@dataclass(frozen=True)
+class TheoryAgreement:
+    """How well the theory, at fitted strengths, predicts a model.
+
+    Attributes:
+        r2: of the theory's logits for the model's, over the vocabulary of every prompt's last position, each taken
+            relative to its mean; at most 1, and negative where the mean alone would predict better.
+        winners: the fraction of prompts on which theory and model name the same winner.
+        table: one row per prompt: trigger, in_context, global, repeats, and the margin of theory and model.
+    """
+
+    r2: float
+    winners: float
+    table: pd.DataFrame
+
+
+@torch.no_grad()
+def theory_agreement(
+    model: TwoLayerTransformer, fit: FittedStrengths, *, n_prompts: int = 300, length: int = 64, seed: int = 0
+) -> TheoryAgreement:
+    """Compares a model with the theory at fitted strengths, on conflict prompts that neither has seen.
+
+    Triggers, in-context candidates and numbers of repeats (0 to 6) are drawn at random.
+
+    Args:
+        model: to compare.
+        fit: of the same model.
+        n_prompts: how many prompts.
+        length: tokens in each, at least 14.
+        seed: of the draws.
+    """
+    check_count("n_prompts", n_prompts, minimum=1)
+    check_count("length", length, minimum=14)
+    language = model.language
+    generator = torch.Generator().manual_seed(check_count("seed", seed))
+    positions = "absolute" if model.positions == "absolute" else "relative"
+    prompts = []
+    while len(prompts) < n_prompts:
+        q = fit.triggers[int(torch.randint(len(fit.triggers), (), generator=generator))]
+        c = int(torch.randint(language.d_vocab, (), generator=generator))
+        g = language.most_likely(q)
+        repeats = int(torch.randint(7, (), generator=generator))
+        if len({q, c, g}) == 3:
+            prompts.append((repeats, hijack_prompt(language, q, c, repeats, length, seed=generator)))
+    tokens = torch.stack([prompt.tokens for _, prompt in prompts])
+    found = PlainForward(model)(tokens.to(model.W_E.device))[:, -1].double().cpu()
+    predicted = theory.logits(tokens, language, fit.strengths, fit.triggers, positions, model.n_ctx_train)[:, -1]
+    rows = []
+    for (repeats, prompt), theirs, ours in zip(prompts, found, predicted, strict=True):
+        c, g = prompt.in_context, prompt.global_
+        names = [language.tokens[i] for i in (prompt.trigger, c, g)]
+        rows.append((*names, repeats, float(ours[c] - ours[g]), float(theirs[c] - theirs[g])))
+    table = pd.DataFrame(rows, columns=["trigger", "in_context", "global", "repeats", "theory_margin", "model_margin"])
+    x, y = (values - values.mean(-1, keepdim=True) for values in (predicted, found))
+    return TheoryAgreement(
+        r2=float(1 - ((y - x) ** 2).sum() / (y**2).sum()),
+        winners=float(((table["theory_margin"] > 0) == (table["model_margin"] > 0)).mean()),
+        table=table,
+    )
+
+
+def _diagonal_strength(
+    scores: Float[Tensor, "key value"], right: Tensor, weight: Float[Tensor, "key"]
+) -> tuple[float, float]:
+    """How far the right value's score lies above the mean of the others, and the R^2 of that alone in the table."""
+    own = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, right[:, None], True)
+    usable = scores.isfinite()
+    others = usable & ~own
+    rest = (scores.masked_fill(~others, 0.0).sum(1) / others.sum(1).clamp_min(1))[:, None]
+    weight = weight / weight.sum()
+    strength = float(weight @ (scores[own] - rest[:, 0]))
+    pure = rest + strength * own
+    spread = ((scores - rest).masked_fill(~usable, 0.0) ** 2).sum(1)
+    error = ((scores - pure).masked_fill(~usable, 0.0) ** 2).sum(1)
+    return strength, 1 - float(weight @ error) / max(float(weight @ spread), 1e-30)
+
+
+def _centred(table: Tensor, weight: Tensor) -> Tensor:
+    """Each row of logits relative to its mean, since a constant per row changes no prediction."""
+    return table - (table * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
