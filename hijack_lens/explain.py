@@ -10,6 +10,7 @@ from hijack_lens.circuit import ROLE_NAMES
 from hijack_lens.models import TwoLayerTransformer
 from hijack_lens.prompts import HijackPrompt
 from hijack_lens.theory import Flip, Margin
+from hijack_lens.theory.closed_form import Positions
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def explain(model: TwoLayerTransformer, prompt: HijackPrompt) -> Explanation:
             ablated[name] = float(logits[prompt.in_context] - logits[prompt.global_])
     predicted = flip = None
     if model.strengths is not None:
-        setting = (model.strengths, model.triggers, model.architecture.positions, model.n_ctx_train)
+        positions: Positions = "absolute" if model.positions == "absolute" else "relative"
+        setting = (model.strengths, model.triggers, positions, model.n_ctx_train)
         predicted = theory.margin(prompt, model.language, *setting)
         flip = theory.min_repeats(
             model.language, prompt.trigger, prompt.in_context, prompt.global_, *setting, length=len(prompt)

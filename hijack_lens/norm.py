@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.components import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre
@@ -65,5 +66,6 @@ def linear_norm(norm: nn.Module | None, x: Float[Tensor, "*batch d_model"]) -> L
     spread = x - x.mean(-1, keepdim=True) if centred else x
     # PyTorch's own modules call them weight and bias.
     w, b = (getattr(norm, short, getattr(norm, long, None)) for short, long in (("w", "weight"), ("b", "bias")))
-    scale = (spread.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+    eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+    scale = (spread.pow(2).mean(-1, keepdim=True) + eps).sqrt()
     return LinearNorm(centred, scale, w, b)

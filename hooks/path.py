@@ -41,10 +41,10 @@ def patch_path(
         TypeError, ValueError: for an edge that the model does not have.
     """
     check_choice("via", via, ("q", "k", "v", "mlp_in", "unembed"))
-    sender, receiver = _only("sender", sender), _only("receiver", receiver)
-    _check_edge(model, sender, receiver, via)
+    source_of, target_of = _only("sender", sender), _only("receiver", receiver)
+    _check_edge(model, source_of, target_of, via)
     where = as_positions(positions)
-    site = Site(f"hook_{sender}") if isinstance(sender, str) else sites(model, sender)[0]
+    site = Site(f"hook_{source_of}") if isinstance(source_of, str) else sites(model, source_of)[0]
     stored = None if source is None else read_source(model, source, [site.name], "source")[site.name]
     # What the run has computed so far, for the hook that comes later: the message's change, the stream.
     run: dict[str, Tensor] = {}
@@ -54,7 +54,7 @@ def patch_path(
         wanted = (
             torch.zeros_like(current) if stored is None else site.read(site.write(activation, site.read(stored), None))
         )
-        change = _into_stream(model, sender, wanted - current)
+        change = _into_stream(model, source_of, wanted - current)
         if where is not None:
             index = position_index(where, change.shape[1]).to(change.device)
             kept = torch.zeros_like(change)
@@ -66,7 +66,7 @@ def patch_path(
         # Messages of all path patches into one input add up before the norm: kept with the stream they change.
         activation.hijack_lens_messages = {}  # type: ignore[attr-defined]
 
-    if isinstance(receiver, str):
+    if isinstance(target_of, str):
         last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
 
         def change_stream(activation: Tensor, hook: Any) -> Tensor:
@@ -74,9 +74,9 @@ def patch_path(
 
         return Intervention(model, edit=[(last, change_stream)], look=[(site.name, watch_sender)])
 
-    block = model.blocks[receiver.layer]
-    prefix = f"blocks.{receiver.layer}"
-    head = receiver.head
+    block = model.blocks[target_of.layer]
+    prefix = f"blocks.{target_of.layer}"
+    head = target_of.head
     if via == "mlp_in":
         stream, target, norm = f"{prefix}.hook_resid_mid", f"{prefix}.mlp.hook_pre", "ln2"
         weight = block.mlp.W_in

@@ -38,9 +38,10 @@ def as_text(result: "LogitAttribution") -> str:
     if result.tokens.ndim > 1 or result.position == "all":
         return head
     # In a notebook a console would display the table at once, beside returning it.
-    console = Console(file=io.StringIO(), width=120, color_system=None, force_jupyter=False)
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=120, color_system=None, force_jupyter=False)
     console.print(rich_table(result))
-    return "\n".join(filter(None, [head, console.file.getvalue().rstrip(), _hidden(result)]))
+    return "\n".join(filter(None, [head, buffer.getvalue().rstrip(), _hidden(result)]))
 
 
 def as_html(result: "LogitAttribution") -> str:

@@ -114,7 +114,10 @@ def find_model(folder: str | os.PathLike[str], revision: str | None) -> Path:
 def _check_shapes(architecture: Architecture, language: BigramLanguage, tensors: dict[str, torch.Tensor]) -> None:
     """The stored tensors bear out the sizes that the header claims, before anything of that size is built."""
     a = architecture
-    expected = {"embed.W_E": (language.d_vocab, a.d_model), "pos_embed.W_pos": (a.n_ctx, a.d_model)}
+    expected: dict[str, tuple[int, ...]] = {
+        "embed.W_E": (language.d_vocab, a.d_model),
+        "pos_embed.W_pos": (a.n_ctx, a.d_model),
+    }
     if a.positions == "rotary":
         del expected["pos_embed.W_pos"]
         if a.n_ctx > 1_000_000:

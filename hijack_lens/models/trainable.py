@@ -86,8 +86,8 @@ def two_layer_transformer(
     model = TwoLayerTransformer(architecture, language, dtype=dtype, device=device)
     generator = as_generator(seed)
     chosen: dict[str, Init] = {} if init is None else dict(init)
-    for how in chosen.values():
-        check_choice("init", how, ("normal", "identity", "zeros"))
+    for choice in chosen.values():
+        check_choice("init", choice, ("normal", "identity", "zeros"))
     known = {name for full, _ in model.named_parameters() for name in (full, full.rsplit(".", 1)[-1])}
     for argument, names in (("init", chosen), ("freeze", freeze)):
         for name in names:

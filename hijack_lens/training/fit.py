@@ -12,8 +12,9 @@ from hijack_lens import theory
 from hijack_lens._checks import check_count
 from hijack_lens.language import Token
 from hijack_lens.models import TwoLayerTransformer
-from hijack_lens.prompts import hijack_prompt
+from hijack_lens.prompts import HijackPrompt, hijack_prompt
 from hijack_lens.theory import Strengths
+from hijack_lens.theory.closed_form import Positions
 from hijack_lens.training.forward import PlainForward
 from hijack_lens.training.probes import context_free_logits, copy_scores, match_scores, previous_token_scores
 
@@ -124,8 +125,8 @@ def theory_agreement(
     check_count("length", length, minimum=14)
     language = model.language
     generator = torch.Generator().manual_seed(check_count("seed", seed))
-    positions = "absolute" if model.positions == "absolute" else "relative"
-    prompts = []
+    positions: Positions = "absolute" if model.positions == "absolute" else "relative"
+    prompts: list[tuple[int, HijackPrompt]] = []
     while len(prompts) < n_prompts:
         q = fit.triggers[int(torch.randint(len(fit.triggers), (), generator=generator))]
         c = int(torch.randint(language.d_vocab, (), generator=generator))

@@ -1,5 +1,7 @@
 """A two-layer model's logits on the same parameters, without the hook points: what the training loop runs."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -18,7 +20,7 @@ class PlainForward:
 
     def __init__(self, model: TwoLayerTransformer):
         self.model = model
-        mlps = [getattr(block, "mlp", None) for block in model.blocks]
+        mlps: list[Any] = [getattr(block, "mlp", None) for block in model.blocks]
         self._mlps = [None if mlp is None or _is_frozen_at_zero(mlp) else mlp for mlp in mlps]
 
     def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
@@ -27,6 +29,7 @@ class PlainForward:
         x = F.embedding(tokens, model.W_E)
         if model.positions == "absolute":
             x = x + model.W_pos[: tokens.shape[1]]
+        block: Any
         for block, mlp in zip(model.blocks, self._mlps, strict=True):
             x = x + _attention(block.attn, _normed(block.ln1, x))
             if mlp is not None:
@@ -34,7 +37,7 @@ class PlainForward:
         return _normed(getattr(model, "ln_final", None), x) @ model.W_U + model.b_U
 
 
-def _is_frozen_at_zero(mlp: nn.Module) -> bool:
+def _is_frozen_at_zero(mlp: Any) -> bool:
     return not any(p.requires_grad or bool(p.any()) for p in (mlp.W_out, mlp.b_out))
 
 
@@ -42,7 +45,7 @@ def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
     return linear_norm(norm, x)(x)
 
 
-def _attention(attn: nn.Module, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+def _attention(attn: Any, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
     n_heads, _, d_head = attn.W_Q.shape
     # One product gives every head's queries, keys and values.
     weight = torch.cat([attn.W_Q, attn.W_K, attn.W_V]).transpose(1, 2).flatten(0, 1)

@@ -155,7 +155,7 @@ def _resume(
         for parameter, value in zip(model.parameters(), stored.model.parameters(), strict=True):
             parameter.copy_(value)
     restore_optimizer(optimizer, state, checkpoint)
-    return stored.step, stored.table.to_dict(orient="records")
+    return stored.step, [{str(k): v for k, v in row.items()} for row in stored.table.to_dict(orient="records")]
 
 
 def _sequences(language: BigramLanguage, config: TrainConfig, block: int) -> SampledSequences:
@@ -200,7 +200,11 @@ def _evaluate(
     base = {"step": step, "seconds": seconds}
     rows = [
         {**base, "probe": probe, "continuations": None, "length": None, "value": value}
-        for probe, value in memory_recall(model, config.length, model.triggers).items()
+        for probe, value in memory_recall(
+            model,
+            config.length,
+            None if model.triggers is None else model.language.trigger_ids(model.triggers).tolist(),
+        ).items()
     ]
     for (continuations, length), sequences in held_out.items():
         rows += [

@@ -129,15 +129,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, torch.T
     Raises:
         ValueError: where the state is of other parameters.
     """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     nested: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in state.items():
-        index, name = key.split(".", 1)
+        index, _, name = key.partition(".")
+        known = index.isdigit() and int(index) < len(parameters)
+        if not known or (value.ndim and value.shape != parameters[int(index)].shape):
+            raise ValueError(f"{path} holds an optimizer's state of other parameters ({key})")
         nested.setdefault(int(index), {})[name] = value
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, values in nested.items():
-        for name, value in values.items():
-            if index >= len(parameters) or (value.ndim and value.shape != parameters[index].shape):
-                raise ValueError(f"{path} holds an optimizer's state of other parameters ({index}.{name})")
     optimizer.load_state_dict({"state": nested, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
