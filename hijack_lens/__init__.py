@@ -13,14 +13,15 @@ except ImportError as _error:
         "Install it with: pip install 'transformer-lens>=3.9,<4'"
     ) from _error
 
-from hijack_lens import hooks, theory, visual
+from hijack_lens import hooks, theory, training, visual
 from hijack_lens.attribution import LogitAttribution, Path, attribute
 from hijack_lens.circuit import Circuit, Component
 from hijack_lens.explain import Explanation, explain
 from hijack_lens.language import BigramLanguage, SampledSequences, default_text
-from hijack_lens.models import TwoLayerTransformer, associative_transformer
+from hijack_lens.models import TwoLayerTransformer, associative_transformer, two_layer_transformer
 from hijack_lens.prompts import HijackPrompt, hijack_prompt
 from hijack_lens.theory import Margin, Strengths
+from hijack_lens.training import TrainConfig, TrainingRun, fit_strengths, train
 from hijack_lens.visual import report
 
 __version__ = "0.1.0"
@@ -36,14 +37,20 @@ __all__ = [
     "Path",
     "SampledSequences",
     "Strengths",
+    "TrainConfig",
+    "TrainingRun",
     "TwoLayerTransformer",
     "associative_transformer",
     "attribute",
     "default_text",
     "explain",
+    "fit_strengths",
     "hijack_prompt",
     "hooks",
     "report",
     "theory",
+    "train",
+    "training",
+    "two_layer_transformer",
     "visual",
 ]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ app = App(
 @app.command
 def explain(
     *,
+    model: Path | None = None,
     text: Path | None = None,
     level: Literal["char", "word"] = "char",
     max_vocab: int | None = None,
@@ -43,6 +45,7 @@ def explain(
     """Set the two memories against each other on a text, and say which one wrote the prediction.
 
     Args:
+        model: Folder of a trained model (or run) to explain, with its own language, instead of one written by hand.
         text: Text file to take the bigrams from; by default, English that is always at hand.
         level: What a token is.
         max_vocab: Keep this many tokens, the most frequent.
@@ -59,18 +62,74 @@ def explain(
         as_json: Print JSON instead of tables.
         out: Where to write the report.
     """
-    corpus = hl.default_text() if text is None else text.read_text(encoding="utf-8")
-    language = hl.BigramLanguage.from_text(corpus, level=level, max_vocab=max_vocab)
-    q, c = _conflict(language, trigger, in_context)
+    if model is None:
+        language = _language(text, level, max_vocab)
+    else:
+        trained = hl.TwoLayerTransformer.from_pretrained(model)
+        language = trained.language
+    q, c = _conflict(language, trigger, in_context, None if model is None else trained.triggers)
     prompt = hl.hijack_prompt(language, q, c, repeats, length, seed=seed)
-    strengths = hl.Strengths(previous_token, match, copy, bigram)
-    model = hl.associative_transformer(language, positions=positions, strengths=strengths, n_ctx=length)
-    explanation = hl.explain(model, prompt)
+    if model is None:
+        strengths = hl.Strengths(previous_token, match, copy, bigram)
+        trained = hl.associative_transformer(language, positions=positions, strengths=strengths, n_ctx=length)
+    explanation = hl.explain(trained, prompt)
     report = hl.report(explanation, out).resolve()
     if as_json:
         print(json.dumps(_as_json(explanation, report), indent=2, ensure_ascii=False))
     else:
         _print(explanation, report)
+
+
+@app.command
+def train(
+    *,
+    text: Path | None = None,
+    out: Path,
+    level: Literal["char", "word"] = "char",
+    max_vocab: int | None = None,
+    triggers: list[str] | None = None,
+    positions: Literal["relative", "absolute", "rotary", "none"] = "relative",
+    d_model: int = 128,
+    length: int = 128,
+    steps: int = 300,
+    seed: int = 0,
+) -> None:
+    """Train a two-layer model on the bigrams of a text, with triggers, and watch both memories form.
+
+    A run that was stopped goes on when the same command is given again.
+
+    Args:
+        text: Text file to take the bigrams from; by default, English that is always at hand.
+        out: Folder for the model, its checkpoints, its probes and their picture.
+        level: What a token is.
+        max_vocab: Keep this many tokens, the most frequent.
+        triggers: Tokens whose continuation is fixed per sequence; by default, the five most frequent.
+        positions: How positions enter the model.
+        d_model: Size of the residual stream.
+        length: Tokens per sequence.
+        steps: Of the optimizer.
+        seed: Of the weights and the data.
+    """
+    language = _language(text, level, max_vocab)
+    chosen = triggers or [language.tokens[i] for i in language.pi_u.argsort(descending=True)[:5].tolist()]
+    config = hl.TrainConfig(triggers=chosen, length=length, seed=seed, steps=steps)
+    model = hl.two_layer_transformer(language, positions, d_model, seed=seed, n_ctx=4 * length)
+    run = hl.train(model, language, config, out=out)
+    run.save(out)
+    run.plot().save(out / "memories.png")
+    console = Console()
+    table = Table(title=f"after {run.step} of {steps} steps")
+    for column in ("probe", "at the start", "now"):
+        table.add_column(column, justify="left" if column == "probe" else "right")
+    for probe in ("in_context_accuracy", "bigram_excess", "previous_token_attention", "induction_attention"):
+        series = run.probe(probe)
+        table.add_row(probe.replace("_", " "), f"{series.iloc[0]:.3f}", f"{series.iloc[-1]:.3f}")
+    console.print(table)
+    console.print(f"Picture: {(out / 'memories.png').resolve()}", soft_wrap=True)
+    console.print(f"Look at it: hijack-lens explain --model {out}", soft_wrap=True)
+    if not run.finished:
+        console.print("Interrupted; the same command goes on from here.")
+        raise SystemExit(130)
 
 
 def main() -> None:
@@ -91,15 +150,25 @@ def _fail(message: str) -> None:
     raise SystemExit(2)
 
 
-def _conflict(language: hl.BigramLanguage, trigger: str | None, in_context: str | None) -> tuple[int, int]:
+def _language(text: Path | None, level: Literal["char", "word"], max_vocab: int | None) -> hl.BigramLanguage:
+    corpus = hl.default_text() if text is None else text.read_text(encoding="utf-8")
+    return hl.BigramLanguage.from_text(corpus, level=level, max_vocab=max_vocab)
+
+
+def _conflict(
+    language: hl.BigramLanguage, trigger: str | None, in_context: str | None, trained: Sequence[str | int] | None
+) -> tuple[int, int]:
     """The conflict asked for; where it is left open, a strong one.
 
-    By default the trigger is the word or letter whose successor is surest, and the context says the most
-    common word or letter of those least likely to follow.
+    By default the trigger is the word or letter whose successor is surest (of those that the model was `trained`
+    on), and the context says the most common word or letter of those least likely to follow.
     """
     wordlike = [i for i, token in enumerate(language.tokens) if token.isalpha()] or list(range(language.d_vocab))
     if trigger is None:
         common = [i for i in wordlike if language.pi_u[i] >= 0.1 / language.d_vocab] or wordlike
+        if trained is not None:
+            known = language.trigger_ids(trained).tolist()
+            common = [i for i in common if i in known] or known
         q = max(common, key=lambda i: float(language.pi_b[i].max()))
     else:
         q = language.index(trigger, "trigger")

@@ -1,7 +1,19 @@
 """Train a two-layer model, and watch what it memorises."""
 
 from hijack_lens.training.config import TrainConfig
+from hijack_lens.training.fit import FittedStrengths, TheoryAgreement, fit_strengths, theory_agreement
 from hijack_lens.training.loop import train
+from hijack_lens.training.probes import behaviour, memory_recall
 from hijack_lens.training.run import TrainingRun
 
-__all__ = ["TrainConfig", "TrainingRun", "train"]
+__all__ = [
+    "FittedStrengths",
+    "TheoryAgreement",
+    "TrainConfig",
+    "TrainingRun",
+    "behaviour",
+    "fit_strengths",
+    "memory_recall",
+    "theory_agreement",
+    "train",
+]
