@@ -313,21 +313,22 @@ class BigramLanguage:
             chosen = (arrivals / self.pi_u).topk(n_triggers, largest=False).indices
         follow = self._draw_continuations(chosen, continuations, generator)
 
-        override = torch.full((n_sequences, self.d_vocab), -1).scatter_(1, chosen, follow)
+        # What must follow each token, sequence by sequence; -1 where the chain decides.
+        forced = torch.full((n_sequences, self.d_vocab), -1).scatter_(1, chosen, follow)
+        forced_flat, row_start = forced.flatten(), torch.arange(n_sequences) * self.d_vocab
         uniform = torch.rand(length, n_sequences, generator=generator, dtype=torch.float64)
         first_cdf = (self.pi_u.cumsum(0) / self.pi_u.sum()).clamp(max=1)
-        tokens = torch.empty(length, n_sequences, dtype=torch.long)
-        tokens[0] = torch.searchsorted(first_cdf, uniform[0], right=True)
-        rows = torch.arange(n_sequences)
+        current = torch.searchsorted(first_cdf, uniform[0], right=True)
+        columns = [current]
         for t in range(1, length):
-            forced = override[rows, tokens[t - 1]]
-            tokens[t] = torch.where(forced >= 0, forced, self.step(tokens[t - 1], uniform[t]))
-        tokens = tokens.T.contiguous()
+            must = forced_flat.index_select(0, row_start + current)
+            current = torch.where(must >= 0, must, self.step(current, uniform[t]))
+            columns.append(current)
+        tokens = torch.stack(columns, 1)
 
-        predictable = torch.zeros(n_sequences, length, dtype=torch.bool)
-        for trigger in chosen.T:
-            here = tokens == trigger[:, None]
-            predictable |= here & (here.cumsum(1) > 1)
+        position = torch.arange(length).expand(n_sequences, -1)
+        first_seen = torch.full_like(forced, length).scatter_reduce_(1, tokens, position, "amin")
+        predictable = (forced.gather(1, tokens) >= 0) & (position > first_seen.gather(1, tokens))
         return SampledSequences(tokens, predictable, chosen.clone(), follow)
 
     def step(self, tokens: Int[Tensor, "sequence"], uniform: Float[Tensor, "sequence"]) -> Int[Tensor, "sequence"]:

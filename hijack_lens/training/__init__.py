@@ -2,6 +2,7 @@
 
 from hijack_lens.training.config import TrainConfig
 from hijack_lens.training.fit import FittedStrengths, TheoryAgreement, fit_strengths, theory_agreement
+from hijack_lens.training.gradient_steps import gradient_steps
 from hijack_lens.training.loop import train
 from hijack_lens.training.probes import behaviour, memory_recall
 from hijack_lens.training.run import TrainingRun
@@ -13,6 +14,7 @@ __all__ = [
     "TrainingRun",
     "behaviour",
     "fit_strengths",
+    "gradient_steps",
     "memory_recall",
     "theory_agreement",
     "train",

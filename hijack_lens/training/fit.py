@@ -10,13 +10,13 @@ from torch import Tensor
 
 from hijack_lens import theory
 from hijack_lens._checks import check_count
-from hijack_lens.language import Token
+from hijack_lens.language import BigramLanguage, Token
 from hijack_lens.models import TwoLayerTransformer
 from hijack_lens.prompts import HijackPrompt, hijack_prompt
 from hijack_lens.theory import Strengths
 from hijack_lens.theory.closed_form import Positions
 from hijack_lens.training.forward import PlainForward
-from hijack_lens.training.probes import context_free_logits, copy_scores, match_scores, previous_token_scores
+from hijack_lens.training.probes import context_free_logits, effective_copy_scores, match_scores, previous_token_scores
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,16 @@ class FittedStrengths:
     """Strengths read off a model's weights.
 
     Attributes:
-        strengths: for `theory`, with the triggers below.
+        strengths: for `theory`, with the triggers and the language below.
+        language: the bigrams that the weights hold: g * log pi_b are the model's own context-free logits, up to a
+            constant per token. After a token that was always a trigger in training they need not be the true ones.
         triggers: token ids that were taken as keys of the match memory.
         purity: by memory ("previous_token", "match", "copy", "bigram"), the R^2 of the pure associative memory in the
             model's own table of scores: 1 for a model written by hand, less as other structure is added.
     """
 
     strengths: Strengths
+    language: BigramLanguage
     triggers: tuple[int, ...]
     purity: dict[str, float]
 
@@ -41,9 +44,9 @@ def fit_strengths(model: TwoLayerTransformer, triggers: Sequence[Token] | None =
 
     Each memory is a table of scores, key by value, and the strength is how far the own value's score lies above the
     others' mean: the previous-token head's over offsets (b1), the induction head's match of remembered by current
-    token (b2), its copy of attended token to logit (b3). The bigram memory's (g) is the slope of the context-free
-    logits over log pi_b. Tokens count as often as they occur; negative strengths are taken as 0. Norms act by their
-    weights.
+    token (b2), its copy of attended token to logit, by way of the MLP too (b3). The bigram memory's (g) is the slope of
+    the context-free logits over log pi_b. Tokens count as often as they occur; negative b1, b2 and b3 are taken as 0, a
+    negative g as 1. Norms act by their weights.
 
     Args:
         model: with one head in each role, and relative or absolute positions.
@@ -71,7 +74,8 @@ def fit_strengths(model: TwoLayerTransformer, triggers: Sequence[Token] | None =
     focus, focus_purity = _diagonal_strength(scores, right, by_query)
     match = match_scores(model, head)[ids.to(weight.device)]
     matched, match_purity = _diagonal_strength(match, ids.to(weight.device), weight[ids.to(weight.device)])
-    copied = copy_scores(model, head)
+    asked = torch.zeros_like(weight).index_copy(0, ids.to(weight.device), weight[ids.to(weight.device)])
+    copied = effective_copy_scores(model, head, asked / asked.sum())
     copy, copy_purity = _diagonal_strength(copied, torch.arange(len(copied), device=weight.device), weight)
 
     # The rows of triggers hold what follows them in context, which no bigram memory should know.
@@ -79,12 +83,16 @@ def fit_strengths(model: TwoLayerTransformer, triggers: Sequence[Token] | None =
     if len(ids) < len(weight):
         rows[ids] = False
     log_pi_b = model.language.finite_log_pi_b().to(weight)
-    x, y = (_centred(table, log_pi_b.exp())[rows] for table in (log_pi_b, context_free_logits(model)))
+    learned = context_free_logits(model)
+    x, y = (_centred(table, log_pi_b.exp())[rows] for table in (log_pi_b, learned))
     cells = (weight[:, None] * log_pi_b.exp())[rows]
     slope = float((cells * x * y).sum() / (cells * x * x).sum())
     residual = float((cells * (y - slope * x) ** 2).sum() / (cells * y**2).sum())
+    scale = slope if slope > 0 else 1.0
+    held = (learned.double().cpu() / scale).softmax(-1)
     return FittedStrengths(
-        Strengths(*(max(value, 0.0) for value in (focus, matched, copy, slope))),
+        Strengths(*(max(value, 0.0) for value in (focus, matched, copy)), scale),
+        BigramLanguage(held, model.language.pi_u, tokens=model.language.tokens, level=model.language.level),
         tuple(ids.tolist()),
         {"previous_token": focus_purity, "match": match_purity, "copy": copy_purity, "bigram": 1 - residual},
     )
@@ -136,7 +144,7 @@ def theory_agreement(
             prompts.append((repeats, hijack_prompt(language, q, c, repeats, length, seed=generator)))
     tokens = torch.stack([prompt.tokens for _, prompt in prompts])
     found = PlainForward(model)(tokens.to(model.W_E.device))[:, -1].double().cpu()
-    predicted = theory.logits(tokens, language, fit.strengths, fit.triggers, positions, model.n_ctx_train)[:, -1]
+    predicted = theory.logits(tokens, fit.language, fit.strengths, fit.triggers, positions, model.n_ctx_train)[:, -1]
     rows = []
     for (repeats, prompt), theirs, ours in zip(prompts, found, predicted, strict=True):
         c, g = prompt.in_context, prompt.global_

@@ -80,15 +80,34 @@ def copy_scores(model: TwoLayerTransformer, head: Component) -> Float[Tensor, "t
     return _norm_weights(getattr(model, "ln_final", None)).linear(written) @ model.W_U
 
 
-def context_free_logits(model: TwoLayerTransformer) -> Float[Tensor, "token d_vocab"]:
-    """What the model predicts after each token by its embedding and MLPs alone, all attention off."""
+def context_free_logits(
+    model: TwoLayerTransformer, added: Float[Tensor, "... d_model"] | None = None
+) -> Float[Tensor, "... token d_vocab"]:
+    """What the model predicts after each token by its embedding and MLPs alone, all attention off.
+
+    With `added`, the last block's heads write that into the residual stream.
+    """
     x = model.W_E
-    for block in model.blocks:
+    for layer, block in enumerate(model.blocks):
+        if added is not None and layer == len(model.blocks) - 1:
+            x = x + added[..., None, :]
         if hasattr(block, "mlp"):
             x = x + block.mlp.act_fn(linear_norm(block.ln2, x)(x) @ block.mlp.W_in + block.mlp.b_in) @ block.mlp.W_out
             x = x + block.mlp.b_out
     final = getattr(model, "ln_final", None)
     return linear_norm(final, x)(x) @ model.W_U + model.b_U
+
+
+def effective_copy_scores(
+    model: TwoLayerTransformer, head: Component, weight: Float[Tensor, "token"]
+) -> Float[Tensor, "token d_vocab"]:
+    """What full attention to each token adds to the logits, MLP included, in the mean over current tokens."""
+    attn = model.blocks[head.layer].attn
+    read = _norm_weights(model.blocks[head.layer].ln1).linear(model.W_E)
+    written = read @ attn.W_V[head.head] @ attn.W_O[head.head]
+    alone = context_free_logits(model)
+    rows = [weight @ (context_free_logits(model, row) - alone) for row in written]
+    return torch.stack(rows)
 
 
 @torch.no_grad()
