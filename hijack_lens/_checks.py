@@ -1,7 +1,10 @@
 """Checks of what a user hands in: every error names the argument, what it was and what it should be."""
 
 import math
+import numbers
+import operator
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,13 +12,30 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def as_generator(seed: int | torch.Generator) -> torch.Generator:
+def as_generator(seed: Any) -> torch.Generator:
     """A CPU generator for `seed`; the global random state is neither read nor changed."""
     if isinstance(seed, torch.Generator):
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    number = as_int(seed)
+    if number is None:
         raise TypeError(f"seed must be an int or a torch.Generator, got {seed!r}")
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(number)
+
+
+def as_int(value: object) -> int | None:
+    """`value` as an int, where it is one (NumPy's and PyTorch's scalars are, truth values are not); else `None`."""
+    if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def check_type(name: str, value: object, kind: type) -> None:
+    """`value` is of a type."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {value!r:.80}")
 
 
 def check_tokens(name: str, tokens: object, d_vocab: int, n_ctx: int | None = None) -> Int[Tensor, "*batch pos"]:
@@ -23,7 +43,11 @@ def check_tokens(name: str, tokens: object, d_vocab: int, n_ctx: int | None = No
     if not isinstance(tokens, Tensor):
         if not isinstance(tokens, Iterable) or isinstance(tokens, (str, bytes)):
             raise TypeError(f"{name} must be a tensor of token ids, got {type(tokens).__name__}")
-        tokens = torch.as_tensor(np.asarray(tokens if hasattr(tokens, "__len__") else list(tokens)))
+        try:
+            tokens = torch.as_tensor(np.asarray(tokens if hasattr(tokens, "__len__") else list(tokens)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} must be token ids, every prompt equally long, got {tokens!r:.80}") from error
+        tokens = tokens.long() if tokens.numel() == 0 else tokens
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise TypeError(f"{name} must hold integer token ids, got dtype {tokens.dtype}")
     if tokens.ndim not in (1, 2) or tokens.numel() == 0:
@@ -39,16 +63,17 @@ def check_tokens(name: str, tokens: object, d_vocab: int, n_ctx: int | None = No
 
 def check_count(name: str, value: object, minimum: int = 0) -> int:
     """`value` as an int of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    number = as_int(value)
+    if number is None:
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    return number
 
 
 def check_number(name: str, value: object, positive: bool = False) -> float:
     """`value` as a finite float >= 0, or > 0 where it must be `positive`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name} must be a finite number {'>' if positive else '>='} 0, got {value!r}")
@@ -68,9 +93,13 @@ def check_distribution(name: str, values: object, shape: tuple[int, ...]) -> Flo
     Rows may be off by up to 1e-6, as float32 rows are, and are then rescaled.
     """
     try:
-        probabilities = torch.as_tensor(values, dtype=torch.float64).detach().cpu().clone()
+        values = values if isinstance(values, Tensor) else np.asarray(values)
+        probabilities = torch.as_tensor(values).detach().cpu().clone()
+        if probabilities.is_complex():
+            raise TypeError("complex numbers are no probabilities")
+        probabilities = probabilities.double()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a tensor of probabilities, got {type(values).__name__}") from error
+        raise TypeError(f"{name} must be a tensor of probabilities, got {values!r:.80}") from error
     if tuple(probabilities.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(probabilities.shape)}")
     if not bool(probabilities.isfinite().all()):

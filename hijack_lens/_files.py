@@ -1,7 +1,12 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and read without trusting them."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
@@ -14,3 +19,21 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A safetensors file's tensors, and the header that says it is of our `kind`.
+
+    Raises:
+        ValueError: for any other file.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("hijack_lens", "null"))
+            if not isinstance(header, dict) or header.get("format") != kind:
+                raise ValueError(f"{path} is not a {kind} file")
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (no mapping)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error

@@ -27,17 +27,18 @@ def explain(
     *,
     model: Path | None = None,
     text: Path | None = None,
-    level: Literal["char", "word"] = "char",
+    level: Literal["char", "word"] | None = None,
     max_vocab: int | None = None,
     trigger: str | None = None,
     in_context: str | None = None,
+    global_: Annotated[str | None, Parameter(name="--global")] = None,
     repeats: int = 3,
     length: int = 64,
-    previous_token: float = 20.0,
-    match: float = 6.0,
-    copy: float = 10.0,
-    bigram: float = 1.0,
-    positions: Literal["relative", "absolute"] = "relative",
+    previous_token: float | None = None,
+    match: float | None = None,
+    copy: float | None = None,
+    bigram: float | None = None,
+    positions: Literal["relative", "absolute"] | None = None,
     seed: int = 0,
     as_json: Annotated[bool, Parameter(name="--json")] = False,
     out: Path = Path("hijack-lens-report.html"),
@@ -45,33 +46,43 @@ def explain(
     """Set the two memories against each other on a text, and say which one wrote the prediction.
 
     Args:
-        model: Folder of a trained model (or run) to explain, with its own language, instead of one written by hand.
-        text: Text file to take the bigrams from; by default, English that is always at hand.
-        level: What a token is.
-        max_vocab: Keep this many tokens, the most frequent.
-        trigger: The token whose successor is predicted; by default, the one whose successor is surest.
-        in_context: What follows it in the prompt; by default, a common token that rarely does.
-        repeats: How often it does.
+        model: Folder of a trained model (or run) to explain, with its own language and weights.
+        text: Text file to take the bigrams from. [default: English that is always at hand]
+        level: What a token is. [default: char]
+        max_vocab: Keep this many tokens, the most frequent. [default: all characters, or 500 words]
+        trigger: The token whose successor is predicted. [default: the one whose successor is surest]
+        in_context: What follows it in the prompt. [default: a common token that rarely does]
+        global_: What the weights say. [default: its most likely successor]
+        repeats: How often in_context follows the trigger.
         length: Tokens in the prompt.
-        previous_token: Strength b1 of the previous-token head.
-        match: Strength b2 of the induction head's match.
-        copy: Strength b3 of the induction head's copy.
-        bigram: Strength g of the bigram memory.
-        positions: How the previous-token head knows positions.
+        previous_token: Strength b1 of the previous-token head. [default: 20]
+        match: Strength b2 of the induction head's match. [default: 6]
+        copy: Strength b3 of the induction head's copy. [default: 10]
+        bigram: Strength g of the bigram memory. [default: 1]
+        positions: How the previous-token head knows positions. [default: relative]
         seed: Of the prompt.
         as_json: Print JSON instead of tables.
         out: Where to write the report.
     """
+    if not out.parent.is_dir() or out.is_dir():
+        raise ValueError(f"--out must be a file in an existing folder, got {str(out)!r}")
+    strengths = {"previous_token": previous_token, "match": match, "copy": copy, "bigram": bigram}
     if model is None:
         language = _language(text, level, max_vocab)
     else:
+        written = {"text": text, "level": level, "max-vocab": max_vocab, "positions": positions, **strengths}
+        for option, value in written.items():
+            if value is not None:
+                raise ValueError(f"--{option.replace('_', '-')} does not go with --model, which brings its own")
         trained = hl.TwoLayerTransformer.from_pretrained(model)
         language = trained.language
     q, c = _conflict(language, trigger, in_context, None if model is None else trained.triggers)
-    prompt = hl.hijack_prompt(language, q, c, repeats, length, seed=seed)
+    prompt = hl.hijack_prompt(language, q, c, repeats, length, global_=global_, seed=seed)
     if model is None:
-        strengths = hl.Strengths(previous_token, match, copy, bigram)
-        trained = hl.associative_transformer(language, positions=positions, strengths=strengths, n_ctx=length)
+        chosen = hl.Strengths(**{name: value for name, value in strengths.items() if value is not None})
+        trained = hl.associative_transformer(
+            language, positions=positions or "relative", strengths=chosen, n_ctx=length
+        )
     explanation = hl.explain(trained, prompt)
     report = hl.report(explanation, out).resolve()
     if as_json:
@@ -85,7 +96,7 @@ def train(
     *,
     text: Path | None = None,
     out: Path,
-    level: Literal["char", "word"] = "char",
+    level: Literal["char", "word"] | None = None,
     max_vocab: int | None = None,
     triggers: list[str] | None = None,
     positions: Literal["relative", "absolute", "rotary", "none"] = "relative",
@@ -99,11 +110,11 @@ def train(
     A run that was stopped goes on when the same command is given again.
 
     Args:
-        text: Text file to take the bigrams from; by default, English that is always at hand.
+        text: Text file to take the bigrams from. [default: English that is always at hand]
         out: Folder for the model, its checkpoints, its probes and their picture.
-        level: What a token is.
-        max_vocab: Keep this many tokens, the most frequent.
-        triggers: Tokens whose continuation is fixed per sequence; by default, the five most frequent.
+        level: What a token is. [default: char]
+        max_vocab: Keep this many tokens, the most frequent. [default: all characters, or 500 words]
+        triggers: Tokens whose continuation is fixed per sequence. [default: the five most frequent]
         positions: How positions enter the model.
         d_model: Size of the residual stream.
         length: Tokens per sequence.
@@ -117,7 +128,7 @@ def train(
     run = hl.train(model, language, config, out=out)
     run.save(out)
     run.plot().save(out / "memories.png")
-    console = Console()
+    console = Console(markup=False)  # tokens and paths may hold brackets
     table = Table(title=f"after {run.step} of {steps} steps")
     for column in ("probe", "at the start", "now"):
         table.add_column(column, justify="left" if column == "probe" else "right")
@@ -150,9 +161,14 @@ def _fail(message: str) -> None:
     raise SystemExit(2)
 
 
-def _language(text: Path | None, level: Literal["char", "word"], max_vocab: int | None) -> hl.BigramLanguage:
-    corpus = hl.default_text() if text is None else text.read_text(encoding="utf-8")
-    return hl.BigramLanguage.from_text(corpus, level=level, max_vocab=max_vocab)
+def _language(text: Path | None, level: Literal["char", "word"] | None, max_vocab: int | None) -> hl.BigramLanguage:
+    try:
+        corpus = hl.default_text() if text is None else text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--text {str(text)!r} cannot be read as UTF-8 text: {error}") from error
+    if max_vocab is None and level == "word":
+        max_vocab = 500  # a model's memory grows with the square of its vocabulary
+    return hl.BigramLanguage.from_text(corpus, level=level or "char", max_vocab=max_vocab)
 
 
 def _conflict(
@@ -173,7 +189,7 @@ def _conflict(
     else:
         q = language.index(trigger, "trigger")
     if in_context is None:
-        taken = (q, language.most_likely(q))
+        taken = (q, language.global_candidate(q))
         others = [i for i in wordlike if i not in taken] or [i for i in range(language.d_vocab) if i not in taken]
         if not others:
             raise ValueError(f"text has only {language.d_vocab} different tokens; a conflict needs at least 3")
@@ -185,7 +201,7 @@ def _print(explanation: hl.Explanation, report: Path) -> None:
     prompt, margin = explanation.prompt, explanation.margin
     show = prompt.language.display
     q, c, g = (repr(show(token)) for token in (prompt.trigger, prompt.in_context, prompt.global_))
-    console = Console()
+    console = Console(markup=False)  # tokens and paths may hold brackets
     shown = Text("prompt  ", style="bold")
     tokens = prompt.tokens.tolist()
     for i, token in enumerate(tokens):
@@ -193,7 +209,7 @@ def _print(explanation: hl.Explanation, report: Path) -> None:
         style = "bold blue" if after_trigger else "bold" if token == prompt.trigger else "dim"
         shown.append(show(token) + (" " if prompt.language.level == "word" else ""), style=style)
     console.print(shown)
-    console.print(f"After {q}, the context says {c}; the weights say {g}.")
+    console.print(f"After {q}, the context says {c}; the weights say {g}. ({prompt.language.d_vocab} tokens known.)")
     console.print(Text(f"\n{explanation.verdict}\n", style="bold"))
     console.print(rich_table(explanation.attribution))
 

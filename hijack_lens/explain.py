@@ -49,20 +49,33 @@ class Explanation:
 
     @property
     def winner(self) -> str:
-        """ "context" or "weights": whose candidate has the larger logit."""
-        return "context" if float(self.margin.total) > 0 else "weights"
+        """ "context" or "weights": whose candidate has the larger logit; "neither" on a tie."""
+        total = float(self.margin.total)
+        return "neither" if total == 0 else "context" if total > 0 else "weights"
 
     @property
     def verdict(self) -> str:
-        """The answer in a sentence."""
+        """The answer in a sentence or two."""
         language, total = self.prompt.language, float(self.margin.total)
+        context, weights = float(self.margin.context), float(self.margin.weights)
         c, g, q = (
             repr(language.display(token))
             for token in (self.prompt.in_context, self.prompt.global_, self.prompt.trigger)
         )
-        if self.winner == "context":
-            return f"The context hijacks the weights: after {q} the model predicts {c} over {g}, by {total:.2f} logits."
-        return f"The weights overrule the context: after {q} the model predicts {g} over {c}, by {-total:.2f} logits."
+        if total == 0:
+            return f"Neither memory wins: after {q}, {c} and {g} have the same logit."
+        preferred, other = (c, g) if total > 0 else (g, c)
+        if context * total > 0 and weights * total > 0:
+            said = "Both memories agree"
+        elif total > 0:
+            said = "The context hijacks the weights" if context > 0 else "The weights speak for the context's candidate"
+        else:
+            said = "The weights overrule the context" if weights < 0 else "The context speaks against its own candidate"
+        sentence = f"{said}: after {q} the model prefers {preferred} to {other}, by {abs(total):.2f} logits."
+        first = int(self.attribution.logits.argmax())
+        if first not in (self.prompt.in_context, self.prompt.global_):
+            sentence += f" (Its first choice is neither, but {language.display(first)!r}.)"
+        return sentence
 
 
 def explain(model: TwoLayerTransformer, prompt: HijackPrompt) -> Explanation:

@@ -5,14 +5,22 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hijack_lens._checks import as_generator, check_choice, check_count, check_distribution, check_number, check_tokens
+from hijack_lens._checks import (
+    as_generator,
+    as_int,
+    check_choice,
+    check_count,
+    check_distribution,
+    check_number,
+    check_tokens,
+)
 
 UNKNOWN = "<unk>"
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
@@ -59,16 +67,19 @@ class BigramLanguage:
 
     def __init__(
         self,
-        pi_b: object,
+        pi_b: Any,
         pi_u: object = None,
         tokens: Sequence[str] | None = None,
         *,
         level: Literal["char", "word"] | None = None,
     ):
-        size = len(pi_b) if hasattr(pi_b, "__len__") else 0
+        shape = np.shape(pi_b)
+        size = shape[0] if len(shape) == 2 else 0
         if size == 0:
             raise ValueError(f"pi_b must be a [d_vocab, d_vocab] matrix, got {pi_b!r}")
         self.pi_b: Float[Tensor, "d_vocab d_vocab"] = check_distribution("pi_b", pi_b, (size, size))
+        if tokens is not None and not isinstance(tokens, Iterable):
+            raise TypeError(f"tokens must be the texts of the tokens, got {tokens!r}")
         names = [str(index) for index in range(size)] if tokens is None else list(tokens)
         if len(names) != size:
             raise ValueError(f"tokens must name all {size} rows of pi_b, got {len(names)} names")
@@ -148,7 +159,7 @@ class BigramLanguage:
         check_number("concentration", concentration, positive=True)
         draw = int(torch.randint(2**63 - 1, (), generator=as_generator(seed)))
         rows = np.random.default_rng(draw).dirichlet([concentration] * d_vocab, size=d_vocab)
-        return cls(rows)
+        return cls(rows, level="word")
 
     def floored(self, floor: float) -> "BigramLanguage":
         """The same language, mixed with just enough of a uniform one that every probability is at least `floor`."""
@@ -205,19 +216,24 @@ class BigramLanguage:
             if token not in self._ids:
                 raise ValueError(f"{name} {token!r} is not one of the language's {self.d_vocab} tokens")
             return self._ids[token]
-        if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+        number = as_int(token)
+        if number is None:
             raise TypeError(f"{name} must be a token's text or its id, got {token!r}")
-        if not 0 <= token < self.d_vocab:
-            raise ValueError(f"{name} {token} is not a token id; ids run from 0 to {self.d_vocab - 1}")
-        return int(token)
+        if not 0 <= number < self.d_vocab:
+            raise ValueError(f"{name} {number} is not a token id; ids run from 0 to {self.d_vocab - 1}")
+        return number
 
-    def trigger_ids(self, triggers: Token | Sequence[Token] | None) -> Int[Tensor, "trigger"]:
+    def trigger_ids(self, triggers: Any) -> Int[Tensor, "trigger"]:
         """Ids of the triggers; `None` means every token. A string is one token."""
         if triggers is None:
             return torch.arange(self.d_vocab)
-        if not isinstance(triggers, (str, int, np.integer, Iterable)):
+        if isinstance(triggers, Tensor):
+            triggers = triggers.tolist()
+        if isinstance(triggers, str) or as_int(triggers) is not None:
+            triggers = [triggers]
+        if not isinstance(triggers, Iterable):
             raise TypeError(f"triggers must be a token or several, got {triggers!r}")
-        listed = [triggers] if isinstance(triggers, (str, int, np.integer)) else list(triggers)
+        listed = list(triggers)
         ids = [self.index(token, "trigger") for token in listed]
         if len(set(ids)) != len(ids):
             raise ValueError(f"triggers must be distinct, got {listed!r}")
@@ -264,9 +280,12 @@ class BigramLanguage:
         """A token's text with white space made visible, for tables and pictures."""
         return visible(self.tokens[self.index(token)])
 
-    def most_likely(self, token: Token) -> int:
-        """The id of the token most likely to follow `token`."""
-        return int(self.pi_b[self.index(token)].argmax())
+    def global_candidate(self, trigger: Token) -> int:
+        """What the weights say after a trigger: the id of its most likely successor, other than itself."""
+        q = self.index(trigger, "trigger")
+        others = self.pi_b[q].clone()
+        others[q] = -1.0
+        return int(others.argmax())
 
     def sample(
         self,

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens._checks import as_generator, check_choice, check_count
+from hijack_lens._checks import as_generator, check_choice, check_count, check_type
 from hijack_lens.language import BigramLanguage, Token
 
 
@@ -93,8 +93,9 @@ def hijack_prompt(
     Raises:
         TypeError, ValueError: for unknown tokens, candidates that do not conflict, and repeats that do not fit.
     """
+    check_type("language", language, BigramLanguage)
     q, c = language.index(trigger, "trigger"), language.index(in_context, "in_context")
-    g = language.most_likely(q) if global_ is None else language.index(global_, "global_")
+    g = language.global_candidate(q) if global_ is None else language.index(global_, "global_")
     other = g if alternative is None else language.index(alternative, "alternative")
     name = language.tokens
     if c == g:

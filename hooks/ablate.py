@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hijack_lens._checks import as_generator, check_choice, check_count
 from hijack_lens.hooks.intervention import HookFunction, Intervention, check_hook_point
-from hijack_lens.hooks.site import Components, Part, Site, as_positions, read_source, sites
+from hijack_lens.hooks.site import Components, Part, Site, as_positions, read_source, some_sites
 
 
 def ablate(
@@ -44,10 +44,10 @@ def ablate(
     check_choice("how", how, ("zero", "mean", "resample"))
     if (reference is None) != (how == "zero"):
         need = "takes no reference" if how == "zero" else "needs reference="
-        raise ValueError(f"how={how!r} {need}, got reference={reference!r}")
+        raise ValueError(f"how={how!r} {need}, got reference={reference!r:.60}")
     check_count("seed", seed)
     where = as_positions(positions)
-    found = sites(model, component, part)
+    found = some_sites(model, component, part)
     for site in found:
         check_hook_point(model, site.name)
     stored = {} if how == "zero" else read_source(model, reference, [site.name for site in found], "reference")

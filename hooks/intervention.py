@@ -27,12 +27,19 @@ _BRIDGE_IGNORES = {
 }
 
 
+def check_model(model: Any) -> None:
+    """`model` is one of TransformerLens's, with hook points."""
+    if not hasattr(model, "hook_dict"):
+        raise TypeError(f"model must be a HookedTransformer or TransformerBridge, got {model!r:.80}")
+
+
 def check_hook_point(model: Any, name: str, edits: bool = True) -> None:
     """The model has the hook point `name`, it fires, and (where `edits`) the model honours edits there.
 
     Raises:
         ValueError: saying what to do instead.
     """
+    check_model(model)
     known = model.hook_dict
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from hijack_lens.hooks.intervention import HookFunction, Intervention, check_hook_point
-from hijack_lens.hooks.site import Components, Part, Site, as_positions, read_source, sites
+from hijack_lens.hooks.site import Components, Part, Site, as_positions, read_source, some_sites
 
 
 def patch(
@@ -33,7 +33,7 @@ def patch(
             cache that lacks them.
     """
     where = as_positions(positions)
-    found = sites(model, component, part)
+    found = some_sites(model, component, part)
     for site in found:
         check_hook_point(model, site.name)
     stored = read_source(model, source, [site.name for site in found], "source")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from hijack_lens._checks import check_choice
+from hijack_lens._checks import as_int, check_choice
 from hijack_lens._inputs import model_tokens
 from hijack_lens.circuit import Component
-from hijack_lens.hooks.intervention import record
+from hijack_lens.hooks.intervention import check_model, record
 
 Part = Literal["output", "pattern"]
 Components = Component | str | Sequence[Component | str]
@@ -68,18 +68,23 @@ def position_index(positions: Sequence[int], length: int) -> Tensor:
     return torch.tensor([position % length for position in positions], dtype=torch.long)
 
 
-def as_positions(positions: int | Iterable[int] | None) -> list[int] | None:
+def as_positions(positions: Any) -> list[int] | None:
     """A list of positions, or `None` for all."""
     if positions is None:
         return None
-    if not isinstance(positions, (int, Iterable)) or isinstance(positions, str):
+    single = as_int(positions)
+    if single is not None:
+        return [single]
+    if not isinstance(positions, Iterable) or isinstance(positions, str):
         raise TypeError(f"positions must be an int or several, got {positions!r}")
-    listed = [positions] if isinstance(positions, int) else list(positions)
+    listed = []
+    for position in positions:
+        number = as_int(position)
+        if number is None:
+            raise TypeError(f"positions must be ints, got {position!r}")
+        listed.append(number)
     if not listed:
         raise ValueError("positions must hold at least one position, got none; None means all")
-    for position in listed:
-        if isinstance(position, bool) or not isinstance(position, int):
-            raise TypeError(f"positions must be ints, got {position!r}")
     return listed
 
 
@@ -89,13 +94,20 @@ def sites(model: Any, components: Components, part: Part = "output") -> list[Sit
     Raises:
         TypeError, ValueError: for components that the model lacks, and the pattern of an MLP.
     """
+    check_model(model)
     check_choice("part", part, ("output", "pattern"))
     if not isinstance(components, (Component, str, Iterable)):
         raise TypeError(f"component must be a Component, the name of a hook point, or several, got {components!r}")
     listed = [components] if isinstance(components, (Component, str)) else list(components)
-    if not listed:
-        raise ValueError("component must name at least one component, got none")
     return [_site(model, component, part) for component in listed]
+
+
+def some_sites(model: Any, components: Components, part: Part) -> list[Site]:
+    """The same, of one component at least."""
+    found = sites(model, components, part)
+    if not found:
+        raise ValueError("component must name at least one component, got none")
+    return found
 
 
 def _site(model: Any, component: object, part: str) -> Site:

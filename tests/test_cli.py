@@ -87,10 +87,13 @@ def test_absolute_positions_and_weights_that_win(capsys, monkeypatch):
         (["--length", "0"], "length must be at least 1, got 0"),
         (["--level", "syllable"], "syllable"),
         (["--match", "nan"], "match must be a finite number >= 0, got nan"),
-        (["--text", "missing.txt"], "missing.txt"),
+        (["--text", "missing.txt"], "--text 'missing.txt' cannot be read"),
         (["--text", "empty.txt"], "text must hold at least two tokens, got ''"),
-        (["--text", "binary.txt"], "can't decode"),
-        (["--out", "no/such/folder.html"], "path must lie in an existing folder"),
+        (["--text", "binary.txt"], "--text 'binary.txt' cannot be read as UTF-8 text"),
+        (["--out", "no/such/folder.html"], "--out must be a file in an existing folder, got 'no/such/folder.html'"),
+        (["--out", "."], "--out must be a file in an existing folder, got '.'"),
+        (["--model", "m", "--match", "3"], "--match does not go with --model"),
+        (["--model", "missing"], "missing is not a folder"),
         (["--max-vocab", "1"], "max_vocab must be at least 2, got 1"),
         (["--nonsense"], "nonsense"),
     ],
@@ -105,6 +108,40 @@ def test_bad_input_ends_with_one_clear_line(capsys, monkeypatch, tmp_path, argum
     assert message in err
     assert err.count("\n") == 1
     assert sorted(file.name for file in tmp_path.iterdir()) == ["binary.txt", "empty.txt"]
+
+
+def test_a_trigger_that_mostly_follows_itself_is_one_like_any_other(capsys, monkeypatch):
+    code, out, err = run(capsys, monkeypatch, "explain", "--trigger", " ", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["global"] != " "
+    Path("runs.txt").write_text("a" * 50 + "b" * 50 + "c" * 50)
+    code, out, err = run(capsys, monkeypatch, "explain", "--text", "runs.txt", "--json")
+    assert (code, err) == (0, "")
+
+
+def test_brackets_in_names_are_no_markup(capsys, monkeypatch, tmp_path):
+    (tmp_path / "d[red]x").mkdir()
+    code, out, _ = run(capsys, monkeypatch, "explain", "--trigger", "]", "--global", "[", "--out", "d[red]x/r.html")
+    assert code == 0
+    assert "d[red]x/r.html" in out.replace("\n", "")
+
+
+def test_words_are_limited_to_a_vocabulary_that_fits(capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "explain", "--level", "word", "--json")
+    assert code == 0
+    assert "<unk>" in json.loads(out)["prompt"]
+
+
+def test_training_and_explaining_close_the_loop(capsys, monkeypatch, tmp_path):
+    Path("my.txt").write_text("abcdefgh" * 40 + "hgfedcba" * 40)
+    options = ["--text", "my.txt", "--out", "run", "--steps", "3", "--length", "16", "--d-model", "16"]
+    code, out, err = run(capsys, monkeypatch, "train", *options)
+    assert (code, err) == (0, "")
+    assert "in context accuracy" in out
+    assert {"model.safetensors", "config.json", "probes.csv", "memories.png"} <= {f.name for f in Path("run").iterdir()}
+    code, out, err = run(capsys, monkeypatch, "explain", "--model", "run", "--length", "16", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["theory"] == {}
 
 
 def test_an_unknown_command_is_bad_input_and_none_shows_help(capsys, monkeypatch):

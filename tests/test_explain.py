@@ -77,9 +77,9 @@ def test_the_verdict_names_the_winner_and_by_how_much():
         margin = float(logits[language.index(" ")] - logits[language.index("b")])
         assert explanation.winner == winner
         if winner == "context":
-            expected = f"The context hijacks the weights: after 'a' the model predicts '␣' over 'b', by {margin:.2f}"
+            expected = f"The context hijacks the weights: after 'a' the model prefers '␣' to 'b', by {margin:.2f}"
         else:
-            expected = f"The weights overrule the context: after 'a' the model predicts 'b' over '␣', by {-margin:.2f}"
+            expected = f"The weights overrule the context: after 'a' the model prefers 'b' to '␣', by {-margin:.2f}"
         assert margin * (1 if winner == "context" else -1) > 0
         assert explanation.verdict == f"{expected} logits."
 
@@ -137,3 +137,16 @@ def test_what_it_cannot_explain_is_refused_with_the_reason(unchecked):
         hl.explain(handwritten(d_vocab=9), prompt)
     with pytest.raises(ValueError, match=r"14 tokens long.*n_ctx=10"):
         hl.explain(handwritten(n_ctx=10), prompt)
+
+
+def test_a_verdict_says_when_both_memories_agree_and_when_neither_candidate_comes_first():
+    language = hl.BigramLanguage.from_text(hl.default_text())
+    model = hl.associative_transformer(language)
+    agreeing = hl.explain(model, hl.hijack_prompt(language, "q", "_", 3, 64, global_="z", seed=0))
+    assert float(agreeing.margin.context) > 0
+    assert float(agreeing.margin.weights) > 0
+    assert agreeing.verdict.startswith("Both memories agree: after 'q' the model prefers '_' to 'z'")
+    outvoted = hl.explain(model, hl.hijack_prompt(language, "q", "b", 0, 64, global_="x", seed=3))
+    first = language.display(int(outvoted.attribution.logits.argmax()))
+    assert first not in ("b", "x")
+    assert outvoted.verdict.endswith(f"(Its first choice is neither, but {first!r}.)")

@@ -92,7 +92,7 @@ def test_entropy_rate_by_hand():
 
 def test_most_likely_and_index(unchecked):
     language = hl.BigramLanguage(TWO_STATES, tokens=["a", "b"])
-    assert [language.most_likely("a"), language.most_likely(1)] == [0, 0]
+    assert [language.global_candidate("a"), language.global_candidate(1)] == [0, 0]
     assert [language.index("b"), language.index(1), language.index(np.int64(1))] == [1, 1, 1]
     assert language.trigger_ids(None).tolist() == [0, 1]
     assert language.trigger_ids("b").tolist() == language.trigger_ids(["b"]).tolist() == [1]
@@ -172,7 +172,7 @@ def test_the_default_text_is_english(monkeypatch):
     assert len(text) > 200_000
     assert text.count(" the ") > 2_000
     likeliest = hl.BigramLanguage.from_text(text)
-    assert likeliest.tokens[likeliest.most_likely("q")] == "u"
+    assert likeliest.tokens[likeliest.global_candidate("q")] == "u"
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)  # an interpreter without it
     assert hl.default_text().count(" the ") > 200
 

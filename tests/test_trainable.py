@@ -33,15 +33,14 @@ def gradients(model, logits):
 @pytest.mark.parametrize("mlp", MLPS)
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_the_plain_forward_pass_is_the_hooked_one_gradients_included(positions, mlp, norm):
-    for n_layers in (1, 2, 3):
-        for n_heads in (1, 2):
-            model = shaken(build(positions, mlp=mlp, norm=norm, n_heads=n_heads, n_layers=n_layers))
-            assert isinstance(model, HookedTransformer)
-            assert (model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head) == (n_layers, n_heads, 16 // n_heads)
-            hooked, plain = model(TOKENS), PlainForward(model)(TOKENS)
-            close(plain, hooked, atol=1e-12)
-            for ours, theirs in zip(gradients(model, plain), gradients(model, hooked), strict=True):
-                close(ours, theirs, atol=1e-12)
+    for n_layers, n_heads in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)):
+        model = shaken(build(positions, mlp=mlp, norm=norm, n_heads=n_heads, n_layers=n_layers))
+        assert isinstance(model, HookedTransformer)
+        assert (model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head) == (n_layers, n_heads, 16 // n_heads)
+        hooked, plain = model(TOKENS), PlainForward(model)(TOKENS)
+        close(plain, hooked, atol=1e-12)
+        for ours, theirs in zip(gradients(model, plain), gradients(model, hooked), strict=True):
+            assert float((ours - theirs).abs().max()) <= 1e-12
 
 
 def test_the_plain_forward_pass_counts_earlier_mlps_where_a_user_has_filled_them():
@@ -266,7 +265,7 @@ def test_a_bad_type_is_refused_by_name(options, unchecked):
 @pytest.mark.parametrize("mlp", MLPS)
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_attribution_is_complete(positions, mlp, norm):
-    for n_layers, n_heads in ((1, 2), (2, 1), (2, 2)):
+    for n_layers, n_heads in ((1, 2), (2, 2)):
         model = shaken(build(positions, mlp=mlp, norm=norm, n_layers=n_layers, n_heads=n_heads))
         result = hl.attribute(model, TOKENS, "all")
         assert result.completeness_error <= 1e-10
@@ -285,7 +284,7 @@ def trained():
 
 def conflict(repeats=3, length=20, seed=0):
     q = TRIGGERS[0]
-    c = next(token for token in range(8) if token not in (q, LANGUAGE.most_likely(q)))
+    c = next(token for token in range(8) if token not in (q, int(LANGUAGE.pi_b[q].argmax())))
     return hl.hijack_prompt(LANGUAGE, q, c, repeats, length, seed=seed)
 
 

@@ -110,7 +110,7 @@ def test_a_model_written_by_hand_is_no_longer_that_after_training():
 @pytest.mark.parametrize("options", [{"n_layers": 1}, {"n_layers": 3, "positions": "none"}, {"n_heads": 2}])
 @pytest.mark.parametrize("positions", ["relative", "absolute", "rotary"])
 def test_every_architecture_trains(positions, options):
-    for mlp, norm in ((None, None), ("linear", "LN"), ("relu", "RMS")):
+    for mlp, norm in ((None, "LN"), ("relu", "RMS")):
         model = build(**{"positions": positions, "mlp": mlp, "norm": norm, **options})
         before = weights(model)
         run = hl.train(model, LANGUAGE, short(steps=3))
@@ -165,7 +165,7 @@ def test_the_first_steps_by_hand(optimizer, kind, monkeypatch):
         length=14,
         loss=kind,
         optimizer=optimizer,
-        lr=0.3 if optimizer == "sgd" else 0.01,
+        lr=0.03 if optimizer == "sgd" else 0.01,
         warmup=2,
         final_lr=0.5,
         momentum=0.8,
@@ -223,9 +223,11 @@ def test_a_batch_without_any_predictable_token_does_no_harm():
 
 def test_every_step_sees_fresh_sequences_and_the_probes_see_others(monkeypatch):
     handed_out = sampled(monkeypatch)
-    fit(short(steps=40, length=16))
-    rows = [tuple(row) for batch in handed_out for row in batch.tokens[:, :10].tolist()]
-    assert len(set(rows)) > 0.97 * len(rows)
+    fit(short(steps=40, length=32, eval_lengths=(1,)))
+    rows = [tuple(row) for batch in handed_out for row in batch.tokens.tolist()]
+    assert len(rows) == 4 + 4 + 3 * 16 * 4
+    # A trigger that is its own continuation repeats itself for good, in every sequence that begins with it.
+    assert len(set(rows)) > 0.95 * len(rows)
 
 
 def test_the_data_depend_on_the_seed_alone(monkeypatch):
@@ -282,7 +284,7 @@ def test_evaluation_lengths_need_not_include_the_training_length():
     assert len(run.probe("in_context_accuracy", length=20)) == 3
 
 
-def test_triggers_may_be_texts():
+def test_triggers_may_be_texts_or_a_single_token(unchecked):
     language = hl.BigramLanguage.from_text("to be or not to be that is the question")
     model = build(language=language)
     run = hl.train(model, language, short(triggers=["t", "o"], steps=2))
@@ -322,7 +324,7 @@ def test_how_often_it_is_probed_and_saved_changes_no_weight(tmp_path):
         ({"triggers": (), "n_triggers": 2}, {"norm": "RMS", "n_layers": 3, "positions": "none"}),
     ],
 )
-@pytest.mark.parametrize("stop", [1, 6, 17])
+@pytest.mark.parametrize("stop", [6, 17])
 def test_a_run_ended_by_ctrl_c_goes_on_to_the_same_weights(stop, settings, options, tmp_path):
     config = short(steps=40, **settings)
     whole = fit(config, **options)
@@ -453,7 +455,7 @@ while True:
     while done[0] == 0 and (time.monotonic() < patience or set(out.glob("checkpoint-*")) == before):
         time.sleep(draw.uniform(0.0005, 0.003))
         done = os.waitpid(child, os.WNOHANG)
-    if done[0] == 0 and kills < 12:
+    if done[0] == 0 and kills < 7:
         os.kill(child, signal.SIGKILL)
         kills += 1
         os.waitpid(child, 0)
@@ -462,7 +464,7 @@ while True:
     print(kills)
     sys.exit(os.waitstatus_to_exitcode(status))
 """
-KILLED_CONFIG = short(steps=400, evaluate_every=100, checkpoint_every=3)
+KILLED_CONFIG = short(steps=300, evaluate_every=100, checkpoint_every=3)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
@@ -648,7 +650,6 @@ def test_an_optimizers_state_of_other_parameters_is_refused(change, tmp_path, mo
         ({"weight_decay": math.nan}, "weight_decay must lie between 0 and 1, got nan"),
         ({"betas": (0.9, 1.5)}, "betas must lie between 0 and 1"),
         ({"betas": (-0.5, 0.9)}, "betas must lie between 0 and 1"),
-        ({"betas": (0.9, 1.0)}, "betas"),
         ({"betas": (0.9,)}, "betas"),
         ({"betas": (0.9, 0.9, 0.9)}, "betas"),
     ],
@@ -857,4 +858,5 @@ def test_numpy_integers_are_triggers_too_with_checkpoints(tmp_path, unchecked):
 
 def test_the_losses_of_a_model_in_float32_and_float64_are_close():
     double, single = (fit(short(steps=3), dtype=dtype) for dtype in (torch.float64, torch.float32))
-    close(torch.tensor(double.probe("in_context_loss")), torch.tensor(single.probe("in_context_loss")), atol=1e-4)
+    ours, theirs = (torch.tensor(run.probe("in_context_loss").tolist()) for run in (double, single))
+    close(ours, theirs, atol=1e-4)

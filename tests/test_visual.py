@@ -31,9 +31,9 @@ def explanation(language):
 @pytest.fixture(scope="module")
 def nasty_explanation():
     """A language whose tokens would break out of a careless page."""
-    tokens = ["q", NASTY, "<img/src=x>", "'\"", "`${x}`", "</SCRIPT>", "a", "b"]
+    tokens = ["q", NASTY, "<img/src=x/onerror=document.title='PWNED'>", "'\"", "`${x}`", "</SCRIPT>", "a", "b"]
     language = hl.BigramLanguage(hl.BigramLanguage.dirichlet(8, seed=3).pi_b, tokens=tokens)
-    prompt = hl.hijack_prompt(language, "q", NASTY, 3, 30, global_="<img/src=x>", seed=0)
+    prompt = hl.hijack_prompt(language, "q", NASTY, 3, 30, global_="<img/src=x/onerror=document.title='PWNED'>", seed=0)
     return hl.explain(hl.associative_transformer(language), prompt)
 
 
@@ -118,6 +118,14 @@ def test_tokens_that_look_like_markup_are_shown_as_text(nasty_explanation, brows
     assert opened.complaints == []
     assert opened.page.evaluate("document.querySelectorAll('img[src=\"x\"]').length") == 0
     assert NASTY in opened.page.inner_text("body")
+    assert opened.page.title() != "PWNED"
+    # The token view above all: circuitsvis takes its tokens for HTML.
+    prompt = nasty_explanation.prompt
+    shown = opened.page.evaluate(
+        "[...document.querySelectorAll('figure:last-of-type span:not(:has(span))')].map(s => s.textContent)"
+    )
+    tokens = [prompt.language.tokens[int(token)] for token in prompt.tokens]
+    assert [text.strip() for text in shown if text.strip() in prompt.language.tokens] == tokens
 
 
 @pytest.mark.browser
@@ -150,8 +158,9 @@ def test_the_attention_view_holds_the_models_own_patterns(explanation):
     _, cache = model.run_with_cache(prompt.tokens)
     (first, one), (second, two) = props_of(visual.attention(model, prompt))
     assert first == second == "AttentionPattern"
-    torch.testing.assert_close(torch.tensor(one["attention"]), cache["pattern", 0][0, 0])
-    torch.testing.assert_close(torch.tensor(two["attention"]), cache["pattern", 1][0, 0])
+    # Pages hold four decimals.
+    torch.testing.assert_close(torch.tensor(one["attention"]), cache["pattern", 0][0, 0], atol=6e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(two["attention"]), cache["pattern", 1][0, 0], atol=6e-5, rtol=0)
     assert one["tokens"] == [prompt.language.display(int(token)) for token in prompt.tokens]
 
 
@@ -164,7 +173,7 @@ def test_the_token_view_adds_up_to_the_margin(explanation):
     assert totals["all paths"] == pytest.approx(float(explanation.margin.total), abs=1e-4)
     assert totals["context"] == pytest.approx(float(explanation.margin.context), abs=1e-4)
     assert totals["embed → bigram memory → unembed"] == pytest.approx(float(explanation.margin.weights), abs=1e-4)
-    assert set(props["positiveBounds"]) == {float(values.abs().max())}  # one scale for all paths
+    assert props["positiveBounds"] == pytest.approx([float(values.abs().max())] * len(props["labels"]))  # one scale
 
 
 class Balanced(HTMLParser):
@@ -265,5 +274,7 @@ def test_attention_of_a_bridge_without_tokenizer():
         visual.attention(bridge, tokens)
     ((_, props),) = props_of(visual.attention(bridge, tokens, heads=[hl.Component(1, "head", 1)]))
     _, cache = bridge.run_with_cache(tokens[None])
-    torch.testing.assert_close(torch.tensor(props["attention"]), cache["blocks.1.attn.hook_pattern"][0, 1])
+    torch.testing.assert_close(
+        torch.tensor(props["attention"]), cache["blocks.1.attn.hook_pattern"][0, 1], atol=6e-5, rtol=0
+    )
     assert props["tokens"] == ["3", "1", "4", "1", "5"]

@@ -7,7 +7,7 @@ import hijack_lens as hl
 torch.set_num_threads(1)  # the tensors are tiny: more threads would only wait for one another
 
 LANGUAGE = hl.BigramLanguage.dirichlet(8, 0.5, seed=0)
-TRIGGERS = [token for token in range(8) if LANGUAGE.most_likely(token) != token][:2]
+TRIGGERS = [token for token in range(8) if int(LANGUAGE.pi_b[token].argmax()) != token][:2]
 
 
 def build(positions="relative", language=LANGUAGE, **options):

@@ -19,7 +19,8 @@ from hijack_lens.attribution.terms import (
     SummedBlock,
 )
 from hijack_lens.circuit import Circuit, Component
-from hijack_lens.hooks.intervention import record
+from hijack_lens.hooks.intervention import check_model, record
+from hijack_lens.hooks.site import sites
 from hijack_lens.norm import LinearNorm, linear_norm
 from hijack_lens.prompts import HijackPrompt
 
@@ -54,10 +55,12 @@ def attribute(
     Raises:
         TypeError, ValueError: for prompts the model cannot take, and for models that are not linear in this way.
     """
+    check_model(model)
     _check_model(model)
     circuit = getattr(model, "circuit", None) if circuit is None else circuit
     if not isinstance(circuit, Circuit):
         raise TypeError(f"circuit must be a Circuit, since the model has none of its own; got {circuit!r}")
+    sites(model, [component for _, component in circuit])  # refuses components that the model lacks
     ids = model_tokens(model, tokens)
     length = ids.shape[-1]
     in_range = isinstance(position, int) and not isinstance(position, bool) and -length <= position < length
@@ -101,6 +104,7 @@ def attribute(
         paths=tuple(kept),
         position="all" if position == "all" else position % length,
         vocab=_vocab(model),
+        joiner=getattr(getattr(model, "language", None), "joiner", ""),
         candidates=(tokens.in_context, tokens.global_) if isinstance(tokens, HijackPrompt) else None,
     )
 

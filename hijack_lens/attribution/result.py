@@ -8,11 +8,11 @@ from typing import Literal
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from hijack_lens._files import write_atomically
+from hijack_lens._checks import check_count
+from hijack_lens._files import read_safetensors, write_atomically
 from hijack_lens.attribution.paths import MEMORIES, Memory, Path
 from hijack_lens.circuit import Component
 from hijack_lens.language import visible
@@ -34,6 +34,7 @@ class LogitAttribution:
         position: whose logits these are, or "all".
         vocab: text of each vocabulary entry, where the model has a tokenizer.
         candidates: two token ids that the prompt sets against each other, (in-context, global).
+        joiner: what stands between two tokens in a text.
     """
 
     values: Float[Tensor, "*batch path source d_vocab"]
@@ -43,6 +44,7 @@ class LogitAttribution:
     position: int | Literal["all"]
     vocab: tuple[str, ...] | None = None
     candidates: tuple[int, int] | None = None
+    joiner: str = ""
 
     def __post_init__(self) -> None:
         *batch, n_paths, n_sources, d_vocab = self.values.shape
@@ -77,6 +79,7 @@ class LogitAttribution:
             self.position,
             self.vocab,
             self.candidates,
+            self.joiner,
         )
 
     def by_path(self) -> Float[Tensor, "... path d_vocab"]:
@@ -102,7 +105,7 @@ class LogitAttribution:
     def top(self, k: int = 10) -> pd.DataFrame:
         """The k largest logits, each split by memory; for one prompt and one position."""
         self._check_single("top")
-        chosen = self.logits.topk(min(k, len(self.logits)))
+        chosen = self.logits.topk(min(check_count("k", k, minimum=1), len(self.logits)))
         table = pd.DataFrame({"token": [self.token_text(int(index)) for index in chosen.indices]})
         table["logit"] = chosen.values.tolist()
         for memory, part in self.by_memory().items():
@@ -112,7 +115,9 @@ class LogitAttribution:
     def to_pandas(self) -> pd.DataFrame:
         """A tidy table, one row per value: path, memory, source (or position), token, logit."""
         index = pd.MultiIndex.from_product([range(size) for size in self.values.shape], names=self.axes)
-        table = pd.Series(self.values.detach().cpu().flatten().numpy(), index=index, name="logit").reset_index()
+        table = pd.Series(
+            self.values.detach().cpu().double().flatten().numpy(), index=index, name="logit"
+        ).reset_index()
         texts = [self.token_text(token) for token in range(self.values.shape[-1])]
         table["memory"] = [self.paths[i].memory for i in table["path"]]
         table["path"] = [self.paths[i].label for i in table["path"]]
@@ -138,6 +143,7 @@ class LogitAttribution:
             "position": self.position,
             "vocab": self.vocab,
             "candidates": self.candidates,
+            "joiner": self.joiner,
         }
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in ("values", "logits", "tokens")}
         write_atomically(path, save(tensors, {"hijack_lens": json.dumps(header)}))
@@ -149,14 +155,7 @@ class LogitAttribution:
         Raises:
             ValueError: for any other file.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("hijack_lens", "{}"))
-                if header.get("format") != _FORMAT:
-                    raise ValueError(f"{path} is not a saved LogitAttribution")
-                tensors = {name: file.get_tensor(name) for name in ("values", "logits", "tokens")}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        tensors, header = read_safetensors(path, _FORMAT)
         paths = tuple(
             Path(**{**fields, "through": tuple(Component(**component) for component in fields["through"])})
             for fields in header["paths"]
@@ -168,6 +167,7 @@ class LogitAttribution:
             position=header["position"],
             vocab=None if vocab is None else tuple(vocab),
             candidates=None if candidates is None else (candidates[0], candidates[1]),
+            joiner=header["joiner"],
         )
 
     def __repr__(self) -> str:

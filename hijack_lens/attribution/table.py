@@ -39,9 +39,9 @@ def as_text(result: "LogitAttribution") -> str:
         return head
     # In a notebook a console would display the table at once, beside returning it.
     buffer = io.StringIO()
-    console = Console(file=buffer, width=120, color_system=None, force_jupyter=False)
+    console = Console(file=buffer, width=120, color_system=None, force_jupyter=False, markup=False)
     console.print(rich_table(result))
-    return "\n".join(filter(None, [head, buffer.getvalue().rstrip(), _hidden(result)]))
+    return "\n".join(filter(None, [head, incomplete(result), buffer.getvalue().rstrip(), _hidden(result)]))
 
 
 def as_html(result: "LogitAttribution") -> str:
@@ -59,7 +59,8 @@ def as_html(result: "LogitAttribution") -> str:
     )
     left, narrow = " style='text-align:left'", " style='white-space:nowrap'"
     return (
-        f"<div class='hijack-lens'><p><b>Which memory wrote the logits at position {result.position}?</b> "
+        f"<div class='hijack-lens'><p><b>{escape(incomplete(result))}</b></p>"
+        f"<p><b>Which memory wrote the logits at position {result.position}?</b> "
         f"{_verdict(result, first, second)}</p>{shaded_prompt(result, a, b)}"
         f"<table><thead><tr><th{left}>path</th><th{left}>memory</th><th{narrow}>logit {first}</th>"
         f"<th{narrow}>logit {second}</th><th>difference</th><th style='width:200px'></th></tr></thead>"
@@ -85,6 +86,16 @@ def _rows(result: "LogitAttribution") -> list[tuple]:
     shown.sort(key=lambda row: (list(COLOURS).index(row[1]), -abs(row[4])))
     first, second = (float(by_path[:, token].sum()) for token in (a, b))
     return [*shown, ("sum", "", first, second, first - second)]
+
+
+def incomplete(result: "LogitAttribution") -> str:
+    """A warning where the paths do not add up: hooks have changed what the attribution rests on."""
+    if result.completeness_error <= 1e-3 * (1 + float(result.logits.abs().max())):
+        return ""
+    return (
+        f"The paths miss the logits by up to {result.completeness_error:.2g}: hooks on the model have changed what it "
+        "computes from its attention patterns and neurons."
+    )
 
 
 def _hidden(result: "LogitAttribution") -> str:
@@ -125,7 +136,7 @@ def shaded_prompt(result: "LogitAttribution", a: int, b: int) -> str:
         colour = "0,114,178" if value > 0 else "213,94,0"
         spans.append(
             f"<span title='{value:+.3f}' style='background:rgba({colour},{0.75 * abs(value) / widest:.2f});"
-            f"padding:1px'>{escape(text)}</span>"
+            f"padding:1px'>{escape(text)}</span>{result.joiner}"
         )
     return (
         "<p style='font-family:monospace;line-height:1.6;overflow-wrap:anywhere'>"

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens._checks import as_generator, check_choice, check_count
+from hijack_lens._checks import as_generator, check_choice, check_count, check_type
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models.architecture import Architecture
 from hijack_lens.models.two_layer import TwoLayerTransformer
@@ -38,7 +38,8 @@ def associative_transformer(
                           W_V = sum_v E(v) e_v^T, W_O = b3 * sum_v e_v U(v)^T
         block 1, MLP      W_in = sum_v E(v) e_v^T, W_out = g * sum_v,u log pi_b(u|v) e_v U(u)^T
 
-    Block 0's MLP and all biases are 0. Predictions follow `theory.logits` to float precision.
+    Block 0's MLP and all biases are 0. Weights take memory of order d_vocab^2: keep word-level vocabularies to some
+    thousands. Predictions follow `theory.logits` to float precision.
 
     Args:
         language: the global bigrams; none may have probability 0.
@@ -48,9 +49,11 @@ def associative_transformer(
         strengths: of the memories.
         n_ctx: the longest prompt.
         n_ctx_train: with absolute positions, the last position with a learned pair; by default `n_ctx`.
-        d_model: by default just enough for orthonormal directions, the residual stream's axes. With fewer,
-            the directions are random unit vectors, nearly orthogonal (superposition): every logit is then
-            approximate, with noise of order 1/sqrt(d_model) per stored pair.
+        d_model: by default just enough for orthonormal directions, the residual stream's axes. With fewer, the
+            directions are those of a random subspace, nearly orthogonal at first (superposition), and logits are
+            approximate: relative to their mean, and with noise from every stored pair. For the 103 characters of
+            English text, which need 309, the likeliest token stays the same at 98% of positions with 308, 78% with
+            256, and 35% with 128.
         seed: of those random directions.
         dtype: of the weights.
         device: by default TransformerLens's choice.
@@ -58,6 +61,8 @@ def associative_transformer(
     Raises:
         TypeError, ValueError: for an argument that is none of the above.
     """
+    check_type("language", language, BigramLanguage)
+    check_type("strengths", strengths, Strengths)
     check_choice("positions", positions, ("relative", "absolute"))
     if positions == "relative" and n_ctx_train is not None:
         raise ValueError(f"n_ctx_train is for absolute positions; relative ones have no end, got {n_ctx_train}")
@@ -115,6 +120,15 @@ def associative_transformer(
         "blocks.1.mlp.W_in": embed.T,
         "blocks.1.mlp.W_out": strengths.bigram * log_pi_b @ unembed,
     }
+    if d_model < orthonormal:
+        # Crosstalk turns neurons on that should be off, and each stored value adds noise: so a neuron fires only where
+        # its key is at least half there, and values are stored relative to their mean, which no prediction depends on.
+        centred = log_pi_b - log_pi_b.mean(-1, keepdim=True)
+        weights |= {
+            "blocks.1.mlp.W_in": 2 * embed.T,
+            "blocks.1.mlp.b_in": torch.tensor(-1.0),
+            "blocks.1.mlp.W_out": strengths.bigram * centred @ unembed,
+        }
     if positions == "relative":
         offset_keys = torch.zeros(1, 2, d_head, dtype=torch.float64)
         offset_keys[0, 1, :size] = strengths.previous_token
@@ -135,5 +149,6 @@ def associative_transformer(
 def _directions(count: int, d_model: int, generator: torch.Generator) -> Float[Tensor, "count d_model"]:
     if d_model >= count:
         return torch.eye(count, d_model, dtype=torch.float64)
-    random = torch.randn(count, d_model, generator=generator, dtype=torch.float64)
+    # Rows of a random subspace's basis: as far from one another as random directions get, on average.
+    random = torch.linalg.qr(torch.randn(count, d_model, generator=generator, dtype=torch.float64)).Q
     return random / random.norm(dim=-1, keepdim=True)

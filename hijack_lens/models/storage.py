@@ -4,13 +4,12 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from hijack_lens._files import write_atomically
+from hijack_lens._files import read_safetensors, write_atomically
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models.architecture import Architecture
 from hijack_lens.theory import Strengths
@@ -74,24 +73,6 @@ def read_model(
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a model of hijack-lens: {error}") from error
     return model
-
-
-def read_safetensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A safetensors file's tensors, and the header that says it is of our `kind`.
-
-    Raises:
-        ValueError: for any other file.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("hijack_lens", "null"))
-            if not isinstance(header, dict) or header.get("format") != kind:
-                raise ValueError(f"{path} is not a {kind} file")
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (no mapping)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
 def find_model(folder: str | os.PathLike[str], revision: str | None) -> Path:

@@ -13,14 +13,14 @@ the logits are
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from hijack_lens._checks import check_choice, check_count, check_tokens
+from hijack_lens._checks import check_choice, check_count, check_tokens, check_type
 from hijack_lens.language import BigramLanguage, Token
 from hijack_lens.theory.margin import Margin
 from hijack_lens.theory.strengths import Strengths
@@ -33,7 +33,7 @@ Triggers = Token | Sequence[Token] | None
 
 
 def attention(
-    tokens: Int[Tensor, "*batch pos"],
+    tokens: Any,
     language: BigramLanguage,
     strengths: Strengths = Strengths(),
     triggers: Triggers = None,
@@ -43,7 +43,7 @@ def attention(
     """Attention patterns of the previous-token head and of the induction head, in float64.
 
     Args:
-        tokens: prompts.
+        tokens: prompts: token ids [pos] or [batch, pos], or a `HijackPrompt`.
         language: for its vocabulary.
         strengths: of the memories.
         triggers: tokens the induction head has learned to match; `None` means all.
@@ -54,7 +54,9 @@ def attention(
     Raises:
         TypeError, ValueError: for tokens outside the vocabulary, and for unknown options.
     """
-    tokens = check_tokens("tokens", tokens, language.d_vocab)
+    check_type("language", language, BigramLanguage)
+    check_type("strengths", strengths, Strengths)
+    tokens = check_tokens("tokens", getattr(tokens, "tokens", tokens), language.d_vocab)
     learned = learned_positions(positions, n_ctx_train)
     leak = math.exp(-strengths.previous_token)
     pos = torch.arange(1, tokens.shape[-1] + 1, dtype=torch.float64, device=tokens.device)
@@ -78,7 +80,7 @@ def attention(
 
 
 def logits(
-    tokens: Int[Tensor, "*batch pos"],
+    tokens: Any,
     language: BigramLanguage,
     strengths: Strengths = Strengths(),
     triggers: Triggers = None,
@@ -95,7 +97,7 @@ def logits(
 
 
 def margin(
-    prompt: "HijackPrompt | Int[Tensor, '*batch pos']",
+    prompt: "HijackPrompt | Tensor",
     language: BigramLanguage,
     strengths: Strengths = Strengths(),
     triggers: Triggers = None,
@@ -116,7 +118,7 @@ def margin(
     Raises:
         TypeError: for tokens without their candidates.
     """
-    tokens = prompt if isinstance(prompt, Tensor) else prompt.tokens
+    check_type("language", language, BigramLanguage)
     a = getattr(prompt, "in_context", None) if in_context is None else in_context
     b = getattr(prompt, "global_", None) if global_ is None else global_
     if a is None or b is None:
@@ -124,7 +126,7 @@ def margin(
     a, b = language.index(a, "in_context"), language.index(b, "global_")
     context, weights = (
         part[..., -1, a] - part[..., -1, b]
-        for part in _memories(tokens, language, strengths, triggers, positions, n_ctx_train)
+        for part in _memories(prompt, language, strengths, triggers, positions, n_ctx_train)
     )
     return Margin(context, weights, torch.zeros_like(context))
 
@@ -160,7 +162,7 @@ def learned_positions(positions: str, n_ctx_train: int | None) -> float:
 
 
 def _memories(
-    tokens: Int[Tensor, "*batch pos"],
+    tokens: Any,
     language: BigramLanguage,
     strengths: Strengths,
     triggers: Triggers,
@@ -168,8 +170,9 @@ def _memories(
     n_ctx_train: int | None,
 ) -> tuple[Float[Tensor, "*batch pos d_vocab"], Float[Tensor, "*batch pos d_vocab"]]:
     """What the context and what the weights add to every logit."""
+    check_type("language", language, BigramLanguage)
     log_pi_b = language.finite_log_pi_b()
     _, induction = attention(tokens, language, strengths, triggers, positions, n_ctx_train)
-    tokens = check_tokens("tokens", tokens, language.d_vocab)
+    tokens = check_tokens("tokens", getattr(tokens, "tokens", tokens), language.d_vocab)
     context = strengths.copy * (induction @ one_hot(tokens, language.d_vocab).double())
     return context, strengths.bigram * log_pi_b.to(tokens.device)[tokens]

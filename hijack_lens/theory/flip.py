@@ -9,11 +9,12 @@ neutral tokens is, so that the prompt grows.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens._checks import check_count
+from hijack_lens._checks import check_count, check_type
 from hijack_lens.language import BigramLanguage, Token
 from hijack_lens.theory.closed_form import Positions, Triggers, learned_positions, previous_token_memory
 from hijack_lens.theory.strengths import Strengths
@@ -70,8 +71,10 @@ def min_repeats(
     Raises:
         TypeError, ValueError: for counts that do not fit, and unless just one of `length`, `lead` is given.
     """
+    check_type("language", language, BigramLanguage)
+    check_type("strengths", strengths, Strengths)
     q, c = language.index(trigger, "trigger"), language.index(in_context, "in_context")
-    g = language.most_likely(q) if global_ is None else language.index(global_, "global_")
+    g = language.global_candidate(q) if global_ is None else language.index(global_, "global_")
     if len({q, c, g}) < 3:
         raise ValueError(
             f"trigger {language.tokens[q]!r}, in_context {language.tokens[c]!r} and global_ {language.tokens[g]!r} "
@@ -125,8 +128,15 @@ def phase_boundary(
         Natural log-ratios, float64.
     """
     _check_layout(length, lead, global_count)
-    repeats = torch.as_tensor(repeats)
-    if repeats.is_floating_point() or repeats.ndim != 1 or not len(repeats) or int(repeats.min()) < 0:
+    check_type("strengths", strengths, Strengths)
+    repeats = torch.as_tensor(np.asarray(repeats)) if not isinstance(repeats, str) else torch.zeros(0)
+    if (
+        repeats.is_floating_point()
+        or repeats.dtype == torch.bool
+        or repeats.ndim != 1
+        or not len(repeats)
+        or int(repeats.min()) < 0
+    ):
         raise ValueError(f"repeats must be a vector of integers >= 0, got {repeats.tolist()}")
     shortest = 2 * int(repeats.max()) + 1 + global_count
     if length is not None and length < shortest:

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, fields
 
+from hijack_lens._checks import check_number
+
 
 @dataclass(frozen=True)
 class Strengths:
@@ -25,8 +27,6 @@ class Strengths:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{field.name} must be a number, got {value!r}")
-            infinite = math.isinf(value) and field.name != "previous_token"
-            if not value >= 0 or infinite:
-                raise ValueError(f"{field.name} must be a finite number >= 0, got {value!r}")
+            if field.name == "previous_token" and isinstance(value, float) and value == math.inf:
+                continue
+            object.__setattr__(self, field.name, check_number(field.name, value))

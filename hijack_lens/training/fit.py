@@ -138,7 +138,7 @@ def theory_agreement(
     while len(prompts) < n_prompts:
         q = fit.triggers[int(torch.randint(len(fit.triggers), (), generator=generator))]
         c = int(torch.randint(language.d_vocab, (), generator=generator))
-        g = language.most_likely(q)
+        g = language.global_candidate(q)
         repeats = int(torch.randint(7, (), generator=generator))
         if len({q, c, g}) == 3:
             prompts.append((repeats, hijack_prompt(language, q, c, repeats, length, seed=generator)))

@@ -1,14 +1,22 @@
-"""A two-layer model's logits on the same parameters, without the hook points: what the training loop runs."""
+"""A two-layer model's logits on the same parameters, without the hook points: what the training loop runs.
+
+Two identities save most of the matrix products that a hooked forward does. What enters the first layer is a function of
+the token alone (where positions are not added to it), so its queries, keys and values are computed once per vocabulary
+entry and looked up. And a lone head as wide as the residual stream needs its W_Q and W_K, and its W_V and W_O, only as
+products.
+"""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from hijack_lens.models import RelativeAttention, TwoLayerTransformer
 from hijack_lens.norm import linear_norm
+
+Stream = Float[Tensor, "batch pos d_model"]
 
 
 class PlainForward:
@@ -30,40 +38,75 @@ class PlainForward:
         if model.positions == "absolute":
             x = x + model.W_pos[: tokens.shape[1]]
         block: Any
-        for block, mlp in zip(model.blocks, self._mlps, strict=True):
-            x = x + _attention(block.attn, _normed(block.ln1, x))
+        for layer, (block, mlp) in enumerate(zip(model.blocks, self._mlps, strict=True)):
+            if layer == 0 and model.positions != "absolute":
+                x = x + _attention_by_token(block.attn, _normed(block.ln1, model.W_E), tokens)
+            else:
+                x = x + _attention(block.attn, _normed(block.ln1, x))
             if mlp is not None:
-                x = x + mlp.act_fn(_normed(block.ln2, x) @ mlp.W_in + mlp.b_in) @ mlp.W_out + mlp.b_out
-        return _normed(getattr(model, "ln_final", None), x) @ model.W_U + model.b_U
+                hidden = torch.addmm(mlp.b_in, _normed(block.ln2, x).flatten(0, 1), mlp.W_in)
+                x = x + torch.addmm(mlp.b_out, mlp.act_fn(hidden), mlp.W_out).view_as(x)
+        final = _normed(getattr(model, "ln_final", None), x)
+        return torch.addmm(model.b_U, final.flatten(0, 1), model.W_U).unflatten(0, tokens.shape)
 
 
 def _is_frozen_at_zero(mlp: Any) -> bool:
     return not any(p.requires_grad or bool(p.any()) for p in (mlp.W_out, mlp.b_out))
 
 
-def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+def _normed(norm: Any, x: Tensor) -> Tensor:
     return linear_norm(norm, x)(x)
 
 
-def _attention(attn: Any, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+def _attention(attn: Any, x: Stream) -> Stream:
+    """Attention over inputs that differ by position."""
+    n_heads, d_model, d_head = attn.W_Q.shape
+    relative = isinstance(attn, RelativeAttention)
+    if n_heads == 1 and d_head == d_model and not relative and attn.cfg.positional_embedding_type != "rotary":
+        # What the keys' bias adds is the same for all keys, and the softmax does not see it.
+        q = F.linear(x, attn.W_K[0] @ attn.W_Q[0].T, attn.W_K[0] @ attn.b_Q[0])
+        v = x @ (attn.W_V[0] @ attn.W_O[0])
+        mixed = _mix(attn, q[:, None], x[:, None], v[:, None])[:, 0]
+        return mixed + (attn.b_V[0] @ attn.W_O[0] + attn.b_O)
+    q, k, v = _projected(attn, x).unflatten(-1, (3, n_heads, d_head)).unbind(-3)
+    return _out(attn, _positioned_mix(attn, q, k, v))
+
+
+def _attention_by_token(attn: Any, x: Float[Tensor, "d_vocab d_model"], tokens: Int[Tensor, "batch pos"]) -> Stream:
+    """Attention whose input at each position is its token's row of `x`."""
     n_heads, _, d_head = attn.W_Q.shape
-    # One product gives every head's queries, keys and values.
+    table = _projected(attn, x)
+    if n_heads > 1:
+        q, k, v = F.embedding(tokens, table).unflatten(-1, (3, n_heads, d_head)).unbind(-3)
+        return _out(attn, _positioned_mix(attn, q, k, v))
+    q, k, v = table.split(d_head, -1)
+    written = v @ attn.W_O[0]
+    rows = F.embedding(tokens, torch.cat([q, k, written], -1))[..., None, :]
+    q, k, v = rows.split([d_head, d_head, written.shape[-1]], -1)
+    return _positioned_mix(attn, q, k, v)[..., 0, :] + attn.b_O
+
+
+def _projected(attn: Any, x: Tensor) -> Tensor:
+    """Queries, keys and values of all heads, in one product."""
     weight = torch.cat([attn.W_Q, attn.W_K, attn.W_V]).transpose(1, 2).flatten(0, 1)
-    bias = torch.cat([attn.b_Q, attn.b_K, attn.b_V]).flatten()
-    q, k, v = F.linear(x, weight, bias).unflatten(-1, (3, n_heads, d_head)).unbind(2)
+    return F.linear(x, weight, torch.cat([attn.b_Q, attn.b_K, attn.b_V]).flatten())
+
+
+def _positioned_mix(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "batch pos head_index d_value"]:
+    """Values mixed by attention, [batch, pos, head_index, d_head] in and out; positions enter here."""
     mask = None
     if isinstance(attn, RelativeAttention):
-        length = x.shape[1]
-        future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        length = q.shape[1]
+        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
         mask = attn.relative_scores(q, length).masked_fill(future, -torch.inf)
     elif attn.cfg.positional_embedding_type == "rotary":
         q, k = attn.apply_rotary(q), attn.apply_rotary(k)
-    z = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=1 / attn.attn_scale,
-    )
-    return F.linear(z.transpose(1, 2).flatten(2), attn.W_O.flatten(0, 1).T, attn.b_O)
+    return _mix(attn, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+
+
+def _mix(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=1 / attn.attn_scale)
+
+
+def _out(attn: Any, z: Float[Tensor, "batch pos head_index d_head"]) -> Stream:
+    return F.linear(z.flatten(2), attn.W_O.flatten(0, 1).T, attn.b_O)

@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 from safetensors.torch import save
 
-from hijack_lens._files import write_atomically
+from hijack_lens._files import read_safetensors, write_atomically
 from hijack_lens.models import TwoLayerTransformer
-from hijack_lens.models.storage import find_model, read_safetensors
+from hijack_lens.models.storage import find_model
 from hijack_lens.training.config import TrainConfig
 from hijack_lens.visual.figures import Picture
 

@@ -24,6 +24,9 @@ class Picture:
 
         self.figure = Figure(figsize=(width, height), layout="constrained")
 
+    def __repr__(self) -> str:
+        return f"Picture({'; '.join(ax.get_xlabel() for ax in self.figure.axes if ax.get_xlabel())})"
+
     def save(self, path: Any) -> None:
         """Writes the picture; the format follows from the name."""
         self.figure.savefig(path, dpi=150)
@@ -46,6 +49,8 @@ class Picture:
 
 def margin_bars(explanation: "Explanation") -> Picture:
     """The hijack margin by memory, and what is left of it with each component switched off."""
+    if not hasattr(explanation, "ablated"):
+        raise TypeError(f"explanation must come from hijack_lens.explain, got {type(explanation).__name__}")
     prompt, margin = explanation.prompt, explanation.margin
     c, g = (prompt.language.display(token) for token in (prompt.in_context, prompt.global_))
     rows = ["whole model", *(f"{name} off" for name in explanation.ablated)]

@@ -40,7 +40,11 @@ def report(explanation: "Explanation", path: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: where the folder does not exist.
     """
+    if not hasattr(explanation, "ablated"):
+        raise TypeError(f"explanation must come from hijack_lens.explain, got {type(explanation).__name__}")
     target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"path must be a file, got the folder {str(target)!r}")
     if not target.parent.is_dir():
         raise ValueError(f"path must lie in an existing folder, got {str(target)!r}")
     return write_atomically(target, _page(explanation).encode())

@@ -18,6 +18,7 @@ from hijack_lens.attribution import LogitAttribution
 from hijack_lens.attribution.table import COLOURS, shaded_prompt
 from hijack_lens.circuit import Component
 from hijack_lens.hooks.intervention import record
+from hijack_lens.hooks.site import sites
 from hijack_lens.language import visible
 from hijack_lens.visual.figures import Picture, attention_maps
 
@@ -106,7 +107,7 @@ def attention(model: Any, prompt: "HijackPrompt | str | Tensor", heads: list[Com
         Panel(
             "AttentionPattern",
             {
-                "attention": pattern.tolist(),
+                "attention": _rounded(pattern, 4),
                 "tokens": texts,
                 "maxValue": 1.0,
                 "minValue": -1.0,
@@ -131,6 +132,8 @@ def attention_patterns(
 ) -> dict[str, Float[Tensor, "query key"]]:
     """The patterns that `attention` shows, by the heads' names."""
     circuit = getattr(model, "circuit", None)
+    if isinstance(heads, Component):
+        heads = [heads]
     if heads is None:
         if circuit is None:
             raise ValueError("heads must be given, since the model has no circuit of its own")
@@ -138,6 +141,9 @@ def attention_patterns(
     for head in heads:
         if not isinstance(head, Component) or head.kind != "head":
             raise TypeError(f"heads must be heads, got {head!r}")
+    if not heads:
+        raise ValueError("heads must name at least one head, got none")
+    sites(model, heads, "pattern")  # refuses heads that the model lacks
     tokens = model_tokens(model, prompt, "prompt")
     if len(tokens) != 1:
         raise ValueError(f"prompt must be a single prompt, got a batch of {len(tokens)}")
@@ -173,8 +179,9 @@ def token_paths(result: LogitAttribution, a: str | int | None = None, b: str | i
     bound = max(float(values.abs().max()), 1e-6)
     names = [repr(result.token_text(token)) for token in (first, second)]
     props = {
-        "tokens": texts,
-        "values": values.tolist(),
+        # This element takes its tokens for HTML.
+        "tokens": [escape(text + result.joiner) for text in texts],
+        "values": _rounded(values, 6),
         "labels": list(columns),
         "positiveBounds": [bound] * len(columns),
         "negativeBounds": [-bound] * len(columns),
@@ -182,9 +189,14 @@ def token_paths(result: LogitAttribution, a: str | int | None = None, b: str | i
     return View(
         (Panel("ColoredTokensMulti", props, "", shaded_prompt(result, first, second)),),
         f"What each source token adds to logit {names[0]} − logit {names[1]} at position {result.position}, by path: "
-        f"blue towards {names[0]}, red towards {names[1]}. Pick a path above the text; hover over a token "
-        "for its numbers.",
+        f"bluer towards {names[0]}, redder towards {names[1]}, up to the bounds given. "
+        "Pick a path above the text; hover over a token for its numbers.",
     )
+
+
+def _rounded(values: Tensor, decimals: int) -> list[Any]:
+    """Nested lists of short numbers: a page holds many, and shows few digits."""
+    return values.double().round(decimals=decimals).tolist()
 
 
 def _str_tokens(model: Any, prompt: object) -> list[str]:
