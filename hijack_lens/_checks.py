@@ -93,13 +93,14 @@ def check_distribution(name: str, values: object, shape: tuple[int, ...]) -> Flo
     Rows may be off by up to 1e-6, as float32 rows are, and are then rescaled.
     """
     try:
-        values = values if isinstance(values, Tensor) else np.asarray(values)
-        probabilities = torch.as_tensor(values).detach().cpu().clone()
+        probabilities = (
+            (values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))).detach().cpu().clone()
+        )
         if probabilities.is_complex():
             raise TypeError("complex numbers are no probabilities")
         probabilities = probabilities.double()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a tensor of probabilities, got {values!r:.80}") from error
+        raise TypeError(f"{name} must be a tensor of probabilities, got {type(values).__name__}") from error
     if tuple(probabilities.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(probabilities.shape)}")
     if not bool(probabilities.isfinite().all()):
@@ -113,4 +114,5 @@ def check_distribution(name: str, values: object, shape: tuple[int, ...]) -> Flo
         raise ValueError(
             f"{name} must sum to 1 along its last axis; {where} sums to {float(sums.flatten()[off.argmax()]):g}"
         )
-    return probabilities / sums.unsqueeze(-1)
+    # Rows that are already normalised stay as they are, to the bit, when a language is saved and loaded.
+    return torch.where(off.unsqueeze(-1) > 1e-14, probabilities / sums.unsqueeze(-1), probabilities)

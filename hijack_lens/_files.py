@@ -32,8 +32,10 @@ def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str,
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("hijack_lens", "null"))
-            if not isinstance(header, dict) or header.get("format") != kind:
-                raise ValueError(f"{path} is not a {kind} file")
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (no mapping)
-    except (SafetensorError, json.JSONDecodeError) as error:
+            ours = isinstance(header, dict) and header.get("format") == kind
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if ours else {}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    if not ours:
+        raise ValueError(f"{path} is not a {kind} file")
+    return tensors, header

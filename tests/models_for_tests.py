@@ -59,7 +59,8 @@ def hooked(norm=None, act="gelu", n_layers=2, seed=0, dtype=torch.float64, **con
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(noise if name.startswith(("embed", "pos_embed")) else 0.4 * noise)
-    model.circuit = CIRCUIT
+    roles = (CIRCUIT.previous_token, CIRCUIT.induction, CIRCUIT.bigram)
+    model.circuit = hl.Circuit(*(tuple(part for part in role if part.layer < model.cfg.n_layers) for role in roles))
     return model
 
 

@@ -146,7 +146,7 @@ def test_a_verdict_says_when_both_memories_agree_and_when_neither_candidate_come
     assert float(agreeing.margin.context) > 0
     assert float(agreeing.margin.weights) > 0
     assert agreeing.verdict.startswith("Both memories agree: after 'q' the model prefers '_' to 'z'")
-    outvoted = hl.explain(model, hl.hijack_prompt(language, "q", "b", 0, 64, global_="x", seed=3))
+    outvoted = hl.explain(model, hl.hijack_prompt(language, "q", "a", 0, 64, global_="b", seed=3))
     first = language.display(int(outvoted.attribution.logits.argmax()))
-    assert first not in ("b", "x")
+    assert first not in ("a", "b")
     assert outvoted.verdict.endswith(f"(Its first choice is neither, but {first!r}.)")

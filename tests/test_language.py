@@ -90,9 +90,10 @@ def test_entropy_rate_by_hand():
     assert hl.BigramLanguage([[0, 1], [1, 0]]).entropy_rate == 0
 
 
-def test_most_likely_and_index(unchecked):
+def test_global_candidates_and_index(unchecked):
     language = hl.BigramLanguage(TWO_STATES, tokens=["a", "b"])
-    assert [language.global_candidate("a"), language.global_candidate(1)] == [0, 0]
+    # The likeliest successor other than the token itself, of which there is just one here.
+    assert [language.global_candidate("a"), language.global_candidate(1)] == [1, 0]
     assert [language.index("b"), language.index(1), language.index(np.int64(1))] == [1, 1, 1]
     assert language.trigger_ids(None).tolist() == [0, 1]
     assert language.trigger_ids("b").tolist() == language.trigger_ids(["b"]).tolist() == [1]

@@ -117,6 +117,13 @@ def test_weights_are_the_documented_sums_of_outer_products(positions, d_model):
             (size, d), *[(2 * log_pi_b[v][u], axis[v], unembed[u]) for v in tokens for u in tokens]
         ),
     }
+    if d_model is not None:  # nearly orthogonal: neurons have thresholds, and values are relative to their mean
+        expected["blocks.1.mlp.W_in"] = 2 * expected["blocks.1.mlp.W_in"]
+        expected["blocks.1.mlp.b_in"] = -torch.ones(size, dtype=torch.float64)
+        mean = [sum(row) / size for row in log_pi_b]
+        expected["blocks.1.mlp.W_out"] = outer_sum(
+            (size, d), *[(2 * (log_pi_b[v][u] - mean[v]), axis[v], unembed[u]) for v in tokens for u in tokens]
+        )
     directions = [embed, previous, unembed]
     if positions == "relative":
         expected["blocks.0.attn.W_Q"] = key_to_token

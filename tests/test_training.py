@@ -279,9 +279,11 @@ def test_probes_see_both_kinds_of_continuations_by_length(trained_on, monkeypatc
     assert float(drawn.mean()) == pytest.approx(favoured if trained_on == "bigram" else 1 / 8, abs=0.05)
 
 
-def test_evaluation_lengths_need_not_include_the_training_length():
-    run = fit(short(eval_lengths=(2,)))
+def test_evaluation_lengths_include_the_training_length():
+    run = fit(short(eval_lengths=(1, 2)))
     assert len(run.probe("in_context_accuracy", length=20)) == 3
+    with pytest.raises(ValueError, match=r"eval_lengths must include 1, .* got \(2,\)"):
+        short(eval_lengths=(2,))
 
 
 def test_triggers_may_be_texts_or_a_single_token(unchecked):

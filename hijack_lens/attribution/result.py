@@ -156,19 +156,24 @@ class LogitAttribution:
             ValueError: for any other file.
         """
         tensors, header = read_safetensors(path, _FORMAT)
-        paths = tuple(
-            Path(**{**fields, "through": tuple(Component(**component) for component in fields["through"])})
-            for fields in header["paths"]
-        )
-        vocab, candidates = header["vocab"], header["candidates"]
-        return cls(
-            **tensors,
-            paths=paths,
-            position=header["position"],
-            vocab=None if vocab is None else tuple(vocab),
-            candidates=None if candidates is None else (candidates[0], candidates[1]),
-            joiner=header["joiner"],
-        )
+        try:
+            paths = tuple(
+                Path(**{**fields, "through": tuple(Component(**component) for component in fields["through"])})
+                for fields in header["paths"]
+            )
+            vocab, candidates = header["vocab"], header["candidates"]
+            return cls(
+                values=tensors["values"],
+                logits=tensors["logits"],
+                tokens=tensors["tokens"],
+                paths=paths,
+                position=header["position"],
+                vocab=None if vocab is None else tuple(vocab),
+                candidates=None if candidates is None else (candidates[0], candidates[1]),
+                joiner=header["joiner"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a saved LogitAttribution: {error!r}") from error
 
     def __repr__(self) -> str:
         from hijack_lens.attribution.table import as_text

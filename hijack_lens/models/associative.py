@@ -38,8 +38,9 @@ def associative_transformer(
                           W_V = sum_v E(v) e_v^T, W_O = b3 * sum_v e_v U(v)^T
         block 1, MLP      W_in = sum_v E(v) e_v^T, W_out = g * sum_v,u log pi_b(u|v) e_v U(u)^T
 
-    Block 0's MLP and all biases are 0. Weights take memory of order d_vocab^2: keep word-level vocabularies to some
-    thousands. Predictions follow `theory.logits` to float precision.
+    Block 0's MLP and all biases are 0. (With nearly orthogonal directions, see `d_model`, W_in is doubled, b_in is -1,
+    and W_out holds log pi_b relative to each row's mean.) Weights take memory of order d_vocab^2: keep word-level
+    vocabularies to some thousands. Predictions follow `theory.logits` to float precision.
 
     Args:
         language: the global bigrams; none may have probability 0.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save
 
+from hijack_lens._checks import check_count, check_type
 from hijack_lens._files import read_safetensors, write_atomically
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models.architecture import Architecture
@@ -51,7 +52,13 @@ def read_model(
     tensors, header = read_safetensors(path, _FORMAT)
     try:
         pi_b, pi_u = tensors.pop("language.pi_b"), tensors.pop("language.pi_u")
+        check_type("tokens", header["tokens"], list)
         language = BigramLanguage(pi_b, pi_u, tokens=header["tokens"], level=header["level"])
+        if header["triggers"] is not None:
+            check_type("triggers", header["triggers"], list)
+            language.trigger_ids(header["triggers"])
+        if header["n_ctx_train"] is not None:
+            check_count("n_ctx_train", header["n_ctx_train"], minimum=1)
         architecture = Architecture(**header["architecture"])
         _check_shapes(architecture, language, tensors)
         model = kind(
@@ -70,9 +77,22 @@ def read_model(
                     raise ValueError(f"{name} has shape {tuple(stored.shape)}, not {tuple(parameter.shape)}")
                 parameter.copy_(stored)
                 parameter.requires_grad_(name not in header["frozen"])
+        names = {name for name, _ in model.named_parameters()}
+        if tensors or not names.issuperset(header["frozen"]):
+            raise ValueError(f"it holds {sorted(tensors) or header['frozen']}, of which the architecture knows nothing")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a model of hijack-lens: {error}") from error
     return model
+
+
+def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """A training run's checkpoints, oldest first; other folders are none of ours."""
+    return sorted(found for found in Path(folder).glob("checkpoint-*") if found.name[11:].isdigit())
+
+
+def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """A training run's latest checkpoint, if it has any."""
+    return max(checkpoints(folder), key=lambda found: int(found.name[11:]), default=None)
 
 
 def find_model(folder: str | os.PathLike[str], revision: str | None) -> Path:
@@ -81,20 +101,26 @@ def find_model(folder: str | os.PathLike[str], revision: str | None) -> Path:
     if path.is_dir():
         if (path / "model.safetensors").is_file():
             return path
-        checkpoints = sorted(path.glob("checkpoint-*"), key=lambda found: found.name)
-        if not checkpoints:
+        latest = latest_checkpoint(path)
+        if latest is None:
             raise ValueError(f"{path} holds neither model.safetensors nor a checkpoint")
-        return checkpoints[-1]
+        return latest
     if path.is_absolute() or len(path.parts) != 2:  # what cannot be the name of a repository
         raise ValueError(f"{path} is not a folder")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(folder), revision=revision, allow_patterns=["model.safetensors", "config.json"]))
+    files = ["model.safetensors", "config.json"]
+    try:
+        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=files))
+    except Exception as error:
+        raise ValueError(f"{path} is not a folder, nor to be had from the Hugging Face Hub: {error}") from error
 
 
 def _check_shapes(architecture: Architecture, language: BigramLanguage, tensors: dict[str, torch.Tensor]) -> None:
     """The stored tensors bear out the sizes that the header claims, before anything of that size is built."""
     a = architecture
+    if a.n_layers > len(tensors):
+        raise ValueError(f"n_layers={a.n_layers} is more than the {len(tensors)} tensors bear out")
     expected: dict[str, tuple[int, ...]] = {
         "embed.W_E": (language.d_vocab, a.d_model),
         "pos_embed.W_pos": (a.n_ctx, a.d_model),
@@ -103,7 +129,7 @@ def _check_shapes(architecture: Architecture, language: BigramLanguage, tensors:
         del expected["pos_embed.W_pos"]
         if a.n_ctx > 1_000_000:
             raise ValueError(f"n_ctx={a.n_ctx} is more than any stored table bears out")
-    expected |= {f"blocks.{layer}.attn.W_Q": (a.n_heads, a.d_model, a.d_head) for layer in range(min(a.n_layers, 99))}
+    expected |= {f"blocks.{layer}.attn.W_Q": (a.n_heads, a.d_model, a.d_head) for layer in range(a.n_layers)}
     if a.mlp is not None:
         expected["blocks.0.mlp.W_in"] = (a.d_model, a.d_mlp)
     if a.positions == "relative":

@@ -118,9 +118,12 @@ def two_layer_transformer(
 def _fill(parameter: Tensor, leaf: str, how: Init | None, generator: torch.Generator) -> None:
     if how is None:
         how = "zeros" if leaf.startswith("b") or leaf == "W_R" else "normal"
+    if how == "identity" and parameter.ndim < 2:
+        raise ValueError(f"init: {leaf!r} is a vector, and cannot be 'identity'")
     if how == "normal":
+        vector = parameter.ndim < 2 or leaf.startswith("b")
         fan_in = {"W_E": parameter.shape[-1], "W_pos": parameter.shape[-1], "W_O": parameter.shape[:-1].numel()}.get(
-            leaf, 1 if leaf.startswith("b") else parameter.shape[-2]
+            leaf, 1 if vector else parameter.shape[-2]
         )
         # Drawn on the CPU in float64, so that a seed gives the same model on every device and in every dtype.
         drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / math.sqrt(fan_in)

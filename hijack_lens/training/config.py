@@ -1,11 +1,11 @@
 """How a model is trained."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hijack_lens._checks import check_choice, check_count
+from hijack_lens._checks import as_int, check_choice, check_count, check_number
 from hijack_lens.language import Token
 
 
@@ -37,7 +37,7 @@ class TrainConfig:
         bf16: compute in bfloat16 where autocast does (CUDA), weights staying as they are.
     """
 
-    triggers: Sequence[Token]
+    triggers: Token | Sequence[Token]
     length: int
     seed: int
     steps: int = 300
@@ -60,10 +60,21 @@ class TrainConfig:
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        triggers = (self.triggers,) if isinstance(self.triggers, (str, int)) else tuple(self.triggers)
+        listed = (
+            [self.triggers] if isinstance(self.triggers, str) or as_int(self.triggers) is not None else self.triggers
+        )
+        if not isinstance(listed, Iterable):
+            raise TypeError(f"triggers must be a token or several, got {self.triggers!r}")
+        triggers = tuple(token if isinstance(token, str) else check_count("triggers", token) for token in listed)
         object.__setattr__(self, "triggers", triggers)
-        object.__setattr__(self, "betas", tuple(self.betas))
-        object.__setattr__(self, "eval_lengths", tuple(self.eval_lengths))
+        for name in ("betas", "eval_lengths"):
+            if not isinstance(getattr(self, name), Sequence):
+                raise TypeError(f"{name} must be several numbers, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {self.betas!r}")
+        if 1 not in self.eval_lengths:
+            raise ValueError(f"eval_lengths must include 1, the training length itself, got {self.eval_lengths!r}")
         if bool(triggers) == (self.n_triggers is not None):
             raise ValueError(f"give either triggers or n_triggers, got {triggers!r} and {self.n_triggers!r}")
         check_count("length", self.length, minimum=2)
@@ -78,14 +89,11 @@ class TrainConfig:
         check_choice("continuations", self.continuations, ("uniform", "bigram"))
         check_choice("loss", self.loss, ("all", "predictable"))
         check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr must be a finite number > 0, got {self.lr!r}")
-        for name, value in {
-            "final_lr": self.final_lr,
-            "momentum": self.momentum,
-            "betas": max(self.betas),
-            "weight_decay": self.weight_decay,
-        }.items():
+        check_number("lr", self.lr, positive=True)
+        bounded = {"final_lr": self.final_lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+        for name, value in [*bounded.items(), *(("betas", beta) for beta in self.betas)]:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
 

@@ -64,6 +64,8 @@ def fit_strengths(model: TwoLayerTransformer, triggers: Sequence[Token] | None =
         raise ValueError(f"model must have relative or absolute positions, got {model.positions!r}")
     keys = triggers if triggers is not None else model.triggers
     ids = model.language.trigger_ids(keys)
+    if not len(ids):
+        raise ValueError("triggers must name at least one token, got none")
     weight = model.language.long_run.to(model.W_E)
     head = circuit.induction[0]
 
@@ -91,7 +93,7 @@ def fit_strengths(model: TwoLayerTransformer, triggers: Sequence[Token] | None =
     scale = slope if slope > 0 else 1.0
     held = (learned.double().cpu() / scale).softmax(-1)
     return FittedStrengths(
-        Strengths(*(max(value, 0.0) for value in (focus, matched, copy)), scale),
+        Strengths(max(focus, 0.0), max(matched, 0.0), max(copy, 0.0), scale),
         BigramLanguage(held, model.language.pi_u, tokens=model.language.tokens, level=model.language.level),
         tuple(ids.tolist()),
         {"previous_token": focus_purity, "match": match_purity, "copy": copy_purity, "bigram": 1 - residual},
@@ -130,8 +132,11 @@ def theory_agreement(
         seed: of the draws.
     """
     check_count("n_prompts", n_prompts, minimum=1)
-    check_count("length", length, minimum=14)
+    if check_count("length", length, minimum=14) > model.cfg.n_ctx:
+        raise ValueError(f"length must be at most the model's n_ctx={model.cfg.n_ctx}, got {length}")
     language = model.language
+    if language.d_vocab < 3:
+        raise ValueError(f"model's language has {language.d_vocab} tokens; a conflict needs at least 3")
     generator = torch.Generator().manual_seed(check_count("seed", seed))
     positions: Positions = "absolute" if model.positions == "absolute" else "relative"
     prompts: list[tuple[int, HijackPrompt]] = []
@@ -172,7 +177,7 @@ def _diagonal_strength(
     pure = rest + strength * own
     spread = ((scores - rest).masked_fill(~usable, 0.0) ** 2).sum(1)
     error = ((scores - pure).masked_fill(~usable, 0.0) ** 2).sum(1)
-    return strength, 1 - float(weight @ error) / max(float(weight @ spread), 1e-30)
+    return strength, 1 - float(weight @ error) / float(weight @ spread) if bool(spread.any()) else torch.nan
 
 
 def _centred(table: Tensor, weight: Tensor) -> Tensor:

@@ -23,23 +23,26 @@ class PlainForward:
     """What `model(tokens)` returns, to float precision; hooks do not fire.
 
     Args:
-        model: to run. Its parameters may change afterwards; but MLPs that are frozen at zero now are left out.
+        model: to run. Its parameters may change afterwards; but what is frozen at zero now (MLPs, positional
+            embeddings) is left out.
     """
 
     def __init__(self, model: TwoLayerTransformer):
         self.model = model
         mlps: list[Any] = [getattr(block, "mlp", None) for block in model.blocks]
         self._mlps = [None if mlp is None or _is_frozen_at_zero(mlp) else mlp for mlp in mlps]
+        W_pos = None if model.positions == "rotary" else model.W_pos
+        self._adds_positions = W_pos is not None and (W_pos.requires_grad or bool(W_pos.any()))
 
     def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Next-token logits at every position."""
         model = self.model
         x = F.embedding(tokens, model.W_E)
-        if model.positions == "absolute":
+        if self._adds_positions:
             x = x + model.W_pos[: tokens.shape[1]]
         block: Any
         for layer, (block, mlp) in enumerate(zip(model.blocks, self._mlps, strict=True)):
-            if layer == 0 and model.positions != "absolute":
+            if layer == 0 and not self._adds_positions:
                 x = x + _attention_by_token(block.attn, _normed(block.ln1, model.W_E), tokens)
             else:
                 x = x + _attention(block.attn, _normed(block.ln1, x))

@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 
 from hijack_lens.language import BigramLanguage, SampledSequences
 from hijack_lens.models import TwoLayerTransformer
+from hijack_lens.models.storage import latest_checkpoint
 from hijack_lens.training.config import TrainConfig
 from hijack_lens.training.forward import PlainForward
 from hijack_lens.training.probes import behaviour, memory_recall
-from hijack_lens.training.run import TrainingRun, read_checkpoint, restore_optimizer, write_checkpoint
+from hijack_lens.training.run import TrainingRun, fingerprint, read_checkpoint, restore_optimizer, write_checkpoint
 
 _BLOCK = 16
 """Steps whose sequences are sampled together: the sampler's cost is per time step, hardly per sequence."""
@@ -54,9 +55,9 @@ def train(
     folder = None if out is None else Path(out)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(parameters, config)
-    step, rows = _resume(model, config, optimizer, folder)
-    if not config.n_triggers:
-        model.triggers = language.trigger_ids(config.triggers).tolist()
+    step, rows = _resume(model, language, config, optimizer, folder)
+    model.strengths = None  # whatever was written into it is about to change
+    model.triggers = None if config.n_triggers else language.trigger_ids(config.triggers).tolist()
     model.n_ctx_train = config.length if model.positions == "absolute" else None
 
     forward: Any = PlainForward(model)
@@ -104,7 +105,7 @@ def train(
                 bar.set_postfix_str(f"loss {loss.item():.3f}, in context {accuracy:.3f}, {speed:,.0f} tokens/s")
             bar.update()
             if folder is not None and (step % config.checkpoint_every == 0 or last):
-                write_checkpoint(folder, so_far(), optimizer)
+                write_checkpoint(folder, so_far(), optimizer, language)
             if interrupted:
                 break
     return so_far()
@@ -138,24 +139,42 @@ def _optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> tor
 
 
 def _resume(
-    model: TwoLayerTransformer, config: TrainConfig, optimizer: torch.optim.Optimizer, folder: Path | None
+    model: TwoLayerTransformer,
+    language: BigramLanguage,
+    config: TrainConfig,
+    optimizer: torch.optim.Optimizer,
+    folder: Path | None,
 ) -> tuple[int, list[dict[str, Any]]]:
     """Steps taken and rows written so far; the model and the optimizer take up where they were."""
-    if folder is None or not any(folder.glob("checkpoint-*")):
+    checkpoint = None if folder is None else latest_checkpoint(folder)
+    if checkpoint is None:
         return 0, []
-    checkpoint = max(folder.glob("checkpoint-*"), key=lambda found: found.name)
-    stored, state = read_checkpoint(checkpoint)
+    stored, state, trained_on = read_checkpoint(checkpoint)
     if asdict(stored.config) != asdict(config):
         differing = [name for name, value in asdict(config).items() if asdict(stored.config)[name] != value]
         raise ValueError(f"out={str(folder)!r} holds a run of another config: they differ in {', '.join(differing)}")
-    frozen = [{n for n, p in m.named_parameters() if not p.requires_grad} for m in (stored.model, model)]
-    if stored.model.architecture != model.architecture or frozen[0] != frozen[1]:
-        raise ValueError(f"out={str(folder)!r} holds a run of another model: {stored.model.architecture}")
+    for what, theirs, ours in (
+        ("architecture", stored.model.architecture, model.architecture),
+        ("dtype", stored.model.cfg.dtype, model.cfg.dtype),
+        (
+            "frozen parameters",
+            *([n for n, p in m.named_parameters() if not p.requires_grad] for m in (stored.model, model)),
+        ),
+        ("language", trained_on, fingerprint(language)),
+    ):
+        if theirs != ours:
+            raise ValueError(
+                f"out={str(folder)!r} holds a run of another model: its {what} differs{_shown(theirs, ours)}"
+            )
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), stored.model.parameters(), strict=True):
             parameter.copy_(value)
     restore_optimizer(optimizer, state, checkpoint)
     return stored.step, [{str(k): v for k, v in row.items()} for row in stored.table.to_dict(orient="records")]
+
+
+def _shown(theirs: object, ours: object) -> str:
+    return f", {theirs} there and {ours} here" if len(f"{theirs}{ours}") < 600 else ""
 
 
 def _sequences(language: BigramLanguage, config: TrainConfig, block: int) -> SampledSequences:

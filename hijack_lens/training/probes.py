@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from hijack_lens._checks import check_count
 from hijack_lens.circuit import Component
 from hijack_lens.hooks.intervention import record
 from hijack_lens.language import SampledSequences
@@ -37,10 +38,13 @@ def memory_recall(model: TwoLayerTransformer, length: int, triggers: Sequence[in
         divergence in nats of the token's own prediction (no attention) from pi_b, over tokens other than `triggers`.
         NaN where a memory is not there to be asked: without a head in that role, or without positions.
     """
+    check_count("length", length, minimum=2)
+    if model.positions == "absolute" and length > model.cfg.n_ctx:
+        raise ValueError(f"length must be at most the model's n_ctx={model.cfg.n_ctx}, got {length}")
     scores: Scores = {}
     previous = [previous_token_scores(model, head, length) for head in model.circuit.previous_token]
     scores |= _best("previous_token", [table for table in previous if table is not None])
-    chosen = torch.arange(model.cfg.d_vocab) if triggers is None else torch.as_tensor(list(triggers))
+    chosen = model.language.trigger_ids(triggers)
     match = [match_scores(model, head)[chosen.to(model.W_E.device)] for head in model.circuit.induction]
     scores |= _best("match", [(table, chosen.to(table.device)) for table in match if model.circuit.previous_token])
     everything = torch.arange(model.cfg.d_vocab, device=model.W_E.device)
@@ -48,7 +52,7 @@ def memory_recall(model: TwoLayerTransformer, length: int, triggers: Sequence[in
     log_pi_b = model.language.pi_b.clamp_min(1e-12).log().to(model.W_E)
     predicted = context_free_logits(model).log_softmax(-1)
     kl = (log_pi_b.exp() * (log_pi_b - predicted)).sum(-1)
-    weight = model.language.long_run.to(kl)
+    weight = model.language.long_run.to(kl).clone()
     if triggers is not None:
         weight[chosen.to(weight.device)] = 0.0
     scores["bigram_kl"] = float((weight * kl).sum() / weight.sum())

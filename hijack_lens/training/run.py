@@ -1,5 +1,6 @@
 """A training run: the model, its probes over time, and its checkpoints."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,13 +11,17 @@ import pandas as pd
 import torch
 from safetensors.torch import save
 
+from hijack_lens._checks import check_count
 from hijack_lens._files import read_safetensors, write_atomically
+from hijack_lens.language import BigramLanguage
 from hijack_lens.models import TwoLayerTransformer
-from hijack_lens.models.storage import find_model
+from hijack_lens.models.storage import checkpoints, latest_checkpoint
 from hijack_lens.training.config import TrainConfig
 from hijack_lens.visual.figures import Picture
 
 _FORMAT = "hijack_lens.TrainingRun.1"
+COLUMNS = ["step", "seconds", "probe", "continuations", "length", "value"]
+"""Of a run's table."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,20 @@ class TrainingRun:
         Raises:
             ValueError: for a folder without one, and for files that are truncated or hold something else.
         """
-        checkpoint = find_model(folder, None)
-        run, _ = read_checkpoint(checkpoint)
-        return run
+        checkpoint = latest_checkpoint(folder)
+        if checkpoint is None:
+            raise ValueError(f"{folder} is not a folder with checkpoints")
+        return read_checkpoint(checkpoint)[0]
 
 
-def write_checkpoint(folder: Path, run: TrainingRun, optimizer: torch.optim.Optimizer) -> None:
+def fingerprint(language: BigramLanguage) -> str:
+    """What tells the language of a run's sequences from another."""
+    return hashlib.sha256(language.pi_b.numpy().tobytes() + language.pi_u.numpy().tobytes()).hexdigest()
+
+
+def write_checkpoint(
+    folder: Path, run: TrainingRun, optimizer: torch.optim.Optimizer, language: BigramLanguage
+) -> None:
     """Writes everything that a run needs to go on as `folder/checkpoint-STEP`, whole or not at all."""
     target = folder / f"checkpoint-{run.step:08d}"
     partial = folder / f".{target.name}.{os.getpid()}.partial"
@@ -95,6 +108,7 @@ def write_checkpoint(folder: Path, run: TrainingRun, optimizer: torch.optim.Opti
             "format": _FORMAT,
             "config": asdict(run.config),
             "step": run.step,
+            "language": fingerprint(language),
             "table": run.table.to_dict(orient="list"),
         }
         data = save(state or {"empty": torch.zeros(1)}, {"hijack_lens": json.dumps(header)})
@@ -103,24 +117,30 @@ def write_checkpoint(folder: Path, run: TrainingRun, optimizer: torch.optim.Opti
             os.rename(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for older in folder.glob("checkpoint-*"):
+    for older in checkpoints(folder):
         if older.name < target.name:
             shutil.rmtree(older)
+    for abandoned in folder.glob(".checkpoint-*.partial"):  # by runs that were killed
+        shutil.rmtree(abandoned, ignore_errors=True)
 
 
-def read_checkpoint(folder: Path) -> tuple[TrainingRun, dict[str, torch.Tensor]]:
-    """A checkpoint's run and its optimizer's state."""
+def read_checkpoint(folder: Path) -> tuple[TrainingRun, dict[str, torch.Tensor], str]:
+    """A checkpoint's run, its optimizer's state, and the fingerprint of the language it was trained on."""
     path = folder / "training.safetensors"
     state, header = read_safetensors(path, _FORMAT)
     model = TwoLayerTransformer.from_pretrained(folder)
     try:
-        config = TrainConfig(**header["config"])
+        fields = header["config"]
+        tuples = {name: tuple(fields[name]) for name in ("triggers", "betas", "eval_lengths")}
+        config = TrainConfig(**{**fields, **tuples})
         table = pd.DataFrame(header["table"])
-        step = int(header["step"])
+        step = check_count("step", header["step"], minimum=1)
+        if step > config.steps or list(table.columns) != COLUMNS:
+            raise ValueError(f"step {step} of {config.steps}, with a table of {list(table.columns)}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a training run of hijack-lens: {error}") from error
     state.pop("empty", None)
-    return TrainingRun(model, config, step, table), state
+    return TrainingRun(model, config, step, table), state, str(header.get("language"))
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor], path: Path) -> None:
@@ -130,13 +150,20 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, torch.T
         ValueError: where the state is of other parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if isinstance(optimizer, torch.optim.AdamW):
+        kind = {"exp_avg", "exp_avg_sq", "step"}
+    else:
+        kind = {"momentum_buffer"} if optimizer.defaults["momentum"] else set()
     nested: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in state.items():
         index, _, name = key.partition(".")
-        known = index.isdigit() and int(index) < len(parameters)
-        if not known or (value.ndim and value.shape != parameters[int(index)].shape):
+        known = index.isdigit() and int(index) < len(parameters) and name in kind
+        # A fused optimizer writes through these tensors without looking at their shapes again.
+        if not known or value.shape != (() if name == "step" else parameters[int(index)].shape):
             raise ValueError(f"{path} holds an optimizer's state of other parameters ({key})")
         nested.setdefault(int(index), {})[name] = value
+    if bool(nested) != bool(kind) or any(set(values) != kind for values in nested.values()):
+        raise ValueError(f"{path} lacks part of its optimizer's state")
     optimizer.load_state_dict({"state": nested, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
