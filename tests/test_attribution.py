@@ -315,7 +315,7 @@ def test_other_files_are_not_loaded(tmp_path):
     save_file({"values": torch.zeros(2)}, path, {"hijack_lens": '{"format": "hijack_lens.LogitAttribution.1"}'})
     with pytest.raises(ValueError, match="result"):
         LogitAttribution.load(path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="missing does not exist"):
         LogitAttribution.load(tmp_path / "missing")
 
 
