@@ -862,3 +862,15 @@ def test_the_losses_of_a_model_in_float32_and_float64_are_close():
     double, single = (fit(short(steps=3), dtype=dtype) for dtype in (torch.float64, torch.float32))
     ours, theirs = (torch.tensor(run.probe("in_context_loss").tolist()) for run in (double, single))
     close(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("option", ["compile", "bf16"])
+def test_the_options_for_accelerators_run_and_learn_the_same_here(option, unchecked):
+    """On a CPU too: compiled to float precision, in bfloat16 roughly."""
+    language = hl.BigramLanguage.dirichlet(9, 0.3, seed=0)
+    losses = []
+    for options in ({}, {option: True}):
+        config = hl.TrainConfig(triggers=(1, 2), length=16, seed=0, steps=3, eval_lengths=(1,), **options)
+        model = hl.two_layer_transformer(language, d_model=16, n_ctx=16, device="cpu")
+        losses.append(hl.train(model, language, config).probe("bigram_loss").tolist())
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4 if option == "compile" else 0.1)

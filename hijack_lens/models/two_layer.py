@@ -86,6 +86,8 @@ class TwoLayerTransformer(HookedTransformer):
         if architecture.positions == "relative":
             self.blocks[0].attn = RelativeAttention(self.cfg, architecture.n_offsets, layer_id=0).to(self.cfg.device)
             self.setup()  # without it the new attention's hook points never fire
+        for block in self.blocks:
+            block.attn.attn_scale = float(block.attn.attn_scale)  # NumPy's own type, which torch.compile stumbles over
         if architecture.mlp == "linear":
             self.blocks[-1].mlp.act_fn = nn.Identity()
 
