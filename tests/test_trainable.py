@@ -243,7 +243,7 @@ def test_the_simplifications_of_bietti_et_al():
         ({"positions": "rotary", "d_head": 3}, "d_head must be even"),
         ({"positions": "rotary", "freeze": ("W_pos",)}, "freeze names 'W_pos'"),
         ({"mlp": None, "freeze": ("W_in",)}, "freeze names 'W_in'"),
-        ({"norm": "LN", "init": {"w": "normal"}}, "init"),
+        ({"norm": "LN", "init": {"w": "identity"}}, "init"),
         ({"init": {"b_U": "identity"}}, "init"),
     ],
 )
