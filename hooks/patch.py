@@ -21,9 +21,8 @@ def patch(
     Args:
         model: a HookedTransformer or TransformerBridge.
         component: a `Component`, several (a role of a `Circuit`), or names of hook points.
-        source: where the activations come from: a cache, or prompts to run once, now (with whatever
-            hooks are active). As long as the run's
-            prompts; as many, or one.
+        source: where the activations come from: a cache, or prompts to run once, now (with whatever hooks are
+            active). As long as the run's prompts; as many, or one.
         positions: which positions to patch; by default all. Negative ones count from the end. They count
             the tokens of one forward pass: with a key-value cache, the new ones alone.
         part: "output", or a head's attention "pattern".

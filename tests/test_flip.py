@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from refusals import refused
 
 import hijack_lens as hl
 from hijack_lens import theory
@@ -293,15 +294,5 @@ TYPE_ERRORS = {
 }
 
 
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("message", VALUE_ERRORS)
-def test_a_bad_value_is_refused_by_name_and_value(message):
-    with pytest.raises(ValueError, match=message):
-        VALUE_ERRORS[message]()
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("message", TYPE_ERRORS)
-def test_a_bad_type_is_refused_by_name_and_value(message):
-    with pytest.raises(TypeError, match=message):
-        TYPE_ERRORS[message]()
+test_a_bad_value_is_refused_by_name_and_value = refused(ValueError, VALUE_ERRORS)
+test_a_bad_type_is_refused_by_name_and_value = refused(TypeError, TYPE_ERRORS)

@@ -56,7 +56,7 @@ def attribute(
         TypeError, ValueError: for prompts the model cannot take, and for models that are not linear in this way.
     """
     check_model(model)
-    _check_model(model)
+    _check_linear(model)
     circuit = getattr(model, "circuit", None) if circuit is None else circuit
     if not isinstance(circuit, Circuit):
         raise TypeError(f"circuit must be a Circuit, since the model has none of its own; got {circuit!r}")
@@ -171,7 +171,8 @@ def _vocab(model: Any) -> tuple[str, ...] | None:
     return None if tokenizer is None else tuple(tokenizer.convert_ids_to_tokens(range(model.cfg.d_vocab)))
 
 
-def _check_model(model: Any) -> None:
+def _check_linear(model: Any) -> None:
+    """The model is linear once its patterns, scales and gates are known, in the ways that `terms` follows."""
     cfg = model.cfg
     if cfg.n_layers > 2:
         raise ValueError(f"model has {cfg.n_layers} layers; paths are followed through at most 2")

@@ -41,7 +41,9 @@ def as_text(result: "LogitAttribution") -> str:
     buffer = io.StringIO()
     console = Console(file=buffer, width=120, color_system=None, force_jupyter=False, markup=False)
     console.print(rich_table(result))
-    return "\n".join(filter(None, [head, incomplete(result), buffer.getvalue().rstrip(), _hidden(result)]))
+    return "\n".join(
+        filter(None, [head, incomplete(result), buffer.getvalue().rstrip(), _hidden(result, len(_rows(result)))])
+    )
 
 
 def as_html(result: "LogitAttribution") -> str:
@@ -50,12 +52,14 @@ def as_html(result: "LogitAttribution") -> str:
         return f"<pre>{escape(as_text(result))}</pre>"
     a, b = result.pair()
     first, second = (f"<code>{escape(result.token_text(token))}</code>" for token in (a, b))
+    shown = _rows(result)
+    widest = max(abs(row[4]) for row in shown) or 1.0
     rows = "".join(
         f"<tr style='font-weight:{400 if memory else 600}'><td style='text-align:left'>{escape(label)}</td>"
         f"<td style='text-align:left;color:{COLOURS.get(memory, 'inherit')}'>{memory}</td>"
         + "".join(f"<td>{number:+.3f}</td>" for number in numbers)
-        + f"<td>{_bar(numbers[2], result, memory)}</td></tr>"
-        for label, memory, *numbers in _rows(result)
+        + f"<td>{_bar(numbers[2], widest, memory)}</td></tr>"
+        for label, memory, *numbers in shown
     )
     left, narrow = " style='text-align:left'", " style='white-space:nowrap'"
     return (
@@ -64,8 +68,8 @@ def as_html(result: "LogitAttribution") -> str:
         f"{_verdict(result, first, second)}</p>{shaded_prompt(result, a, b)}"
         f"<table><thead><tr><th{left}>path</th><th{left}>memory</th><th{narrow}>logit {first}</th>"
         f"<th{narrow}>logit {second}</th><th>difference</th><th style='width:200px'></th></tr></thead>"
-        f"<tbody>{rows}</tbody></table><p style='font-size:85%'>{_hidden(result)} Sum over all paths minus the model's "
-        f"logits: at most {result.completeness_error:.1e}.</p></div>"
+        f"<tbody>{rows}</tbody></table><p style='font-size:85%'>{_hidden(result, len(shown))} "
+        f"Sum over all paths minus the model's logits: at most {result.completeness_error:.1e}.</p></div>"
     )
 
 
@@ -98,8 +102,8 @@ def incomplete(result: "LogitAttribution") -> str:
     )
 
 
-def _hidden(result: "LogitAttribution") -> str:
-    count = len(result.paths) + 1 - len(_rows(result))
+def _hidden(result: "LogitAttribution", n_rows: int) -> str:
+    count = len(result.paths) + 1 - n_rows  # the sum has a row of its own
     return (
         f"{count} more path{'s' * (count != 1)} write{'s' * (count == 1)} less than {_NOTHING} to either."
         if count
@@ -114,8 +118,7 @@ def _verdict(result: "LogitAttribution", first: str, second: str) -> str:
     return f"{winner} beats {loser} by {abs(float(margin.total)):.2f} logits ({first} − {second}: {split})."
 
 
-def _bar(value: float, result: "LogitAttribution", memory: str) -> str:
-    widest = max(abs(row[4]) for row in _rows(result)) or 1.0
+def _bar(value: float, widest: float, memory: str) -> str:
     width = 50 * abs(value) / widest
     left = 50 - width if value < 0 else 50
     colour = COLOURS.get(memory, "#333333")

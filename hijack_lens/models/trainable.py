@@ -38,8 +38,7 @@ def two_layer_transformer(
 
     Weights are drawn from N(0, 1/fan_in), embeddings have rows of norm about 1; biases, offset keys and all MLPs
     but the last block's are 0, the last of these for good. With relative positions, layer 0's query bias is drawn
-    from N(0, 1). The simplifications of Bietti et al. 2023 (arXiv
-    2306.00802, section 4) are options:
+    from N(0, 1). The simplifications of Bietti et al. 2023 (arXiv 2306.00802, section 4) are options:
 
         two_layer_transformer(
             language, "absolute", mlp="linear",
@@ -97,7 +96,6 @@ def two_layer_transformer(
                 )
 
     unused_mlps = tuple(f"blocks.{layer}.mlp." for layer in range(n_layers - 1))
-    no_positions = positions != "absolute" and positions != "rotary"
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             leaf = name.rsplit(".", 1)[-1]
@@ -105,7 +103,7 @@ def two_layer_transformer(
             frozen = name in freeze or leaf in freeze
             if name == "blocks.0.attn.b_Q" and positions == "relative" and how is None:
                 how = "normal"  # a query that all tokens share, for the offset keys to answer
-            if name.startswith(unused_mlps) or (leaf == "W_pos" and no_positions):
+            if name.startswith(unused_mlps) or (leaf == "W_pos" and positions != "absolute"):
                 how, frozen = "zeros", True
             if how is None and leaf == "w":
                 parameter.fill_(1.0)  # a norm's weight

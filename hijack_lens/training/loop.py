@@ -1,5 +1,6 @@
 """The training loop: fresh sequences at every step, deterministic, resumable to the bit."""
 
+import hashlib
 import os
 import signal
 import threading
@@ -128,13 +129,12 @@ def _check(model: TwoLayerTransformer, language: BigramLanguage, config: TrainCo
 
 
 def _optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    fused = all(parameter.is_floating_point() for parameter in parameters)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(
-            parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=fused
+            parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
     return torch.optim.SGD(
-        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
+        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
     )
 
 
@@ -219,11 +219,7 @@ def _evaluate(
     base = {"step": step, "seconds": seconds}
     rows = [
         {**base, "probe": probe, "continuations": None, "length": None, "value": value}
-        for probe, value in memory_recall(
-            model,
-            config.length,
-            None if model.triggers is None else model.language.trigger_ids(model.triggers).tolist(),
-        ).items()
+        for probe, value in memory_recall(model, config.length, model.triggers).items()
     ]
     for (continuations, length), sequences in held_out.items():
         rows += [
@@ -235,8 +231,6 @@ def _evaluate(
 
 def _seed(seed: int, purpose: str, index: int) -> int:
     """A seed of its own for each use: mixed, so that neighbouring seeds and blocks share nothing."""
-    import hashlib
-
     digest = hashlib.sha256(f"hijack-lens {seed} {purpose} {index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

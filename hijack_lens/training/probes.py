@@ -14,7 +14,7 @@ from torch import Tensor
 from hijack_lens._checks import check_count
 from hijack_lens.circuit import Component
 from hijack_lens.hooks.intervention import record
-from hijack_lens.language import SampledSequences
+from hijack_lens.language import SampledSequences, Token
 from hijack_lens.models import RelativeAttention, TwoLayerTransformer
 from hijack_lens.norm import LinearNorm, linear_norm
 
@@ -22,7 +22,7 @@ Scores = dict[str, float]
 
 
 @torch.no_grad()
-def memory_recall(model: TwoLayerTransformer, length: int, triggers: Sequence[int] | None = None) -> Scores:
+def memory_recall(model: TwoLayerTransformer, length: int, triggers: Sequence[Token] | None = None) -> Scores:
     """How well each associative memory recalls: the fraction of keys whose own value scores highest, and by how much.
 
     Norms act by their weights alone. Where a role has several heads, the best one counts for each memory.
