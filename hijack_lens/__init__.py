@@ -13,11 +13,23 @@ except ImportError as _error:
         "Install it with: pip install 'transformer-lens>=3.9,<4'"
     ) from _error
 
-from hijack_lens import hooks, theory, training, visual
-from hijack_lens.attribution import LogitAttribution, Path, attribute
+from hijack_lens import hooks, metrics, theory, training, visual
+from hijack_lens.attribution import (
+    LogitAttribution,
+    LogOdds,
+    Path,
+    ScoreAttribution,
+    ShapleyValues,
+    attribute,
+    attribute_scores,
+    shapley,
+)
 from hijack_lens.circuit import Circuit, Component
+from hijack_lens.evidence import CircuitEvidence
 from hijack_lens.explain import Explanation, explain
+from hijack_lens.find_circuit import find_circuit
 from hijack_lens.language import BigramLanguage, SampledSequences, default_text
+from hijack_lens.metrics import Metric, logit_diff
 from hijack_lens.models import TwoLayerTransformer, associative_transformer, two_layer_transformer
 from hijack_lens.prompts import HijackPrompt, hijack_prompt
 from hijack_lens.theory import Margin, Strengths
@@ -29,25 +41,35 @@ __version__ = "0.1.0"
 __all__ = [
     "BigramLanguage",
     "Circuit",
+    "CircuitEvidence",
     "Component",
     "Explanation",
     "HijackPrompt",
+    "LogOdds",
     "LogitAttribution",
     "Margin",
+    "Metric",
     "Path",
     "SampledSequences",
+    "ScoreAttribution",
+    "ShapleyValues",
     "Strengths",
     "TrainConfig",
     "TrainingRun",
     "TwoLayerTransformer",
     "associative_transformer",
     "attribute",
+    "attribute_scores",
     "default_text",
     "explain",
+    "find_circuit",
     "fit_strengths",
     "hijack_prompt",
     "hooks",
+    "logit_diff",
+    "metrics",
     "report",
+    "shapley",
     "theory",
     "train",
     "training",

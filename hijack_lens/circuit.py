@@ -1,8 +1,8 @@
 """Which head or MLP of a model plays which role."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from hijack_lens._checks import check_choice, check_count
 
@@ -49,19 +49,21 @@ class Circuit:
         previous_token: heads that write into each position the token before it.
         induction: heads that attend to where the current token's successor stands, and copy it.
         bigram: MLPs that hold the global bigrams.
+        evidence: the `CircuitEvidence` of a circuit that `find_circuit` found, else `None`; equality ignores it.
     """
 
     previous_token: tuple[Component, ...] = ()
     induction: tuple[Component, ...] = ()
     bigram: tuple[Component, ...] = ()
+    evidence: Any = field(default=None, compare=False, repr=False)
 
     def __iter__(self) -> Iterator[tuple[str, Component]]:
-        for field in fields(self):
-            for component in getattr(self, field.name):
-                yield field.name, component
+        for role in ROLE_NAMES:
+            for component in getattr(self, role):
+                yield role, component
 
     def __str__(self) -> str:
-        named = ((name, getattr(self, field)) for field, name in ROLE_NAMES.items())
+        named = ((name, getattr(self, role)) for role, name in ROLE_NAMES.items())
         return "; ".join(f"{name}: {', '.join(map(str, components)) or 'none'}" for name, components in named)
 
     def role(self, component: Component) -> str | None:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.components import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre
+from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,51 @@ def linear_norm(norm: nn.Module | None, x: Float[Tensor, "*batch d_model"]) -> L
     elif isinstance(norm, (RMSNorm, RMSNormPre, nn.RMSNorm)):
         centred = False
     else:
-        raise TypeError(
-            f"model has a norm of type {type(norm).__name__}; known are TransformerLens's LayerNorm and RMSNorm"
-        )
-    spread = x - x.mean(-1, keepdim=True) if centred else x
+        return _tried_out(norm, x)
     # PyTorch's own modules call them weight and bias.
     w, b = (getattr(norm, short, getattr(norm, long, None)) for short, long in (("w", "weight"), ("b", "bias")))
-    eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
-    scale = (spread.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-    return LinearNorm(centred, scale, w, b)
+    return LinearNorm(centred, _scale(x, norm.eps, centred), w, b)
+
+
+def normed(norm: nn.Module | None, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """What a norm module makes of `x`, to the model's own rounding; none of its hooks fires.
+
+    Raises:
+        TypeError: for a norm that is unknown here.
+    """
+    if isinstance(norm, NormalizationBridge) and (
+        norm.use_native_layernorm_autograd or getattr(norm.config, "layer_norm_folding", False)
+    ):
+        # The bridge asks the module it wraps, which may well compute in float32 whatever the model's dtype.
+        return norm.original_component.forward(x).to(x.dtype)
+    return linear_norm(norm, x)(x)
+
+
+def _tried_out(norm: nn.Module, x: Float[Tensor, "*batch d_model"]) -> LinearNorm:
+    """A norm of an unknown class, where it proves to be an RMSNorm or a LayerNorm on `x` itself.
+
+    Every family of Hugging Face's models has a class of its own; some multiply by 1 + weight.
+    """
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
+    actual = norm.forward(x)
+    tried = [
+        LinearNorm(centred, _scale(x, eps, centred), w, bias)
+        for centred in (False, True)
+        for w in ((None,) if weight is None else (weight, 1 + weight))
+    ]
+    errors = [float((candidate(x) - actual).detach().abs().max()) for candidate in tried]
+    best = errors.index(min(errors))
+    # Many compute in float32, whatever the model's dtype.
+    tolerance = max(4 * torch.finfo(x.dtype).eps, 32 * torch.finfo(torch.float32).eps)
+    if errors[best] <= tolerance * float(actual.detach().abs().max()):
+        return tried[best]
+    raise TypeError(
+        f"model has a norm of type {type(norm).__name__}, which computes neither an RMSNorm nor a LayerNorm"
+    )
+
+
+def _scale(x: Float[Tensor, "*batch d_model"], eps: float | None, centred: bool) -> Float[Tensor, "*batch 1"]:
+    spread = x - x.mean(-1, keepdim=True) if centred else x
+    eps = torch.finfo(x.dtype).eps if eps is None else eps  # PyTorch's default
+    return (spread.pow(2).mean(-1, keepdim=True) + eps).sqrt()

@@ -1,13 +1,19 @@
 """An intervention: hooks that come and go together, and that say so when they do nothing."""
 
+import contextlib
 import difflib
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import (
+    JointQKVAttentionBridge,
+    JointQKVPositionEmbeddingsAttentionBridge,
+    PositionEmbeddingsAttentionBridge,
+)
 
 HookFunction = Callable[..., Tensor | None]
 """TransformerLens's `fn(activation, hook) -> activation | None`."""
@@ -20,11 +26,13 @@ _NEEDS_FLAG = {
     "hook_v_input": "use_split_qkv_input",
     "hook_mlp_in": "use_hook_mlp_in",
 }
-_BRIDGE_IGNORES = {
-    "hook_pattern": "it computes the head's output without them",
-    "hook_attn_scores": "it computes the head's output without them",
-    "hook_resid_mid": "only the MLP would see them, not the residual stream",
-}
+# Bridges with attention of these kinds compute it step by step; others hand it to the wrapped model, patterns and all.
+_REBUILT_ATTENTION = (
+    JointQKVAttentionBridge,
+    JointQKVPositionEmbeddingsAttentionBridge,
+    PositionEmbeddingsAttentionBridge,
+)
+_FORKED_INPUTS = ("ln1.hook_in", "ln1.hook_out", "ln1.hook_scale", "ln1.hook_normalized", "attn.hook_in")
 
 
 def check_model(model: Any) -> None:
@@ -49,8 +57,51 @@ def check_hook_point(model: Any, name: str, edits: bool = True) -> None:
     flag = _NEEDS_FLAG.get(leaf)
     if flag is not None and not getattr(model.cfg, flag):
         raise ValueError(f"{name!r} never fires while cfg.{flag} is False; call model.set_{flag}(True) first")
-    if edits and leaf in _BRIDGE_IGNORES and isinstance(model, TransformerBridge):
-        raise ValueError(f"a TransformerBridge does not honour edits at {name!r}: {_BRIDGE_IGNORES[leaf]}")
+    if leaf in ("hook_mlp_out", "hook_resid_mid") and getattr(model.cfg, "attn_only", False):
+        raise ValueError(f"component {name!r} never fires: this model's blocks have no MLPs")
+    if not isinstance(model, TransformerBridge):
+        return
+    if leaf == "hook_pos_embed" and model.cfg.positional_embedding_type == "rotary":
+        raise ValueError(f"{name!r} never fires: this model's positions are rotary, and not added to the stream")
+    reason = _why_ignored(model, name) if edits else None
+    if reason is not None:
+        raise ValueError(f"this TransformerBridge does not honour edits at {name!r}: {reason}")
+
+
+def _why_ignored(model: TransformerBridge, name: str) -> str | None:
+    """Why an edit at a bridge's hook point would have no effect, or less than one would think."""
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf in ("hook_pattern", "hook_attn_scores"):
+        attn = model.blocks[int(name.split(".")[1])].attn
+        return None if type(attn) in _REBUILT_ATTENTION else "it computes the head's output without them"
+    if leaf == "hook_resid_mid":
+        return "only the MLP would see them, not the residual stream"
+    if name == "rotary_emb.hook_in":
+        return "the angles depend on positions alone"
+    if name.endswith(_FORKED_INPUTS) and (model.cfg.use_split_qkv_input or model.cfg.use_attn_in):
+        return "with cfg.use_split_qkv_input or cfg.use_attn_in, queries, keys and values are computed without them"
+    if leaf == "hook_attn_in" and getattr(model.cfg, "n_key_value_heads", None) not in (None, model.cfg.n_heads):
+        return "heads that share keys and values would not read their own copy"
+    return None
+
+
+def every_module(model: Any) -> set[nn.Module]:
+    """The model's modules; a bridge's own leave out parts of the model that it wraps, dropout of embeddings say."""
+    wrapped = getattr(model, "original_model", None)
+    return {*model.modules(), *(wrapped.modules() if isinstance(wrapped, nn.Module) else ())}
+
+
+def is_hooked(model: Any) -> bool:
+    """Whether running a part of the model alone would run someone's hook."""
+    if any(point.fwd_hooks for point in model.hook_dict.values()):
+        return True
+    # A bridge's modules bear hooks of its own and of transformers', which are not the user's.
+    of_torch = [
+        hook for m in every_module(model) for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+    ]
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith(("transformer_lens.", "transformers.")) for hook in of_torch
+    )
 
 
 class Intervention:
@@ -116,12 +167,21 @@ class Intervention:
                 raise RuntimeError(f"the model ran, but these hook points never fired: {', '.join(silent)}")
 
     def _remove(self, entries: "list[_Entry]") -> None:
-        hook_dict = self.model.hook_dict
+        # Without locks, which a Ctrl-C could leave locked: `tuple(list)` and removing what is found by identity cannot
+        # be broken into by other threads, and what they make the search miss is searched for again.
         for entry in entries:
-            hook_point = hook_dict[entry.name]
-            for handle in [handle for handle in hook_point.fwd_hooks if handle.user_hook is entry]:
-                handle.hook.remove()
-                hook_point.fwd_hooks.remove(handle)
+            hook_point = self.model.hook_dict[entry.name]
+            listed = hook_point.fwd_hooks
+            while ours := [handle for handle in tuple(listed) if handle.user_hook is entry]:
+                for handle in ours:
+                    handle.hook.remove()
+                    with contextlib.suppress(ValueError):
+                        listed.remove(handle)
+            # A Ctrl-C between PyTorch's taking the hook and TransformerLens's listing it leaves the former.
+            held = hook_point._forward_hooks
+            for key, fn in tuple(held.items()):
+                if getattr(fn, "__name__", None) == repr(entry):
+                    held.pop(key, None)
 
 
 class _Entry:
@@ -161,8 +221,8 @@ def _checked(name: str, fn: HookFunction) -> HookFunction:
     return checked
 
 
-def record(model: Any, tokens: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Activations at the hook points `names` in a run on `tokens`, without gradients.
+def record(model: Any, tokens: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits of a run on `tokens`, and its activations at the hook points `names`; without gradients.
 
     Unlike TransformerLens's cache it is keyed by the names asked for, also where those are aliases.
     """
@@ -175,5 +235,5 @@ def record(model: Any, tokens: Tensor, names: Sequence[str]) -> dict[str, Tensor
         return hook_fn
 
     with torch.no_grad(), Intervention(model, look=[(name, keep(name)) for name in names]):
-        model(tokens)
-    return stored
+        logits = model(tokens)
+    return logits, stored

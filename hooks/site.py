@@ -147,4 +147,4 @@ def read_source(model: Any, source: object, names: Sequence[str], argument: str)
         if missing:
             raise ValueError(f"{argument} is a cache without {', '.join(missing)}")
         return {name: source[name] for name in names}
-    return record(model, model_tokens(model, source, argument), names)
+    return record(model, model_tokens(model, source, argument), names)[1]

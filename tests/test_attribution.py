@@ -548,7 +548,7 @@ def test_a_model_that_is_no_sum_over_these_paths_is_refused(config, named, unche
         ((prompts(), 1.5), (TypeError, ValueError), "position must be .* got 1.5"),
         ((prompts(), None), (TypeError, ValueError), "position must be .* got None"),
         (("text",), ValueError, "tokens is text, but the model has no tokenizer"),
-        ((torch.rand(2, 5),), TypeError, "tokens must hold integer token ids, got dtype torch.float32"),
+        ((torch.full((2, 5), 0.5),), TypeError, "tokens must hold integer token ids, got dtype torch.float32"),
         (
             (torch.zeros(2, 0, dtype=torch.long),),
             ValueError,

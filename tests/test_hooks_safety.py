@@ -464,13 +464,6 @@ def test_what_does_not_fit_the_run_is_an_error_of_the_run(make, message, uncheck
         model(prompts())
 
 
-def test_a_bridges_norm_that_path_patching_cannot_follow_is_refused_at_once(unchecked):
-    bridge = native("RMS")[0]  # TransformerLens's native RMSNorm is a class of its own
-    for receiver, via in ((LAST, "q"), (MLPS[1], "mlp_in")):
-        with pytest.raises(TypeError, match="norm of type NativeRMSNorm"):
-            patch_path(bridge, FIRST, receiver, via)
-
-
 def test_a_bridges_layer_norm_is_followed_as_its_twins_is(unchecked):
     bridge, twin = native("LN")
     tokens = prompts()

@@ -130,8 +130,8 @@ def behaviour(model: TwoLayerTransformer, sequences: SampledSequences) -> Scores
     tokens, predictable = sequences.tokens.to(device), sequences.predictable.to(device)
     heads = [*model.circuit.previous_token, *model.circuit.induction]
     names = {f"blocks.{head.layer}.attn.hook_pattern" for head in heads}
-    run = record(model, tokens, [*sorted(names), "unembed.hook_out"])
-    log_probs = run["unembed.hook_out"].log_softmax(-1)
+    logits, run = record(model, tokens, sorted(names))
+    log_probs = logits.log_softmax(-1)
     known = predictable[:, :-1]  # at the last position there is no next token to compare with
     answers = tokens[:, 1:]
     loss = -log_probs[:, :-1].gather(-1, answers[..., None])[..., 0]

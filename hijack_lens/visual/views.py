@@ -148,7 +148,7 @@ def attention_patterns(
     if len(tokens) != 1:
         raise ValueError(f"prompt must be a single prompt, got a batch of {len(tokens)}")
     name = "blocks.{}.attn.hook_pattern".format
-    run = record(model, tokens, [name(layer) for layer in sorted({head.layer for head in heads})])
+    run = record(model, tokens, [name(layer) for layer in sorted({head.layer for head in heads})])[1]
     patterns = {}
     for head in heads:
         role = None if circuit is None else circuit.label(head)

@@ -1,0 +1,266 @@
+"""What a run's logits say, as one number: the metrics of activation patching."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hijack_lens._checks import as_int, check_choice, check_tokens
+from hijack_lens.prompts import HijackPrompt
+
+Answer = int | str | Sequence[int] | Sequence[str] | Int[Tensor, "batch"]
+"""A token, by its id or text; or one for each prompt."""
+
+Logits = Float[Tensor, "batch pos d_vocab"]
+_Run = Literal["clean", "corrupted"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number per prompt, read from the logits of one position; its mean over a batch is what `metric(logits)` gives.
+
+    It fits wherever a function of the logits does, TransformerLens's own `patching` included. That it reads a single
+    position is what `hooks.patch_sweep` needs to be fast; so wrap a function of your own likewise:
+
+        hl.Metric("entropy", lambda logits: torch.distributions.Categorical(logits=logits).entropy())
+
+    Attributes:
+        name: for tables and axes.
+        of_logits: from the position's logits, [..., batch, d_vocab], to a number per prompt, [..., batch]. Row by row:
+            no row's number depends on another row.
+        position: whose logits are read; negative ones count from the end.
+        resolve: for metrics that need a model or the unpatched runs: from (model, clean logits, corrupted logits),
+            both [batch, pos, d_vocab] or `None`, to `of_logits`.
+    """
+
+    name: str
+    of_logits: Callable[[Float[Tensor, "*rows d_vocab"]], Float[Tensor, "*rows"]] | None = None
+    position: int = -1
+    resolve: Callable[[Any, Logits | None, Logits | None], Callable[[Tensor], Tensor]] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a string, got {self.name!r}")
+        if not callable(self.of_logits) and not callable(self.resolve):
+            raise TypeError(f"of_logits must be a function of logits, got {self.of_logits!r}")
+        position = as_int(self.position)
+        if position is None:
+            raise TypeError(f"position must be an int, got {self.position!r}")
+        object.__setattr__(self, "position", position)
+
+    def __call__(self, logits: Logits) -> Float[Tensor, ""]:
+        """The mean over prompts.
+
+        Raises:
+            ValueError: for logits of another shape or too short, and before `on` where the metric needs that.
+        """
+        return self.per_prompt(logits).mean()
+
+    def per_prompt(self, logits: Logits) -> Float[Tensor, "batch"]:
+        """The number of each prompt; errors as for a call."""
+        if not isinstance(logits, Tensor) or logits.ndim != 3:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"logits must be a tensor [batch, pos, d_vocab], got {got}")
+        if self.of_logits is None:
+            raise ValueError(f"metric {self.name!r} needs a model or its unpatched runs: give it to .on(model) first")
+        return self.of_rows(logits[:, self.index(logits.shape[1])])
+
+    def of_rows(self, logits: Float[Tensor, "*runs batch d_vocab"]) -> Float[Tensor, "*runs batch"]:
+        """The number of each row of the position's logits.
+
+        Raises:
+            TypeError: where `of_logits` gives anything else.
+        """
+        assert self.of_logits is not None
+        numbers = self.of_logits(logits)
+        if not isinstance(numbers, Tensor) or numbers.shape != logits.shape[:-1]:
+            got = f"shape {tuple(numbers.shape)}" if isinstance(numbers, Tensor) else f"{numbers!r:.40}"
+            raise TypeError(
+                f"of_logits of metric {self.name!r} must give one number per prompt, {tuple(logits.shape[:-1])} of "
+                f"logits {tuple(logits.shape)}, got {got}"
+            )
+        return numbers
+
+    def index(self, n_positions: int) -> int:
+        """The position, counted from the front of prompts that are `n_positions` long.
+
+        Raises:
+            ValueError: where they are too short.
+        """
+        if not -n_positions <= self.position < n_positions:
+            raise ValueError(f"metric {self.name!r} reads position {self.position}; the prompts have {n_positions}")
+        return self.position % n_positions
+
+    def on(self, model: Any, clean: Logits | None = None, corrupted: Logits | None = None) -> "Metric":
+        """The metric with its tokens looked up in the model's tokenizer, and its reference taken from the runs."""
+        return self if self.resolve is None else replace(self, of_logits=self.resolve(model, clean, corrupted))
+
+    def normalised(self, clean: Logits, corrupted: Logits) -> "Metric":
+        """The metric shifted and scaled: 0 on the corrupted run, 1 on the clean one (each the mean over prompts).
+
+        Args:
+            clean: the clean run's logits.
+            corrupted: the corrupted run's.
+
+        Raises:
+            ValueError: where both give the same number.
+        """
+        low, high = self(corrupted).detach(), self(clean).detach()
+        if bool(low == high):
+            raise ValueError(f"metric {self.name!r} is {float(low):g} on the clean and on the corrupted run alike")
+
+        def shifted(logits: Tensor) -> Tensor:
+            return (self.of_rows(logits) - low) / (high - low)
+
+        return Metric(f"{self.name}, normalised", shifted, self.position)
+
+
+def logit_diff(answer: Answer, foil: Answer, position: int = -1) -> Metric:
+    """logit[answer] - logit[foil].
+
+    Args:
+        answer: token id or text; or one for each prompt.
+        foil: likewise.
+        position: whose logits are read.
+
+    Raises:
+        TypeError: for what is no token.
+    """
+
+    def of_logits(logits: Tensor, ids: dict[str, Tensor]) -> Tensor:
+        return _pick(logits, ids, "answer") - _pick(logits, ids, "foil")
+
+    name = f"logit {_named(answer)} − logit {_named(foil)}"
+    return _of_tokens(name, {"answer": answer, "foil": foil}, of_logits, position)
+
+
+def margin(prompt: HijackPrompt, position: int = -1) -> Metric:
+    """The hijack margin of a prompt, logit[c] - logit[g]: positive where the context wins.
+
+    Raises:
+        TypeError: for what is no `HijackPrompt`; use `logit_diff` with other prompts.
+    """
+    if not isinstance(prompt, HijackPrompt):
+        raise TypeError(f"prompt must be a HijackPrompt, got {type(prompt).__name__}; logit_diff takes any two tokens")
+    c, g = (prompt.language.display(token) for token in (prompt.in_context, prompt.global_))
+    return replace(logit_diff(prompt.in_context, prompt.global_, position), name=f"margin of {c!r} over {g!r}")
+
+
+def log_prob(answer: Answer, position: int = -1) -> Metric:
+    """log P(answer), in nats; arguments as for `logit_diff`."""
+
+    def of_logits(logits: Tensor, ids: dict[str, Tensor]) -> Tensor:
+        return _pick(logits, ids, "answer") - logits.logsumexp(-1)
+
+    return _of_tokens(f"log P({_named(answer)})", {"answer": answer}, of_logits, position)
+
+
+def prob(answer: Answer, position: int = -1) -> Metric:
+    """P(answer); arguments as for `logit_diff`."""
+
+    def of_logits(logits: Tensor, ids: dict[str, Tensor]) -> Tensor:
+        return _pick(logits.softmax(-1), ids, "answer")
+
+    return _of_tokens(f"P({_named(answer)})", {"answer": answer}, of_logits, position)
+
+
+def kl(reference: _Run | Logits = "clean", position: int = -1) -> Metric:
+    """KL(reference || run), in nats: how far a run's next-token distribution is from the reference's.
+
+    Args:
+        reference: whose distribution: of the "clean" or the "corrupted" run of a sweep, or logits.
+        position: whose logits are read.
+
+    Raises:
+        TypeError, ValueError: for any other reference.
+    """
+    if isinstance(reference, str):
+        check_choice("reference", reference, ("clean", "corrupted"))
+    elif not isinstance(reference, Tensor) or reference.ndim != 3:
+        raise TypeError(
+            f"reference must be 'clean', 'corrupted' or logits [batch, pos, d_vocab], got {reference!r:.80}"
+        )
+    which = reference if isinstance(reference, str) else "reference"
+    name = f"KL from the {which} run"
+
+    def against(logits: Tensor) -> Callable[[Tensor], Tensor]:
+        log_p = logits[:, unplaced.index(logits.shape[1])].detach().log_softmax(-1)
+
+        def divergence(patched: Tensor) -> Tensor:
+            if patched.shape[-1] != log_p.shape[-1] or len(log_p) not in (1, patched.shape[-2]):
+                shapes = tuple(log_p.shape), tuple(patched.shape[-2:])
+                raise ValueError("reference has logits [batch, d_vocab] of shape {}, the run {}".format(*shapes))
+            # Where p is 0, p log p is 0.
+            return (log_p.exp() * (log_p - patched.log_softmax(-1))).where(log_p > -torch.inf, 0.0).sum(-1)
+
+        return divergence
+
+    def resolve(model: Any, clean: Logits | None, corrupted: Logits | None) -> Callable[[Tensor], Tensor]:
+        logits = clean if reference == "clean" else corrupted
+        if logits is None:
+            raise ValueError(f"metric {name!r} needs that run's logits: .on(model, {reference}=logits)")
+        return against(logits)
+
+    unplaced = Metric(name, position=position, resolve=resolve)
+    return Metric(name, against(reference), position) if isinstance(reference, Tensor) else unplaced
+
+
+def _of_tokens(
+    name: str, answers: dict[str, Answer], of_logits: Callable[[Tensor, dict[str, Tensor]], Tensor], position: int
+) -> Metric:
+    """A metric of tokens; those given as text wait for a model."""
+
+    def resolve(model: Any, clean: Logits | None = None, corrupted: Logits | None = None) -> Callable[[Tensor], Tensor]:
+        ids = {argument: _ids(argument, answer, model) for argument, answer in answers.items()}
+        return lambda logits: of_logits(logits, ids)
+
+    texts = any(isinstance(one, str) for answer in answers.values() for one in _listed(answer))
+    return Metric(name, None if texts else resolve(None), position, resolve)
+
+
+def _is_several(answer: Any) -> bool:
+    return answer.ndim > 0 if isinstance(answer, Tensor) else isinstance(answer, (list, tuple))
+
+
+def _listed(answer: Any) -> list[Any]:
+    return list(answer) if _is_several(answer) else [answer]
+
+
+def _ids(argument: str, answer: Answer, model: Any = None) -> Int[Tensor, "..."]:
+    """One token id, or one per prompt."""
+    ids = []
+    for one in _listed(answer):
+        number = _id_of_text(argument, one, model) if isinstance(one, str) else as_int(one)
+        if number is None:
+            raise TypeError(f"{argument} must be a token's id or text, or one per prompt, got {answer!r:.80}")
+        ids.append(number)
+    listed = check_tokens(argument, ids, 2**62 if model is None else model.cfg.d_vocab)
+    return listed if _is_several(answer) else listed[0]
+
+
+def _id_of_text(argument: str, text: str, model: Any) -> int:
+    if getattr(model, "tokenizer", None) is None:
+        raise ValueError(f"{argument} is text, {text!r}, but the model has no tokenizer: give token ids")
+    found = model.to_tokens(text, prepend_bos=False)[0].tolist()
+    if len(found) != 1:
+        raise ValueError(f"{argument} must be one token, got {text!r}, which the model reads as {len(found)} tokens")
+    return int(found[0])
+
+
+def _pick(
+    values: Float[Tensor, "*runs batch d_vocab"], all_ids: dict[str, Tensor], argument: str
+) -> Float[Tensor, "*runs batch"]:
+    ids = all_ids[argument]
+    check_tokens(argument, ids.reshape(-1), values.shape[-1])
+    if ids.ndim and len(ids) != values.shape[-2]:
+        raise ValueError(f"{argument} has {len(ids)} tokens, one per prompt, for {values.shape[-2]} prompts")
+    index = ids.to(values.device).expand(values.shape[:-1]).unsqueeze(-1)
+    return values.gather(-1, index).squeeze(-1)
+
+
+def _named(answer: Answer) -> str:
+    several = _listed(answer)
+    return repr(several[0]) if len(several) == 1 else "of each prompt's answer"

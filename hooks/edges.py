@@ -1,0 +1,233 @@
+"""The edges of a model: which component writes into which input of which other."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+
+from hijack_lens._checks import check_choice
+from hijack_lens.circuit import Circuit, Component
+from hijack_lens.hooks.intervention import Intervention, check_hook_point, check_model
+from hijack_lens.hooks.site import Site, sites
+
+Sender = Component | Literal["embed", "pos_embed"]
+Receiver = Component | Literal["unembed"]
+Via = Literal["q", "k", "v", "mlp_in", "unembed"]
+VIAS: tuple[Via, ...] = ("q", "k", "v", "mlp_in", "unembed")
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What one component sends into one input of another, along the residual stream alone.
+
+    Attributes:
+        sender: a head, an MLP, "embed" or "pos_embed".
+        receiver: a head, an MLP, or "unembed".
+        via: the receiver's input: "q", "k" or "v" of a head, "mlp_in" of an MLP, or "unembed".
+    """
+
+    sender: Sender
+    receiver: Receiver
+    via: Via
+
+    def __str__(self) -> str:
+        return self.label(Circuit())
+
+    def label(self, circuit: Circuit) -> str:
+        """The edge in words, by the roles of the circuit's components."""
+        arrives = "" if self.via == "unembed" else f" {self.via}"
+        return f"{name_of(self.sender, circuit)} → {name_of(self.receiver, circuit)}{arrives}"
+
+
+def name_of(end: Sender | Receiver, circuit: Circuit) -> str:
+    """What to call an end of an edge: a component by its role, where it has one to itself."""
+    return end if isinstance(end, str) else circuit.label(end)
+
+
+def edges_among(model: Any, components: Iterable[Component], via: Iterable[Via] = VIAS) -> tuple[Edge, ...]:
+    """Every edge among some components, from the embeddings, and to the unembedding, in the order of the model."""
+    listed = sorted(set(components))
+    receivers: tuple[Receiver, ...] = (*listed, "unembed")
+    chosen = tuple(via)
+    return tuple(
+        Edge(sender, receiver, into)
+        for sender in (*embeddings(model), *listed)
+        for receiver in receivers
+        if precedes(model, sender, receiver)
+        for into in inputs_of(receiver)
+        if into in chosen
+    )
+
+
+def all_components(model: Any) -> tuple[Component, ...]:
+    """Every head and MLP of a model."""
+    check_model(model)
+    known, cfg = model.hook_dict, model.cfg
+    found: list[Component] = []
+    for layer in range(cfg.n_layers):
+        if f"blocks.{layer}.attn.hook_z" in known:
+            found += [Component(layer, "head", head) for head in range(cfg.n_heads)]
+        # A HookedTransformer without MLPs keeps their hook points.
+        if f"blocks.{layer}.hook_mlp_out" in known and not getattr(cfg, "attn_only", False):
+            found.append(Component(layer, "mlp"))
+    return tuple(found)
+
+
+def embeddings(model: Any) -> tuple[Sender, ...]:
+    """What the residual stream starts from."""
+    # A bridge also calls the module that computes rotary angles hook_pos_embed.
+    learned = model.cfg.positional_embedding_type == "standard" and "hook_pos_embed" in model.hook_dict
+    return ("embed", "pos_embed") if learned else ("embed",)
+
+
+def inputs_of(receiver: Receiver) -> tuple[Via, ...]:
+    """The inputs that a receiver has."""
+    if isinstance(receiver, str):
+        return ("unembed",)
+    return ("mlp_in",) if receiver.kind == "mlp" else ("q", "k", "v")
+
+
+def precedes(model: Any, sender: Sender, receiver: Receiver) -> bool:
+    """Whether the receiver reads what the sender writes."""
+    if isinstance(sender, str) or isinstance(receiver, str):
+        return True
+    same_block = sender.layer == receiver.layer and (sender.kind, receiver.kind) == ("head", "mlp")
+    return sender.layer < receiver.layer or (same_block and not _is_parallel(model))
+
+
+def check_edge(model: Any, sender: Any, receiver: Any, via: str) -> None:
+    """The model has the edge, and hook points that reach it alone.
+
+    Raises:
+        TypeError, ValueError: saying what is wrong, and what to do where anything can be done.
+    """
+    check_model(model)
+    check_choice("via", via, VIAS)
+    _check_sender(model, sender)
+    if isinstance(receiver, str):
+        check_choice("receiver", receiver, ("unembed",))
+    elif isinstance(receiver, Component):
+        sites(model, receiver)  # refuses what the model lacks
+    else:
+        raise TypeError(f"receiver must be a Component or 'unembed', got {receiver!r}")
+    if via not in inputs_of(receiver):
+        raise ValueError(f"via must be one of {inputs_of(receiver)} for receiver {receiver}, got {via!r}")
+    if not precedes(model, sender, receiver):
+        raise ValueError(f"sender {sender} must come before receiver {receiver}")
+    if isinstance(receiver, str):
+        return
+    if _norms_after_only(model, receiver.layer):
+        raise ValueError(f"receiver {receiver}: this model's blocks norm what they write, not what they read")
+    if via in ("k", "v"):
+        _check_own_keys(model, via)
+    read_weights(model, receiver, via)
+
+
+def sender_site(model: Any, sender: Sender) -> Site:
+    """Where a sender's output is read."""
+    return Site(f"hook_{sender}") if isinstance(sender, str) else sites(model, sender)[0]
+
+
+def into_stream(model: Any, sender: Sender, output: Tensor) -> Tensor:
+    """What a sender's output adds to the residual stream."""
+    if isinstance(sender, Component) and sender.kind == "head":
+        return output @ model.blocks[sender.layer].attn.W_O[sender.head]
+    return output
+
+
+def read_stream(model: Any, receiver: Component) -> tuple[str, nn.Module | None]:
+    """The hook point of the residual stream that a head or MLP reads, and the norm through which it does."""
+    block, at = model.blocks[receiver.layer], f"blocks.{receiver.layer}"
+    if receiver.kind == "head":
+        return f"{at}.hook_resid_pre", getattr(block, "ln1", None)
+    if not _is_parallel(model):
+        return f"{at}.hook_resid_mid", getattr(block, "ln2", None)
+    # In a bridge around GPT-J, attention and MLP share one norm.
+    return f"{at}.hook_resid_pre", getattr(block, "ln2", getattr(block, "ln1", None))
+
+
+def read_weights(model: Any, receiver: Component, via: str) -> dict[str, Tensor]:
+    """The hook points where an input of a head or MLP arrives, and the weights that took it there.
+
+    Raises:
+        ValueError: where the model has no such hook points, as with mixtures of experts.
+    """
+    if via != "mlp_in":
+        leaves = {f"attn.hook_{via}": f"W_{via.upper()}"}
+    elif getattr(model.cfg, "gated_mlp", False):
+        leaves = {"mlp.hook_pre": "W_gate", "mlp.hook_pre_linear": "W_in"}
+    else:
+        leaves = {"mlp.hook_pre": "W_in"}
+    weights = {}
+    for leaf, attribute in leaves.items():
+        name = f"blocks.{receiver.layer}.{leaf}"
+        check_hook_point(model, name)
+        weight = getattr(getattr(model.blocks[receiver.layer], leaf.split(".")[0]), attribute)
+        weights[name] = weight if receiver.head is None else weight[receiver.head]
+    return weights
+
+
+def _check_sender(model: Any, sender: Any) -> None:
+    if isinstance(sender, str):
+        check_choice("sender", sender, ("embed", "pos_embed"))
+        if sender not in embeddings(model):
+            raise ValueError(f"sender {sender!r}: this model has no hook_{sender} that adds to its residual stream")
+        if isinstance(model, TransformerBridge) and not _starts_from_embeddings(model):
+            raise ValueError(f"sender {sender!r}: this model norms or scales its embeddings before the residual stream")
+    elif isinstance(sender, Component):
+        sites(model, sender)
+        # An MLP's hook point shows what reaches the stream; a head's comes before whatever follows attention.
+        if sender.kind == "head" and _changes_attn_out(model, sender.layer):
+            raise ValueError(f"sender {sender}: this model norms or scales what its heads write, all together")
+    else:
+        raise TypeError(f"sender must be a Component, 'embed' or 'pos_embed', got {sender!r}")
+
+
+def _starts_from_embeddings(model: Any) -> bool:
+    """Whether the residual stream starts as the sum of what the embeddings' hook points show, seen on a few tokens."""
+    shown: list[Tensor] = []
+    look = [(f"hook_{name}", lambda activation, hook: shown.append(activation)) for name in embeddings(model)]
+    tokens = torch.arange(min(4, model.cfg.d_vocab, model.cfg.n_ctx), device=model.cfg.device)[None]
+    with torch.no_grad(), Intervention(model, look=look):
+        start = model(tokens, stop_at_layer=0)
+    tolerance = max(4 * torch.finfo(start.dtype).eps, 32 * torch.finfo(torch.float32).eps)
+    return bool((sum(shown) - start).abs().max() <= tolerance * start.abs().max())
+
+
+def _check_own_keys(model: Any, via: str) -> None:
+    """Every head has keys and values of its own."""
+    cfg = model.cfg
+    if getattr(cfg, "n_key_value_heads", None) in (None, cfg.n_heads):
+        return
+    shared = f"via={via!r}: this model's heads share keys and values (grouped-query attention)"
+    if not isinstance(model, HookedTransformer):
+        raise ValueError(
+            f"{shared}, and a TransformerBridge has no hook point that holds one head's own: patch other inputs, or "
+            "use a HookedTransformer after set_ungroup_grouped_query_attention(True)"
+        )
+    if not cfg.ungroup_grouped_query_attention:
+        raise ValueError(f"{shared}; model.set_ungroup_grouped_query_attention(True) gives every head its own")
+
+
+def _is_parallel(model: Any) -> bool:
+    """Whether MLPs read what attention reads, as in GPT-J and GPT-NeoX."""
+    return bool(getattr(model.cfg, "parallel_attn_mlp", False))
+
+
+def _norms_after_only(model: Any, layer: int) -> bool:
+    """Whether the block's norms come after attention and MLP, not before them, as in OLMo 2."""
+    by_name = getattr(model.cfg, "original_architecture", None) in POST_NORM_ARCHITECTURES
+    return by_name or getattr(model.blocks[layer], "mlp_reads_resid_directly", False)
+
+
+def _changes_attn_out(model: Any, layer: int) -> bool:
+    """Whether a norm or a factor stands between the heads and the residual stream, as in Gemma 2 or Granite."""
+    block = model.blocks[layer]
+    normed = getattr(model.cfg, "use_normalization_before_and_after", False) or hasattr(block, "ln1_post")
+    factor = getattr(block, "residual_contribution_scale", 1.0)
+    return normed or factor != 1.0 or _norms_after_only(model, layer)
