@@ -1,12 +1,15 @@
 """Every logit as an exact sum over paths through the model."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hijack_lens._inputs import is_single, model_tokens
+from hijack_lens.attribution.answers import answer_ids, texts_of, whole_vocab
+from hijack_lens.attribution.direct import check_additive, direct_paths
 from hijack_lens.attribution.paths import Path, Source
 from hijack_lens.attribution.result import LogitAttribution
 from hijack_lens.attribution.terms import (
@@ -34,6 +37,7 @@ def attribute(
     position: int | Literal["all"] = -1,
     *,
     circuit: Circuit | None = None,
+    answers: Sequence[int | str] | Int[Tensor, "answer"] | None = None,
 ) -> LogitAttribution:
     """Attributes the logits at a position to the paths that wrote them, by source position.
 
@@ -42,21 +46,29 @@ def attribute(
     source is the position whose embedding it carries (for a bias, where it enters). Paths through components
     that write nothing are left out.
 
+    Deeper models have too many of these paths, and in some the MLPs or heads are of a kind that they are not followed
+    through. There the logits are the sum of what each head and MLP wrote straight into them; the source is the position
+    that a head attended to. What the circuit's induction heads and bigram memories wrote is split into what they read
+    of the embeddings, of the circuit's earlier heads (by the position which those attended to) and of all else
+    ("stream", biases included).
+
     Args:
-        model: a HookedTransformer (or TransformerBridge) of one or two layers.
+        model: a HookedTransformer or TransformerBridge.
         tokens: a prompt (text, tokens or a `HijackPrompt`), or a batch of prompts.
         position: whose next-token logits; negative ones count from the end. "all" gives every position,
-            summed over sources.
+            summed over sources; not for deep models.
         circuit: the roles of the components, by which paths are named and grouped; by default `model.circuit`.
+        answers: the tokens whose logits to attribute, by id or text; by default the whole vocabulary, and for deep
+            models the prompt's candidates, else the ten that one prompt's logits are largest for.
 
     Returns:
         A `LogitAttribution`; with a batch axis where `tokens` has one.
 
     Raises:
-        TypeError, ValueError: for prompts the model cannot take, and for models that are not linear in this way.
+        TypeError, ValueError: for prompts the model cannot take, and for models whose logits are no sum over paths,
+            or whose hooks keep them from being one.
     """
     check_model(model)
-    _check_linear(model)
     circuit = getattr(model, "circuit", None) if circuit is None else circuit
     if not isinstance(circuit, Circuit):
         raise TypeError(f"circuit must be a Circuit, since the model has none of its own; got {circuit!r}")
@@ -66,32 +78,25 @@ def attribute(
     in_range = isinstance(position, int) and not isinstance(position, bool) and -length <= position < length
     if position != "all" and not in_range:
         raise ValueError(f"position must be 'all' or an int from {-length} to {length - 1}, got {position!r}")
+    where = position if position == "all" else position % length
+    candidates = (tokens.in_context, tokens.global_) if isinstance(tokens, HijackPrompt) else None
 
-    run = record(model, ids, _names(model))
-    blocks = [FrozenBlock.of(block, run, layer) for layer, block in enumerate(model.blocks)]
-    final = linear_norm(getattr(model, "ln_final", None), run[f"blocks.{len(blocks) - 1}.hook_resid_post"])
-    W_U, b_U = model.W_U, model.b_U
-    constant = b_U if final.b is None else b_U + final.b @ W_U
-    sources: list[tuple[Source, Tensor]] = [("embed", run["hook_embed"])]
-    if "hook_pos_embed" in run and bool(run["hook_pos_embed"].any()):
-        sources.append(("pos_embed", run["hook_pos_embed"]))
-
-    values: dict[Path, Tensor] = {}
-    if position == "all":
-        for source, through, x in _follow(sources, [SummedBlock(block) for block in blocks], Tensor.clone):
-            _add(values, Path.of(source, through, circuit), final.linear(x) @ W_U)
-        _add(values, Path.of("biases", (), circuit), constant.expand(*ids.shape, -1).clone())
-        logits = run["unembed.hook_out"]
+    chosen = None if answers is None else answer_ids(model, answers)
+    too_deep = _beyond_whole_paths(model)
+    vocab: tuple[str, ...] | dict[int, str] | None
+    if too_deep is None:
+        values, logits = _whole_paths(model, ids, where, circuit, chosen)
+        vocab = whole_vocab(model)
     else:
-        query = position % length
-        views = [*(FirstBlock(block) for block in blocks[:-1]), LastBlock(blocks[-1], query)]
-        for source, through, term in _follow(sources, views, Local):
-            value = _unembed(term, final, W_U, query, length)
-            _add(values, Path.of(source, through, circuit), value)
-        at_query = torch.zeros(*ids.shape, len(constant)).to(W_U)
-        at_query[:, query] = constant
-        _add(values, Path.of("biases", (), circuit), at_query)
-        logits = run["unembed.hook_out"][:, query]
+        check_additive(model)
+        if where == "all":
+            raise ValueError(f"position must be an int for this model, got 'all': {too_deep}")
+        if chosen is None and candidates is not None:
+            chosen = answer_ids(model, candidates)
+        if chosen is None and not is_single(tokens):
+            raise ValueError(f"answers must be given for a batch of prompts to this model: {too_deep}")
+        values, logits, chosen = direct_paths(model, ids, where, circuit, chosen)
+        vocab = texts_of(model, torch.cat([ids.flatten(), chosen]))
 
     kept = {path: value for path, value in values.items() if path.source != "biases" or bool(value.any())}
     stacked = torch.stack(list(kept.values()), 1)
@@ -102,11 +107,48 @@ def attribute(
         logits=logits,
         tokens=ids,
         paths=tuple(kept),
-        position="all" if position == "all" else position % length,
-        vocab=_vocab(model),
+        position=where,
+        vocab=vocab,
         joiner=getattr(getattr(model, "language", None), "joiner", ""),
-        candidates=(tokens.in_context, tokens.global_) if isinstance(tokens, HijackPrompt) else None,
+        candidates=candidates,
+        answers=None if chosen is None else tuple(chosen.tolist()),
     )
+
+
+def _whole_paths(
+    model: Any,
+    ids: Int[Tensor, "batch pos"],
+    position: int | Literal["all"],
+    circuit: Circuit,
+    answers: Int[Tensor, "answer"] | None,
+) -> tuple[dict[Path, Tensor], Float[Tensor, "batch ... answer"]]:
+    """All paths of a model of at most two blocks, from the embeddings on, and the logits that they sum to."""
+    all_logits, run = record(model, ids, _names(model))
+    blocks = [FrozenBlock.of(block, run, layer) for layer, block in enumerate(model.blocks)]
+    final = linear_norm(getattr(model, "ln_final", None), run[f"blocks.{len(blocks) - 1}.hook_resid_post"])
+    W_U, b_U = model.W_U, model.b_U
+    if answers is not None:
+        W_U, b_U, all_logits = W_U[:, answers], b_U[answers], all_logits[..., answers]
+    constant = b_U if final.b is None else b_U + final.b @ W_U
+    sources: list[tuple[Source, Tensor]] = [("embed", run["hook_embed"])]
+    if "hook_pos_embed" in run and bool(run["hook_pos_embed"].any()):
+        sources.append(("pos_embed", run["hook_pos_embed"]))
+
+    values: dict[Path, Tensor] = {}
+    if position == "all":
+        for source, through, x in _follow(sources, [SummedBlock(block) for block in blocks], Tensor.clone):
+            _add(values, Path.of(source, through, circuit), final.linear(x) @ W_U)
+        _add(values, Path.of("biases", (), circuit), constant.expand(*ids.shape, -1).clone())
+        return values, all_logits
+    length = ids.shape[-1]
+    views = [*(FirstBlock(block) for block in blocks[:-1]), LastBlock(blocks[-1], position)]
+    for source, through, term in _follow(sources, views, Local):
+        value = _unembed(term, final, W_U, position, length)
+        _add(values, Path.of(source, through, circuit), value)
+    at_query = torch.zeros(*ids.shape, len(constant)).to(W_U)
+    at_query[:, position] = constant
+    _add(values, Path.of("biases", (), circuit), at_query)
+    return values, all_logits[:, position]
 
 
 def _follow(sources: list[tuple[Source, Tensor]], views: list[Any], enter: Any) -> list[Term]:
@@ -153,7 +195,7 @@ def _add(values: dict[Path, Tensor], path: Path, value: Tensor) -> None:
 
 
 def _names(model: Any) -> list[str]:
-    names = ["hook_embed", "unembed.hook_out"]
+    names = ["hook_embed"]
     if "hook_pos_embed" in model.hook_dict:
         names.append("hook_pos_embed")
     for layer, block in enumerate(model.blocks):
@@ -163,27 +205,18 @@ def _names(model: Any) -> list[str]:
     return names
 
 
-def _vocab(model: Any) -> tuple[str, ...] | None:
-    language = getattr(model, "language", None)
-    if language is not None:
-        return language.tokens
-    tokenizer = getattr(model, "tokenizer", None)
-    return None if tokenizer is None else tuple(tokenizer.convert_ids_to_tokens(range(model.cfg.d_vocab)))
-
-
-def _check_linear(model: Any) -> None:
-    """The model is linear once its patterns, scales and gates are known, in the ways that `terms` follows."""
+def _beyond_whole_paths(model: Any) -> str | None:
+    """Why not all paths of a model are followed, if so: it is deep, or not linear in the ways that `terms` knows."""
     cfg = model.cfg
     if cfg.n_layers > 2:
-        raise ValueError(f"model has {cfg.n_layers} layers; paths are followed through at most 2")
+        return f"model has {cfg.n_layers} layers; paths are followed through at most 2"
     for flag in ("parallel_attn_mlp", "gated_mlp", "use_normalization_before_and_after", "post_embedding_ln"):
         if getattr(cfg, flag, False):
-            raise ValueError(f"model has cfg.{flag}=True, which attribution does not cover")
+            return f"model has cfg.{flag}=True, and paths are not followed through that"
     if getattr(cfg, "n_key_value_heads", None) not in (None, cfg.n_heads):
-        raise ValueError("model has grouped-query attention (cfg.n_key_value_heads), which attribution does not cover")
+        return "model has grouped-query attention (cfg.n_key_value_heads), and paths are not followed through that"
     if getattr(cfg, "output_logits_soft_cap", -1.0) not in (None, -1.0, 0.0):
-        raise ValueError("model caps its logits (cfg.output_logits_soft_cap), so that they are no sum over paths")
+        return "model caps its logits (cfg.output_logits_soft_cap), so that they are no sum over paths"
     if str(cfg.act_fn).endswith("_ln"):
-        raise ValueError(
-            f"model has cfg.act_fn={cfg.act_fn!r}, a norm inside the MLP, which attribution does not cover"
-        )
+        return f"model has cfg.act_fn={cfg.act_fn!r}, a norm inside the MLP, and paths are not followed through that"
+    return None

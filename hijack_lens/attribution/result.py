@@ -2,7 +2,8 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import pandas as pd
@@ -32,9 +33,11 @@ class LogitAttribution:
         tokens: the prompts.
         paths: what the path axis holds.
         position: whose logits these are, or "all".
-        vocab: text of each vocabulary entry, where the model has a tokenizer.
+        vocab: text of each vocabulary entry, where the model has a tokenizer; of a deep model, of the tokens that occur
+            here, by their ids.
         candidates: two token ids that the prompt sets against each other, (in-context, global).
         joiner: what stands between two tokens in a text.
+        answers: ids of the tokens on the last axis; `None` where that is the whole vocabulary.
     """
 
     values: Float[Tensor, "*batch path source d_vocab"]
@@ -42,9 +45,10 @@ class LogitAttribution:
     tokens: Int[Tensor, "*batch pos"]
     paths: tuple[Path, ...]
     position: int | Literal["all"]
-    vocab: tuple[str, ...] | None = None
+    vocab: tuple[str, ...] | Mapping[int, str] | None = None
     candidates: tuple[int, int] | None = None
     joiner: str = ""
+    answers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         *batch, n_paths, n_sources, d_vocab = self.values.shape
@@ -55,12 +59,15 @@ class LogitAttribution:
             raise ValueError(f"logits must have shape {expected}, got {tuple(self.logits.shape)}")
         if tuple(self.tokens.shape) != (*batch, n_sources):
             raise ValueError(f"tokens must have shape {(*batch, n_sources)}, got {tuple(self.tokens.shape)}")
+        if self.answers is not None and len(self.answers) != d_vocab:
+            raise ValueError(f"answers must name all {d_vocab} tokens of the last axis, got {len(self.answers)}")
 
     @property
     def axes(self) -> tuple[str, ...]:
         """Names of the axes of `values`."""
         middle = "position" if self.position == "all" else "source"
-        return (*(("batch",) if self.tokens.ndim > 1 else ()), "path", middle, "d_vocab")
+        last = "d_vocab" if self.answers is None else "answer"
+        return (*(("batch",) if self.tokens.ndim > 1 else ()), "path", middle, last)
 
     @property
     def completeness_error(self) -> float:
@@ -71,16 +78,7 @@ class LogitAttribution:
         """One prompt of a batch."""
         if self.tokens.ndim == 1:
             raise TypeError("this attribution is of a single prompt, without a batch axis to index")
-        return LogitAttribution(
-            self.values[index],
-            self.logits[index],
-            self.tokens[index],
-            self.paths,
-            self.position,
-            self.vocab,
-            self.candidates,
-            self.joiner,
-        )
+        return replace(self, values=self.values[index], logits=self.logits[index], tokens=self.tokens[index])
 
     def by_path(self) -> Float[Tensor, "... path d_vocab"]:
         """Each path's logits: [*batch, path, d_vocab], or [*batch, path, position, d_vocab] for "all"."""
@@ -118,22 +116,22 @@ class LogitAttribution:
         table = pd.Series(
             self.values.detach().cpu().double().flatten().numpy(), index=index, name="logit"
         ).reset_index()
-        texts = [self.token_text(token) for token in range(self.values.shape[-1])]
+        texts = [self.token_text(index) for index in range(self.values.shape[-1])]
         table["memory"] = [self.paths[i].memory for i in table["path"]]
         table["path"] = [self.paths[i].label for i in table["path"]]
-        table["token"] = [texts[i] for i in table["d_vocab"]]
+        table["token"] = [texts[i] for i in table[self.axes[-1]]]
         kept = [axis for axis in self.axes if axis in ("batch", "source", "position")]
         return table[[*kept[:-1], "path", "memory", kept[-1], "token", "logit"]]
 
-    def token_text(self, token: int) -> str:
-        """A vocabulary entry's text with white space visible; its id where there is no tokenizer."""
-        return str(token) if self.vocab is None else visible(self.vocab[token])
+    def token_text(self, index: int) -> str:
+        """The text of a token on the last axis with white space visible; its id where there is no tokenizer."""
+        return self._text(self._ids[index])
 
     def source_texts(self) -> list[str]:
         """The prompt's tokens, with white space visible; for one prompt."""
         if self.tokens.ndim > 1:
             raise ValueError("source_texts is for one prompt; index the batch first")
-        return [self.token_text(int(token)) for token in self.tokens]
+        return [self._text(int(token)) for token in self.tokens]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; either whole or not at all."""
@@ -144,6 +142,7 @@ class LogitAttribution:
             "vocab": self.vocab,
             "candidates": self.candidates,
             "joiner": self.joiner,
+            "answers": self.answers,
         }
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in ("values", "logits", "tokens")}
         write_atomically(path, save(tensors, {"hijack_lens": json.dumps(header)}))
@@ -161,16 +160,19 @@ class LogitAttribution:
                 Path(**{**fields, "through": tuple(Component(**component) for component in fields["through"])})
                 for fields in header["paths"]
             )
-            vocab, candidates = header["vocab"], header["candidates"]
+            vocab, candidates, answers = header["vocab"], header["candidates"], header.get("answers")
+            if isinstance(vocab, dict):  # whose keys JSON has made strings
+                vocab = {int(token): text for token, text in vocab.items()}
             return cls(
                 values=tensors["values"],
                 logits=tensors["logits"],
                 tokens=tensors["tokens"],
                 paths=paths,
                 position=header["position"],
-                vocab=None if vocab is None else tuple(vocab),
+                vocab=tuple(vocab) if isinstance(vocab, list) else vocab,
                 candidates=None if candidates is None else (candidates[0], candidates[1]),
                 joiner=header["joiner"],
+                answers=None if answers is None else tuple(answers),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a saved LogitAttribution: {error!r}") from error
@@ -186,29 +188,38 @@ class LogitAttribution:
         return as_html(self)
 
     def pair(self, a: str | int | None = None, b: str | int | None = None) -> tuple[int, int]:
-        """Ids of two tokens to compare; by default the prompt's candidates, else the two largest logits.
+        """Where two tokens to compare are on the last axis; by default the prompt's candidates, else the two largest.
 
         Raises:
-            TypeError, ValueError: for tokens outside the vocabulary, and where there is no default.
+            TypeError, ValueError: for tokens that are not on it, and where there is no default.
         """
         if a is not None or b is not None:
             return self._index(a, "a"), self._index(b, "b")
-        if self.candidates is not None:
-            return self.candidates
+        if self.candidates is not None and all(token in self._ids for token in self.candidates):
+            return self._ids.index(self.candidates[0]), self._ids.index(self.candidates[1])
         self._check_single("a default for a and b")
         first, second = self.logits.topk(2).indices.tolist()
         return first, second
 
+    @property
+    def _ids(self) -> Sequence[int]:
+        return range(self.values.shape[-1]) if self.answers is None else self.answers
+
+    def _text(self, token: int) -> str:
+        return str(token) if self.vocab is None else visible(self.vocab[token])
+
     def _index(self, token: str | int | None, name: str) -> int:
+        ids, among = self._ids, "" if self.answers is None else " among the answers"
         if isinstance(token, str):
-            if self.vocab is None or token not in self.vocab:
-                raise ValueError(f"{name} must be a token of the model's vocabulary, got {token!r}")
-            return self.vocab.index(token)
+            texts = [] if self.vocab is None else [self.vocab[i] for i in ids]
+            if token not in texts:
+                raise ValueError(f"{name} must be a token of the model's vocabulary{among}, got {token!r}")
+            return texts.index(token)
         if isinstance(token, bool) or not isinstance(token, int):
             raise TypeError(f"{name} must be a token's text or its id, got {token!r}")
-        if not 0 <= token < self.values.shape[-1]:
-            raise ValueError(f"{name} must be a token id from 0 to {self.values.shape[-1] - 1}, got {token}")
-        return token
+        if token not in ids:
+            raise ValueError(f"{name} must be a token id{among or f' from 0 to {len(ids) - 1}'}, got {token}")
+        return ids.index(token)
 
     def _of(self, memory: Memory) -> Float[Tensor, "*batch path source d_vocab"]:
         chosen = [index for index, path in enumerate(self.paths) if path.memory == memory]

@@ -16,6 +16,9 @@ COLOURS = {"context": "#0072B2", "weights": "#D55E00", "rest": "#999999"}
 _NOTHING = 0.0005
 """Paths below this, in logits, would show as zero, and are left out of tables."""
 
+_MOST_ROWS = 80
+"""A deep model has hundreds of paths; those that make the largest difference are shown."""
+
 
 def rich_table(result: "LogitAttribution") -> Table:
     """Paths by candidate: what each wrote into the two logits, and into their difference."""
@@ -86,8 +89,8 @@ def _rows(result: "LogitAttribution") -> list[tuple]:
         )
         for i, path in enumerate(result.paths)
     ]
-    shown = [row for row in rows if max(map(abs, row[2:])) >= _NOTHING]
-    shown.sort(key=lambda row: (list(COLOURS).index(row[1]), -abs(row[4])))
+    shown = sorted((row for row in rows if max(map(abs, row[2:])) >= _NOTHING), key=lambda row: -abs(row[4]))
+    shown = sorted(shown[:_MOST_ROWS], key=lambda row: list(COLOURS).index(row[1]))
     first, second = (float(by_path[:, token].sum()) for token in (a, b))
     return [*shown, ("sum", "", first, second, first - second)]
 
@@ -104,6 +107,8 @@ def incomplete(result: "LogitAttribution") -> str:
 
 def _hidden(result: "LogitAttribution", n_rows: int) -> str:
     count = len(result.paths) + 1 - n_rows  # the sum has a row of its own
+    if n_rows > _MOST_ROWS:
+        return f"{count} more paths make less of a difference." if count else ""
     return (
         f"{count} more path{'s' * (count != 1)} write{'s' * (count == 1)} less than {_NOTHING} to either."
         if count
@@ -112,7 +117,7 @@ def _hidden(result: "LogitAttribution", n_rows: int) -> str:
 
 
 def _verdict(result: "LogitAttribution", first: str, second: str) -> str:
-    margin = result.margin(*result.pair())
+    margin = result.margin()
     winner, loser = (first, second) if margin.total > 0 else (second, first)
     split = ", ".join(f"{memory} {float(getattr(margin, memory)):+.2f}" for memory in COLOURS)
     return f"{winner} beats {loser} by {abs(float(margin.total)):.2f} logits ({first} − {second}: {split})."

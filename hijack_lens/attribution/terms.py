@@ -79,7 +79,7 @@ class FrozenBlock:
             mlp, pre, post = block.mlp, run[f"{prefix}.mlp.hook_pre"], run[f"{prefix}.mlp.hook_post"]
             frozen_mlp = FrozenMLP(
                 norm=linear_norm(getattr(block, "ln2", None), run[f"{prefix}.hook_resid_mid"]),
-                gate=torch.where(pre == 0, _slope_at_zero(mlp), post / pre),
+                gate=gate(mlp, pre, post),
                 W_in=mlp.W_in,
                 W_out=mlp.W_out,
                 b_in=mlp.b_in,
@@ -126,6 +126,11 @@ class FrozenBlock:
         """With which weight a query position reads each position's unscaled values."""
         pattern = self.pattern[:, head, query]
         return pattern if self.norm.scale is None else pattern / self.norm.scale[..., 0]
+
+
+def gate(mlp: Any, pre: Float[Tensor, "*rows d_mlp"], post: Float[Tensor, "*rows d_mlp"]) -> Tensor:
+    """An MLP's activation as gate(pre) * pre."""
+    return torch.where(pre == 0, _slope_at_zero(mlp), post / pre)
 
 
 def _slope_at_zero(mlp: Any) -> float:

@@ -1,0 +1,225 @@
+"""A head's attention scores as an exact sum over (query path, key path)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from hijack_lens._checks import as_int
+from hijack_lens._inputs import model_tokens
+from hijack_lens.attribution.score_result import ScoreAttribution
+from hijack_lens.attribution.score_terms import Reading, Term, offset_keys, senders, stream_terms, tolerance
+from hijack_lens.blocks import Block, open_model
+from hijack_lens.circuit import Circuit, Component
+from hijack_lens.hooks.edges import sender_site
+from hijack_lens.hooks.intervention import check_model, record
+from hijack_lens.hooks.site import sites
+from hijack_lens.language import visible
+
+_MOST_CELLS = 2**27
+"""Numbers in a result: 1 GiB in float64."""
+
+
+@torch.no_grad()
+def attribute_scores(
+    model: Any,
+    tokens: object,
+    head: Component | tuple[Component, ...] | None = None,
+    query: int = -1,
+    key: int | Iterable[int] | None = None,
+    *,
+    circuit: Circuit | None = None,
+) -> ScoreAttribution:
+    """Splits a head's attention scores at a query position over (query path, key path): why it looked where it looked.
+
+    The residual stream that the head reads is the sum of what the embeddings, every head and MLP before, and biases
+    wrote into it. Given the norm's scale of the run, the head's query and keys are linear in that stream, and a score
+    is bilinear in query and key. So with q_a and k_b for what terms a and b add to them,
+
+        score[t, s] = sum over a, b of  q_a[t] . k_b[s] / scale
+
+    without remainder. K-composition (Elhage et al. 2021) with the previous-token head is one cell of that table: a =
+    the embedding, b = the previous-token head. Rotary positions turn each part alike; keys of a group are shared; what
+    a `RelativeAttention` adds to a key for its offset is one more term of the key.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge of any depth.
+        tokens: one prompt: text, tokens or a `HijackPrompt`.
+        head: whose scores, or a role of a `Circuit` that just one head plays; by default the circuit's induction head.
+        query: position that attends; negative ones count from the end.
+        key: position or positions attended to, none of them after `query`; by default all of these.
+        circuit: the roles of the components, by which terms are named; by default `model.circuit`, if it has one.
+
+    Returns:
+        A `ScoreAttribution`.
+
+    Raises:
+        TypeError, ValueError: for prompts, heads and positions that the model does not have; for more numbers than
+            2^27; and for models whose scores are no such sum, among them those with capped scores or ALiBi.
+    """
+    check_model(model)
+    circuit = getattr(model, "circuit", None) if circuit is None else circuit
+    if not isinstance(circuit, (Circuit, type(None))):
+        raise TypeError(f"circuit must be a Circuit, got {circuit!r:.80}")
+    chosen = _head(model, head, circuit)
+    _check_sum(model)
+    ids = model_tokens(model, tokens)
+    if len(ids) != 1:
+        raise ValueError(f"tokens must be one prompt, got a batch of {len(ids)}: attribute them one by one")
+    at = _position("query", query, ids.shape[1], ids.shape[1] - 1)
+    keys = _keys(key, ids.shape[1], at)
+    n_cells = len(keys) * (len(senders(model, chosen.layer)) + 2) ** 2
+    if n_cells > _MOST_CELLS:
+        raise ValueError(
+            f"key must be fewer positions: {len(keys)} of them take {n_cells:,} numbers, over {_MOST_CELLS:,}"
+        )
+
+    opened = open_model(model)
+    block, index = opened.blocks[chosen.layer], chosen.head
+    assert index is not None
+    _, run = record(model, ids, _names(model, chosen))
+    where = torch.tensor([at, *keys], device=ids.device)
+    terms = stream_terms(model, opened, chosen.layer, run, where)
+    stream, norm = sum(terms.values()), getattr(model.blocks[chosen.layer], "ln1", None)
+    assert isinstance(stream, Tensor)
+
+    def read(via: Any, rows: slice) -> Tensor:
+        reading = Reading.of(block, norm, via, index, stream[rows], where[rows])
+        return reading.parts({term: x[rows] for term, x in terms.items()})
+
+    q, k = read("q", slice(0, 1)), read("k", slice(1, None))
+    key_terms: tuple[Term, ...] = tuple(terms)
+    offsets = offset_keys(block, index, at, where[1:])
+    if offsets is not None:
+        k, key_terms = torch.cat([k, offsets]), (*key_terms, "offset")
+    values = (torch.einsum("ad,bsd->sab", q[:, 0], k) / block.scale).contiguous()
+
+    scores = _scores(model, block, chosen, run, at)[list(keys)]
+    _check_values(model, chosen, values, scores, keys)
+    return ScoreAttribution(
+        values=values,
+        scores=scores,
+        attention=run[f"{_at(chosen)}.hook_pattern"][0, index, at, list(keys)],
+        head=chosen,
+        query=at,
+        keys=keys,
+        query_terms=tuple(terms),
+        key_terms=key_terms,
+        texts=_texts(model, ids[0]),
+        circuit=Circuit() if circuit is None else circuit,
+    )
+
+
+def _at(head: Component) -> str:
+    return f"blocks.{head.layer}.attn"
+
+
+def _names(model: Any, head: Component) -> list[str]:
+    written = dict.fromkeys(sender_site(model, sender).name for sender in senders(model, head.layer))
+    leaves = ["hook_q", "hook_k", "hook_pattern"]
+    if isinstance(model, HookedTransformer):
+        leaves.append("hook_attn_scores")
+    return [*written, f"blocks.{head.layer}.hook_resid_pre", *(f"{_at(head)}.{leaf}" for leaf in leaves)]
+
+
+def _scores(model: Any, block: Block, head: Component, run: dict[str, Tensor], query: int) -> Float[Tensor, "key"]:
+    """The head's scores in the run, for every key up to the query."""
+    assert head.head is not None
+    if isinstance(model, HookedTransformer):
+        return run[f"{_at(head)}.hook_attn_scores"][0, head.head, query, : query + 1]
+    # Some bridges show attention patterns at hook_attn_scores. Their queries and keys give the scores, and the pattern
+    # shows whether these are all there is to it.
+    positions = torch.arange(query + 1, device=run[f"{_at(head)}.hook_q"].device)
+    q, k = (block.turned(run[f"{_at(head)}.hook_{via}"][:, : query + 1], positions) for via in "qk")
+    scores = block.scores(q[:, -1:], k, positions[-1:], positions)
+    pattern = run[f"{_at(head)}.hook_pattern"][0, head.head, query]
+    ours = block.pattern(scores)[0, head.head, 0]
+    error = float((ours - pattern[: query + 1]).abs().max())
+    if not error <= tolerance(pattern.dtype, torch.float32):
+        raise ValueError(
+            f"head {head}: its attention is not the softmax of its query's products with its keys (off by {error:.2g}):"
+            " the model, or a hook on it, changes scores in a way that is not taken apart here"
+        )
+    return scores[0, head.head, 0]
+
+
+def _check_sum(model: Any) -> None:
+    """Nothing that the model is known for makes its scores more than products of queries and keys."""
+    cfg = model.cfg
+    if getattr(cfg, "attn_scores_soft_cap", -1.0) not in (None, -1.0, 0.0):
+        raise ValueError(
+            "model caps its attention scores (cfg.attn_scores_soft_cap), so that they are no sum over paths"
+        )
+    if cfg.positional_embedding_type == "alibi":
+        raise ValueError("model adds to its scores by distance (ALiBi), which attribution does not cover")
+    if getattr(cfg, "use_qk_norm", False):
+        raise ValueError("model norms its queries and keys (cfg.use_qk_norm), which attribution does not cover")
+
+
+def _check_values(
+    model: Any,
+    head: Component,
+    values: Float[Tensor, "key query_term key_term"],
+    scores: Float[Tensor, "key"],
+    keys: tuple[int, ...],
+) -> None:
+    """The sums are the run's scores: there is nothing in the model that the terms do not hold."""
+    masked = [key for key, score in zip(keys, scores.tolist(), strict=True) if score == -torch.inf]
+    if masked:
+        raise ValueError(f"key must hold no positions that head {head} is kept from attending to, got {masked}")
+    error = float((values.sum((1, 2)) - scores).abs().max())
+    # Bridges compute norms in float32, whatever the model's dtype.
+    allowed = tolerance(values.dtype, *(() if isinstance(model, HookedTransformer) else (torch.float32,)))
+    if not error <= allowed * float(values.abs().sum((1, 2)).max()):
+        raise ValueError(
+            f"head {head}: its scores are not the sum over terms of its query and keys (off by {error:.2g}): the "
+            "model, or a hook on it, does something that is not taken apart here"
+        )
+
+
+def _head(model: Any, head: Any, circuit: Circuit | None) -> Component:
+    if head is None:
+        named = () if circuit is None else circuit.induction
+        if len(named) != 1:
+            raise ValueError(f"head must be given, since the circuit names {len(named)} induction heads")
+        (head,) = named
+    elif isinstance(head, (tuple, list)):
+        if len(head) != 1:
+            raise ValueError(f"head must be one head, got {len(head)}: {', '.join(map(str, head))}")
+        (head,) = head
+    if not isinstance(head, Component):
+        raise TypeError(f"head must be a Component, got {head!r:.80}")
+    if head.kind != "head":
+        raise ValueError(f"head must be an attention head, got {head}")
+    sites(model, head)  # refuses what the model lacks
+    return head
+
+
+def _keys(key: Any, length: int, query: int) -> tuple[int, ...]:
+    if key is None:
+        return tuple(range(query + 1))
+    listed = list(key) if isinstance(key, Iterable) and not isinstance(key, str) else [key]
+    keys = tuple(_position("key", one, length, query) for one in listed)
+    if not keys or len(set(keys)) < len(keys):
+        raise ValueError(f"key must be one position or several different ones, got {key!r}")
+    return keys
+
+
+def _position(name: str, value: object, length: int, last: int) -> int:
+    number = as_int(value)
+    if number is None:
+        raise TypeError(f"{name} must be a position (an int), got {value!r}")
+    position = number + length if number < 0 else number
+    if not 0 <= position <= last:
+        upto = "the prompt's last position" if last == length - 1 else "the query"
+        raise ValueError(f"{name} must be from 0 to {last}, {upto}, or count from the end; got {number}")
+    return position
+
+
+def _texts(model: Any, ids: Int[Tensor, "pos"]) -> tuple[str, ...]:
+    if getattr(model, "tokenizer", None) is None:
+        return tuple(str(token) for token in ids.tolist())
+    return tuple(visible(text) for text in model.to_str_tokens(ids))
