@@ -371,8 +371,9 @@ def test_nothing_of_the_model_changes_and_gradients_need_not_be_on(both, build, 
     with torch.no_grad():
         values = attribute(model, CLEAN, CORRUPTED, METRIC).values
         assert not torch.is_grad_enabled()
-    assert torch.equal(values, expected)
-    assert torch.equal(attribute(model, CLEAN, CORRUPTED, METRIC).values, expected)
+    # Autograd multiplies frozen weights in another order, on some processors to another last bit.
+    close(values, expected, atol=1e-12)
+    assert torch.equal(attribute(model, CLEAN, CORRUPTED, METRIC).values, values)
     assert torch.is_grad_enabled()
     assert not expected.requires_grad
     assert hooks_and_gradients(model) == before
