@@ -71,6 +71,18 @@ def check_count(name: str, value: object, minimum: int = 0) -> int:
     return number
 
 
+def check_position(name: str, value: object, length: int, last: int) -> int:
+    """`value` as a position from 0 to `last`, counted from the front; negative ones count from a prompt's end."""
+    number = as_int(value)
+    if number is None:
+        raise TypeError(f"{name} must be a position (an int), got {value!r}")
+    position = number + length if number < 0 else number
+    if not 0 <= position <= last:
+        upto = "the prompt's last position" if last == length - 1 else "the query"
+        raise ValueError(f"{name} must be from 0 to {last}, {upto}, or count from the end; got {number}")
+    return position
+
+
 def check_number(name: str, value: object, positive: bool = False) -> float:
     """`value` as a finite float >= 0, or > 0 where it must be `positive`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

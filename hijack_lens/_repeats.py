@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hijack_lens._checks import as_int, check_tokens
+from hijack_lens._inputs import single_token
 
 _TRIES = 8
 """Orders drawn per twin, of which the one that keeps fewest pairs is taken."""
@@ -118,11 +119,7 @@ def token_ids(model: Any, name: str, tokens: Any) -> Int[Tensor, "token"]:
     listed = [tokens] if isinstance(tokens, str) or as_int(tokens) is not None else tokens
     if not isinstance(listed, Iterable):
         raise TypeError(f"{name} must be token ids or texts, got {tokens!r:.80}")
-    ids = []
-    for token in listed:
-        if isinstance(token, str) and getattr(model, "tokenizer", None) is None:
-            raise ValueError(f"{name} holds the text {token!r}, but the model has no tokenizer: give token ids")
-        ids.append(model.to_single_token(token) if isinstance(token, str) else token)
+    ids = [single_token(model, name, token) if isinstance(token, str) else token for token in listed]
     checked = check_tokens(name, ids, model.cfg.d_vocab)
     if len(checked.unique()) != len(checked):
         raise ValueError(f"{name} must be distinct, got {tokens!r:.80}")

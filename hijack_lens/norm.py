@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from transformer_lens.components import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 
+_UNNAMED_EPS = 1e-5
+"""What OLMo's norm, which has no attribute for it, adds to the variance."""
+
 
 @dataclass(frozen=True)
 class LinearNorm:
@@ -40,6 +43,15 @@ class LinearNorm:
             x = x - x.mean(-1, keepdim=True)
         x = x / (self.scale if scale is None else scale)
         return x if self.w is None else x * self.w
+
+    def before(self, W: Float[Tensor, "d_model out"], position: int) -> Float[Tensor, "*batch d_model out"]:
+        """The map at a position, without its bias, and a matrix that comes after it, as one matrix."""
+        if self.scale is None:
+            return W
+        W = W if self.w is None else self.w[:, None] * W
+        if self.centred:
+            W = W - W.mean(0)
+        return W / self.scale[:, position, None]
 
     def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The norm itself, where its scale is x's own."""
@@ -90,7 +102,8 @@ def _tried_out(norm: nn.Module, x: Float[Tensor, "*batch d_model"]) -> LinearNor
     eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
     actual = norm.forward(x)
     tried = [
-        LinearNorm(centred, _scale(x, eps, centred), w, bias)
+        LinearNorm(centred, _scale(x, one_eps, centred), w, bias)
+        for one_eps in ((None, _UNNAMED_EPS) if eps is None else (eps,))
         for centred in (False, True)
         for w in ((None,) if weight is None else (weight, 1 + weight))
     ]

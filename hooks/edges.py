@@ -182,7 +182,7 @@ def _check_sender(model: Any, sender: Any) -> None:
     elif isinstance(sender, Component):
         sites(model, sender)
         # An MLP's hook point shows what reaches the stream; a head's comes before whatever follows attention.
-        if sender.kind == "head" and _changes_attn_out(model, sender.layer):
+        if sender.kind == "head" and changes_attn_out(model, sender.layer):
             raise ValueError(f"sender {sender}: this model norms or scales what its heads write, all together")
     else:
         raise TypeError(f"sender must be a Component, 'embed' or 'pos_embed', got {sender!r}")
@@ -225,7 +225,7 @@ def _norms_after_only(model: Any, layer: int) -> bool:
     return by_name or getattr(model.blocks[layer], "mlp_reads_resid_directly", False)
 
 
-def _changes_attn_out(model: Any, layer: int) -> bool:
+def changes_attn_out(model: Any, layer: int) -> bool:
     """Whether a norm or a factor stands between the heads and the residual stream, as in Gemma 2 or Granite."""
     block = model.blocks[layer]
     normed = getattr(model.cfg, "use_normalization_before_and_after", False) or hasattr(block, "ln1_post")

@@ -2,7 +2,7 @@
 
 import contextlib
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -41,14 +41,17 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model must be a HookedTransformer or TransformerBridge, got {model!r:.80}")
 
 
-def check_hook_point(model: Any, name: str, edits: bool = True) -> None:
+def check_hook_point(model: Any, name: str, edits: bool = True, known: Mapping[str, Any] | None = None) -> None:
     """The model has the hook point `name`, it fires, and (where `edits`) the model honours edits there.
+
+    `known` is `model.hook_dict`, which bridges put together anew each time they are asked.
 
     Raises:
         ValueError: saying what to do instead.
     """
-    check_model(model)
-    known = model.hook_dict
+    if known is None:
+        check_model(model)
+        known = model.hook_dict
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"; close to it: {', '.join(close)}" if close else ""
@@ -132,10 +135,12 @@ class Intervention:
         edit: Sequence[tuple[str, HookFunction]] = (),
         look: Sequence[tuple[str, HookFunction]] = (),
     ):
+        check_model(model)
+        known = model.hook_dict
         for name, _ in look:
-            check_hook_point(model, name, edits=False)
+            check_hook_point(model, name, edits=False, known=known)
         for name, _ in edit:
-            check_hook_point(model, name)
+            check_hook_point(model, name, known=known)
         self.model = model
         self.fwd_hooks: list[tuple[str, HookFunction]] = [(name, _checked(name, fn)) for name, fn in (*look, *edit)]
         self._entries: list[list[_Entry]] = []
@@ -144,8 +149,9 @@ class Intervention:
         entries = [_Entry(name, fn) for name, fn in self.fwd_hooks]
         entries += [_Entry(name) for name in dict.fromkeys(_witness(name) for name, _ in self.fwd_hooks)]
         try:
+            points = self.model.hook_dict
             for entry in entries:
-                self.model.hook_dict[entry.name].add_hook(entry)
+                points[entry.name].add_hook(entry)
             self._entries.append(entries)
             return self
         except BaseException:
@@ -169,8 +175,9 @@ class Intervention:
     def _remove(self, entries: "list[_Entry]") -> None:
         # Without locks, which a Ctrl-C could leave locked: `tuple(list)` and removing what is found by identity cannot
         # be broken into by other threads, and what they make the search miss is searched for again.
+        points = self.model.hook_dict
         for entry in entries:
-            hook_point = self.model.hook_dict[entry.name]
+            hook_point = points[entry.name]
             listed = hook_point.fwd_hooks
             while ours := [handle for handle in tuple(listed) if handle.user_hook is entry]:
                 for handle in ours:

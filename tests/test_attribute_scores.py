@@ -560,6 +560,17 @@ def test_windowed_attention_is_taken_apart_within_its_window():
     close(attribute_scores(model, prompts(1), key=[3, 4]).values.sum((1, 2)), recorded[0, 0, -1, 3:])
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_key_may_be_a_tensor_of_no_axes():
+    assert attribute_scores(hooked(), prompts(1), key=torch.tensor(1)).keys == (1,)
+
+
+def test_mixtures_of_experts_write_terms_too():
+    model = hooked(num_experts=2, experts_per_token=1, dtype=torch.float32)  # in which alone they run
+    scores = attribute_scores(model, prompts(1))
+    assert scores.completeness_error <= 1e-5 * float(scores.scores.abs().max())
+
+
 def test_neither_the_global_rng_nor_the_model_is_touched(global_rng_untouched):
     model = hooked("LN")
     before = {name: value.clone() for name, value in model.state_dict().items()}

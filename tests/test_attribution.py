@@ -11,6 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models_for_tests import CIRCUIT, HEADS, MLPS, close, handwritten, hooked, native, perturbed, prompts
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 import hijack_lens as hl
 from hijack_lens import LogitAttribution, Path, attribute
@@ -515,6 +517,37 @@ def test_a_bridges_norm_is_attributed_or_refused_in_clear_words(unchecked):
         assert "norm of type" in str(error)  # noqa: PT017
     else:
         close(result.values, attribute(twin, prompts()).values)
+
+
+@pytest.mark.parametrize("positions", ["shortformer", "alibi"])
+@pytest.mark.parametrize("position", [-1, "all"])
+def test_positions_that_are_no_term_of_the_stream_are_no_path(positions, position, unchecked):
+    result = attribute(hooked("LN", positional_embedding_type=positions), prompts(), position)
+    assert result.completeness_error <= 1e-10
+    assert {path.source for path in result.paths} == {"embed", "biases"}
+
+
+def test_mixtures_of_experts_stay_whole(unchecked):
+    model = hooked(num_experts=2, experts_per_token=1, dtype=torch.float32)  # in which alone they run
+    result = attribute(model, prompts(), answers=[1, 2])
+    close(result.values.sum((1, 2)), model(prompts())[:, -1, [1, 2]].detach(), atol=1e-3)
+
+
+def test_ids_and_positions_may_be_numpys(unchecked):
+    result = attribute(hooked(), prompts(1)[0], np.int64(3))
+    assert result.position == 3
+    assert result.margin(np.int64(1), 2) == result.margin(1, 2)
+
+
+def test_tokens_are_called_what_their_tokenizer_decodes_them_to(unchecked):
+    model = hooked()
+    pieces = Tokenizer(models.WordLevel({f"\u0120{i}": i for i in range(5)}, unk_token="\u01200"))
+    pieces.decoder = decoders.ByteLevel()
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces)  # of a vocabulary smaller than the model's
+    for answers in (None, [1, 2]):
+        result = attribute(model, prompts(1)[0], answers=answers)
+        assert result.margin(" 1", " 2") == result.margin(1, 2)
+        assert " 1".replace(" ", result.token_text(1 if answers is None else 0)[0]) in set(result.to_pandas()["token"])
 
 
 @pytest.mark.parametrize(

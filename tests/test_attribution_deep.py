@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import hijack_lens as hl
 from hijack_lens import Component, LogitAttribution, attribute
-from hijack_lens.attribution import direct
+from hijack_lens.attribution import direct, logits
 from hijack_lens.attribution.direct import direct_paths
 
 many = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -404,6 +404,18 @@ def test_hooks_stay_and_those_that_go_around_the_weights_are_noticed():
             pytest.raises(ValueError, match=f"what {component} reads cannot be split"),
         ):
             attribute(model, tokens, answers=[1, 2])
+
+
+def test_numbers_that_are_none_are_refused_and_so_are_too_many(monkeypatch, unchecked):
+    model = hooked("LN", n_layers=3)
+    monkeypatch.setattr(logits, "_MOST_CELLS", 100)
+    with pytest.raises(ValueError, match="answers must be fewer: their parts are 180 numbers or more, over 100"):
+        attribute(model, prompts(), answers=[1, 2])
+    monkeypatch.undo()
+    with torch.no_grad():
+        model.blocks[0].mlp.W_out.fill_(torch.nan)
+    with pytest.raises(ValueError, match="misses the logits by up to nan"):
+        attribute(model, prompts(), circuit=hl.Circuit(), answers=[1, 2])
 
 
 DEEP = hooked("LN", n_layers=3)

@@ -7,35 +7,22 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hijack_lens._checks import as_int, check_tokens
+from hijack_lens._inputs import single_token
 
 
-def answer_ids(model: Any, answers: object) -> Int[Tensor, "answer"]:
-    """Token ids of answers, each given by its id or its text.
+def answer_ids(model: Any, answers: object, name: str = "answers", at_least: int = 2) -> Int[Tensor, "answer"]:
+    """Ids of different tokens, each given by its id or its text; by default two, for one logit alone says nothing.
 
     Raises:
-        TypeError, ValueError: for what is no token of the model's, and for fewer than two different ones: a single
-            logit says nothing, only differences do.
+        TypeError, ValueError: for what is no token of the model's, and for fewer different ones.
     """
-    if isinstance(answers, str) or not isinstance(answers, Iterable):
-        raise TypeError(f"answers must be a list of tokens, each a text or an id, got {answers!r:.80}")
-    ids = [_id(model, answer) for answer in answers]
-    if len(set(ids)) < max(2, len(ids)):
-        raise ValueError(f"answers must be two or more different tokens, got {answers!r:.80}")
-    return check_tokens("answers", ids, model.cfg.d_vocab).to(model.cfg.device)
-
-
-def _id(model: Any, answer: object) -> int:
-    if isinstance(answer, str):
-        if getattr(model, "tokenizer", None) is None:
-            raise ValueError(f"answers holds the text {answer!r}, but the model has no tokenizer: give token ids")
-        try:
-            return model.to_single_token(answer)
-        except AssertionError as error:
-            raise ValueError(f"answers holds {answer!r}, which is not a single token of the model's") from error
-    number = as_int(answer)
-    if number is None:
-        raise TypeError(f"answers must be tokens, each a text or an id, got {answer!r:.80}")
-    return number
+    if isinstance(answers, str) or not isinstance(answers, Iterable) or as_int(answers) is not None:
+        raise TypeError(f"{name} must be a list of tokens, each a text or an id, got {answers!r:.80}")
+    ids = [single_token(model, name, answer) for answer in answers]
+    if len(set(ids)) < max(at_least, len(ids)):
+        count = "two or more" if at_least == 2 else "one or several"
+        raise ValueError(f"{name} must be {count} different tokens, got {answers!r:.80}")
+    return check_tokens(name, ids, model.cfg.d_vocab).to(model.cfg.device)
 
 
 def whole_vocab(model: Any) -> tuple[str, ...] | None:
@@ -44,7 +31,7 @@ def whole_vocab(model: Any) -> tuple[str, ...] | None:
     if language is not None:
         return language.tokens
     tokenizer = getattr(model, "tokenizer", None)
-    return None if tokenizer is None else tuple(tokenizer.convert_ids_to_tokens(range(model.cfg.d_vocab)))
+    return None if tokenizer is None else tuple(tokenizer.batch_decode([[i] for i in range(model.cfg.d_vocab)]))
 
 
 def texts_of(model: Any, ids: Int[Tensor, "..."]) -> dict[int, str] | None:

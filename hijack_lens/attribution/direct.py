@@ -45,6 +45,27 @@ def check_additive(model: Any) -> None:
         )
 
 
+def check_unembedded(
+    model: Any,
+    stream: Float[Tensor, "rows d_model"],
+    logits: Float[Tensor, "rows answer"],
+    answers: Int[Tensor, "answer"],
+) -> None:
+    """Logits of a run are what the final norm and the unembedding make of its last residual stream.
+
+    Raises:
+        ValueError: where something else comes after.
+    """
+    norm, W_U, b_U = linear_norm(getattr(model, "ln_final", None), stream), model.W_U[:, answers], model.b_U[answers]
+    normed = norm(stream)
+    errors = (normed @ W_U + b_U - logits).abs()
+    if not bool((errors <= _tolerance(logits) * (normed.abs() @ W_U.abs() + b_U.abs())).all()):
+        raise ValueError(
+            "model's logits are not its last residual stream through norm and unembedding (off by up to "
+            f"{float(errors.max()):.2g}): a factor follows, hooks change them, or it has parts that are not known here"
+        )
+
+
 @torch.no_grad()
 def direct_paths(
     model: Any, tokens: Int[Tensor, "batch pos"], query: int, circuit: Circuit, answers: Int[Tensor, "answer"] | None
@@ -267,7 +288,7 @@ def _is_gated(model: Any) -> bool:
 
 
 def _check_reads(component: Component, expected: Tensor, actual: Tensor) -> None:
-    if bool((expected - actual).abs().max() > _tolerance(actual) * actual.abs().max()):
+    if not bool((expected - actual).abs().max() <= _tolerance(actual) * actual.abs().max()):
         raise ValueError(
             f"what {component} reads cannot be split: it is not the normed residual stream times its weights. Hooks on "
             "the model may have changed it, or the model has parts that attribution does not know"
@@ -278,7 +299,7 @@ def _check_complete(values: list[Float[Tensor, "batch source answer"]], logits: 
     """The parts sum to the logits, up to rounding, which is in proportion to the largest of them."""
     by_path = torch.stack([value.sum(1) for value in values])
     errors = (by_path.sum(0) - logits).abs()
-    if bool((errors > _tolerance(logits) * (by_path.abs().sum(0) + logits.abs())).any()):
+    if not bool((errors <= _tolerance(logits) * (by_path.abs().sum(0) + logits.abs())).all()):
         raise ValueError(
             f"what heads, MLPs, embeddings and biases wrote misses the logits by up to {float(errors.max()):.2g}: "
             "hooks on the model have changed what it computes, or it has parts that attribution does not know"

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hijack_lens._checks import as_int
 from hijack_lens._inputs import is_single, model_tokens
 from hijack_lens.attribution.answers import answer_ids, texts_of, whole_vocab
 from hijack_lens.attribution.direct import check_additive, direct_paths
@@ -17,17 +18,20 @@ from hijack_lens.attribution.terms import (
     FrozenBlock,
     LastBlock,
     Local,
-    Point,
-    Spread,
     SummedBlock,
+    Unembedding,
 )
 from hijack_lens.circuit import Circuit, Component
+from hijack_lens.hooks.edges import all_components, embeddings
 from hijack_lens.hooks.intervention import check_model, record
 from hijack_lens.hooks.site import sites
-from hijack_lens.norm import LinearNorm, linear_norm
+from hijack_lens.norm import linear_norm
 from hijack_lens.prompts import HijackPrompt
 
 Term = tuple[Source, tuple[Component, ...], Any]
+
+_MOST_CELLS = 2**29
+"""Numbers in the result for a deep model: 2 GiB in float32."""
 
 
 @torch.no_grad()
@@ -65,8 +69,8 @@ def attribute(
         A `LogitAttribution`; with a batch axis where `tokens` has one.
 
     Raises:
-        TypeError, ValueError: for prompts the model cannot take, and for models whose logits are no sum over paths,
-            or whose hooks keep them from being one.
+        TypeError, ValueError: for prompts the model cannot take, for more than 2^29 numbers from a deep model, and for
+            models whose logits are no sum over paths, or whose hooks keep them from being one.
     """
     check_model(model)
     circuit = getattr(model, "circuit", None) if circuit is None else circuit
@@ -75,10 +79,10 @@ def attribute(
     sites(model, [component for _, component in circuit])  # refuses components that the model lacks
     ids = model_tokens(model, tokens)
     length = ids.shape[-1]
-    in_range = isinstance(position, int) and not isinstance(position, bool) and -length <= position < length
-    if position != "all" and not in_range:
+    number = None if isinstance(position, str) else as_int(position)
+    if position != "all" and (number is None or not -length <= number < length):
         raise ValueError(f"position must be 'all' or an int from {-length} to {length - 1}, got {position!r}")
-    where = position if position == "all" else position % length
+    where: int | Literal["all"] = "all" if number is None else number % length
     candidates = (tokens.in_context, tokens.global_) if isinstance(tokens, HijackPrompt) else None
 
     chosen = None if answers is None else answer_ids(model, answers)
@@ -86,7 +90,10 @@ def attribute(
     vocab: tuple[str, ...] | dict[int, str] | None
     if too_deep is None:
         values, logits = _whole_paths(model, ids, where, circuit, chosen)
-        vocab = whole_vocab(model)
+        if chosen is None or getattr(model, "language", None) is not None:
+            vocab = whole_vocab(model)
+        else:
+            vocab = texts_of(model, torch.cat([ids.flatten(), chosen]))
     else:
         check_additive(model)
         if where == "all":
@@ -95,6 +102,11 @@ def attribute(
             chosen = answer_ids(model, candidates)
         if chosen is None and not is_single(tokens):
             raise ValueError(f"answers must be given for a batch of prompts to this model: {too_deep}")
+        n_cells = ids.numel() * (0 if chosen is None else len(chosen)) * len(all_components(model))
+        if n_cells > _MOST_CELLS:
+            raise ValueError(
+                f"answers must be fewer: their parts are {n_cells:,} numbers or more, over {_MOST_CELLS:,}"
+            )
         values, logits, chosen = direct_paths(model, ids, where, circuit, chosen)
         vocab = texts_of(model, torch.cat([ids.flatten(), chosen]))
 
@@ -141,10 +153,10 @@ def _whole_paths(
         _add(values, Path.of("biases", (), circuit), constant.expand(*ids.shape, -1).clone())
         return values, all_logits
     length = ids.shape[-1]
-    views = [*(FirstBlock(block) for block in blocks[:-1]), LastBlock(blocks[-1], position)]
-    for source, through, term in _follow(sources, views, Local):
-        value = _unembed(term, final, W_U, position, length)
-        _add(values, Path.of(source, through, circuit), value)
+    last = LastBlock(blocks[-1], position)
+    unembedding = Unembedding.of(final, W_U, last)
+    for source, through, term in _follow(sources, [*map(FirstBlock, blocks[:-1]), last], Local):
+        _add(values, Path.of(source, through, circuit), unembedding.logits(term, length))
     at_query = torch.zeros(*ids.shape, len(constant)).to(W_U)
     at_query[:, position] = constant
     _add(values, Path.of("biases", (), circuit), at_query)
@@ -163,12 +175,12 @@ def _follow(sources: list[tuple[Source, Tensor]], views: list[Any], enter: Any) 
         ]
         bias: Term = ("biases", (), view.bias(block.bias()))
         terms = [(source, through, view.keep(term)) for source, through, term in terms] + through_heads + [bias]
-        if block.mlp is not None and block.mlp.writes:
+        if block.mlp is not None:
             mlp = Component(layer, "mlp")
             terms += [
                 (source, _via(source, through, mlp), view.mlp(term, block.mlp)) for source, through, term in terms
             ]
-            terms.append(("biases", (), view.bias(block.mlp.bias())))
+            terms.append(("biases", (), view.mlp_bias(block.mlp)))
     return terms
 
 
@@ -177,26 +189,13 @@ def _via(source: Source, through: tuple[Component, ...], component: Component) -
     return () if source == "biases" else (*through, component)
 
 
-def _unembed(
-    term: Point | Spread, final: LinearNorm, W_U: Float[Tensor, "d_model d_vocab"], query: int, length: int
-) -> Float[Tensor, "batch source d_vocab"]:
-    scale = None if final.scale is None else final.scale[:, query]
-    if isinstance(term, Point):
-        logits = final.linear(term.x, scale) @ W_U
-        value = logits.new_zeros(len(logits), length, logits.shape[-1])
-        value[:, query] = logits
-        return value
-    basis = term.basis if scale is None else term.basis.expand(len(scale), -1, -1)
-    return (term.v * term.weight[..., None]) @ (final.linear(basis, None if scale is None else scale[:, None]) @ W_U)
-
-
 def _add(values: dict[Path, Tensor], path: Path, value: Tensor) -> None:
     values[path] = values[path] + value if path in values else value
 
 
 def _names(model: Any) -> list[str]:
     names = ["hook_embed"]
-    if "hook_pos_embed" in model.hook_dict:
+    if "pos_embed" in embeddings(model):
         names.append("hook_pos_embed")
     for layer, block in enumerate(model.blocks):
         names += [f"blocks.{layer}.{name}" for name in ("hook_resid_pre", "hook_resid_post", "attn.hook_pattern")]
@@ -217,6 +216,8 @@ def _beyond_whole_paths(model: Any) -> str | None:
         return "model has grouped-query attention (cfg.n_key_value_heads), and paths are not followed through that"
     if getattr(cfg, "output_logits_soft_cap", -1.0) not in (None, -1.0, 0.0):
         return "model caps its logits (cfg.output_logits_soft_cap), so that they are no sum over paths"
+    if getattr(cfg, "num_experts", None):
+        return "model has mixtures of experts (cfg.num_experts), and paths are not followed through these"
     if str(cfg.act_fn).endswith("_ln"):
         return f"model has cfg.act_fn={cfg.act_fn!r}, a norm inside the MLP, and paths are not followed through that"
     return None

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import save
 from torch import Tensor
 
-from hijack_lens._checks import check_count
+from hijack_lens._checks import as_int, check_count
 from hijack_lens._files import read_safetensors, write_atomically
 from hijack_lens.attribution.paths import MEMORIES, Memory, Path
 from hijack_lens.circuit import Component
@@ -215,11 +215,12 @@ class LogitAttribution:
             if token not in texts:
                 raise ValueError(f"{name} must be a token of the model's vocabulary{among}, got {token!r}")
             return texts.index(token)
-        if isinstance(token, bool) or not isinstance(token, int):
+        number = as_int(token)
+        if number is None:
             raise TypeError(f"{name} must be a token's text or its id, got {token!r}")
-        if token not in ids:
+        if number not in ids:
             raise ValueError(f"{name} must be a token id{among or f' from 0 to {len(ids) - 1}'}, got {token}")
-        return ids.index(token)
+        return ids.index(number)
 
     def _of(self, memory: Memory) -> Float[Tensor, "*batch path source d_vocab"]:
         chosen = [index for index, path in enumerate(self.paths) if path.memory == memory]

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from hijack_lens._checks import as_int
+from hijack_lens._checks import as_int, check_position
 from hijack_lens._inputs import model_tokens
 from hijack_lens.attribution.score_result import ScoreAttribution
 from hijack_lens.attribution.score_terms import Reading, Term, offset_keys, senders, stream_terms, tolerance
@@ -64,12 +64,12 @@ def attribute_scores(
     circuit = getattr(model, "circuit", None) if circuit is None else circuit
     if not isinstance(circuit, (Circuit, type(None))):
         raise TypeError(f"circuit must be a Circuit, got {circuit!r:.80}")
-    chosen = _head(model, head, circuit)
+    chosen = one_head(model, head, circuit)
     _check_sum(model)
     ids = model_tokens(model, tokens)
     if len(ids) != 1:
         raise ValueError(f"tokens must be one prompt, got a batch of {len(ids)}: attribute them one by one")
-    at = _position("query", query, ids.shape[1], ids.shape[1] - 1)
+    at = check_position("query", query, ids.shape[1], ids.shape[1] - 1)
     keys = _keys(key, ids.shape[1], at)
     n_cells = len(keys) * (len(senders(model, chosen.layer)) + 2) ** 2
     if n_cells > _MOST_CELLS:
@@ -180,7 +180,12 @@ def _check_values(
         )
 
 
-def _head(model: Any, head: Any, circuit: Circuit | None) -> Component:
+def one_head(model: Any, head: Any, circuit: Circuit | None) -> Component:
+    """The head that a user names, alone or in a role; by default the circuit's induction head.
+
+    Raises:
+        TypeError, ValueError: where that is not one head of the model.
+    """
     if head is None:
         named = () if circuit is None else circuit.induction
         if len(named) != 1:
@@ -201,22 +206,12 @@ def _head(model: Any, head: Any, circuit: Circuit | None) -> Component:
 def _keys(key: Any, length: int, query: int) -> tuple[int, ...]:
     if key is None:
         return tuple(range(query + 1))
-    listed = list(key) if isinstance(key, Iterable) and not isinstance(key, str) else [key]
-    keys = tuple(_position("key", one, length, query) for one in listed)
+    several = isinstance(key, Iterable) and not isinstance(key, str) and as_int(key) is None
+    listed = list(key) if several else [key]
+    keys = tuple(check_position("key", one, length, query) for one in listed)
     if not keys or len(set(keys)) < len(keys):
         raise ValueError(f"key must be one position or several different ones, got {key!r}")
     return keys
-
-
-def _position(name: str, value: object, length: int, last: int) -> int:
-    number = as_int(value)
-    if number is None:
-        raise TypeError(f"{name} must be a position (an int), got {value!r}")
-    position = number + length if number < 0 else number
-    if not 0 <= position <= last:
-        upto = "the prompt's last position" if last == length - 1 else "the query"
-        raise ValueError(f"{name} must be from 0 to {last}, {upto}, or count from the end; got {number}")
-    return position
 
 
 def _texts(model: Any, ids: Int[Tensor, "pos"]) -> tuple[str, ...]:

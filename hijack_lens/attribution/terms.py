@@ -11,7 +11,7 @@ blocks, without ever holding a [query, source, d_model] tensor: what a head writ
 low-rank vectors, one per source, so the mixing weights and the vectors are kept apart.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,19 +32,14 @@ class FrozenMLP:
     b_in: Float[Tensor, "d_mlp"] | None
     b_out: Float[Tensor, "d_model"] | None
 
-    @property
-    def writes(self) -> bool:
-        """Whether it writes anything at all."""
-        return bool(self.W_out.any()) or (self.b_out is not None and bool(self.b_out.any()))
-
-    def bias(self) -> Float[Tensor, "batch pos d_model"]:
+    def bias(self, at: slice = slice(None)) -> Float[Tensor, "batch some d_model"]:
         """What it adds at each position whatever it reads."""
         before = torch.zeros_like(self.W_in[0])
         if self.b_in is not None:
             before = before + self.b_in
         if self.norm.b is not None:
             before = before + self.norm.b @ self.W_in
-        total = (before * self.gate) @ self.W_out
+        total = (before * self.gate[:, at]) @ self.W_out
         return total if self.b_out is None else total + self.b_out
 
     def everywhere(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
@@ -60,12 +55,15 @@ class FrozenMLP:
 
 @dataclass(frozen=True)
 class FrozenBlock:
-    """A block's weights, and what the run has settled: patterns, scales and gates. A bias may be absent."""
+    """A block's weights, and what the run has settled: patterns, scales and gates. A bias may be absent.
+
+    So may the MLP, as it is where it writes nothing.
+    """
 
     pattern: Float[Tensor, "batch head query key"]
     norm: LinearNorm
     W_V: Float[Tensor, "head d_model d_head"]
-    W_O: Float[Tensor, "head d_head d_model"]
+    W_O: tuple[Float[Tensor, "d_head d_model"], ...]
     b_V: Float[Tensor, "head d_head"] | None
     b_O: Float[Tensor, "d_model"] | None
     mlp: FrozenMLP | None
@@ -75,7 +73,7 @@ class FrozenBlock:
         """Block `layer` of a model, as it acted in a recorded run."""
         prefix = f"blocks.{layer}"
         attn, frozen_mlp = block.attn, None
-        if hasattr(block, "mlp"):
+        if hasattr(block, "mlp") and any(bool(W.any()) for W in (block.mlp.W_out, block.mlp.b_out) if W is not None):
             mlp, pre, post = block.mlp, run[f"{prefix}.mlp.hook_pre"], run[f"{prefix}.mlp.hook_post"]
             frozen_mlp = FrozenMLP(
                 norm=linear_norm(getattr(block, "ln2", None), run[f"{prefix}.hook_resid_mid"]),
@@ -89,7 +87,7 @@ class FrozenBlock:
             pattern=run[f"{prefix}.attn.hook_pattern"],
             norm=linear_norm(getattr(block, "ln1", None), run[f"{prefix}.hook_resid_pre"]),
             W_V=attn.W_V,
-            W_O=attn.W_O,
+            W_O=attn.W_O.unbind(),
             b_V=attn.b_V,
             b_O=attn.b_O,
             mlp=frozen_mlp,
@@ -98,18 +96,18 @@ class FrozenBlock:
     @property
     def heads(self) -> list[int]:
         """Heads that write anything at all."""
-        return [head for head in range(len(self.W_O)) if bool(self.W_O[head].any())]
+        return [head for head, W_O in enumerate(self.W_O) if bool(W_O.any())]
 
     def bias(self) -> Float[Tensor, "batch pos d_model"]:
         """What the attention adds at each position whatever it reads."""
-        total = self.W_O.new_zeros(self.pattern.shape[0], self.pattern.shape[2], self.W_O.shape[-1])
-        for head in range(len(self.W_O)):
-            value = torch.zeros_like(self.W_O[head, :, 0])
+        total = self.W_V.new_zeros(self.pattern.shape[0], self.pattern.shape[2], self.W_V.shape[1])
+        for head, W_O in enumerate(self.W_O):
+            value = torch.zeros_like(W_O[:, 0])
             if self.b_V is not None:
                 value = value + self.b_V[head]
             if self.norm.b is not None:
                 value = value + self.norm.b @ self.W_V[head]
-            total = total + self.pattern[:, head].sum(-1)[..., None] * (value @ self.W_O[head])
+            total = total + self.pattern[:, head].sum(-1)[..., None] * (value @ W_O)
         return total if self.b_O is None else total + self.b_O
 
     def values(self, x: Tensor, head: int) -> Tensor:
@@ -165,6 +163,10 @@ class SummedBlock:
         """The term through the MLP."""
         return mlp.everywhere(term)
 
+    def mlp_bias(self, mlp: FrozenMLP) -> Tensor:
+        """The MLP's bias as a term."""
+        return mlp.bias()
+
 
 @dataclass(frozen=True)
 class Local:
@@ -207,6 +209,13 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Through:
+    """What the last MLP makes of a term at the query position."""
+
+    term: Point | Spread
+
+
+@dataclass(frozen=True)
 class FirstBlock:
     """The block whose every position matters, since the last block may attend to it."""
 
@@ -227,6 +236,10 @@ class FirstBlock:
     def mlp(self, term: Local | Mixed, mlp: FrozenMLP) -> Local | Gated:
         """The term through the MLP."""
         return Gated(term, mlp) if isinstance(term, Mixed) else Local(mlp.everywhere(term.x))
+
+    def mlp_bias(self, mlp: FrozenMLP) -> Local:
+        """The MLP's bias as a term."""
+        return Local(mlp.bias())
 
 
 @dataclass(frozen=True)
@@ -268,8 +281,48 @@ class LastBlock:
         neurons = mix * (mixed.v @ (basis @ mlp.W_in))
         return Spread(torch.ones_like(reading), neurons @ block.unscaled_values(mlp.W_out, head), W_O)
 
-    def mlp(self, term: Point | Spread, mlp: FrozenMLP) -> Point | Spread:
+    def mlp(self, term: Point | Spread, mlp: FrozenMLP) -> Through:
         """The term at the query position through the MLP."""
-        if isinstance(term, Point):
-            return Point(mlp.at(self.query, term.x[:, None])[:, 0])
-        return Spread(term.weight, term.v, mlp.at(self.query, term.basis))
+        return Through(term)
+
+    def mlp_bias(self, mlp: FrozenMLP) -> Point:
+        """The MLP's bias as a term."""
+        return Point(mlp.bias(slice(self.query, self.query + 1))[:, 0])
+
+
+@dataclass(frozen=True)
+class Unembedding:
+    """How the residual stream at the query position becomes logits, straight and through the last MLP.
+
+    Each is one matrix, multiplied out once, and so is what it makes of each basis: terms through one head share theirs.
+    """
+
+    query: int
+    straight: Float[Tensor, "*some d_model d_vocab"]
+    through: Float[Tensor, "batch d_model d_vocab"] | None
+    seen: dict[tuple[Tensor, bool], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, final: LinearNorm, W_U: Float[Tensor, "d_model d_vocab"], last: LastBlock) -> "Unembedding":
+        """After a model's last block."""
+        straight, through, mlp = final.before(W_U, last.query), None, last.block.mlp
+        if mlp is not None:
+            neurons = mlp.gate[:, last.query, :, None] * (mlp.W_out @ straight)
+            through = mlp.norm.before(mlp.W_in, last.query) @ neurons
+        return cls(last.query, straight, through)
+
+    def logits(self, term: Point | Spread | Through, length: int) -> Float[Tensor, "batch source d_vocab"]:
+        """What a term adds to the logits, by source."""
+        through = isinstance(term, Through)
+        matrix = self.through if through else self.straight
+        at_query = term.term if isinstance(term, Through) else term
+        assert matrix is not None
+        if isinstance(at_query, Spread):
+            key = (at_query.basis, through)
+            if key not in self.seen:
+                self.seen[key] = at_query.basis @ matrix
+            return (at_query.v @ self.seen[key]) * at_query.weight[..., None]
+        logits = at_query.x[:, None] @ matrix
+        value = logits.new_zeros(len(logits), length, logits.shape[-1])
+        value[:, self.query] = logits[:, 0]
+        return value

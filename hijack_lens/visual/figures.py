@@ -51,8 +51,7 @@ def margin_bars(explanation: "Explanation") -> Picture:
     """The hijack margin by memory, and what is left of it with each component switched off."""
     if not hasattr(explanation, "ablated"):
         raise TypeError(f"explanation must come from hijack_lens.explain, got {type(explanation).__name__}")
-    prompt, margin = explanation.prompt, explanation.margin
-    c, g = (prompt.language.display(token) for token in (prompt.in_context, prompt.global_))
+    margin, (c, g) = explanation.margin, explanation.names
     rows = ["whole model", *(f"{name} off" for name in explanation.ablated)]
     picture = Picture(8.0, 1.3 + 0.5 * len(rows))
     ax = picture.figure.add_subplot()
@@ -82,7 +81,7 @@ def margin_bars(explanation: "Explanation") -> Picture:
     room = 0.15 * ((max(extent) - min(extent)) or 1.0)  # for the numbers beside the bars
     ax.set_xlim(min(extent) - room, max(extent) + room)
     ax.set_xlabel(f"weights win: {g!r}   ←   logit {c!r} − logit {g!r}   →   context wins: {c!r}")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.55 / len(rows)), ncols=4, frameon=False)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     return picture
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from hijack_lens._files import write_atomically
 from hijack_lens.attribution.table import as_html
+from hijack_lens.prompts import HijackPrompt
 from hijack_lens.visual.figures import margin_bars
 from hijack_lens.visual.views import attention, circuitsvis_script, token_paths
 
 if TYPE_CHECKING:
     from hijack_lens.explain import Explanation
 
-_STYLE = """
+STYLE = """
 body { font-family: system-ui, sans-serif; max-width: 1040px; margin: 2em auto; padding: 0 1em;
   line-height: 1.45; color: #222 }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
@@ -51,34 +52,64 @@ def report(explanation: "Explanation", path: str | os.PathLike[str]) -> Path:
 
 
 def _page(explanation: "Explanation") -> str:
-    prompt = explanation.prompt
-    language = prompt.language
-    q, c, g = (
-        f"<code>{escape(language.display(token))}</code>"
-        for token in (prompt.trigger, prompt.in_context, prompt.global_)
-    )
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>hijack-lens: which memory wrote the logit?</title>
-<style>{_STYLE}</style><script>{circuitsvis_script()}</script></head><body>
+<style>{STYLE}</style><script>{circuitsvis_script()}</script></head><body>
 <h1>Which memory wrote the logit?</h1>
 <p class="verdict {explanation.winner}">{escape(explanation.verdict)}</p>
-<p>The prompt ends with {q}. Its context says that {c} follows; the weights, which hold the bigrams of the
-language, say {g}.</p>
+{_question(explanation)}
 {margin_bars(explanation).svg()}
 <h2>Which paths wrote it</h2>
 {as_html(explanation.attribution)}
 <h2>What each component is for</h2>
 {_ablations(explanation)}
 {_theory(explanation)}
-<h2>Where the heads look</h2>
-{attention(explanation.model, prompt).fragment()}
+{_heads(explanation)}
 <h2>Which tokens spoke, through which path</h2>
 {token_paths(explanation.attribution).fragment()}
 </body></html>
 """
 
 
+def _question(explanation: "Explanation") -> str:
+    """What was asked; and how the circuit is known, where it was found."""
+    attribution, evidence = explanation.attribution, explanation.circuit.evidence
+    q, c, g = (f"<code>{escape(text)}</code>" for text in (attribution.source_texts()[-1], *explanation.names))
+    if isinstance(explanation.prompt, HijackPrompt):
+        return (
+            f"<p>The prompt ends with {q}. Its context says that {c} follows; the weights, which hold the bigrams of "
+            f"the language, say {g}.</p>"
+        )
+    found = ""
+    if evidence is not None:
+        verdicts = "".join(f"<li>{escape(line)}</li>" for line in evidence.verdicts.splitlines())
+        found = f"<p>The circuit, as found on repeated random tokens:</p><ul>{verdicts}</ul>"
+    return (
+        f"<p>The prompt ends with {q}. The answer {c}, which stands for the context, is compared with the foil {g}, "
+        f"which stands for the weights.</p>{found}"
+    )
+
+
+def _heads(explanation: "Explanation") -> str:
+    """The named heads' attention; where none is named, that of the heads which wrote most of the margin."""
+    attribution, title = explanation.attribution, "Where the heads look"
+    heads = [part for _, part in explanation.circuit if part.kind == "head"]
+    if not heads:
+        a, b = attribution.pair()
+        wrote = (attribution.by_path()[:, a] - attribution.by_path()[:, b]).abs().tolist()
+        by_size = sorted(zip(wrote, attribution.paths, strict=True), key=lambda pair: -pair[0])
+        last = [path.through[-1] for _, path in by_size if path.through]
+        heads = list(dict.fromkeys(part for part in last if part.kind == "head"))[:2]
+        title = "Where the heads look that wrote most; the circuit names none"
+    if not heads:
+        return ""
+    view = attention(explanation.model, explanation.prompt, heads, explanation.circuit)
+    return f"<h2>{title}</h2>\n{view.fragment()}"
+
+
 def _ablations(explanation: "Explanation") -> str:
+    if not explanation.ablated:
+        return "<p>The circuit names no component, so that there is none to switch off.</p>"
     total = float(explanation.margin.total)
     rows = "".join(
         f"<tr><td>{escape(name)}</td><td>{margin:+.3f}</td><td>{margin - total:+.3f}</td></tr>"

@@ -16,7 +16,7 @@ from torch import Tensor
 from hijack_lens._inputs import model_tokens
 from hijack_lens.attribution import LogitAttribution
 from hijack_lens.attribution.table import COLOURS, shaded_prompt
-from hijack_lens.circuit import Component
+from hijack_lens.circuit import ROLE_NAMES, Circuit, Component
 from hijack_lens.hooks.intervention import record
 from hijack_lens.hooks.site import sites
 from hijack_lens.language import visible
@@ -24,6 +24,8 @@ from hijack_lens.visual.figures import Picture, attention_maps
 
 if TYPE_CHECKING:
     from hijack_lens.prompts import HijackPrompt
+
+_PATHS_SHOWN = 24
 
 
 @cache
@@ -95,13 +97,20 @@ class View:
         )
 
 
-def attention(model: Any, prompt: "HijackPrompt | str | Tensor", heads: list[Component] | None = None) -> View:
+def attention(
+    model: Any,
+    prompt: "HijackPrompt | str | Tensor",
+    heads: list[Component] | None = None,
+    circuit: Circuit | None = None,
+) -> View:
     """Attention patterns of heads on one prompt; by default of the circuit's previous-token and induction heads.
+
+    The circuit, by which heads are called, is by default the model's own.
 
     Raises:
         TypeError, ValueError: for prompts the model cannot take, batches, and heads that it lacks.
     """
-    patterns = attention_patterns(model, prompt, heads)
+    patterns = attention_patterns(model, prompt, heads, circuit)
     texts = [visible(text) for text in _str_tokens(model, prompt)]
     panels = [
         Panel(
@@ -128,10 +137,13 @@ def attention(model: Any, prompt: "HijackPrompt | str | Tensor", heads: list[Com
 
 
 def attention_patterns(
-    model: Any, prompt: "HijackPrompt | str | Tensor", heads: list[Component] | None = None
+    model: Any,
+    prompt: "HijackPrompt | str | Tensor",
+    heads: list[Component] | None = None,
+    circuit: Circuit | None = None,
 ) -> dict[str, Float[Tensor, "query key"]]:
     """The patterns that `attention` shows, by the heads' names."""
-    circuit = getattr(model, "circuit", None)
+    circuit = getattr(model, "circuit", None) if circuit is None else circuit
     if isinstance(heads, Component):
         heads = [heads]
     if heads is None:
@@ -151,8 +163,8 @@ def attention_patterns(
     run = record(model, tokens, [name(layer) for layer in sorted({head.layer for head in heads})])[1]
     patterns = {}
     for head in heads:
-        role = None if circuit is None else circuit.label(head)
-        label = str(head) if role in (None, str(head)) else f"{role} ({head})"
+        role = None if circuit is None else circuit.role(head)
+        label = str(head) if role is None else f"{ROLE_NAMES[role]} ({head})"
         patterns[label] = run[name(head.layer)][0, head.head]
     return patterns
 
@@ -160,7 +172,8 @@ def attention_patterns(
 def token_paths(result: LogitAttribution, a: str | int | None = None, b: str | int | None = None) -> View:
     """The prompt, each token shaded by what its paths add to `logit[a] - logit[b]`; one button per path.
 
-    All paths share one colour scale, so that shades compare. Paths that add nothing are left out.
+    All paths share one colour scale, so that shades compare. Paths that add nothing are left out, and of a deep model's
+    hundreds all but those that add most.
 
     Raises:
         ValueError: for a batch, or an attribution of all positions.
@@ -171,7 +184,8 @@ def token_paths(result: LogitAttribution, a: str | int | None = None, b: str | i
     difference = result.values[..., first] - result.values[..., second]  # [path, source]
     columns = {"all paths": difference.sum(0)}
     columns |= {memory: part[:, first] - part[:, second] for memory, part in by_source.items()}
-    columns |= {path.label: row for path, row in zip(result.paths, difference, strict=True)}
+    kept = sorted(difference.abs().sum(-1).topk(min(_PATHS_SHOWN, len(difference))).indices.tolist())
+    columns |= {result.paths[i].label: difference[i] for i in kept}
     columns = {label: column for label, column in columns.items() if label == "all paths" or bool(column.any())}
     values = torch.stack(list(columns.values()), -1)
     if not bool(values.isfinite().all()):

@@ -1,0 +1,175 @@
+"""The context as an associative memory: what an attention head would write, whatever token asked."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hijack_lens._runs import rows_at_once
+from hijack_lens.attribution.direct import check_additive, check_unembedded
+from hijack_lens.attribution.readout import Readout
+from hijack_lens.attribution.score_terms import offset_keys, tolerance
+from hijack_lens.attribution.scores import one_head
+from hijack_lens.blocks import UnknownArchitectureError, open_model
+from hijack_lens.circuit import Circuit, Component
+from hijack_lens.hooks.edges import changes_attn_out
+from hijack_lens.hooks.intervention import Intervention
+from hijack_lens.memories.context_result import ContextMemory
+from hijack_lens.memories.context_tables import Tokens, replaced, token_tables
+from hijack_lens.norm import linear_norm
+
+_CHECKED = 1000
+"""Logits of each row that are compared with the run's."""
+
+
+@torch.no_grad()
+def context_memory(
+    model: Any,
+    tokens: object,
+    head: Component | tuple[Component, ...] | None = None,
+    position: int = -1,
+    *,
+    queries: Tokens = None,
+    answers: Tokens = None,
+    circuit: Circuit | None = None,
+) -> ContextMemory:
+    """The associative memory that a head makes of a context, as a table from query token to logits.
+
+    At one position t, the keys and values of all positions before it are given, and attention is a function of the
+    query alone: a memory that the context has written and the query reads (the dual view of attention: Irie, Csordás &
+    Schmidhuber 2022, arXiv 2202.05798). In token coordinates it is a table. Row q is what the head would write straight
+    into the logits, if the position's token were q:
+
+        M[q, v] = (sum over s < t of attention[q, s] value_logits[s, v] + attention[q, t] own_logits[q, v]) / scale[q]
+
+    The position's own key and value, and the final norm's scale, are those of the run with q. Each row is read off such
+    a run (many in one forward pass), so it holds for any depth and kind of attention. With linear attention instead of
+    the softmax, what the head makes of the context is one matrix times the query, `fast_weights` (Schlag, Irie &
+    Schmidhuber 2021, arXiv 2102.11174).
+
+    Args:
+        model: a HookedTransformer or TransformerBridge of any depth.
+        tokens: one prompt: text, tokens or a `HijackPrompt`. What comes after the position does not matter.
+        head: whose memory, or a role of a `Circuit` that just one head plays; by default the circuit's induction head.
+        position: where it is read; negative ones count from the end.
+        queries: tokens to put there, by id or text; by default the whole vocabulary.
+        answers: tokens whose logits to give; likewise.
+        circuit: the roles of the components; by default `model.circuit`, if it has one.
+
+    Returns:
+        A `ContextMemory`.
+
+    Raises:
+        TypeError, ValueError: for prompts, heads, positions and tokens that the model does not have; for tables of more
+            than 2^27 numbers, with a large vocabulary; and for models whose logits are no sum over what heads write.
+    """
+    tables = token_tables(model, tokens, position, queries, answers)
+    circuit = getattr(model, "circuit", None) if circuit is None else circuit
+    if not isinstance(circuit, (Circuit, type(None))):
+        raise TypeError(f"circuit must be a Circuit, got {circuit!r:.80}")
+    chosen = one_head(model, head, circuit)
+    check_additive(model)
+    if changes_attn_out(model, chosen.layer):
+        raise ValueError(f"head {chosen}: this model norms or scales what its heads write, all together")
+
+    some = torch.tensor(tables.answers[:_CHECKED], device=tables.tokens.device)
+    run = _run(model, chosen, replaced(tables.tokens, tables.queries), some)
+    check_unembedded(model, run["stream"][:, 0], run["logits"], some)
+    at = tables.position
+    attention, z, v = run["attention"], run["z"], run["v"]
+    mixed = attention[:, :at] @ v[:at] + attention[:, at:] * run["own_v"]
+    if not bool((mixed - z).abs().max() <= tolerance(z.dtype) * z.abs().max().clamp_min(torch.finfo(z.dtype).tiny)):
+        raise ValueError(
+            f"head {chosen} does not write its values mixed by its attention: a hook on the model changes its output"
+        )
+    W_O = model.blocks[chosen.layer].attn.W_O[chosen.head]
+    final = linear_norm(getattr(model, "ln_final", None), run["stream"])
+    plain = Readout(model.W_U[:, list(tables.answers)], torch.ones_like(attention[:, :1]), slice(at, at + 1))
+    readout = plain.before(final)
+    to_logits = W_O @ readout.directions
+
+    query_vectors, keys = _products(model, chosen, run) or (None, None)
+    return ContextMemory(
+        tokens=tables.tokens,
+        queries=tables.queries,
+        answers=tables.answers,
+        vocab=tables.vocab,
+        attention=attention,
+        value_logits=v[:at] @ to_logits,
+        own_logits=run["own_v"] @ to_logits,
+        scale=1 / readout.weight[:, 0],
+        fast_weights=None if keys is None else (v[:at] @ W_O).T @ keys,
+        query_vectors=query_vectors,
+        head=chosen,
+        circuit=Circuit() if circuit is None else circuit,
+    )
+
+
+def _run(
+    model: Any, head: Component, prompts: Int[Tensor, "query source"], answers: Int[Tensor, "answer"]
+) -> dict[str, Tensor]:
+    """What the head has at the last position of each prompt, and the keys and values that all of them share.
+
+    Returns:
+        "attention" [query, source], "q", "z", "own_k" and "own_v" [query, d_head], and the "stream" that is unembedded
+        [query, 1, d_model], and "logits" of some answers; "k" and "v" [source, d_head], the last rows aside.
+    """
+    attn, h = f"blocks.{head.layer}.attn", head.head
+    assert h is not None
+
+    def shared(x: Tensor) -> Tensor:  # heads may share keys and values in groups
+        return x[:, :, h * x.shape[2] // model.cfg.n_heads]
+
+    wanted: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+        "attention": (f"{attn}.hook_pattern", lambda x: x[:, h, -1]),
+        "q": (f"{attn}.hook_q", lambda x: x[:, -1, h]),
+        "z": (f"{attn}.hook_z", lambda x: x[:, -1, h]),
+        "own_k": (f"{attn}.hook_k", lambda x: shared(x)[:, -1]),
+        "own_v": (f"{attn}.hook_v", lambda x: shared(x)[:, -1]),
+        "stream": (f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", lambda x: x[:, -1:]),
+    }
+    once = {"k": (f"{attn}.hook_k", lambda x: shared(x)[0]), "v": (f"{attn}.hook_v", lambda x: shared(x)[0])}
+    kept: dict[str, list[Tensor]] = {}
+
+    def keep(activation: Tensor, hook: Any, key: str, read: Callable[[Tensor], Tensor]) -> None:
+        kept.setdefault(key, []).append(read(activation).detach().clone())
+
+    with tqdm(total=len(prompts), disable=None, delay=1, unit="query", desc="context_memory") as bar:
+        for rows in prompts.split(rows_at_once(model, prompts.shape[1])):
+            look = [(name, partial(keep, key=key, read=read)) for key, (name, read) in (wanted | once).items()]
+            with Intervention(model, look=look):
+                logits = model(rows)
+            kept.setdefault("logits", []).append(logits[:, -1, answers])
+            once = {}
+            bar.update(len(rows))
+    return {key: torch.cat(parts) for key, parts in kept.items()}
+
+
+def _products(
+    model: Any, head: Component, run: dict[str, Tensor]
+) -> tuple[Float[Tensor, "query d_head"], Float[Tensor, "context d_head"]] | None:
+    """Query vectors, and the context's keys divided by the scores' scale, where these products are all of the scores.
+
+    They are not where scores are capped or depend on distance (ALiBi), nor in attention that is not known here.
+    """
+    try:
+        block = open_model(model).blocks[head.layer]
+    except UnknownArchitectureError:
+        return None
+    assert head.head is not None
+    positions = torch.arange(len(run["k"]), device=run["k"].device)
+    at = len(positions) - 1
+    q, own = (block.turned(run[name][:, None], positions[-1:].expand(len(run[name])))[:, 0] for name in ("q", "own_k"))
+    k = block.turned(run["k"][:, None], positions)[:, 0]
+    offsets = offset_keys(block, head.head, at, positions)
+    if offsets is not None:
+        k, own = k + offsets[0], own + offsets[0, at]
+    k = k[:at] / block.scale
+    scores = torch.cat([q @ k.T, (q * own).sum(1, keepdim=True) / block.scale], 1)
+    # Rotary angles and the softmax may be computed in float32, whatever the model's dtype.
+    off = (scores.softmax(-1) - run["attention"]).abs().max()
+    return (q, k) if bool(off <= tolerance(q.dtype, torch.float32)) else None
