@@ -3,12 +3,12 @@
 import json
 import os
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from browser_for_tests import Opened
 from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
@@ -35,54 +35,6 @@ def nasty_explanation():
     language = hl.BigramLanguage(hl.BigramLanguage.dirichlet(8, seed=3).pi_b, tokens=tokens)
     prompt = hl.hijack_prompt(language, "q", NASTY, 3, 30, global_="<img/src=x/onerror=document.title='PWNED'>", seed=0)
     return hl.explain(hl.associative_transformer(language), prompt)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if executable is None:
-        if os.environ.get("REQUIRE_BROWSER"):
-            pytest.fail("REQUIRE_BROWSER is set, but no Chromium is installed")
-        pytest.skip("no Chromium on this machine: install it (Debian: apt-get install chromium) to run this test")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
-        yield chromium
-        chromium.close()
-
-
-class Opened:
-    """A page opened offline, with all it complained about and all it asked the network for."""
-
-    def __init__(self, browser, path):
-        self.page = browser.new_context(offline=True, viewport={"width": 1100, "height": 900}).new_page()
-        self.complaints, self.requests = [], []
-        self.page.on("console", lambda message: self._hear(message.type, message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(path.as_uri())
-        self.page.wait_for_selector("canvas", timeout=30_000)
-
-    def _hear(self, kind, text):
-        if kind == "error":
-            self.complaints.append(text)
-
-    def inked(self):
-        """For each canvas, how many of its pixels are not white or transparent."""
-        return self.page.evaluate(
-            """() => [...document.querySelectorAll("canvas")].map(canvas => {
-                const copy = document.createElement("canvas");
-                copy.width = canvas.width; copy.height = canvas.height;
-                const context = copy.getContext("2d");
-                context.drawImage(canvas, 0, 0);
-                const data = context.getImageData(0, 0, copy.width, copy.height).data;
-                let count = 0;
-                for (let i = 0; i < data.length; i += 4)
-                    if (data[i + 3] > 0 && data[i] + data[i + 1] + data[i + 2] < 720) count++;
-                return count;
-            })"""
-        )
 
 
 @pytest.mark.browser

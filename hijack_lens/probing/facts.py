@@ -1,0 +1,217 @@
+"""Facts that a context denies: what the weights say, and prompts that say otherwise again and again."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hijack_lens._checks import check_count, check_tokens
+from hijack_lens._inputs import text_tokens
+from hijack_lens._repeats import token_ids
+from hijack_lens.hooks.intervention import check_model
+from hijack_lens.language import Token
+
+_TEMPLATE = "{subject}'s capital is {answer}."
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What a language model's weights say, and what a context is to say instead.
+
+    Answers may be of several tokens; they are told apart and scored by their first.
+
+    Attributes:
+        subject: what the fact is about.
+        weights: the answer that the weights hold.
+        context: the answer that the context gives.
+        template: a statement, with "{answer}" once, and before it whatever asks for it.
+    """
+
+    subject: str
+    weights: str
+    context: str
+    template: str = _TEMPLATE
+
+    def __post_init__(self) -> None:
+        for name in ("subject", "weights", "context"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"{name} must be a text, got {value!r}")
+        if self.weights == self.context:
+            raise ValueError(f"context must differ from what the weights say, got {self.context!r} for both")
+        if not isinstance(self.template, str) or self.template.count("{answer}") != 1 or not self.query:
+            raise ValueError(f"template must hold '{{answer}}' once, after some text, got {self.template!r}")
+
+    @property
+    def name(self) -> str:
+        """For tables and legends."""
+        return f"{self.subject}: {self.context}, not {self.weights}"
+
+    @property
+    def query(self) -> str:
+        """The template up to the space before the answer."""
+        return self._before.rstrip()
+
+    def statement(self, answer: str, end: str | None = None) -> str:
+        """The template with the subject and an answer; `end` in place of what follows the answer."""
+        after = self.template.split("{answer}")[1] if end is None else end
+        return self._before + answer + after.replace("{subject}", self.subject)
+
+    def text(self, repeats: int, lead: str = "") -> str:
+        """The prompt in which the context gives its answer `repeats` times, after `lead`."""
+        return " ".join([*([lead] if lead else []), *[self.statement(self.context)] * repeats, self.query])
+
+    @property
+    def _before(self) -> str:
+        return self.template.split("{answer}")[0].replace("{subject}", self.subject)
+
+
+@dataclass(frozen=True)
+class Bigram:
+    """The same for single tokens, given as ids or texts: the context says (trigger, context), then asks at the trigger.
+
+    Attributes:
+        trigger: q.
+        weights: g, what the weights say follows it.
+        context: c, what the context says.
+    """
+
+    trigger: Token
+    weights: Token
+    context: Token
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A fact in a model's own tokens: the prompts in which the context denies it 0, 1, 2, ... times.
+
+    Each prompt is the one before it, the context's answer, and on to the query again; so lengths differ, and nothing is
+    padded.
+
+    Attributes:
+        name: of the fact.
+        prompts: token ids, by the number of repeats.
+        context: the token that the context says, the first of its answer.
+        weights: likewise.
+        texts: of these two tokens.
+        whole: whether each of the two is the whole answer.
+    """
+
+    name: str
+    prompts: tuple[tuple[int, ...], ...]
+    context: int
+    weights: int
+    texts: tuple[str, str]
+    whole: tuple[bool, bool]
+
+    def tokens(self, repeats: int) -> Int[Tensor, "pos"]:
+        """The prompt with so many repeats."""
+        return torch.tensor(self.prompts[repeats])
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens in each prompt."""
+        return tuple(map(len, self.prompts))
+
+    @property
+    def period(self) -> int:
+        """Tokens that another repeat adds."""
+        return self.lengths[-1] - self.lengths[-2]
+
+
+def counterfactuals(answers: Mapping[str, str], template: str = _TEMPLATE) -> tuple[Fact, ...]:
+    """Facts from {subject: what the weights say}: for each, the context says what is true of the next subject.
+
+    Raises:
+        ValueError: for fewer than two subjects, and neighbours with the same answer.
+    """
+    if len(answers) < 2:
+        raise ValueError(f"answers must hold two subjects or more, got {dict(answers)!r:.80}")
+    said = list(answers.values())
+    return tuple(
+        Fact(subject, own, other, template)
+        for (subject, own), other in zip(answers.items(), said[1:] + said[:1], strict=True)
+    )
+
+
+def conflict(model: Any, fact: Fact | Bigram, repeats: int = 8, lead: str | Sequence[int] = "") -> Conflict:
+    """The prompts of a fact, for a model's tokenizer, with 0 to `repeats` repeats.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; a `Bigram` of token ids needs no tokenizer.
+        fact: what to ask.
+        repeats: how often the context says it at most.
+        lead: neutral text before all prompts, which holds neither answer; for a `Bigram` also token ids.
+
+    Raises:
+        TypeError, ValueError: for answers that begin with the same token, or that the tokenizer cuts differently in a
+            statement and after the query; for prompts that hold an answer elsewhere; and for prompts too long.
+    """
+    check_model(model)
+    check_count("repeats", repeats, minimum=1)
+    if isinstance(fact, Fact):
+        found = _of_text(model, fact, repeats, lead)
+    elif isinstance(fact, Bigram):
+        found = _of_tokens(model, fact, repeats, lead)
+    else:
+        raise TypeError(f"fact must be a Fact or a Bigram, got {fact!r:.80}")
+    last = found.prompts[-1]
+    if last.count(found.context) != repeats or found.weights in last:
+        raise ValueError(
+            f"fact {found.name!r}: the prompt must hold the context's {found.texts[0]!r} once per repeat and the "
+            f"weights' {found.texts[1]!r} never, got {last.count(found.context)} in {repeats} repeats and "
+            f"{last.count(found.weights)}"
+        )
+    return found
+
+
+def _of_text(model: Any, fact: Fact, repeats: int, lead: str | Sequence[int]) -> Conflict:
+    if not isinstance(lead, str):
+        raise TypeError(f"lead must be text, as the fact is, got {lead!r:.80}")
+
+    def read(text: str) -> tuple[int, ...]:
+        return tuple(text_tokens(model, text, "fact").tolist())
+
+    prompts = tuple(read(fact.text(k, lead)) for k in range(repeats + 1))
+    start, n = fact.text(0, lead).removesuffix(fact.query), len(prompts[0])
+    ids, texts, whole = [], [], []
+    for answer in (fact.context, fact.weights):
+        said, cut_off = read(start + fact.statement(answer)), read(start + fact.statement(answer, end=""))
+        if len(cut_off) <= n or {said[:n], cut_off[:n]} != {prompts[0]} or said[n] != cut_off[n]:
+            raise ValueError(
+                f"template {fact.template!r}: the tokenizer does not part the answer {answer!r} from the words around"
+            )
+        ids.append(said[n])
+        texts.append(model.tokenizer.decode([said[n]]))
+        whole.append(len(cut_off) == n + 1)
+    if ids[0] == ids[1]:
+        raise ValueError(
+            f"fact {fact.name!r}: both answers begin with the token {texts[0]!r}, by which they would be scored"
+        )
+    for before, after in pairwise(prompts):
+        if after[: len(before) + 1] != (*before, ids[0]):
+            raise ValueError(f"template {fact.template!r}: the tokenizer reads it otherwise when it is repeated")
+    return Conflict(fact.name, prompts, ids[0], ids[1], (texts[0], texts[1]), (whole[0], whole[1]))
+
+
+def _of_tokens(model: Any, fact: Bigram, repeats: int, lead: str | Sequence[int]) -> Conflict:
+    q, c, g = token_ids(model, "bigram", [fact.trigger, fact.context, fact.weights]).tolist()
+    tokenizer = getattr(model, "tokenizer", None)
+    if not isinstance(lead, str):
+        before = check_tokens("lead", lead, model.cfg.d_vocab).tolist() if len(lead) else []
+    elif lead:
+        before = text_tokens(model, lead, "lead").tolist()
+    elif tokenizer is not None and getattr(model.cfg, "default_prepend_bos", False):
+        before = [tokenizer.bos_token_id]
+    else:
+        before = []
+    if q in before:
+        raise ValueError(f"lead must not hold the trigger {fact.trigger!r}, got {lead!r:.80}")
+    prompts = tuple((*before, *[q, c] * k, q) for k in range(repeats + 1))
+    check_tokens("bigram's prompts", torch.tensor(prompts[-1]), model.cfg.d_vocab, model.cfg.n_ctx)
+    texts = [str(i) if tokenizer is None else tokenizer.decode([i]) for i in (q, c, g)]
+    return Conflict(f"{texts[0]}: {texts[1]}, not {texts[2]}", prompts, c, g, (texts[1], texts[2]), (True, True))
