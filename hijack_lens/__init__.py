@@ -13,7 +13,7 @@ except ImportError as _error:
         "Install it with: pip install 'transformer-lens>=3.9,<4'"
     ) from _error
 
-from hijack_lens import hooks, metrics, theory, training, visual
+from hijack_lens import experiments, hooks, memories, metrics, probing, theory, training, visual
 from hijack_lens.attribution import (
     LogitAttribution,
     LogOdds,
@@ -29,8 +29,21 @@ from hijack_lens.evidence import CircuitEvidence
 from hijack_lens.explain import Explanation, explain
 from hijack_lens.find_circuit import find_circuit
 from hijack_lens.language import BigramLanguage, SampledSequences, default_text
+from hijack_lens.memories import (
+    ContextMemory,
+    MemoryCapacity,
+    MemoryConflict,
+    MemoryMatrix,
+    MemoryNeurons,
+    context_memory,
+    memory_capacity,
+    memory_conflict,
+    memory_matrix,
+    memory_neurons,
+)
 from hijack_lens.metrics import Metric, logit_diff
 from hijack_lens.models import TwoLayerTransformer, associative_transformer, two_layer_transformer
+from hijack_lens.probing import Bigram, DoseResponse, Fact, dose_response
 from hijack_lens.prompts import HijackPrompt, hijack_prompt
 from hijack_lens.theory import Margin, Strengths
 from hijack_lens.training import TrainConfig, TrainingRun, fit_strengths, train
@@ -39,15 +52,23 @@ from hijack_lens.visual import report
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bigram",
     "BigramLanguage",
     "Circuit",
     "CircuitEvidence",
     "Component",
+    "ContextMemory",
+    "DoseResponse",
     "Explanation",
+    "Fact",
     "HijackPrompt",
     "LogOdds",
     "LogitAttribution",
     "Margin",
+    "MemoryCapacity",
+    "MemoryConflict",
+    "MemoryMatrix",
+    "MemoryNeurons",
     "Metric",
     "Path",
     "SampledSequences",
@@ -60,14 +81,23 @@ __all__ = [
     "associative_transformer",
     "attribute",
     "attribute_scores",
+    "context_memory",
     "default_text",
+    "dose_response",
+    "experiments",
     "explain",
     "find_circuit",
     "fit_strengths",
     "hijack_prompt",
     "hooks",
     "logit_diff",
+    "memories",
+    "memory_capacity",
+    "memory_conflict",
+    "memory_matrix",
+    "memory_neurons",
     "metrics",
+    "probing",
     "report",
     "shapley",
     "theory",

@@ -299,7 +299,7 @@ def _block(block: Any, every: int, mlp: Any, **rest: Any) -> Block:
         b_O=bias(attn.b_O, W_O.shape[-1]),
         ln1=block.ln1,
         mlp=None if mlp is None else lambda x: mlp(ln2(x)),
-        W_out=None if mlp is None else mlp.W_out,
+        W_out=getattr(mlp, "W_out", None),  # mixtures of experts have none of their own
         **rest,
     )
 

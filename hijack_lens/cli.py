@@ -12,7 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 import hijack_lens as hl
+from hijack_lens._any_model import answer_tokens, is_hugging_face, load_model, spaced_instead
+from hijack_lens._inputs import text_tokens
 from hijack_lens.attribution.table import rich_table
+from hijack_lens.circuit import ROLE_NAMES
 
 app = App(
     name="hijack-lens",
@@ -26,14 +29,17 @@ app = App(
 def explain(
     *,
     model: Path | None = None,
+    prompt: str | None = None,
+    answer: str | None = None,
+    foil: str | None = None,
     text: Path | None = None,
     level: Literal["char", "word"] | None = None,
     max_vocab: int | None = None,
     trigger: str | None = None,
     in_context: str | None = None,
     global_: Annotated[str | None, Parameter(name="--global")] = None,
-    repeats: int = 3,
-    length: int = 64,
+    repeats: int | None = None,
+    length: int | None = None,
     previous_token: float | None = None,
     match: float | None = None,
     copy: float | None = None,
@@ -43,47 +49,62 @@ def explain(
     as_json: Annotated[bool, Parameter(name="--json")] = False,
     out: Path = Path("hijack-lens-report.html"),
 ) -> None:
-    """Set the two memories against each other on a text, and say which one wrote the prediction.
+    """Set the two memories against each other, and say which one wrote the prediction.
+
+    By default on a text's bigrams, written into a model by hand. A language model, say GPT-2, is asked a prompt of
+    your own: --model gpt2 --prompt "..." --answer " Rome" --foil " Paris".
 
     Args:
-        model: Folder of a trained model (or run) to explain, with its own language and weights.
+        model: Folder of a trained model (or run) to explain, with its own language and weights; or, with --prompt, also
+            a Hugging Face model's folder or name.
+        prompt: Text to ask the model, whose circuit is found first.
+        answer: What the context of --prompt says follows, a token.
+        foil: What the weights say follows, a token.
         text: Text file to take the bigrams from. [default: English that is always at hand]
         level: What a token is. [default: char]
         max_vocab: Keep this many tokens, the most frequent. [default: all characters, or 500 words]
         trigger: The token whose successor is predicted. [default: the one whose successor is surest]
         in_context: What follows it in the prompt. [default: a common token that rarely does]
         global_: What the weights say. [default: its most likely successor]
-        repeats: How often in_context follows the trigger.
-        length: Tokens in the prompt.
+        repeats: How often in_context follows the trigger. [default: 3]
+        length: Tokens in the prompt. [default: 64]
         previous_token: Strength b1 of the previous-token head. [default: 20]
         match: Strength b2 of the induction head's match. [default: 6]
         copy: Strength b3 of the induction head's copy. [default: 10]
         bigram: Strength g of the bigram memory. [default: 1]
         positions: How the previous-token head knows positions. [default: relative]
-        seed: Of the prompt.
+        seed: Of the prompt; with --prompt, of those that the circuit is found with.
         as_json: Print JSON instead of tables.
         out: Where to write the report.
     """
     if not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"--out must be a file in an existing folder, got {str(out)!r}")
     strengths = {"previous_token": previous_token, "match": match, "copy": copy, "bigram": bigram}
+    written = {"text": text, "level": level, "max-vocab": max_vocab, "positions": positions, **strengths}
+    asked = {"prompt": prompt, "answer": answer, "foil": foil}
+    if any(value is not None for value in asked.values()):
+        built = {"trigger": trigger, "in-context": in_context, "global": global_, "repeats": repeats, "length": length}
+        _explain_answers(model, asked, {**written, **built}, seed, as_json, out)
+        return
+    repeats, length = 3 if repeats is None else repeats, 64 if length is None else length
     if model is None:
         language = _language(text, level, max_vocab)
     else:
-        written = {"text": text, "level": level, "max-vocab": max_vocab, "positions": positions, **strengths}
         for option, value in written.items():
             if value is not None:
                 raise ValueError(f"--{option.replace('_', '-')} does not go with --model, which brings its own")
+        if is_hugging_face(model):
+            raise ValueError(f"--model {str(model)!r} is a language model: ask it with --prompt, --answer and --foil")
         trained = hl.TwoLayerTransformer.from_pretrained(model)
         language = trained.language
     q, c = _conflict(language, trigger, in_context, None if model is None else trained.triggers)
-    prompt = hl.hijack_prompt(language, q, c, repeats, length, global_=global_, seed=seed)
+    conflict = hl.hijack_prompt(language, q, c, repeats, length, global_=global_, seed=seed)
     if model is None:
         chosen = hl.Strengths(**{name: value for name, value in strengths.items() if value is not None})
         trained = hl.associative_transformer(
             language, positions=positions or "relative", strengths=chosen, n_ctx=length
         )
-    explanation = hl.explain(trained, prompt)
+    explanation = hl.explain(trained, conflict)
     report = hl.report(explanation, out).resolve()
     if as_json:
         print(json.dumps(_as_json(explanation, report), indent=2, ensure_ascii=False))
@@ -143,6 +164,41 @@ def train(
         raise SystemExit(130)
 
 
+@app.command
+def reproduce(
+    *claims: str,
+    out: Path = Path("hijack-lens-claims"),
+    quick: bool = False,
+    workers: int | None = None,
+) -> None:
+    """Put the papers' claims to the test, and say which hold, how far, and where they do not.
+
+    A run that was stopped goes on when the same command is given again.
+
+    Args:
+        claims: Names of claims. [default: all]
+        out: Folder for the report, as HTML and JSON, and for what has been run so far.
+        quick: Small settings: minutes instead of an hour.
+        workers: Processes to run claims in. [default: as many as there are cores]
+    """
+    from hijack_lens import experiments
+
+    done = experiments.reproduce(out, quick, claims or None, workers)
+    table = Table(title="the papers' claims", show_lines=True)
+    for column in ("claim", "predicted", "measured", "verdict"):
+        table.add_column(column)
+    for outcome in done.outcomes:
+        findings = outcome["findings"] or [{"predicted": "", "measured": outcome["error"], "holds": False}]
+        measured = "\n".join(f"{'✓' if finding['holds'] else '✗'} {finding['measured']}" for finding in findings)
+        predicted = "\n".join(f"· {finding['predicted']}" for finding in findings)
+        table.add_row(outcome["claim"], predicted, measured, outcome["verdict"])
+    console = Console(markup=False)
+    console.print(table)
+    console.print(f"Report: {done.report.resolve()}", soft_wrap=True)
+    if "failed" in done.verdicts.values():
+        raise SystemExit(1)
+
+
 def main() -> None:
     """Runs the command line; bad input ends it with one line and exit code 2."""
     try:
@@ -197,8 +253,59 @@ def _conflict(
     return q, language.index(in_context, "in-context")
 
 
+def _explain_answers(
+    name: Path | None, asked: dict[str, str | None], other: dict[str, object], seed: int, as_json: bool, out: Path
+) -> None:
+    """`explain` for a prompt, an answer and a foil of the user's."""
+    for option, given in {"model": name, **asked}.items():
+        if given is None:
+            raise ValueError(f"--model, --prompt, --answer and --foil go together; --{option} is missing")
+    for option, unfit in other.items():
+        if unfit is not None:
+            raise ValueError(f"--{option.replace('_', '-')} does not go with --prompt, which is asked as it is")
+    prompt, answer, foil = (str(value) for value in asked.values())
+    if not prompt:
+        raise ValueError("--prompt must be a text, got ''")
+    assert name is not None
+    model = load_model(name)
+    tokens, pair = text_tokens(model, prompt, "--prompt"), answer_tokens(model, answer, foil)
+    circuit = getattr(model, "circuit", None)
+    circuit = hl.find_circuit(model, seed=seed) if circuit is None else circuit
+    explanation = hl.explain(model, tokens, *pair, circuit=circuit)
+    report = hl.report(explanation, out).resolve()
+    said = [
+        {"text": model.tokenizer.decode([token]), "id": token, "spaced": spaced_instead(model, text, token)}
+        for token, text in zip(pair, (answer, foil), strict=True)
+    ]
+    if as_json:
+        evidence = circuit.evidence
+        found = {
+            "model": str(name),
+            "prompt": prompt,
+            **{
+                side: {"text": one["text"], "id": one["id"]} for side, one in zip(("answer", "foil"), said, strict=True)
+            },
+            "circuit": {role: [str(part) for part in getattr(circuit, role)] for role in ROLE_NAMES},
+            "evidence": None if evidence is None else evidence.verdicts.splitlines(),
+            **_common(explanation, report, ("answer", "foil")),
+        }
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    console = Console(markup=False)
+    console.print(Text("prompt  ", style="bold").append(prompt, style="dim"))
+    for side, one in zip(("answer", "foil"), said, strict=True):
+        other_token = f"; {one['spaced']!r}, with a space, is another" if one["spaced"] else ""
+        console.print(f"{side}: {one['text']!r}, token {one['id']}{other_token}")
+    console.print(f"circuit: {circuit}")
+    if circuit.evidence is not None:
+        console.print(circuit.evidence.verdicts)
+    _print_findings(console, explanation)
+    console.print(f"\nReport: {report}", soft_wrap=True)
+
+
 def _print(explanation: hl.Explanation, report: Path) -> None:
-    prompt, margin = explanation.prompt, explanation.margin
+    prompt = explanation.prompt
+    assert isinstance(prompt, hl.HijackPrompt)
     show = prompt.language.display
     q, c, g = (repr(show(token)) for token in (prompt.trigger, prompt.in_context, prompt.global_))
     console = Console(markup=False)  # tokens and paths may hold brackets
@@ -210,17 +317,7 @@ def _print(explanation: hl.Explanation, report: Path) -> None:
         shown.append(show(token) + (" " if prompt.language.level == "word" else ""), style=style)
     console.print(shown)
     console.print(f"After {q}, the context says {c}; the weights say {g}. ({prompt.language.d_vocab} tokens known.)")
-    console.print(Text(f"\n{explanation.verdict}\n", style="bold"))
-    console.print(rich_table(explanation.attribution))
-
-    table = Table(title=f"margin, logit {c} - logit {g}, with a component switched off")
-    table.add_column("switched off")
-    table.add_column("margin", justify="right")
-    table.add_column("change", justify="right")
-    for name, value in explanation.ablated.items():
-        table.add_row(name, f"{value:+.3f}", f"{value - float(margin.total):+.3f}")
-    console.print(table)
-
+    _print_findings(console, explanation)
     if explanation.theory is not None and explanation.flip is not None:
         table = Table(title="theory beside model")
         for column in ("margin", "theory", "model", "difference"):
@@ -232,27 +329,52 @@ def _print(explanation: hl.Explanation, report: Path) -> None:
     console.print(f"\nReport: {report}", soft_wrap=True)
 
 
+def _print_findings(console: Console, explanation: hl.Explanation) -> None:
+    """The verdict, the paths and the ablations."""
+    console.print(Text(f"\n{explanation.verdict}\n", style="bold"))
+    console.print(rich_table(explanation.attribution))
+    if not explanation.ablated:
+        console.print("The circuit names no component, so that there is none to switch off.")
+        return
+    c, g = map(repr, explanation.names)
+    table = Table(title=f"margin, logit {c} - logit {g}, with a component switched off")
+    table.add_column("switched off")
+    table.add_column("margin", justify="right")
+    table.add_column("change", justify="right")
+    for name, value in explanation.ablated.items():
+        table.add_row(name, f"{value:+.3f}", f"{value - float(explanation.margin.total):+.3f}")
+    console.print(table)
+
+
 def _as_json(explanation: hl.Explanation, report: Path) -> dict[str, Any]:
-    prompt, attribution = explanation.prompt, explanation.attribution
+    prompt = explanation.prompt
+    assert isinstance(prompt, hl.HijackPrompt)
     tokens = prompt.language.tokens
-    by_path = attribution.by_path()
     return {
         "prompt": prompt.text,
         "trigger": tokens[prompt.trigger],
         "in_context": tokens[prompt.in_context],
         "global": tokens[prompt.global_],
+        "theory": {part: predicted for part, (predicted, _) in explanation.theory_beside_model().items()},
+        "repeats_needed": None if explanation.flip is None else explanation.flip.repeats,
+        **_common(explanation, report, ("in_context", "global")),
+    }
+
+
+def _common(explanation: hl.Explanation, report: Path, sides: tuple[str, str]) -> dict[str, Any]:
+    """What the explanation of any prompt says; `sides` are the names of its two candidates."""
+    attribution = explanation.attribution
+    by_path, pair = attribution.by_path(), attribution.pair()
+    return {
         "winner": explanation.winner,
         "verdict": explanation.verdict,
         "margin": {part: float(getattr(explanation.margin, part)) for part in ("context", "weights", "rest", "total")},
-        "theory": {part: predicted for part, (predicted, _) in explanation.theory_beside_model().items()},
-        "repeats_needed": None if explanation.flip is None else explanation.flip.repeats,
         "ablated": explanation.ablated,
         "paths": [
             {
                 "path": path.label,
                 "memory": path.memory,
-                "in_context": float(by_path[i, prompt.in_context]),
-                "global": float(by_path[i, prompt.global_]),
+                **{side: float(by_path[i, index]) for side, index in zip(sides, pair, strict=True)},
             }
             for i, path in enumerate(attribution.paths)
         ],

@@ -64,6 +64,13 @@ def hooked(norm=None, act="gelu", n_layers=2, seed=0, dtype=torch.float64, **con
     return model
 
 
+def with_factor(factor=2.0, **options):
+    """The same, its logits multiplied after the unembedding, as in Cohere's and Granite's models."""
+    model = hooked("LN", **options)
+    model.unembed.register_forward_hook(lambda module, arguments, logits: factor * logits)
+    return model
+
+
 def native(norm=None, act="gelu", seed=0, **config):
     """A TransformerBridge around TransformerLens's native model, and a HookedTransformer with its weights."""
     twin = hooked(norm, act, seed=seed)

@@ -11,6 +11,7 @@ from bridges_for_tests import D_MODEL, D_VOCAB, N_HEADS, gpt2_like, llama_like, 
 from models_for_tests import HEADS, MLPS, close, hooked, native, perturbed, prompts
 from plain_families import plain_of_hooked
 from transformer_lens.model_bridge import TransformerBridge
+from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 
 import hijack_lens as hl
 from hijack_lens import hooks
@@ -276,6 +277,12 @@ def test_a_norm_of_an_unknown_class_is_known_by_what_it_computes(offset, uncheck
     close(linear(x), norm(x))
     close(linear.linear(2 * x), 2 * norm(x))
     assert not linear.centred
+
+
+def test_a_norm_that_does_not_say_what_it_adds_to_the_variance_is_tried_out(unchecked):
+    norm = OlmoLayerNorm(8)
+    x = 0.01 * torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).double()
+    close(linear_norm(norm, x)(x), norm(x), atol=1e-5)  # which it computes in float32
 
 
 def test_what_is_no_norm_of_a_known_formula_is_refused(unchecked):

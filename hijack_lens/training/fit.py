@@ -116,7 +116,38 @@ class TheoryAgreement:
     table: pd.DataFrame
 
 
-@torch.no_grad()
+def conflict_prompts(
+    language: BigramLanguage, triggers: Sequence[Token], n_prompts: int, length: int, seed: int
+) -> list[HijackPrompt]:
+    """Prompts whose triggers, in-context candidates and numbers of repeats (0 to 6) are drawn at random.
+
+    Args:
+        language: of the prompts.
+        triggers: to draw from.
+        n_prompts: how many prompts.
+        length: tokens in each, at least 14.
+        seed: of the draws.
+
+    Raises:
+        ValueError: for lengths and seeds that are none, and a language too small for a conflict.
+    """
+    check_count("n_prompts", n_prompts, minimum=1)
+    check_count("length", length, minimum=14)
+    if language.d_vocab < 3:
+        raise ValueError(f"language has {language.d_vocab} tokens; a conflict needs at least 3")
+    ids = language.trigger_ids(triggers).tolist()
+    generator = torch.Generator().manual_seed(check_count("seed", seed))
+    prompts: list[HijackPrompt] = []
+    while len(prompts) < n_prompts:
+        q = ids[int(torch.randint(len(ids), (), generator=generator))]
+        c = int(torch.randint(language.d_vocab, (), generator=generator))
+        g = language.global_candidate(q)
+        repeats = int(torch.randint(7, (), generator=generator))
+        if len({q, c, g}) == 3:
+            prompts.append(hijack_prompt(language, q, c, repeats, length, seed=generator))
+    return prompts
+
+
 def theory_agreement(
     model: TwoLayerTransformer, fit: FittedStrengths, *, n_prompts: int = 300, length: int = 64, seed: int = 0
 ) -> TheoryAgreement:
@@ -134,25 +165,21 @@ def theory_agreement(
     check_count("n_prompts", n_prompts, minimum=1)
     if check_count("length", length, minimum=14) > model.cfg.n_ctx:
         raise ValueError(f"length must be at most the model's n_ctx={model.cfg.n_ctx}, got {length}")
+    return agreement_on(model, fit, conflict_prompts(model.language, fit.triggers, n_prompts, length, seed))
+
+
+@torch.no_grad()
+def agreement_on(model: TwoLayerTransformer, fit: FittedStrengths, prompts: Sequence[HijackPrompt]) -> TheoryAgreement:
+    """The same on given prompts, all equally long."""
     language = model.language
-    if language.d_vocab < 3:
-        raise ValueError(f"model's language has {language.d_vocab} tokens; a conflict needs at least 3")
-    generator = torch.Generator().manual_seed(check_count("seed", seed))
     positions: Positions = "absolute" if model.positions == "absolute" else "relative"
-    prompts: list[tuple[int, HijackPrompt]] = []
-    while len(prompts) < n_prompts:
-        q = fit.triggers[int(torch.randint(len(fit.triggers), (), generator=generator))]
-        c = int(torch.randint(language.d_vocab, (), generator=generator))
-        g = language.global_candidate(q)
-        repeats = int(torch.randint(7, (), generator=generator))
-        if len({q, c, g}) == 3:
-            prompts.append((repeats, hijack_prompt(language, q, c, repeats, length, seed=generator)))
-    tokens = torch.stack([prompt.tokens for _, prompt in prompts])
+    tokens = torch.stack([prompt.tokens for prompt in prompts])
     found = PlainForward(model)(tokens.to(model.W_E.device))[:, -1].double().cpu()
     predicted = theory.logits(tokens, fit.language, fit.strengths, fit.triggers, positions, model.n_ctx_train)[:, -1]
     rows = []
-    for (repeats, prompt), theirs, ours in zip(prompts, found, predicted, strict=True):
+    for prompt, theirs, ours in zip(prompts, found, predicted, strict=True):
         c, g = prompt.in_context, prompt.global_
+        repeats = int((prompt.tokens == prompt.trigger).sum()) - 1  # the last is the question
         names = [language.tokens[i] for i in (prompt.trigger, c, g)]
         rows.append((*names, repeats, float(ours[c] - ours[g]), float(theirs[c] - theirs[g])))
     table = pd.DataFrame(rows, columns=["trigger", "in_context", "global", "repeats", "theory_margin", "model_margin"])

@@ -81,6 +81,7 @@ def gradient_steps(
             loss = F.cross_entropy(logits, sequences.tokens.roll(-1, 1)[known].to(weight.device))
             gradient += torch.autograd.grad(loss, weight)[0] * (count / n_sequences)
         with torch.no_grad():
-            weight -= gradient * (norm / gradient.norm())
+            # A memory whose predecessor was left out (a step of norm 0) may have no gradient at all.
+            weight -= gradient * (norm / gradient.norm().clamp_min(torch.finfo(weight.dtype).tiny))
         recalls[memory] = memory_recall(model, asked)
     return model.requires_grad_(False), recalls

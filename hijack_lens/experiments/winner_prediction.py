@@ -1,0 +1,239 @@
+"""Claim: strengths read off the weights predict which memory wins, prompt by prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hijack_lens.attribution import attribute
+from hijack_lens.experiments.recipe import RANDOM_TRIGGERS, Recipe, Train, trained
+from hijack_lens.experiments.result import Finding, Result, mean_and_error
+from hijack_lens.models import TwoLayerTransformer
+from hijack_lens.training import fit_strengths
+from hijack_lens.training.fit import agreement_on, conflict_prompts
+from hijack_lens.visual.figures import Picture
+
+STATEMENT = (
+    "Four strengths read off a trained model's weights predict which memory wins a conflict: on prompts never asked "
+    "before, with calibrated confidence, and better than a regression on the prompts' counts."
+)
+SOURCE = "beyond the papers; the theory is that of Wang & Sato, arXiv 2412.11459"
+
+AGREEMENT = 0.95
+"""Of predicted and measured winners, as a fraction of held-out prompts."""
+CALIBRATION_ERROR = 0.1
+"""At most, expected: between a predicted probability and how often the context wins."""
+BINS = 10
+"""Of predicted probability, equally wide."""
+
+LONGER = Recipe(0, fixed=False, length=96, steps=300, evaluate_every=300)
+"""Random triggers in longer sequences."""
+
+_COUNTS = ["n_qc", "n_qg", "n_c", "n_g", "log_ratio"]
+_RIDGE = 1e-3  # on standardised inputs: without it, separable prompts have no best weights
+_AT_ONCE = 50
+"""Prompts that are attributed together."""
+_PREDICTORS = {"theory": "#0072B2", "counts": "#D55E00"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured at.
+
+    Attributes:
+        recipe: of the trained models, for all seeds.
+        seeds: of these.
+        lengths: of the prompts.
+        n_prompts: for each model and length; every other one is held out.
+    """
+
+    recipe: Recipe = LONGER
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    lengths: tuple[int, ...] = (48, 96)
+    n_prompts: int = 600
+
+
+QUICK = Settings(RANDOM_TRIGGERS, (0, 1, 2), (32,), 300)
+
+
+def winner_prediction(settings: Settings = Settings(), train: Train = trained) -> Result:
+    """Theory at fitted strengths names the winner of conflict prompts, and knows how sure it may be.
+
+    Models are trained with random triggers, so that either memory may win after any token. Prompts hold 0 to 6 repeats.
+    `fit_strengths` reads strengths off the weights; theory's margin (Wang & Sato, arXiv 2412.11459) names the winner,
+    which takes no prompt at all. Half of the prompts then serve to fit: one scale a, for
+    P(context wins) = sigmoid(a * margin); and all weights of the baseline, a logistic regression of the winner on the
+    counts n_qc, n_qg, n_c, n_g and the weights' log-ratio log(pi_b(g|q) / pi_b(c|q)). The other half is held out.
+
+    Holds where, for prompts of each length, the mean over seeds by two standard errors: theory names at least
+    `AGREEMENT` of the held-out winners; it names more of them than the baseline does, seed by seed; and its expected
+    calibration error is at most `CALIBRATION_ERROR`.
+
+    Beside it stands where theory loses winners: how many are named by what `attribute` gives context and weights, which
+    has the model's own attention and copies, and lacks nothing but the rest.
+    """
+    rows, answers = [], []
+    for seed in tqdm(settings.seeds, disable=None, unit="seed"):
+        model = train(replace(settings.recipe, seed=seed)).model
+        for length in settings.lengths:
+            held_out = _predicted(_ask(model, length, settings.n_prompts, seed))
+            right = held_out[["guess_theory", "guess_counts", "guess_both"]].eq(held_out["won"], axis=0).mean()
+            won = torch.tensor(held_out["won"].to_numpy())
+            off = [calibration_error(torch.tensor(held_out[name].to_numpy()), won) for name in _PREDICTORS]
+            rows.append((seed, length, held_out["won"].mean(), *right, *off))
+            answers.append(held_out)
+    columns = ["seed", "length", "context_wins", "theory_accuracy", "counts_accuracy", "both_memories_accuracy"]
+    table = pd.DataFrame(rows, columns=[*columns, "theory_calibration_error", "counts_calibration_error"])
+    findings = [finding for _, part in table.groupby("length", sort=False) for finding in _findings(part, settings)]
+    return Result(tuple(findings), table, _picture(table, pd.concat(answers)), _note(table))
+
+
+def calibration_error(probability: Float[Tensor, "prompt"], won: Bool[Tensor, "prompt"]) -> float:
+    """The expected calibration error: |mean probability - frequency| by bin, weighted by prompts."""
+    return float(sum(len(p) / len(won) * abs(p.mean() - w.double().mean()) for p, w in _binned(probability, won)))
+
+
+def _binned(probability: Tensor, won: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The prompts in each bin of predicted probability that has any."""
+    number = (probability * BINS).long().clamp(0, BINS - 1)
+    return [(probability[number == i], won[number == i]) for i in number.unique()]
+
+
+@torch.no_grad()
+def _ask(model: TwoLayerTransformer, length: int, n_prompts: int, seed: int) -> pd.DataFrame:
+    """A row per prompt: counts, theory's margin, the model's, and what the two memories add to it."""
+    fit, language = fit_strengths(model), model.language
+    prompts = conflict_prompts(language, fit.triggers, n_prompts, length, seed)
+    rows: list[tuple[float, ...]] = []
+    for start in range(0, n_prompts, _AT_ONCE):
+        some = prompts[start : start + _AT_ONCE]
+        parts = attribute(model, torch.stack([prompt.tokens for prompt in some])).by_memory()
+        for prompt, logits in zip(some, parts["context"] + parts["weights"], strict=True):
+            q, c, g = prompt.trigger, prompt.in_context, prompt.global_
+            after = prompt.tokens[1:][prompt.tokens[:-1] == q]
+            counts = [float((tokens == v).sum()) for tokens in (after, prompt.tokens) for v in (c, g)]
+            log_ratio = float(language.log_pi_b[q, g] - language.log_pi_b[q, c])
+            rows.append((*counts, log_ratio, float(logits[c] - logits[g])))
+    table = pd.DataFrame(rows, columns=[*_COUNTS, "both_memories"])
+    agreement = agreement_on(model, fit, prompts).table
+    return table.assign(predicted=agreement["theory_margin"], measured=agreement["model_margin"])
+
+
+def _predicted(asked: pd.DataFrame) -> pd.DataFrame:
+    """The held-out prompts: who won, P(context wins) by predictor ("theory", "counts"), and guesses at the winner."""
+    held_out = torch.arange(len(asked)) % 2 == 1
+    won = torch.tensor((asked["measured"] > 0).to_numpy())
+    margin = torch.tensor(asked[["predicted"]].to_numpy())
+    counts = _standardised(torch.tensor(asked[_COUNTS].to_numpy(float)), ~held_out)
+    probability = [_logistic(x[~held_out], won[~held_out], x) for x in (margin, counts)]
+    rows = asked.assign(
+        won=won.numpy(),
+        theory=probability[0].numpy(),
+        counts=probability[1].numpy(),
+        guess_theory=asked["predicted"] > 0,
+        guess_counts=(probability[1] > 0.5).numpy(),
+        guess_both=asked["both_memories"] > 0,
+    )
+    return rows[held_out.numpy()]
+
+
+def _standardised(x: Float[Tensor, "prompt input"], fitted: Bool[Tensor, "prompt"]) -> Float[Tensor, "prompt column"]:
+    """Inputs in units of their spread over the prompts that are fitted to, and a column of ones."""
+    spread = x[fitted].std(0)
+    scaled = (x - x[fitted].mean(0)) / torch.where(spread > 0, spread, 1.0)
+    return torch.cat([scaled, torch.ones_like(x[:, :1])], 1)
+
+
+def _logistic(
+    x: Float[Tensor, "fitted input"], won: Bool[Tensor, "fitted"], asked: Float[Tensor, "prompt input"]
+) -> Float[Tensor, "prompt"]:
+    """P(context wins) of a logistic regression without intercept, fitted to some prompts and asked of others."""
+    weights = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        error = torch.nn.functional.binary_cross_entropy_with_logits(x @ weights, won.to(x))
+        total = error + _RIDGE * (weights**2).sum()
+        total.backward()
+        return total
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return (asked @ weights).sigmoid().detach()
+
+
+def _findings(table: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
+    setting = f"{len(table)} trained models, random triggers, sequences of {settings.recipe.length} tokens; "
+    setting += f"{settings.n_prompts // 2} held-out prompts of {table['length'].iloc[0]} tokens for each"
+
+    def measured(values: Sequence[float], unit: str = "%") -> tuple[str, float, float]:
+        mean, error = mean_and_error(values)
+        return (f"{mean:.1%} ± {error:.1%}" if unit == "%" else f"{mean:.3f} ± {error:.3f}"), mean, error
+
+    agreement, mean, error = measured(table["theory_accuracy"].tolist())
+    named = mean - 2 * error >= AGREEMENT
+    counts, _, _ = measured(table["counts_accuracy"].tolist())
+    ahead, lead, lead_error = measured((table["theory_accuracy"] - table["counts_accuracy"]).tolist())
+    off, off_mean, off_error = measured(table["theory_calibration_error"].tolist(), unit="")
+    return (
+        Finding(setting, f"theory names at least {AGREEMENT:.0%} of the winners", agreement, named),
+        Finding(
+            setting,
+            "theory names more winners than a logistic regression on counts",
+            f"by {ahead} of the prompts; the regression names {counts}",
+            lead - 2 * lead_error > 0,
+        ),
+        Finding(
+            setting,
+            f"theory's expected calibration error is at most {CALIBRATION_ERROR:g}",
+            f"{off}; the regression's {table['counts_calibration_error'].mean():.3f}",
+            off_mean + 2 * off_error <= CALIBRATION_ERROR,
+        ),
+    )
+
+
+def _note(table: pd.DataFrame) -> str:
+    by_theory, by_both = (table[f"{name}_accuracy"].mean() for name in ("theory", "both_memories"))
+    return (
+        f"Theory names {by_theory:.1%} of all winners; context and weights as attribution splits them, with the "
+        f"model's own attention and copies, {by_both:.1%}: the difference is what four numbers leave out of the two "
+        f"memories. The other {1 - by_both:.1%} are decided by attribution's rest: what the previous-token head writes "
+        "past the induction head."
+    )
+
+
+def _picture(table: pd.DataFrame, answers: pd.DataFrame) -> Picture:
+    """Accuracy by seed, theory against baseline; and reliability diagrams."""
+    picture = Picture(11.0, 4.8)
+    left, right = picture.figure.subplots(1, 2)
+    places = np.arange(len(table))
+    names = [f"seed {seed}\n{length} tokens" for seed, length in zip(table["seed"], table["length"], strict=True)]
+    labels = {"theory": "theory, strengths from the weights", "counts": "logistic regression on counts"}
+    for number, (name, colour) in enumerate(_PREDICTORS.items()):
+        left.bar(places + 0.38 * (number - 0.5), table[f"{name}_accuracy"], 0.36, color=colour, label=labels[name])
+        bins = _binned(torch.tensor(answers[name].to_numpy()), torch.tensor(answers["won"].to_numpy()))
+        right.plot(
+            [float(p.mean()) for p, _ in bins],
+            [float(w.double().mean()) for _, w in bins],
+            "o-",
+            color=colour,
+        )
+    left.axhline(AGREEMENT, color="black", linestyle="--", linewidth=1, label=f"{AGREEMENT:.0%} of the winners")
+    left.set_xticks(places, names, fontsize=8 if len(names) < 6 else 6)
+    left.set_ylim(0.5, 1.0)
+    left.set_xlabel("trained model and length of prompts")
+    left.set_ylabel("winners named, fraction of held-out prompts")
+    right.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
+    right.annotate("calibrated", (0.12, 0.16), rotation=45, rotation_mode="anchor", fontsize=9)
+    right.set_xlabel("predicted probability that the context wins")
+    right.set_ylabel("how often it does")
+    picture.figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+    return picture

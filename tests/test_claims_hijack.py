@@ -1,0 +1,313 @@
+"""The claims about knowledge hijack: they hold for models that obey them, and turn for models that do not."""
+
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+import hijack_lens as hl
+from hijack_lens import theory
+from hijack_lens.experiments import closed_form as cf
+from hijack_lens.experiments import competing_continuations as cc
+from hijack_lens.experiments import flip_window as fw
+from hijack_lens.experiments import phase_diagram as pd_
+from hijack_lens.experiments import stronger_memories as sm
+from hijack_lens.experiments.conflicts import GLOBAL, IN_CONTEXT, NEUTRAL, conflict_language, neutral_then_pairs
+from hijack_lens.experiments.recipe import Recipe, trained
+from hijack_lens.training import TrainingRun, theory_agreement
+
+torch.set_num_threads(1)
+
+
+def changed(name, change):
+    """Hand-written models with one parameter changed in place."""
+
+    def make(*args, **options):
+        model = hl.associative_transformer(*args, **options)
+        with torch.no_grad():
+            change(dict(model.named_parameters())[name])
+        return model
+
+    return make
+
+
+def scaled(name, factor):
+    return changed(name, lambda weight: weight.mul_(factor))
+
+
+PREVIOUS = "blocks.0.attn.W_R"
+MATCH = "blocks.1.attn.W_K"
+COPY = "blocks.1.attn.W_O"
+BIGRAM = "blocks.1.mlp.W_out"
+SHUFFLED = changed(BIGRAM, lambda weight: weight.copy_(weight.roll(1, 0)))
+
+
+def untrained(recipe):
+    """Runs that have not begun."""
+    return TrainingRun(recipe.untrained(), recipe.config, 0, pd.DataFrame())
+
+
+def written(strengths, **options):
+    """Runs whose models are written by hand, and so obey the theory."""
+
+    def train(recipe):
+        model = hl.associative_transformer(
+            recipe.language, range(recipe.triggers), strengths=strengths, n_ctx=4 * recipe.length, **options
+        )
+        return TrainingRun(model, recipe.config, recipe.steps, pd.DataFrame())
+
+    return train
+
+
+def failing(result):
+    """Which findings, by number from 1, do not hold."""
+    return {number for number, finding in enumerate(result.findings, 1) if not finding.holds}
+
+
+SMALL = Recipe(0, d_vocab=9, triggers=3, d_model=24, length=20, steps=20, evaluate_every=20)
+
+
+# Languages and prompts
+
+
+def test_a_conflict_language_has_the_log_ratios_asked_for():
+    language = conflict_language([-2.0, 0.0, 7.5])
+    assert language.tokens == ("c", "g", "x", "q0", "q1", "q2")
+    log_pi_b = language.finite_log_pi_b()
+    ratios = log_pi_b[3:, GLOBAL] - log_pi_b[3:, IN_CONTEXT]
+    torch.testing.assert_close(ratios, torch.tensor([-2.0, 0.0, 7.5], dtype=torch.float64))
+    assert language.pi_b[NEUTRAL].tolist() == pytest.approx([1 / 6] * 6)
+
+
+def test_neutral_tokens_come_first_then_the_pairs_then_the_trigger():
+    assert neutral_then_pairs(3, [IN_CONTEXT, GLOBAL], lead=2).tolist() == [2, 2, 3, 0, 3, 1, 3]
+    assert neutral_then_pairs(3, [IN_CONTEXT], length=5).tolist() == [2, 2, 3, 0, 3]
+
+
+# The closed form
+
+FORMS = cf.Settings(
+    d_vocabs=(3, 9), lengths=(2, 13), strengths=(hl.Strengths(2.0, 3.0, 4.0, 0.5), hl.Strengths()), n_prompts=3
+)
+
+
+def test_the_closed_form_is_reproduced():
+    result = cf.closed_form(FORMS)
+    assert result.verdict == "reproduced"
+    assert len(result.table) == 2 * 2 * 2 * 2
+    assert 0 < result.table["largest_error"].max() < 1e-12
+    assert result.table["largest_logit"].min() > 0.5  # so that the agreement is about something
+
+
+@pytest.mark.parametrize("name", [MATCH, COPY, BIGRAM, "blocks.0.attn.W_V", "embed.W_E"])
+def test_a_memory_that_is_off_by_a_millionth_disproves_the_closed_form(name):
+    assert cf.closed_form(FORMS, scaled(name, 1 + 1e-6)).verdict == "not reproduced"
+
+
+@pytest.mark.parametrize("name", [PREVIOUS, "blocks.0.attn.W_K"])
+def test_relative_and_absolute_positions_are_judged_apart(name):
+    """The previous-token head's keys: W_R with relative positions, W_K with absolute ones."""
+    only = {PREVIOUS: "relative", "blocks.0.attn.W_K": "absolute"}[name]
+
+    def make(language, triggers, positions, *args, **options):
+        if positions != only:
+            return hl.associative_transformer(language, triggers, positions, *args, **options)
+        return scaled(name, 0.5)(language, triggers, positions, *args, **options)
+
+    result = cf.closed_form(FORMS, make)
+    assert result.verdict == "in part"
+    assert failing(result) == {1 if only == "relative" else 2}
+
+
+def test_a_model_that_answers_nothing_disproves_the_closed_form():
+    assert cf.closed_form(FORMS, scaled(COPY, math.nan)).verdict == "not reproduced"
+
+
+# The phase diagram
+
+DIAGRAM = pd_.Settings(
+    strengths=(hl.Strengths(20.0, 3.0, 6.0, 1.0), hl.Strengths(2.0, 4.0, 5.0, 2.0)),
+    length=20,
+    n_log_ratios=8,
+    occurrences=6,
+    recipes=(("small", SMALL),),
+    seeds=(0, 1, 2),
+    n_prompts=80,
+)
+OBEYS = written(hl.Strengths(4.0, 3.0, 3.0, 1.0))
+
+
+def test_theory_draws_the_boundary():
+    result = pd_.phase_diagram(DIAGRAM, train=OBEYS)
+    assert result.verdict == "reproduced"
+    assert (result.table["agreement"] == 1).all()
+    assert set(result.table["diagram"]) == {"repeats", "share", "boundary", "small"}
+    # Whoever decides without the strengths is wrong somewhere, or there would be nothing to predict.
+    assert (result.table["agreement_of_rule"] < 0.95).all()
+
+
+def test_the_winner_beside_the_boundary_tells_strengths_apart_that_a_coarse_grid_cannot():
+    slightly = pd_.phase_diagram(DIAGRAM, scaled(COPY, 1 + 1e-5), OBEYS)
+    assert failing(slightly) == {3}
+    much = pd_.phase_diagram(DIAGRAM, scaled(COPY, 1.5), OBEYS)
+    assert failing(much) == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    "make", [scaled(PREVIOUS, 0.0), scaled(MATCH, 0.0), scaled(COPY, 0.0), scaled(BIGRAM, -1.0), SHUFFLED]
+)
+def test_models_without_a_memory_have_another_boundary(make):
+    assert failing(pd_.phase_diagram(DIAGRAM, make, OBEYS)) == {1, 2, 3}
+
+
+def test_models_that_were_not_trained_are_not_predicted():
+    result = pd_.phase_diagram(DIAGRAM, train=untrained)
+    assert failing(result) == {4}
+    assert result.verdict == "in part"
+
+
+def test_agreement_on_trained_models_is_that_of_the_library():
+    result = pd_.phase_diagram(replace(DIAGRAM, strengths=DIAGRAM.strengths[:1]), train=trained)
+    rows = result.table[result.table["diagram"] == "small"].set_index("seed")
+    for seed in DIAGRAM.seeds:
+        model = trained(replace(SMALL, seed=seed)).model
+        agreement = theory_agreement(model, hl.fit_strengths(model), n_prompts=80, length=20, seed=seed)
+        assert rows.loc[seed, "agreement"] == pytest.approx(agreement.winners)
+        rule = ((agreement.table["repeats"] > 0) == (agreement.table["model_margin"] > 0)).mean()
+        assert rows.loc[seed, "agreement_of_rule"] == pytest.approx(rule)
+
+
+def test_one_seed_is_too_few_for_a_verdict_on_trained_models():
+    assert failing(pd_.phase_diagram(replace(DIAGRAM, seeds=(0,)), train=OBEYS)) == {4}
+
+
+# Stronger memories
+
+STRONGER = sm.Settings(n_prompts=10, length=20, n_matches=5, n_copies=6, max_repeats=20, occurrences=20)
+
+
+def test_stronger_memories_go_from_a_mixture_to_a_switch():
+    result = sm.stronger_memories(STRONGER)
+    assert result.verdict == "reproduced"
+    regimes = result.table[result.table["part"] == "regimes"]
+    assert set(regimes["regime"]) == {"never", "between", "at once"}
+    # By hand: b2 = 0, b3 = 3.47 D: 1 + 12 > 3.47 > 2; n (3.47 - 2) > 11 from n = 8 on.
+    strongest = regimes[(regimes["b2"] == 0) & (regimes["b3"] == regimes["b3"].max())]
+    assert strongest["measured"].tolist() == [8.0]
+    # A switch with equal shares leaves the weights' lead alone: sigmoid(-0.5).
+    even = result.table[(result.table["part"] == "switch") & (result.table["share"] == 0.5)]
+    assert even["measured"].tolist() == pytest.approx([1 / (1 + math.exp(0.5))] * len(even))
+
+
+VIOLATIONS = {
+    "no previous-token head": (scaled(PREVIOUS, 0.0), {1, 2, 3, 6, 7}),
+    "no match": (scaled(MATCH, 0.0), {1, 2, 3, 6, 7}),
+    "half the copy": (scaled(COPY, 0.5), {1, 2, 3, 6, 7}),
+    "no copy": (scaled(COPY, 0.0), {1, 2, 3, 4, 6, 7}),
+    "no bigrams": (scaled(BIGRAM, 0.0), {1, 2, 3, 5, 6}),
+}
+
+
+@pytest.mark.parametrize("name", VIOLATIONS)
+def test_without_a_memory_mixture_switch_and_regimes_go(name):
+    make, expected = VIOLATIONS[name]
+    assert failing(sm.stronger_memories(STRONGER, make)) == expected
+
+
+# Two continuations
+
+COMPETING = cc.Settings(
+    strengths=(hl.Strengths(40.0, 3.0, 8.0, 1.0), hl.Strengths(40.0, 40.0, 8.0, 1.0)),
+    pairs=20,
+    n_orders=8,
+    recipe=SMALL,
+    seeds=(0, 1, 2),
+    n_prompts=10,
+    trained_pairs=5,
+)
+FOLLOWS = written(hl.Strengths(20.0, 3.0, 5.0, 1.0))
+
+
+def test_two_continuations_follow_counts_and_parity():
+    result = cc.competing_continuations(COMPETING, train=FOLLOWS)
+    assert result.verdict == "reproduced"
+    turns = result.table[(result.table["part"] == "alternating") & (result.table["match"] == 40)]
+    # By hand: 8 / k > 0.7 for odd k up to 11.
+    assert turns.loc[turns["measured"] > 0, "pairs"].tolist() == [1, 3, 5, 7, 9, 11]
+
+
+@pytest.mark.parametrize("make", [scaled(PREVIOUS, 0.0), scaled(MATCH, 0.0), scaled(COPY, 0.5), scaled(BIGRAM, -1.0)])
+def test_counts_and_parity_turn_with_the_model(make):
+    assert failing(cc.competing_continuations(COMPETING, make, FOLLOWS)) == {1, 2}
+
+
+def test_a_blurred_previous_token_head_sees_the_order():
+    assert 1 in failing(cc.competing_continuations(COMPETING, scaled(PREVIOUS, 0.1), FOLLOWS))
+
+
+def test_untrained_models_do_not_follow_the_pairs():
+    assert failing(cc.competing_continuations(COMPETING, train=untrained)) == {3}
+
+
+# Window and primacy
+
+WINDOW = fw.Settings(
+    focuses=(1.0, 2.0),
+    max_repeats=100,
+    primacy_lengths=tuple(range(4, 61, 4)),
+    recipe=SMALL,
+    seeds=(0, 1, 2),
+    n_prompts=24,
+)
+BLURS = written(hl.Strengths(2.0, 10.0, 4.0, 1.0))
+
+
+def test_a_finite_previous_token_head_leaves_a_window_and_favours_the_front():
+    result = fw.flip_window(WINDOW, train=BLURS)
+    assert result.verdict == "reproduced"
+    wins = result.table[(result.table["part"] == "window") & (result.table["measured"] > 0)]
+    assert wins.groupby("b1")["repeats"].agg(["min", "max"]).to_dict("index") == {2.0: {"min": 3, "max": 80}}
+
+
+def test_a_sharp_previous_token_head_leaves_no_window():
+    result = fw.flip_window(WINDOW, scaled(PREVIOUS, 20.0), written(hl.Strengths(30.0, 6.0, 6.0, 1.0)))
+    assert failing(result) == {1, 2, 3, 4, 5, 6}
+    assert result.verdict == "not reproduced"
+    assert "no window" in result.findings[1].measured
+
+
+@pytest.mark.parametrize("make", [scaled(MATCH, 0.0), scaled(COPY, 0.3), scaled(BIGRAM, -1.0)])
+def test_window_and_primacy_turn_with_the_model(make):
+    assert failing(fw.flip_window(WINDOW, make, BLURS)) == {1, 2, 3}
+
+
+def test_untrained_models_show_none_of_it():
+    assert failing(fw.flip_window(WINDOW, train=untrained)) == {4, 5, 6}
+
+
+# All of them
+
+
+def test_every_claim_of_this_group_draws_a_labelled_figure_and_says_what_it_is():
+    results = {
+        cf: cf.closed_form(FORMS),
+        pd_: pd_.phase_diagram(replace(DIAGRAM, recipes=())),
+        sm: sm.stronger_memories(STRONGER),
+    }
+    for module, result in results.items():
+        assert module.STATEMENT.endswith(".")
+        assert "2412.11459" in module.SOURCE
+        assert all(ax.get_xlabel() for ax in result.figure.figure.axes if ax.get_label() != "<colorbar>")
+        assert result.figure.png()[1:4] == b"PNG"
+        assert isinstance(module.Settings(), module.Settings)
+        assert isinstance(module.QUICK, module.Settings)
+
+
+def test_theory_in_these_claims_is_the_library_s():
+    """The prediction drawn is `theory.phase_boundary`'s, in logits, at the first number of repeats."""
+    result = fw.flip_window(WINDOW, train=BLURS)
+    row = result.table[(result.table["part"] == "window") & (result.table["b1"] == 2)].iloc[5]
+    boundary = theory.phase_boundary(torch.tensor([5]), hl.Strengths(2.0, 6.0, 5.0, 1.0), lead=10)
+    assert row["predicted"] == pytest.approx(float(boundary) - 3)
