@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
-from hijack_lens.experiments.sweep import sweep
+from hijack_lens.experiments import sweep
 
 
 def noisy(x, y, seed):

@@ -15,12 +15,13 @@ _COLOURS = {"reproduced": "#009E73", "in part": "#E69F00", "not reproduced": "#D
 def page(outcomes: Sequence[dict[str, Any]], heading: str) -> str:
     """The report on some claims, each as `run_claim` returns it."""
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>hijack-lens: the claims, reproduced</title>
+<html lang="en"><head><meta charset="utf-8"><title>hijack-lens: the papers' claims</title>
 <style>{STYLE}
 td, th {{ text-align: left; vertical-align: top }} td {{ border-bottom: 1px solid #ddd }}
 .verdict-of {{ font-weight: 600; white-space: nowrap }} details table {{ font-size: 85% }}</style></head><body>
-<h1>The papers' claims, reproduced</h1>
-<p>{escape(heading)} Verdicts follow from the measurements; what counts as seen stands beside each prediction.</p>
+<h1>The papers' claims, put to the test</h1>
+<p>{escape(heading)} Verdicts follow from the measurements; what counts as seen stands beside each prediction. Of trained
+models, the mean over seeds is given with its standard error, and meets a threshold where it does so by two of these.</p>
 {_summary(outcomes)}
 {"".join(map(_section, outcomes))}
 </body></html>
