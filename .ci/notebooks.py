@@ -17,6 +17,7 @@ named = [Path(name) for name in sys.argv[1:] if name != "--write"]
 
 
 def run(path: Path) -> str:
+    """Runs one notebook; what to print of it."""
     started = time.time()
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]

@@ -20,8 +20,9 @@ def page(outcomes: Sequence[dict[str, Any]], heading: str) -> str:
 td, th {{ text-align: left; vertical-align: top }} td {{ border-bottom: 1px solid #ddd }}
 .verdict-of {{ font-weight: 600; white-space: nowrap }} details table {{ font-size: 85% }}</style></head><body>
 <h1>The papers' claims, put to the test</h1>
-<p>{escape(heading)} Verdicts follow from the measurements; what counts as seen stands beside each prediction. Of trained
-models, the mean over seeds is given with its standard error, and meets a threshold where it does so by two of these.</p>
+<p>{escape(heading)} Verdicts follow from the measurements; what counts as seen stands beside each prediction. Of
+trained models, the mean over seeds is given with its standard error, and meets a threshold where it does so by two of
+these.</p>
 {_summary(outcomes)}
 {"".join(map(_section, outcomes))}
 </body></html>
