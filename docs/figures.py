@@ -1,4 +1,4 @@
-"""Draws every picture of the README: python docs/figures.py"""
+"""Draws the README's first picture (benchmarks/birth.py draws the other): python docs/figures.py"""
 
 from pathlib import Path
 

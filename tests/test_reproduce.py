@@ -22,7 +22,12 @@ def outcome(*holds, note=""):
     ax.plot([0, 1], [0, 1])
     ax.set_xlabel("repeats")
     findings = tuple(Finding("here", f"at least {i}", NASTY, held) for i, held in enumerate(holds))
-    return Result(findings, pd.DataFrame({"token": [NASTY, "b"], "margin": [1.5, float("nan")]}), picture, note)
+    return Result(
+        findings,
+        pd.DataFrame({"token": [NASTY, "b"], "margin": [1.5e-15, float("nan")], "flip": [float("inf"), 2.0]}),
+        picture,
+        note,
+    )
 
 
 @pytest.fixture
@@ -80,7 +85,10 @@ def test_every_claim_is_reported_with_what_was_measured(three_claims, tmp_path):
         "measured": NASTY,
         "holds": False,
     }
-    assert written[1]["table"] == [{"token": NASTY, "margin": 1.5}, {"token": "b", "margin": None}]
+    assert written[1]["table"] == [
+        {"token": NASTY, "margin": 1.5e-15, "flip": "inf"},
+        {"token": "b", "margin": None, "flip": 2.0},
+    ]
     assert written[1]["note"] == "a note"
     assert "ValueError: no <model>" in written[2]["error"]
     table = done.to_pandas()

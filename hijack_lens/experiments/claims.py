@@ -1,9 +1,12 @@
 """Every claim that `reproduce` puts to the test."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import pandas as pd
 
 from hijack_lens.experiments import (
     causal_agreement,
@@ -64,23 +67,35 @@ CLAIMS: dict[str, Claim] = {
 """By name, in the order of the papers."""
 
 
-def run_claim(claim: str, quick: bool) -> dict[str, str]:
-    """Tests one claim, as a point of a sweep.
+def run_claim(claim: str, settings: str) -> dict[str, str]:
+    """Tests one claim, as a point of a sweep: other settings are another point.
 
     Args:
         claim: its name.
-        quick: whether at the quick settings.
+        settings: the repr of its quick or its full ones.
 
     Returns:
         The "verdict", and as JSON the "outcome": verdict, findings, note, table and figure (SVG).
     """
     chosen = CLAIMS[claim]
-    result = chosen.experiment(chosen.quick if quick else chosen.full)
+    result = chosen.experiment(chosen.quick if settings == repr(chosen.quick) else chosen.full)
     outcome = {
         "verdict": result.verdict,
         "findings": result.to_pandas().to_dict(orient="records"),
         "note": result.note,
-        "table": json.loads(result.table.to_json(orient="records")),  # which makes NaN null
+        "table": [
+            {str(name): _plain(value) for name, value in row.items()} for row in result.table.to_dict(orient="records")
+        ],
         "figure": result.figure.svg(),
     }
     return {"verdict": result.verdict, "outcome": json.dumps(outcome)}
+
+
+def _plain(value: Any) -> Any:
+    """A table's value in JSON's types: null where there is none, a string where it is infinite."""
+    value = value.item() if hasattr(value, "item") else value
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if pd.isna(value):
+        return None
+    return str(value) if isinstance(value, float) and math.isinf(value) else value

@@ -212,7 +212,8 @@ def _trained_findings(responses: Sequence[DoseResponse], settings: Settings) -> 
         knows = total[:, 0] < 0
         known.append(float(knows.double().mean()))
         overruled.append(float((total[knows, -1] > 0).double().mean()) if bool(knows.any()) else 0.0)
-        by_context.append(float((context[:, -1] - context[:, 0]).mean() / (total[:, -1] - total[:, 0]).mean()))
+        rise = float((total[:, -1] - total[:, 0]).mean())
+        by_context.append(float((context[:, -1] - context[:, 0]).mean()) / rise if rise > 0 else 0.0)
         agreement.append(float(((total > 0) == (response.theory.margin > 0)).double().mean()))
     finding = partial(_at_least, setting)
     return [

@@ -93,6 +93,7 @@ def learning_order(settings: Settings = Settings(), train: Train = trained) -> R
                 "steps_to_in_context": _first(curve, "in_context_learned"),
                 "accuracy_once_bigrams_are_learned": then["in_context_accuracy"],
                 "final_accuracy": curve["in_context_accuracy"].iloc[-1],
+                "highest_accuracy": curve["in_context_accuracy"].max(),
                 "final_bigrams_learned": curve["bigrams_learned"].iloc[-1],
             }
         )
@@ -103,7 +104,7 @@ def learning_order(settings: Settings = Settings(), train: Train = trained) -> R
 
     later, later_error = mean_and_error(two["steps_to_in_context"] - two["steps_to_bigrams"])
     gained, gained_error = mean_and_error(two["final_accuracy"] - two["accuracy_once_bigrams_are_learned"])
-    one_layer, one_layer_error = mean_and_error(one["final_accuracy"])
+    one_layer, one_layer_error = mean_and_error(one["highest_accuracy"])
     findings = (
         Finding(
             f"two layers: {setting}",
@@ -124,9 +125,9 @@ def learning_order(settings: Settings = Settings(), train: Train = trained) -> R
             f"one layer: {setting}",
             f"the bigrams are {LEARNED:.0%} learned, yet in-context accuracy stays below {ONE_LAYER_FAILS}, "
             "at every seed",
-            f"bigrams {one['final_bigrams_learned'].min():.0%} learned or more; accuracy {one_layer:.2f} ± "
-            f"{one_layer_error:.2f}, at most {one['final_accuracy'].max():.2f}",
-            bool(one["final_bigrams_learned"].min() >= LEARNED and one["final_accuracy"].max() < ONE_LAYER_FAILS),
+            f"bigrams {one['final_bigrams_learned'].min():.0%} learned or more; highest accuracy {one_layer:.2f} ± "
+            f"{one_layer_error:.2f}, at most {one['highest_accuracy'].max():.2f}",
+            bool(one["final_bigrams_learned"].min() >= LEARNED and one["highest_accuracy"].max() < ONE_LAYER_FAILS),
         ),
     )
     return Result(findings, table, _drawn(curves))

@@ -21,8 +21,8 @@ td, th {{ text-align: left; vertical-align: top }} td {{ border-bottom: 1px soli
 .verdict-of {{ font-weight: 600; white-space: nowrap }} details table {{ font-size: 85% }}</style></head><body>
 <h1>The papers' claims, put to the test</h1>
 <p>{escape(heading)} Verdicts follow from the measurements; what counts as seen stands beside each prediction. Of
-trained models, the mean over seeds is given with its standard error, and meets a threshold where it does so by two of
-these.</p>
+trained models, the mean over seeds is given with its standard error. It meets a threshold where it does so by two of
+these; or every seed must, where that is said. Seeds are of weights and sequences: the language is the same for all.</p>
 {_summary(outcomes)}
 {"".join(map(_section, outcomes))}
 </body></html>

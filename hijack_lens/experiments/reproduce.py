@@ -68,13 +68,15 @@ def reproduce(
 ) -> Reproduction:
     """Puts the papers' claims to the test, and says which hold, how far, and where they do not.
 
-    A run that was stopped goes on when called again with the same `out`: claims that it holds are not run again.
+    A run that was stopped goes on when called again with the same `out`: claims that it holds at the same settings are
+    not run again. That an experiment has been edited since is not noticed: give another folder then.
 
     Args:
         out: a folder, made if need be: `report.html` and `report.json`, and what has been run so far.
         quick: small settings, for a first look.
         claims: names from `CLAIMS`; by default all.
-        workers: processes to run claims in, each with one thread; by default as many as there are cores.
+        workers: processes to run claims in, each with one thread; by default as many as there are cores. With one, or
+            for one claim, it is this process.
 
     Raises:
         TypeError, ValueError: for names of no claim, and an `out` that is a file.
@@ -90,7 +92,7 @@ def reproduce(
         raise ValueError(f"out must be a folder, got the file {str(folder)!r}")
     folder.mkdir(parents=True, exist_ok=True)
 
-    grid = {"claim": chosen, "quick": [quick]}
+    grid = [{"claim": name, "settings": repr(CLAIMS[name].quick if quick else CLAIMS[name].full)} for name in chosen]
     done: dict[str, Any] = {"out": folder / "claims.jsonl", "retry_failed": True}
     if count == 1 or len(chosen) == 1:
         table = sweep(run_claim, grid, **done)
