@@ -1,5 +1,6 @@
 """What is learned when: claims that hold for honest runs, and do not for runs that violate them."""
 
+import functools
 from dataclasses import replace
 
 import pandas as pd
@@ -87,8 +88,7 @@ def test_learning_order_is_not_reproduced_by_models_that_learn_nothing():
 
 
 def test_learning_order_of_a_model_that_was_trained():
-    settings = replace(learning_order.QUICK, seeds=(0, 1))
-    result = learning_order.learning_order(settings)
+    result = learning_order.learning_order(learning_order.QUICK)
     assert result.verdict == "reproduced"
     assert sorted(set(result.table["layers"])) == [1, 2]
     assert [ax.get_title() for ax in result.figure.figure.axes] == ["two layers", "one layer"]
@@ -221,15 +221,12 @@ def test_gradient_steps_without_the_match_step():
 DATA = data_matters.Settings(d_vocab=12, d_model=16, length=24, steps=100, seeds=(0, 1, 2), n_sequences=32)
 
 
-@pytest.fixture(scope="module")
-def inducing():
-    """A hand-written model per set of keys of its match memory."""
-    language = data_matters.QUICK.recipes["fixed triggers, uniform"].language
+@functools.cache
+def inducing(seed, fixed):
+    """A hand-written model, by the keys of its match memory."""
+    language = replace(data_matters.QUICK.recipes["fixed triggers, uniform"], seed=seed).language
     strengths = hl.theory.Strengths(20.0, 10.0, 40.0, 1.0)
-    return {
-        fixed: hl.associative_transformer(language, triggers=range(4) if fixed else None, strengths=strengths)
-        for fixed in (True, False)
-    }
+    return hl.associative_transformer(language, triggers=range(4) if fixed else None, strengths=strengths)
 
 
 def kind_of(recipe):
@@ -238,20 +235,20 @@ def kind_of(recipe):
     return "random" if not recipe.fixed else "few" if recipe.triggers == DATA.few else "base"
 
 
-def data_runs(models, full=(("base", 40), ("few", 80), ("random", 90), ("bigram", 45)), on_uniform=0.4, keys=True):
+def data_runs(full=(("base", 40), ("few", 80), ("random", 90), ("bigram", 45)), on_uniform=0.4, keys=True):
     """A `train` whose models reach full accuracy at these steps, of bigram-drawn data less on uniform continuations."""
 
     def train(recipe):
         kind = kind_of(recipe)
         accuracy = rising(0, dict(full)[kind])
         other = [value * on_uniform for value in accuracy] if kind == "bigram" else accuracy
-        return made_up(recipe, accuracy, other_continuations=other, model=models[recipe.fixed if keys else False])
+        return made_up(recipe, accuracy, other_continuations=other, model=inducing(recipe.seed, recipe.fixed and keys))
 
     return train
 
 
-def test_data_matters_as_claimed(inducing):
-    result = data_matters.data_matters(DATA, data_runs(inducing))
+def test_data_matters_as_claimed():
+    result = data_matters.data_matters(DATA, data_runs())
     assert result.verdict == "reproduced"
     others = result.table.groupby("data")["other_triggers"].mean()
     assert others["random triggers"] > 0.9 > 0.6 > others["fixed triggers, uniform"]
@@ -274,8 +271,8 @@ def test_data_matters_as_claimed(inducing):
         ({"keys": False}, {5}),
     ],
 )
-def test_data_matters_turns(inducing, options, fails):
-    result = data_matters.data_matters(DATA, data_runs(inducing, **options))
+def test_data_matters_turns(options, fails):
+    result = data_matters.data_matters(DATA, data_runs(**options))
     assert {index for index, finding in enumerate(result.findings) if not finding.holds} == fails
     assert result.verdict == "in part"
 
@@ -286,6 +283,11 @@ def test_data_matters_is_not_reproduced_by_untrained_models():
 
     result = data_matters.data_matters(DATA, untrained)
     assert [finding.holds for finding in result.findings][:5] == [False] * 5
+
+
+def test_other_triggers_need_a_vocabulary_of_their_own():
+    with pytest.raises(ValueError, match="d_vocab must be at least twice the number of triggers, 4, got 7"):
+        data_matters.data_matters(replace(DATA, d_vocab=7))
 
 
 def test_data_matters_of_models_that_were_trained():

@@ -116,11 +116,11 @@ def test_one_layer_without_positions_knows_no_order_and_two_do():
 
 # Verdicts, without positions
 
-SMALL = replace(without.QUICK, seeds=(0, 1), multiples=(0.5, 1.0, 2.0), n_prompts=2)
+SMALL = replace(without.QUICK, seeds=(0, 1, 2), multiples=(0.5, 1.0, 2.0), n_prompts=2)
 
 
 def with_positions(recipe):
-    """Three layers that do run the mechanism, the middle one idle: by a relative key."""
+    """Models that do run the mechanism, by a relative key; of three layers, the middle one is idle."""
     language = recipe.language.floored(1e-3)
     two = hl.associative_transformer(language, range(recipe.triggers), n_ctx=128, device="cpu")
     if recipe.n_layers == 2:
@@ -137,10 +137,14 @@ def holds(result):
     return [finding.holds for finding in result.findings]
 
 
-def test_three_layers_that_run_the_mechanism_are_found_to():
-    result = without.no_positions(SMALL, train=with_positions)
+def test_three_layers_that_run_the_mechanism_where_two_cannot_are_found_to():
+    result = without.no_positions(SMALL, train=lambda recipe: (untrained, with_positions)[recipe.n_layers - 2](recipe))
     assert result.verdict == "reproduced", result
-    assert len(result.table) == len(SMALL.multiples) + 4
+    assert len(result.table) == len(SMALL.multiples) + 6
+
+
+def test_what_two_layers_do_as_well_is_not_the_third_one_s():
+    assert holds(without.no_positions(SMALL, train=with_positions)) == [True, True, True, False]
 
 
 def test_models_without_the_mechanism_turn_the_verdict():
@@ -151,7 +155,7 @@ def test_models_without_the_mechanism_turn_the_verdict():
         return model
 
     result = without.no_positions(SMALL, make=forgetful, train=untrained)
-    assert holds(result) == [False] * 5
+    assert holds(result) == [False] * 4
     assert result.verdict == "not reproduced"
 
 
@@ -185,6 +189,12 @@ def test_late_prompts_keep_their_evidence_and_move_it_beyond_the_training_length
         assert not torch.isin(torch.stack([q, c, g]), tokens[:48]).any()
         follow = tokens[1:][tokens[:-1] == q]
         assert follow.tolist() == [int(c)] * LATE.repeats
+
+
+@pytest.mark.parametrize("multiples", [(2, 4), (1,)])
+def test_lengths_must_lie_within_and_beyond_training(multiples):
+    with pytest.raises(ValueError, match=r"multiples must hold 1, and at least one that is greater, got \("):
+        by_length.positions_and_length(replace(LATE, multiples=multiples), train=ideal)
 
 
 def test_models_that_are_as_claimed_are_found_to_be():

@@ -111,7 +111,7 @@ def test_trained_findings_hold_for_models_with_the_two_memories():
 def test_facts_that_no_model_has_learned_turn_the_verdict():
     untrained = fact_claim.facts(FACTS, train=random)
     assert verdicts(untrained)[:3] == [True] * 3
-    assert not any(verdicts(untrained)[3:6])
+    assert not any(verdicts(untrained)[3:])
     assert untrained.verdict == "in part"
 
 
@@ -145,18 +145,13 @@ def test_theory_names_every_winner_of_a_handwritten_model():
     assert list(result.table["length"]) == [16, 24] * 3
     assert (result.table["theory_accuracy"] == 1).all()
     assert (result.table["both_memories_accuracy"] == 1).all()
-    assert (result.table["counts_accuracy"] < 1).any()
-    named, _, calibrated = verdicts(result)[:3]
-    assert named
-    assert calibrated
-    assert len(result.findings) == 6
+    # At 16 tokens the regression is behind as well, but not by its interval over three seeds.
+    assert verdicts(result) == [True, False, True, True, True, True]
     assert result._repr_png_().startswith(b"\x89PNG")
 
 
 def test_winners_of_a_model_without_memories_turn_the_verdict():
-    result = winners.winner_prediction(WINNERS, random)
-    assert not any(verdicts(result)[::3])  # that theory names them
-    assert result.verdict != "reproduced"
+    assert winners.winner_prediction(WINNERS, random).verdict == "not reproduced"
 
 
 def test_winners_of_a_model_whose_copies_are_scrambled_turn_the_verdict():
@@ -166,9 +161,10 @@ def test_winners_of_a_model_whose_copies_are_scrambled_turn_the_verdict():
             model.W_U.copy_(model.W_U.roll(3, -1))
         return run_of(model, recipe)
 
-    result = winners.winner_prediction(WINNERS, train)
-    assert not any(verdicts(result)[::3])
-    assert result.verdict != "reproduced"  # that nothing is known may well be known for sure
+    named, ahead, calibrated = (verdicts(winners.winner_prediction(WINNERS, train))[place::3] for place in range(3))
+    assert not any(named)
+    assert ahead[1]  # counts say even less of such a model
+    assert not any(calibrated)
 
 
 def test_the_calibration_error_by_hand():
@@ -183,7 +179,7 @@ def test_the_baseline_learns_what_counts_can_tell():
     x = torch.randn(400, 3, generator=generator, dtype=torch.float64)
     truth = (x @ torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)).sigmoid()
     won = torch.rand(400, generator=generator, dtype=torch.float64) < truth
-    found = winners._logistic(x, won, x)
+    found = (x @ winners._logistic(x, won)).sigmoid()
     assert float((found - truth).abs().max()) < 0.15
     # At the optimum, errors are orthogonal to every input, up to the ridge.
     weights = torch.linalg.lstsq(x, found.logit()[:, None]).solution[:, 0]

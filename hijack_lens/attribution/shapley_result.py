@@ -13,9 +13,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hijack_lens._files import read_safetensors, write_atomically
+from hijack_lens._student import student_quantile
 from hijack_lens.attribution.coalitions import How
 from hijack_lens.attribution.players import Player
-from hijack_lens.attribution.shapley_sampled import student_quantile
 from hijack_lens.circuit import Component
 
 if TYPE_CHECKING:

@@ -1,19 +1,15 @@
 """Shapley values and interactions estimated from random orders of the players."""
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 MIN_SAMPLES = 10
 """Means of fewer say too little about their own errors: their intervals would hold the truth too rarely."""
-
-_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -112,17 +108,3 @@ def _by_pair(
     upper = torch.ones(n, n).triu(1).bool()
     mean, stderr, counts = mean.reshape(n, n), stderr.reshape(n, n), counts.reshape(n, n)
     return torch.where(upper, mean, mean.T), torch.where(upper, stderr, stderr.T), counts + counts.T
-
-
-@functools.cache
-def student_quantile(dof: int) -> float:
-    """How many standard errors the 95% interval of a mean reaches to either side (Student 1908).
-
-    Args:
-        dof: degrees of freedom, one less than there are samples.
-    """
-    # With t = √dof · tan(angle), the density is proportional to cos(angle)^(dof - 1).
-    angles = np.linspace(0.0, np.pi / 2, 200_001)
-    density = np.cos(angles) ** (dof - 1)
-    mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-    return math.sqrt(dof) * math.tan(float(np.interp(_CONFIDENCE * mass[-1], mass, angles)))

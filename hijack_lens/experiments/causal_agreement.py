@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from hijack_lens.attribution import attribute, shapley
 from hijack_lens.attribution.table import COLOURS
 from hijack_lens.experiments.recipe import RANDOM_TRIGGERS, Recipe, Train, trained
-from hijack_lens.experiments.result import Finding, Result, mean_and_error
+from hijack_lens.experiments.result import Finding, Result, over_seeds
 from hijack_lens.metrics import margin as hijack_margin
 from hijack_lens.models import TwoLayerTransformer
 from hijack_lens.training.fit import conflict_prompts
@@ -25,7 +25,7 @@ SOURCE = "beyond the papers; Shapley 1953, and attribution as in the README"
 CORRELATION = 0.9
 """Over a model's prompts, of each memory's part of the margin by attribution and by Shapley values."""
 EXPLAINED = 0.99
-"""Of the variance, over a model's prompts, of what the two differ by in the weights' part."""
+"""Of the mean square, over a model's prompts, of what the two differ by in the weights' part."""
 ROUNDING = 1e-4
 """Differences whose mean square is below this squared, in logits, are float32's: there is nothing to explain."""
 
@@ -66,8 +66,9 @@ def causal_agreement(settings: Settings = Settings(), train: Train = trained) ->
 
         (what the heads write through the MLP  +  what the MLP alone writes  -  what its embedding path does) / 2
 
-    Holds where, the mean over seeds less two standard errors, both parts correlate over prompts by at least
-    `CORRELATION`; and where this, without a parameter, explains at least `EXPLAINED` of the difference's variance.
+    Holds where, by the 95% interval over seeds, both parts correlate over prompts by at least `CORRELATION`; and where
+    this explains at least `EXPLAINED` of the difference. The latter says why they part, not that they agree: it can
+    fail only by norms and by the heads' biases, from which the identity above keeps away.
     """
     tables = []
     for seed in tqdm(settings.seeds, disable=None, unit="seed"):
@@ -115,33 +116,33 @@ def _findings(table: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
     findings = []
     for memory in ("context", "weights"):
         correlations = [float(part[memory].corr(part[f"{memory}_ablated"])) for _, part in by_seed]
-        mean, error = mean_and_error(correlations)
+        correlation = over_seeds(correlations)
         findings.append(
             Finding(
                 setting,
                 f"the part of {memory} by attribution and by ablation correlate by at least {CORRELATION:g}",
-                f"{mean:.3f} ± {error:.3f}",
-                mean - 2 * error >= CORRELATION,
+                f"{correlation:.3f}",
+                correlation.low >= CORRELATION,
             )
         )
-    mean, error = mean_and_error([_explained(part) for _, part in by_seed])
+    explained = over_seeds([_explained(part) for _, part in by_seed])
     findings.append(
         Finding(
             setting,
             f"half of what the heads change in the MLP explains at least {EXPLAINED:.0%} of what the two differ by",
-            f"{mean:.2%} ± {error:.2%}; they differ by {table['difference'].abs().mean():.2f} logits on average",
-            mean - 2 * error >= EXPLAINED,
+            f"{explained:.2%}; they differ by {table['difference'].abs().mean():.2f} logits on average",
+            explained.low >= EXPLAINED,
         )
     )
     return tuple(findings)
 
 
 def _explained(table: pd.DataFrame) -> float:
-    """R^2 of the predicted difference; 1 where there is none to explain."""
-    if float((table["difference"] ** 2).mean()) < ROUNDING**2:
+    """The share of the mean square difference that its prediction accounts for; 1 where there is none."""
+    difference = float((table["difference"] ** 2).mean())
+    if difference < ROUNDING**2:
         return 1.0
-    off = table["difference"] - table["predicted_difference"]
-    return 1 - float((off**2).mean()) / float(table["difference"].var(ddof=0))
+    return 1 - float(((table["difference"] - table["predicted_difference"]) ** 2).mean()) / difference
 
 
 def _note(table: pd.DataFrame) -> str:

@@ -20,7 +20,7 @@ from hijack_lens.experiments.conflicts import (
     neutral_then_pairs,
 )
 from hijack_lens.experiments.recipe import Recipe, Train, trained
-from hijack_lens.experiments.result import Finding, Result, mean_and_error
+from hijack_lens.experiments.result import Finding, Result, over_seeds
 from hijack_lens.models import TwoLayerTransformer, associative_transformer
 from hijack_lens.prompts import hijack_prompt
 from hijack_lens.theory import Strengths
@@ -90,7 +90,7 @@ def competing_continuations(
     last one at which the first term exceeds the second, and g all others: at every k, ties left out.
 
     (3) In trained models, every further pair moves the margin towards its continuation: at `FOLLOWED` of the pairs or
-    more, the mean over seeds less two standard errors.
+    more, by the 95% interval over seeds.
     """
     counted, alternating = [], []
     for strengths in tqdm(settings.strengths, disable=None, unit="model"):
@@ -107,7 +107,7 @@ def competing_continuations(
     worst = float(torch.tensor((counts["measured"] - counts["predicted"]).to_numpy()).abs().max())
     clear = turns[turns["predicted"].abs() > TOLERANCE]
     right = int((clear["predicted"] * clear["measured"] > 0).sum())
-    mean, error = mean_and_error(by_seed)
+    followed = over_seeds(by_seed)
     models = f"{len(settings.strengths)} hand-written models"
     findings = (
         Finding(
@@ -120,13 +120,13 @@ def competing_continuations(
             f"{models}, c and g alternating, 0 to {settings.pairs} pairs",
             "c wins after odd numbers of pairs up to the predicted last one, g else; ties left out",
             f"{right} of {len(clear)} winners; {len(turns) - len(clear)} ties",
-            right == len(clear),
+            0 < right == len(clear),
         ),
         Finding(
             f"{len(by_seed)} trained models, {settings.n_prompts} prompts each, 1 to {settings.trained_pairs} pairs",
             f"at least {FOLLOWED:.0%} of the pairs move the margin towards their continuation",
-            f"{mean:.1%} ± {error:.1%}",
-            mean - 2 * error >= FOLLOWED,
+            f"{followed:.1%}",
+            followed.low >= FOLLOWED,
         ),
     )
     table = pd.concat(

@@ -39,9 +39,14 @@ def neutral_then_pairs(
         continuations: what follows each earlier occurrence of q.
         length: of the prompt: as many neutral tokens as fill it.
         lead: instead, how many neutral tokens.
+
+    Raises:
+        ValueError: for a length that the pairs exceed.
     """
     pairs = [token for continuation in continuations for token in (trigger, continuation)]
     neutral = lead if lead is not None else (length or 0) - len(pairs) - 1
+    if neutral < 0:
+        raise ValueError(f"length must be at least {len(pairs) + 1} for {len(continuations)} pairs, got {length}")
     return torch.tensor([NEUTRAL] * neutral + pairs + [trigger])
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from hijack_lens.experiments.recipe import Recipe, Train, trained
-from hijack_lens.experiments.result import Finding, Result, mean_and_error
+from hijack_lens.experiments.result import Finding, Result, over_seeds
 from hijack_lens.training import TrainingRun, behaviour
 from hijack_lens.visual.figures import Picture
 
@@ -88,50 +88,56 @@ def data_matters(settings: Settings = Settings(), train: Train = trained) -> Res
     (6) on triggers that were none in training they are less accurate than on their own, and than models trained on
     random triggers.
 
-    Differences and ratios are of models of the same seed; one counts where the mean over seeds is beyond its bound by
-    two standard errors.
+    Differences and ratios are of models of the same seed; one counts where its 95% interval over seeds is beyond its
+    bound.
+
+    Raises:
+        ValueError: for a vocabulary that is too small for as many other triggers.
     """
+    if 2 * settings.triggers > settings.d_vocab:
+        raise ValueError(
+            f"d_vocab must be at least twice the number of triggers, {settings.triggers}, got {settings.d_vocab}"
+        )
     runs = {
         (kind, seed): train(replace(recipe, seed=seed))
         for kind, recipe in tqdm(settings.recipes.items(), disable=None, unit="kind of data")
         for seed in settings.seeds
     }
     table = pd.DataFrame(
-        {"data": kind, "seed": seed, **_measured(settings, settings.recipes[kind], seed, run)}
+        {"data": kind, "seed": seed, **_measured(settings, run, replace(settings.recipes[kind], seed=seed))}
         for (kind, seed), run in runs.items()
     )
     by_kind = table.set_index(["data", "seed"])
     steps, uniform, bigram = by_kind["steps"], by_kind["uniform"], by_kind["bigram"]
     own, others = by_kind["own"], by_kind["other_triggers"]
 
-    fewer, fewer_error = mean_and_error(steps[_FEW] - steps[_BASE])
-    random, random_error = mean_and_error(steps[_RANDOM] - steps[_BASE])
-    dropped, dropped_error = mean_and_error(bigram[_BIGRAM] - uniform[_BIGRAM])
+    fewer = over_seeds(steps[_FEW] - steps[_BASE])
+    random = over_seeds(steps[_RANDOM] - steps[_BASE])
+    dropped = over_seeds(bigram[_BIGRAM] - uniform[_BIGRAM])
     both = float(min(uniform[_BASE].min(), bigram[_BASE].min()))
-    ratio, ratio_error = mean_and_error(steps[_BASE] / steps[_BIGRAM])
-    lost, lost_error = mean_and_error(own[_BASE] - others[_BASE])
-    behind, behind_error = mean_and_error(others[_RANDOM] - others[_BASE])
+    ratio = over_seeds(steps[_BASE] / steps[_BIGRAM])
+    lost = over_seeds(own[_BASE] - others[_BASE])
+    behind = over_seeds(others[_RANDOM] - others[_BASE])
     n = len(settings.seeds)
     setting = f"{n} models of each kind, {settings.d_vocab} tokens, {settings.steps} steps"
     findings = (
         Finding(
             f"{settings.few} against {settings.triggers} fixed triggers; {setting}",
-            f"fewer triggers take more steps to in-context accuracy {LEARNED} (mean - 2 s.e. > 0)",
-            f"{_mean(steps[_FEW])} against {_mean(steps[_BASE])}: {fewer:+.0f} ± {fewer_error:.0f}",
-            fewer - 2 * fewer_error > 0,
+            f"fewer triggers take more steps to in-context accuracy {LEARNED}",
+            f"{over_seeds(steps[_FEW]):.0f} against {over_seeds(steps[_BASE]):.0f}: {fewer:+.0f}",
+            fewer.low > 0,
         ),
         Finding(
             f"random against fixed triggers; {setting}",
-            f"random triggers take more steps to in-context accuracy {LEARNED} (mean - 2 s.e. > 0)",
-            f"{_mean(steps[_RANDOM])} against {_mean(steps[_BASE])}: {random:+.0f} ± {random_error:.0f}",
-            random - 2 * random_error > 0,
+            f"random triggers take more steps to in-context accuracy {LEARNED}",
+            f"{over_seeds(steps[_RANDOM]):.0f} against {over_seeds(steps[_BASE]):.0f}: {random:+.0f}",
+            random.low > 0,
         ),
         Finding(
             f"trained on bigram-drawn continuations; {setting}",
-            "in-context accuracy is lower on uniform continuations than on bigram-drawn ones (mean - 2 s.e. > 0)",
-            f"{uniform[_BIGRAM].mean():.2f} against {bigram[_BIGRAM].mean():.2f}: lower by {dropped:.2f} ± "
-            f"{dropped_error:.2f}",
-            dropped - 2 * dropped_error > 0,
+            "in-context accuracy is lower on uniform continuations than on bigram-drawn ones",
+            f"{uniform[_BIGRAM].mean():.2f} against {bigram[_BIGRAM].mean():.2f}: lower by {dropped:.2f}",
+            dropped.low > 0,
         ),
         Finding(
             f"trained on uniform continuations; {setting}",
@@ -141,23 +147,22 @@ def data_matters(settings: Settings = Settings(), train: Train = trained) -> Res
         ),
         Finding(
             f"uniform against bigram-drawn continuations; {setting}",
-            f"uniform ones are learned at every seed, in at most {COST} times the steps (mean + 2 s.e.)",
-            f"{_mean(steps[_BASE])} against {_mean(steps[_BIGRAM])}: {ratio:.2f} ± {ratio_error:.2f} times",
-            bool((steps[_BASE] <= settings.steps).all()) and ratio + 2 * ratio_error <= COST,
+            f"uniform ones are learned at every seed, in at most {COST} times the steps",
+            f"{over_seeds(steps[_BASE]):.0f} against {over_seeds(steps[_BIGRAM]):.0f}: {ratio:.2f} times",
+            bool((steps[_BASE] <= settings.steps).all()) and ratio.high <= COST,
         ),
         Finding(
             f"asked on triggers that were none where triggers were fixed; {setting}",
-            "models of fixed triggers are less accurate than on their own triggers, and than models of random triggers "
-            "(mean - 2 s.e. > 0)",
-            f"{others[_BASE].mean():.2f}: {lost:.2f} ± {lost_error:.2f} lower than on their own, "
-            f"{behind:.2f} ± {behind_error:.2f} lower than models of random triggers",
-            lost - 2 * lost_error > 0 and behind - 2 * behind_error > 0,
+            "models of fixed triggers are less accurate than on their own triggers, and than models of random triggers",
+            f"{others[_BASE].mean():.2f}: {lost:.2f} lower than on their own, "
+            f"{behind:.2f} lower than models of random triggers",
+            lost.low > 0 and behind.low > 0,
         ),
     )
     return Result(findings, table, _drawn(runs, by_kind))
 
 
-def _measured(settings: Settings, recipe: Recipe, seed: int, run: TrainingRun) -> dict[str, float]:
+def _measured(settings: Settings, run: TrainingRun, recipe: Recipe) -> dict[str, float]:
     """Steps to `LEARNED`, and final in-context accuracies."""
     name = "in_context_accuracy"
     curve = run.probe(name)
@@ -167,7 +172,7 @@ def _measured(settings: Settings, recipe: Recipe, seed: int, run: TrainingRun) -
         recipe.length,
         range(settings.triggers, 2 * settings.triggers),
         continuations=recipe.continuations,
-        seed=seed,
+        seed=recipe.seed,
     )
     return {
         "steps": float(reached[0] if len(reached) else curve.index[-1] + 1),
@@ -176,11 +181,6 @@ def _measured(settings: Settings, recipe: Recipe, seed: int, run: TrainingRun) -
         "bigram": run.probe(name, continuations="bigram").iloc[-1],
         "other_triggers": behaviour(run.model, unseen)[name],
     }
-
-
-def _mean(values: pd.Series) -> str:
-    mean, error = mean_and_error(values)
-    return f"{mean:.0f} ± {error:.0f}"
 
 
 def _drawn(runs: dict[tuple[str, int], TrainingRun], by_kind: pd.DataFrame) -> Picture:
@@ -202,6 +202,7 @@ def _drawn(runs: dict[tuple[str, int], TrainingRun], by_kind: pd.DataFrame) -> P
         (_BASE, "uniform", "bigram", "uniform\ncontinuations", "bigram-drawn"),
         (_BIGRAM, "bigram", "uniform", "bigram-drawn\ncontinuations", "uniform"),
         (_BASE, "own", "other_triggers", "fixed\ntriggers", "other triggers"),
+        (_FEW, "own", "other_triggers", "fewer\ntriggers", "other triggers"),
         (_RANDOM, "own", "other_triggers", "random\ntriggers", "other triggers"),
     )
     for place, (kind, own, other, _, asked) in enumerate(pairs):

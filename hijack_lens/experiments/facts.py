@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from hijack_lens.attribution.table import COLOURS
 from hijack_lens.experiments.conflicts import Make
 from hijack_lens.experiments.recipe import Recipe, Train, trained
-from hijack_lens.experiments.result import Finding, Result, mean_and_error
+from hijack_lens.experiments.result import Finding, Result, over_seeds
 from hijack_lens.facts import CAPITALS
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models import TwoLayerTransformer, associative_transformer
@@ -47,7 +47,7 @@ _OTHERWISE = 0.1
 
 @dataclass(frozen=True)
 class FactsRecipe(Recipe):
-    """A `Recipe` whose language is that of the first facts; `d_vocab`, `concentration`, `language_seed` have no say.
+    """A `Recipe` whose language is that of the first facts; `d_vocab` and `concentration` have no say.
 
     Countries are the triggers: some are drawn for each sequence, in which another word follows them than their capital.
 
@@ -133,8 +133,8 @@ def facts(settings: Settings = Settings(), make: Make = associative_transformer,
 
     Trained models have seen other words follow a country in context. Holds where they know at least `KNOWN` of the
     facts, of which `repeats` denials overrule at least `OVERRULED`; where at least `BY_CONTEXT` of the margin's rise is
-    the context's; and where theory at fitted strengths names at least `AGREEMENT` of the winners: each the mean over
-    seeds less two standard errors.
+    the context's; and where theory at fitted strengths names at least `AGREEMENT` of the winners: each by the 95%
+    interval over seeds, which are of weights and sequences, the language being that of the facts.
 
     The same prompts for any language model: `hijack_lens.probing`, with `counterfactuals(dict(CAPITALS))`.
     """
@@ -225,11 +225,9 @@ def _trained_findings(responses: Sequence[DoseResponse], settings: Settings) -> 
 
 
 def _at_least(setting: str, what: str, values: Sequence[float], threshold: float) -> Finding:
-    """Holds where the mean over seeds, less two standard errors, is at least the threshold."""
-    mean, error = mean_and_error(values)
-    return Finding(
-        setting, f"at least {threshold:.0%} {what}", f"{mean:.1%} ± {error:.1%}", mean - 2 * error >= threshold
-    )
+    """Holds where the 95% interval over seeds is at least the threshold."""
+    found = over_seeds(values)
+    return Finding(setting, f"at least {threshold:.0%} {what}", f"{found:.1%}", found.low >= threshold)
 
 
 def _picture(hand_written: DoseResponse, by_seed: Sequence[DoseResponse]) -> Picture:

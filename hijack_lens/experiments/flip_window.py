@@ -21,7 +21,7 @@ from hijack_lens.experiments.conflicts import (
     neutral_then_pairs,
 )
 from hijack_lens.experiments.recipe import Recipe, Train, trained
-from hijack_lens.experiments.result import Finding, Result, mean_and_error
+from hijack_lens.experiments.result import Finding, Result, over_seeds
 from hijack_lens.models import TwoLayerTransformer, associative_transformer
 from hijack_lens.prompts import hijack_prompt
 from hijack_lens.theory import Strengths
@@ -38,8 +38,8 @@ TIE = 1e-9
 """Predicted margins closer to 0, in logits, are ties: rounding decides them."""
 LONG = Recipe(0, steps=400, evaluate_every=400)
 """How the models of the full run are trained, but for the seed."""
-LEAST = 0.01
-"""Of an effect in trained models, in logits or as a fraction: well above rounding."""
+LEAST = 0.05
+"""Of an effect in trained models: as a fraction of the context's pull at its peak, or of the hijacks won."""
 FARTHER = 2.0
 """How many times as long the longest prompt hijacked from the front must be."""
 
@@ -89,10 +89,11 @@ def flip_window(
     front of a prompt, and from its end, at just the lengths that `theory.margin` says, and the longest prompt it
     wins from the front is at least `FARTHER` times the longest that it wins from the end.
 
-    In trained models, at up to four times the training length, the mean over seeds less two standard errors is `LEAST`
-    or more for: (4) how far the context's pull falls from its peak to the most repeats, the peak chosen on one half of
-    the prompts and the fall measured on the other; (5) the fraction of hijacks won that are lost again by then; (6) the
-    margin with the bigram at the front, less that with it at the end, at the greatest length.
+    In trained models, at up to four times the training length, by the 95% interval over seeds these are `LEAST` or
+    more: (4) how far the context's pull falls from its peak to the most repeats, the peak chosen on one half of the
+    prompts and the fall measured on the other; (5) the fraction of hijacks won that are lost again by then; (6) the
+    margin with the bigram at the front, less that with it at the end, at the greatest length. (4) and (6) are fractions
+    of the pull at its peak: of what the repeats add to the margin there.
     """
     window = pd.concat([_window(focus, settings, make) for focus in settings.focuses], ignore_index=True)
     primacy = _primacy(settings, make)
@@ -106,7 +107,10 @@ def flip_window(
         won = (margins[:, 0] < 0) & (margins > 0).any(1)
         lost = float((won & (margins[:, -1] < 0)).sum() / won.sum().clamp_min(1))
         primacy_of = _trained_primacy(model, settings, seed)
-        rows.append((seed, peak, float(pull[:, peak].mean()), fall, lost, primacy_of))
+        at_peak = float(pull[:, peak].mean())
+        # A model whose context never pulls towards c has no fall.
+        shares = (fall / at_peak, primacy_of / at_peak) if at_peak > 0 else (0.0, 0.0)
+        rows.append((seed, peak, at_peak, shares[0], lost, shares[1]))
         pulls.append(pull.mean(0))
     columns = ["seed", "peak", "pull_at_peak", "fall", "lost", "front_less_end"]
     by_seed = pd.DataFrame(rows, columns=columns).assign(part="trained")
@@ -129,7 +133,7 @@ def flip_window(
             f"{models}, 0 to {settings.max_repeats} repeats after {settings.lead} neutral tokens",
             "the context wins where theory says; ties left out",
             f"{right} of {clear} winners",
-            right == clear,
+            0 < right == clear,
         ),
         Finding(
             models,
@@ -142,17 +146,17 @@ def flip_window(
             f"winners as theory says, and hijacks from the front at {FARTHER:g} times the length or more",
             f"{right_there} of {clear_there} winners; up to {longest['front']} tokens from the front, "
             f"{longest['end']} from the end",
-            right_there == clear_there and longest["front"] >= FARTHER * longest["end"] > 0,
+            0 < right_there == clear_there and longest["front"] >= FARTHER * longest["end"] > 0,
         ),
         *(
             Finding(
                 f"{len(by_seed)} trained models, {settings.n_prompts} prompts each, of {greatest} tokens",
-                f"{predicted}, by {LEAST:g} or more",
-                f"{mean:.3f} ± {error:.3f}",
-                mean - 2 * error >= LEAST,
+                f"{predicted}: {LEAST:.0%} or more",
+                f"{found:.1%}",
+                found.low >= LEAST,
             )
             for column, predicted in _IN_TRAINED.items()
-            for mean, error in (mean_and_error(by_seed[column].tolist()),)
+            for found in (over_seeds(by_seed[column]),)
         ),
     )
     table = pd.concat([window.assign(part="window"), primacy.assign(part="primacy"), by_seed], ignore_index=True)
@@ -161,9 +165,9 @@ def flip_window(
 
 _PLACES = ("front", "end")
 _IN_TRAINED = {
-    "fall": "the context's pull falls from its peak (logits)",
-    "lost": "of the hijacks won, some are lost again (fraction)",
-    "front_less_end": "a bigram at the front pulls more than one at the end (logits)",
+    "fall": "the context's pull falls from its peak, by a fraction of it",
+    "lost": "of the hijacks won, a fraction is lost again",
+    "front_less_end": "a bigram at the front pulls more than one at the end, by a fraction of the pull at its peak",
 }
 
 

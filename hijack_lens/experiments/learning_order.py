@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 
 from hijack_lens.attribution.table import COLOURS
 from hijack_lens.experiments.recipe import Recipe, Train, trained
-from hijack_lens.experiments.result import Finding, Result, mean_and_error
+from hijack_lens.experiments.result import Finding, Result, over_seeds
 from hijack_lens.visual.figures import Picture
 
 STATEMENT = "Global bigrams are learned first and fast, the induction circuit later; one layer never learns to induce."
@@ -41,7 +41,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
-QUICK = Settings(12, 4, 32, 24, 160, (0, 1, 2))
+QUICK = Settings(12, 4, 32, 24, 240, (0, 1, 2))
 
 
 def learning_order(settings: Settings = Settings(), train: Train = trained) -> Result:
@@ -51,9 +51,7 @@ def learning_order(settings: Settings = Settings(), train: Train = trained) -> R
     follow from the context later (section 5, figure 4, left); one layer cannot solve the task, two can (section 3). A
     loss has been learned when `LEARNED` of it is gone: of the bigram loss, what lies above that of the true bigrams; of
     the in-context loss, all of it, since the answers are certain. Steps are those of the first evaluation that finds it
-    so; a loss that is never learned counts as the step after the last.
-
-    A difference counts as one where its mean over seeds is positive by two standard errors.
+    so; a loss that is never learned counts as the step after the last. Every seed must show it.
     """
     recipe = Recipe(
         0,
@@ -102,31 +100,30 @@ def learning_order(settings: Settings = Settings(), train: Train = trained) -> R
     n = len(settings.seeds)
     setting = f"{n} models, {settings.d_vocab} tokens, {settings.triggers} triggers, {settings.steps} steps"
 
-    later, later_error = mean_and_error(two["steps_to_in_context"] - two["steps_to_bigrams"])
-    gained, gained_error = mean_and_error(two["final_accuracy"] - two["accuracy_once_bigrams_are_learned"])
-    one_layer, one_layer_error = mean_and_error(one["highest_accuracy"])
+    later = two["steps_to_in_context"] - two["steps_to_bigrams"]
+    gained = over_seeds(two["final_accuracy"] - two["accuracy_once_bigrams_are_learned"])
     findings = (
         Finding(
             f"two layers: {setting}",
-            f"the bigram loss is {LEARNED:.0%} learned before the in-context loss is (mean - 2 s.e. > 0)",
-            f"after {_steps(two, 'steps_to_bigrams')} against {_steps(two, 'steps_to_in_context')} steps: "
-            f"{later:.0f} ± {later_error:.0f} later",
-            bool(two["final_bigrams_learned"].min() >= LEARNED) and later - 2 * later_error > 0,
+            f"the bigram loss is {LEARNED:.0%} learned before the in-context loss is, at every seed",
+            f"after {over_seeds(two['steps_to_bigrams']):.0f} against {over_seeds(two['steps_to_in_context']):.0f} "
+            f"steps: {over_seeds(later):.0f} later",
+            bool(two["final_bigrams_learned"].min() >= LEARNED and (later > 0).all()),
         ),
         Finding(
             f"two layers: {setting}",
             f"in-context accuracy is below {LEARNED} once the bigrams are learned, and at least that in the end, "
             "at every seed",
             f"from at most {two['accuracy_once_bigrams_are_learned'].max():.2f} to at least "
-            f"{two['final_accuracy'].min():.2f}; gained {gained:.2f} ± {gained_error:.2f}",
+            f"{two['final_accuracy'].min():.2f}; gained {gained:.2f}",
             bool(two["accuracy_once_bigrams_are_learned"].max() < LEARNED <= two["final_accuracy"].min()),
         ),
         Finding(
             f"one layer: {setting}",
             f"the bigrams are {LEARNED:.0%} learned, yet in-context accuracy stays below {ONE_LAYER_FAILS}, "
             "at every seed",
-            f"bigrams {one['final_bigrams_learned'].min():.0%} learned or more; highest accuracy {one_layer:.2f} ± "
-            f"{one_layer_error:.2f}, at most {one['highest_accuracy'].max():.2f}",
+            f"bigrams {one['final_bigrams_learned'].min():.0%} learned or more; highest accuracy "
+            f"{over_seeds(one['highest_accuracy']):.2f}, at most {one['highest_accuracy'].max():.2f}",
             bool(one["final_bigrams_learned"].min() >= LEARNED and one["highest_accuracy"].max() < ONE_LAYER_FAILS),
         ),
     )
@@ -137,11 +134,6 @@ def _first(curve: pd.DataFrame, column: str) -> float:
     """The step of the first evaluation at which `LEARNED` is reached; the one after the last where none is."""
     reached = curve.loc[curve[column] >= LEARNED, "step"]
     return float(curve["step"].max() + 1 if reached.empty else reached.iloc[0])
-
-
-def _steps(table: pd.DataFrame, column: str) -> str:
-    mean, error = mean_and_error(table[column])
-    return f"{mean:.0f} ± {error:.0f}"
 
 
 def _drawn(curves: pd.DataFrame) -> Picture:

@@ -21,7 +21,7 @@ from hijack_lens.experiments.conflicts import (
     neutral_then_pairs,
 )
 from hijack_lens.experiments.recipe import RANDOM_TRIGGERS, Recipe, Train, trained
-from hijack_lens.experiments.result import Finding, Result, mean_and_error
+from hijack_lens.experiments.result import Finding, Result, over_seeds
 from hijack_lens.models import TwoLayerTransformer, associative_transformer
 from hijack_lens.theory import Strengths
 from hijack_lens.training import fit_strengths, theory_agreement
@@ -101,9 +101,9 @@ def phase_diagram(
     every prompt, ties (`TIE`) left out.
 
     Trained models are asked on random conflict prompts of their training length, with 0 to 6 repeats. Theory has what
-    `fit_strengths` reads off the weights, and no prediction. Holds where the fraction of winners that it names is at
-    least `AGREEMENT`, the mean over seeds less two standard errors. Beside it stands how often the rule "the context
-    wins once it has spoken" is right, which knows no strengths.
+    `fit_strengths` reads off the weights, and no prediction. By the 95% interval over seeds, it names (1) at least
+    `AGREEMENT` of the winners, and (2) more of them, seed by seed, than the rule "the context wins once it has spoken",
+    which knows no strengths.
     """
     cells: dict[str, list[pd.DataFrame]] = {kind: [] for kind in (*_ASKED, *dict(settings.recipes))}
     rows = []
@@ -126,26 +126,34 @@ def phase_diagram(
 
     findings = []
     for kind, asked in _ASKED.items():
-        n_prompts, ties, agreement, _ = _counted(pd.concat(cells[kind]))
+        n_prompts, ties, named, _ = _counted(pd.concat(cells[kind]))
         findings.append(
             Finding(
                 f"{len(settings.strengths)} hand-written models, prompts of {settings.length} tokens: {asked}",
                 "theory names the winner of every prompt, ties left out",
-                f"{agreement:.2%} of {n_prompts - ties} winners; {ties} ties",
-                agreement == 1,
+                f"{named:.2%} of {n_prompts - ties} winners; {ties} ties",
+                named == 1,
             )
         )
     for name, recipe in settings.recipes:
         part = table[table["diagram"] == name]
-        mean, error = mean_and_error(part["agreement"].tolist())
-        findings.append(
+        setting = f"{len(part)} trained models, {name}; {settings.n_prompts} prompts of {recipe.length} tokens for each"
+        agreement = over_seeds(part["agreement"])
+        lead = over_seeds(part["agreement"] - part["agreement_of_rule"])
+        findings += [
             Finding(
-                f"{len(part)} trained models, {name}; {settings.n_prompts} prompts of {recipe.length} tokens for each",
+                setting,
                 f"theory at fitted strengths names at least {AGREEMENT:.0%} of the winners",
-                f"{mean:.1%} ± {error:.1%}; the rule without strengths {part['agreement_of_rule'].mean():.1%}",
-                mean - 2 * error >= AGREEMENT,
-            )
-        )
+                f"{agreement:.1%}",
+                agreement.low >= AGREEMENT,
+            ),
+            Finding(
+                setting,
+                "theory names more winners than the rule that the context wins once it has spoken",
+                f"by {lead:.1%} of the prompts; the rule names {part['agreement_of_rule'].mean():.1%}",
+                lead.low > 0,
+            ),
+        ]
     return Result(tuple(findings), table, _picture(cells, boundaries, settings))
 
 
@@ -268,9 +276,12 @@ def _picture(cells: dict[str, list[pd.DataFrame]], boundaries: Sequence[Tensor],
         ax.set_xlabel(labels["repeats"])
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("log-ratio the weights prefer g by:\nlog π(g|q) − log π(c|q)  (nats)")
+        ax.set_ylabel("log π(g|q) − log π(c|q), the weights' preference (nats)")
     patches = [matplotlib.patches.Patch(color=light[winner], label=f"{winner} won") for winner in light]
-    black = matplotlib.lines.Line2D([], [], color="black", label="theory's boundary")
+    label = "theory's boundary" + "; of trained models each seed's, where c and g occur nowhere else" * bool(
+        trained_ones
+    )
+    black = matplotlib.lines.Line2D([], [], color="black", label=label)
     picture.figure.legend(handles=[*patches, black], loc="outside lower center", ncols=3, frameon=False, fontsize=12)
     return picture
 

@@ -13,7 +13,7 @@ from hijack_lens import theory
 from hijack_lens.attribution.table import COLOURS
 from hijack_lens.experiments.conflicts import Make
 from hijack_lens.experiments.recipe import Recipe, Train, trained
-from hijack_lens.experiments.result import Finding, Result, mean_and_error
+from hijack_lens.experiments.result import Finding, Result, over_seeds
 from hijack_lens.hooks.intervention import record
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models import TwoLayerTransformer, associative_transformer
@@ -51,7 +51,7 @@ class Settings:
 
     Attributes:
         recipe: of the trained models, for all seeds and both kinds of positions; the hand-written models are of its
-            language, triggers and length.
+            language (its own seed's), triggers and length.
         seeds: of the trained models.
         multiples: lengths of the prompts, as multiples of the training length; from 1, where the evidence is within it.
         repeats: of the evidence.
@@ -91,8 +91,13 @@ def positions_and_length(
     previous-token head attends most to the position before at `KEPT` of the positions at least with relative positions,
     and at `LOST` at most with absolute ones (where it is at `FOUND` at least within T), in every seed and length. And
     the in-context accuracy, its mean over these lengths, is higher with relative positions by more than `SEPARATION`,
-    two standard errors taken off.
+    by the 95% interval over seeds.
+
+    Raises:
+        ValueError: for `multiples` without 1, or nothing but it.
     """
+    if min(settings.multiples) != 1 or max(settings.multiples) == 1:
+        raise ValueError(f"multiples must hold 1, and at least one that is greater, got {settings.multiples}")
     recipe = settings.recipe
     triggers = list(range(recipe.triggers))
     language = recipe.language.floored(settings.floor)
@@ -119,8 +124,8 @@ def positions_and_length(
 
     rows = []
     for multiple in settings.multiples:
-        prompts = late_conflicts(language, settings, multiple)
         for kind, positions, seed, model in models:
+            prompts = late_conflicts(model.language, settings, multiple)
             predicted = _predicted(prompts, language, settings, positions) if kind == "hand-written" else None
             row = {"model": kind, "positions": positions, "seed": seed, "multiple": multiple}
             rows.append(row | _measured(model, prompts, recipe.length, predicted))
@@ -240,21 +245,19 @@ def _in_training(table: pd.DataFrame, settings: Settings) -> list[Finding]:
     def by_seed(rows: pd.DataFrame, positions: str, column: str, how: str) -> pd.Series:
         return rows[rows["positions"] == positions].groupby("seed")[column].agg(how)
 
-    def shown(values: pd.Series) -> str:
-        return "{:.2f} ± {:.2f}".format(*mean_and_error(values.tolist()))
-
     learned = {positions: by_seed(within, positions, "in_context_accuracy", "min") for positions in _POSITIONS}
     lowest = by_seed(beyond, "relative", "finds_previous", "min")
     highest = by_seed(beyond, "absolute", "finds_previous", "max")
     before = by_seed(within, "absolute", "finds_previous", "min")
     after = {positions: by_seed(beyond, positions, "in_context_accuracy", "mean") for positions in _POSITIONS}
-    gap, error = mean_and_error((after["relative"] - after["absolute"]).tolist())
+    gap = over_seeds(after["relative"] - after["absolute"])
     return [
         Finding(
             f"{setting}; prompts of T tokens",
             f"both kinds read the context at T: in-context accuracy of at least {LEARNED:g} in every seed",
             "; ".join(
-                f"{positions} {shown(values)}, lowest {values.min():.2f}" for positions, values in learned.items()
+                f"{positions} {over_seeds(values):.2f}, lowest {values.min():.2f}"
+                for positions, values in learned.items()
             ),
             all(bool((values >= LEARNED).all()) for values in learned.values()),
         ),
@@ -262,22 +265,22 @@ def _in_training(table: pd.DataFrame, settings: Settings) -> list[Finding]:
             f"{setting}; the last T tokens of prompts of 2 T to {max(settings.multiples)} T",
             f"relative: the head attends most to the position before at {KEPT:.0%} of the positions or more, in every "
             "seed and length",
-            f"lowest over lengths {shown(lowest)}, lowest seed {lowest.min():.2f}",
+            f"lowest over lengths {over_seeds(lowest):.2f}, lowest seed {lowest.min():.2f}",
             bool((lowest >= KEPT).all()),
         ),
         Finding(
             f"{setting}; the last T tokens of prompts of T to {max(settings.multiples)} T",
             f"absolute: at {FOUND:.0%} or more within T, and at {LOST:.0%} or less beyond, in every seed and length",
-            f"within T {shown(before)}, lowest seed {before.min():.2f}; beyond, highest over lengths {shown(highest)}, "
-            f"highest seed {highest.max():.2f}",
+            f"within T {over_seeds(before):.2f}, lowest seed {before.min():.2f}; beyond, highest over lengths "
+            f"{over_seeds(highest):.2f}, highest seed {highest.max():.2f}",
             bool((before >= FOUND).all() and (highest <= LOST).all()),
         ),
         Finding(
             f"{setting}; prompts of 2 T to {max(settings.multiples)} T, all evidence beyond T",
             f"in-context accuracy is higher with relative positions by more than {SEPARATION:g}",
-            f"relative {shown(after['relative'])}, absolute {shown(after['absolute'])}, "
-            f"difference {gap:.2f} ± {error:.2f}",
-            gap - 2 * error > SEPARATION,
+            f"relative {over_seeds(after['relative']):.2f}, absolute {over_seeds(after['absolute']):.2f}, "
+            f"difference {gap:.2f}",
+            gap.low > SEPARATION,
         ),
     ]
 

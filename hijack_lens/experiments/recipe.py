@@ -12,14 +12,13 @@ from hijack_lens.training import TrainConfig, TrainingRun, train
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a small two-layer model is trained on a random bigram language with triggers.
+    """How a small model is trained on a random bigram language with triggers; one seed is one replicate of all of it.
 
     Attributes:
-        seed: of the weights and the sequences.
+        seed: of the language, the weights and the sequences.
         positions: how they enter the model.
         d_vocab: tokens in the language.
         concentration: of the Dirichlet distribution that its rows are drawn from; less is sharper.
-        language_seed: of that draw.
         triggers: how many.
         fixed: whether these are the same tokens, the first of the vocabulary, in all sequences, or drawn for each.
         continuations: of the triggers: "uniform", or from the "bigram" rows of the language.
@@ -34,7 +33,6 @@ class Recipe:
     positions: Literal["relative", "absolute", "none"] = "relative"
     d_vocab: int = 24
     concentration: float = 0.3
-    language_seed: int = 0
     triggers: int = 5
     fixed: bool = True
     continuations: Literal["uniform", "bigram"] = "uniform"
@@ -47,7 +45,7 @@ class Recipe:
     @property
     def language(self) -> BigramLanguage:
         """Of the sequences."""
-        return BigramLanguage.dirichlet(self.d_vocab, self.concentration, seed=self.language_seed)
+        return BigramLanguage.dirichlet(self.d_vocab, self.concentration, seed=self.seed)
 
     @property
     def config(self) -> TrainConfig:

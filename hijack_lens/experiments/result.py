@@ -1,11 +1,14 @@
 """What an experiment finds: a table, a picture, and a verdict that is computed."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 
+from hijack_lens._student import student_quantile
 from hijack_lens.visual.figures import Picture
 
 Verdict = Literal["reproduced", "in part", "not reproduced"]
@@ -70,7 +73,35 @@ class Result:
         return self.figure.png()
 
 
-def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
-    """The mean over seeds and its standard error; NaN for the error of fewer than two."""
-    series = pd.Series(list(values), dtype=float)
-    return float(series.mean()), float(series.sem())
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95% interval (Student's t), as `f"{estimate:.1%}"` shows them.
+
+    Attributes:
+        mean: of the seeds.
+        reach: of the interval, to either side; NaN for fewer than two seeds, so that no threshold is met.
+    """
+
+    mean: float
+    reach: float
+
+    @property
+    def low(self) -> float:
+        """The interval's lower end."""
+        return self.mean - self.reach
+
+    @property
+    def high(self) -> float:
+        """The interval's upper end."""
+        return self.mean + self.reach
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.mean:{spec}} ± {self.reach:{spec}}"
+
+
+def over_seeds(values: Iterable[float]) -> Estimate:
+    """The mean of a measurement, and how far it can be trusted; NaN where a seed has none."""
+    found = np.array(list(values), dtype=float)
+    n = len(found)
+    reach = student_quantile(n - 1) * float(found.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return Estimate(float(found.mean()), reach)

@@ -230,6 +230,7 @@ def _regimes(settings: Settings, make: Make) -> pd.DataFrame:
             model = make(language, strengths=strengths, n_ctx=tokens.shape[1], dtype=torch.float64)
             margins = hijack_margins(model, tokens)[0, lead::2]
             wins = (margins > 0).nonzero().flatten().tolist()
+            never = math.inf if bool(margins.isfinite().all()) else math.nan
             if copy <= ahead * (1 + math.exp(-match)):
                 regime, predicted = "never", math.inf
             elif copy > ahead * (1 + (lead + 2) * math.exp(-match)):
@@ -241,7 +242,7 @@ def _regimes(settings: Settings, make: Make) -> pd.DataFrame:
                 regime, predicted = "between", math.inf if flip.repeats is None else flip.repeats
             predicted_margins = theory.phase_boundary(repeats, strengths, lead=lead) - ahead
             tie = bool(predicted_margins.abs().min() < TOLERANCE)
-            rows.append((match, copy, regime, float(predicted), float(wins[0]) if wins else math.inf, tie))
+            rows.append((match, copy, regime, float(predicted), float(wins[0]) if wins else never, tie))
     return pd.DataFrame(rows, columns=["b2", "b3", "regime", "predicted", "measured", "tie"])
 
 

@@ -1,6 +1,5 @@
 """Claim: strengths read off the weights predict which memory wins, prompt by prompt."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from tqdm.auto import tqdm
 
 from hijack_lens.attribution import attribute
 from hijack_lens.experiments.recipe import RANDOM_TRIGGERS, Recipe, Train, trained
-from hijack_lens.experiments.result import Finding, Result, mean_and_error
+from hijack_lens.experiments.result import Finding, Result, over_seeds
 from hijack_lens.models import TwoLayerTransformer
 from hijack_lens.training import fit_strengths
 from hijack_lens.training.fit import agreement_on, conflict_prompts
@@ -28,8 +27,8 @@ AGREEMENT = 0.95
 """Of predicted and measured winners, as a fraction of held-out prompts."""
 CALIBRATION_ERROR = 0.1
 """At most, expected: between a predicted probability and how often the context wins."""
-BINS = 10
-"""Of predicted probability, equally wide."""
+BINS = 5
+"""Of predicted probability, equally wide: with more, few prompts are in each, and chance alone makes an error."""
 
 LONGER = Recipe(0, fixed=False, length=96, steps=300, evaluate_every=300)
 """Random triggers in longer sequences."""
@@ -66,13 +65,13 @@ def winner_prediction(settings: Settings = Settings(), train: Train = trained) -
 
     Models are trained with random triggers, so that either memory may win after any token. Prompts hold 0 to 6 repeats.
     `fit_strengths` reads strengths off the weights; theory's margin (Wang & Sato, arXiv 2412.11459) names the winner,
-    which takes no prompt at all. Half of the prompts then serve to fit: one scale a, for
+    which takes no prompt at all. Half of the prompts then serve to fit: one scale a >= 0, for
     P(context wins) = sigmoid(a * margin); and all weights of the baseline, a logistic regression of the winner on the
     counts n_qc, n_qg, n_c, n_g and the weights' log-ratio log(pi_b(g|q) / pi_b(c|q)). The other half is held out.
 
-    Holds where, for prompts of each length, the mean over seeds by two standard errors: theory names at least
-    `AGREEMENT` of the held-out winners; it names more of them than the baseline does, seed by seed; and its expected
-    calibration error is at most `CALIBRATION_ERROR`.
+    Holds where, for prompts of each length, by the 95% interval over seeds: theory names at least `AGREEMENT` of the
+    held-out winners; it names more of them than the baseline does, seed by seed; and its expected calibration error is
+    at most `CALIBRATION_ERROR`.
 
     Beside it stands where theory loses winners: how many are named by what `attribute` gives context and weights, which
     has the model's own attention and copies, and lacks nothing but the rest.
@@ -130,7 +129,10 @@ def _predicted(asked: pd.DataFrame) -> pd.DataFrame:
     won = torch.tensor((asked["measured"] > 0).to_numpy())
     margin = torch.tensor(asked[["predicted"]].to_numpy())
     counts = _standardised(torch.tensor(asked[_COUNTS].to_numpy(float)), ~held_out)
-    probability = [_logistic(x[~held_out], won[~held_out], x) for x in (margin, counts)]
+    weights = [_logistic(x[~held_out], won[~held_out]) for x in (margin, counts)]
+    # A margin that foretells the opposite says nothing. The loss is convex: of scales from 0 on, 0 is then the best.
+    weights[0].clamp_(min=0)
+    probability = [(x @ w).sigmoid() for x, w in zip((margin, counts), weights, strict=True)]
     rows = asked.assign(
         won=won.numpy(),
         theory=probability[0].numpy(),
@@ -149,10 +151,8 @@ def _standardised(x: Float[Tensor, "prompt input"], fitted: Bool[Tensor, "prompt
     return torch.cat([scaled, torch.ones_like(x[:, :1])], 1)
 
 
-def _logistic(
-    x: Float[Tensor, "fitted input"], won: Bool[Tensor, "fitted"], asked: Float[Tensor, "prompt input"]
-) -> Float[Tensor, "prompt"]:
-    """P(context wins) of a logistic regression without intercept, fitted to some prompts and asked of others."""
+def _logistic(x: Float[Tensor, "prompt input"], won: Bool[Tensor, "prompt"]) -> Float[Tensor, "input"]:
+    """The weights of a logistic regression without intercept: P(context wins) = sigmoid(x @ weights)."""
     weights = torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -165,35 +165,35 @@ def _logistic(
 
     with torch.enable_grad():
         optimizer.step(loss)
-    return (asked @ weights).sigmoid().detach()
+    return weights.detach()
 
 
 def _findings(table: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
     setting = f"{len(table)} trained models, random triggers, sequences of {settings.recipe.length} tokens; "
     setting += f"{settings.n_prompts // 2} held-out prompts of {table['length'].iloc[0]} tokens for each"
 
-    def measured(values: Sequence[float], unit: str = "%") -> tuple[str, float, float]:
-        mean, error = mean_and_error(values)
-        return (f"{mean:.1%} ± {error:.1%}" if unit == "%" else f"{mean:.3f} ± {error:.3f}"), mean, error
-
-    agreement, mean, error = measured(table["theory_accuracy"].tolist())
-    named = mean - 2 * error >= AGREEMENT
-    counts, _, _ = measured(table["counts_accuracy"].tolist())
-    ahead, lead, lead_error = measured((table["theory_accuracy"] - table["counts_accuracy"]).tolist())
-    off, off_mean, off_error = measured(table["theory_calibration_error"].tolist(), unit="")
+    base_rate = 0.5 + (table["context_wins"] - 0.5).abs()
+    named = over_seeds(table["theory_accuracy"])
+    ahead = over_seeds(table["theory_accuracy"] - table["counts_accuracy"])
+    off = over_seeds(table["theory_calibration_error"])
     return (
-        Finding(setting, f"theory names at least {AGREEMENT:.0%} of the winners", agreement, named),
+        Finding(
+            setting,
+            f"theory names at least {AGREEMENT:.0%} of the winners",
+            f"{named:.1%}; the more frequent winner alone would name {base_rate.mean():.1%}",
+            named.low >= AGREEMENT,
+        ),
         Finding(
             setting,
             "theory names more winners than a logistic regression on counts",
-            f"by {ahead} of the prompts; the regression names {counts}",
-            lead - 2 * lead_error > 0,
+            f"by {ahead:.1%} of the prompts; the regression names {over_seeds(table['counts_accuracy']):.1%}",
+            ahead.low > 0,
         ),
         Finding(
             setting,
             f"theory's expected calibration error is at most {CALIBRATION_ERROR:g}",
-            f"{off}; the regression's {table['counts_calibration_error'].mean():.3f}",
-            off_mean + 2 * off_error <= CALIBRATION_ERROR,
+            f"{off:.3f}; the regression's {table['counts_calibration_error'].mean():.3f}",
+            off.high <= CALIBRATION_ERROR,
         ),
     )
 
@@ -226,7 +226,7 @@ def _picture(table: pd.DataFrame, answers: pd.DataFrame) -> Picture:
         )
     left.axhline(AGREEMENT, color="black", linestyle="--", linewidth=1, label=f"{AGREEMENT:.0%} of the winners")
     left.set_xticks(places, names, fontsize=8 if len(names) < 6 else 6)
-    left.set_ylim(0.5, 1.0)
+    left.set_ylim(0.0, 1.0)
     left.set_xlabel("trained model and length of prompts")
     left.set_ylabel("winners named, fraction of held-out prompts")
     right.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
