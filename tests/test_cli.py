@@ -1,11 +1,13 @@
 """The command line, as a person runs it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import hijack_lens as hl
 from hijack_lens import cli, theory
@@ -151,6 +153,28 @@ def test_an_unknown_command_is_bad_input_and_none_shows_help(capsys, monkeypatch
     code, out, _ = run(capsys, monkeypatch)
     assert code == 0
     assert "explain" in out
+
+
+def test_workers_that_cannot_start_end_a_reproduction_with_one_clear_line(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", os._exit)  # what every worker calls first
+    code, out, err = run(capsys, monkeypatch, "reproduce", "closed-form", "facts", "--quick", "--workers", "2")
+    assert (code, out) == (1, "")
+    assert [line for line in err.splitlines() if line.startswith("hijack-lens: executor broke before it had any point")]
+    assert "Traceback" not in err
+
+
+def test_reproduce_prints_each_prediction_beside_what_was_measured(capsys, monkeypatch, tmp_path):
+    code, out, err = run(capsys, monkeypatch, "reproduce", "closed-form", "--quick", "--out", "claims")
+    assert code == 0
+    assert "Traceback" not in err
+    rows = [line for line in out.splitlines() if "theory = model" in line]
+    assert len(rows) == 2
+    assert all("✓ largest error" in row for row in rows)
+    assert ["reproduced" in row for row in rows] == [True, False]
+    assert str(tmp_path / "claims" / "report.html") in out.replace("\n", "")
+    code, _, err = run(capsys, monkeypatch, "reproduce", "hijak")
+    assert code == 2
+    assert "claims must be one of" in err
 
 
 def test_importing_drags_in_no_plotting():
