@@ -197,7 +197,7 @@ def reproduce(
         shown = claim, done.verdicts[claim]
         for finding in found[found["claim"] == claim].to_dict(orient="records"):
             measured = marks.get(finding["holds"], "") + finding["measured"]
-            table.add_row(shown[0], finding["predicted"], measured, shown[1])
+            table.add_row(shown[0], "· " * bool(finding["predicted"]) + finding["predicted"], measured, shown[1])
             shown = "", ""
     console = Console(markup=False)
     console.print(table)

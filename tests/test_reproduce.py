@@ -18,27 +18,18 @@ from hijack_lens.visual.figures import Picture
 SCRIPT = """
 import os
 
-import pandas as pd
-
 from hijack_lens import experiments
-from hijack_lens.experiments import Finding, Result
-from hijack_lens.visual.figures import Picture
-
-
-def fine(settings):
-    return Result((Finding("here", "1", "1", True),), pd.DataFrame({"a": [1]}), Picture(1.0, 1.0))
 
 
 def deadly(settings):
     os._exit(1)
 
 
-experiments.CLAIMS.clear()  # in the workers too, which import this script
-for run in (deadly, fine):
-    experiments.CLAIMS[run.__name__] = experiments.Claim("", "nowhere", run, "full", "quick")
+# In the workers too, which import this script.
+experiments.CLAIMS["facts"] = experiments.Claim("", "nowhere", deadly, "full", "quick")
 
 if __name__ == "__main__":
-    experiments.reproduce("out", workers=2)
+    experiments.reproduce("out", True, ["facts", "closed-form"], workers=2)
 """
 
 NASTY = "</table><img src=x onerror=document.title='PWNED'>"
@@ -156,27 +147,6 @@ def test_a_report_is_on_all_claims_that_its_folder_knows_at_these_settings(three
     assert reported(experiments.reproduce(tmp_path, claims="half")) == ["good", "half", "bad"]
 
 
-def test_a_claim_whose_process_dies_has_failed_and_the_others_run_on(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    written = {claim["claim"]: claim for claim in json.loads((tmp_path / "out" / "report.json").read_text())}
-    assert {name: claim["verdict"] for name, claim in written.items()} == {"deadly": "failed", "fine": "reproduced"}
-    assert written["deadly"]["error"].startswith("BrokenProcessPool: ")
-    assert written["deadly"]["seconds"] is None
-    assert "BrokenProcessPool" in (tmp_path / "out" / "report.html").read_text()
-
-
-def test_a_run_goes_on_where_it_stopped_and_tries_failures_again(three_claims, tmp_path):
-    experiments.reproduce(tmp_path, claims=["good", "bad"], workers=1)
-    experiments.reproduce(tmp_path, claims=["half", "good", "bad"], workers=1)
-    assert [name for name, _ in three_claims] == ["good", "bad", "half", "bad"]
-    assert experiments.reproduce(tmp_path, claims="half", workers=1).verdicts == {"half": "in part"}
-    experiments.reproduce(tmp_path, quick=True, claims=["good"])
-    assert three_claims[-1] == ("good", "quick")  # other settings are another point
-
-
 @pytest.mark.browser
 def test_the_page_opens_offline_and_takes_no_text_for_markup(three_claims, browser, tmp_path):
     done = experiments.reproduce(tmp_path, workers=1)
@@ -227,11 +197,17 @@ def test_every_claim_says_what_it_is_and_is_measured_at_three_seeds_or_more():
         assert claim.full != claim.quick
 
 
-def test_two_processes_find_what_one_does(tmp_path):
-    one = experiments.reproduce(tmp_path / "one", True, ["closed-form", "stronger-memories"], workers=1)
-    two = experiments.reproduce(tmp_path / "two", True, ["closed-form", "stronger-memories"], workers=2)
+def test_processes_find_what_one_does_and_one_that_dies_fails_its_claim_alone(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    ran = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found, died = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (died["claim"], died["verdict"], died["seconds"]) == ("facts", "failed", None)
+    assert died["error"].startswith("BrokenProcessPool: ")
+    assert died["error"] in (tmp_path / "out" / "report.html").read_text()
+    (here,) = experiments.reproduce(tmp_path / "here", True, "closed-form").outcomes
     drop = ("seconds", "figure")
-    left, right = ([{k: v for k, v in o.items() if k not in drop} for o in run.outcomes] for run in (one, two))
+    left, right = ({key: value for key, value in one.items() if key not in drop} for one in (found, here))
     assert left == right
 
 

@@ -28,7 +28,7 @@ def page(outcomes: Sequence[dict[str, Any]], heading: str) -> str:
 <style>{STYLE}
 body {{ max-width: 1240px }} .wide {{ overflow-x: auto }}
 td, th {{ text-align: left; vertical-align: top }} td {{ border-bottom: 1px solid #ddd }}
-.summary table {{ min-width: 960px }} .summary tbody + tbody {{ border-top: 1px solid #999 }}
+.summary table {{ min-width: 960px }} .summary th:nth-child(4), .summary th:nth-child(5) {{ width: 20% }}
 .verdict-of {{ font-weight: 600; white-space: nowrap }} .number {{ white-space: nowrap }}
 .missed {{ color: {_COLOURS["not reproduced"]}; font-weight: 600 }}
 details table {{ font-size: 85%; font-variant-numeric: tabular-nums }} pre {{ overflow-x: auto }}</style></head><body>
