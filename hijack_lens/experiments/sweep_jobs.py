@@ -137,8 +137,8 @@ def _hand_out(
     except _BROKEN as error:
         broke = error
         if isinstance(error, BrokenExecutor):
-            # It fails its jobs one by one, and Python 3.11's chokes on one that has been cancelled meanwhile.
-            wait([job for job in jobs if isinstance(job, Future)])
+            # It is still failing its jobs, one by one, and Python 3.11's chokes on one that is cancelled before.
+            executor.shutdown()
     finally:
         for job in list(jobs):
             if not job.cancel() and job.done() and job.exception() is None:
