@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -177,21 +177,28 @@ def reproduce(
 
     Args:
         claims: Names of claims. [default: all]
-        out: Folder for the report, as HTML and JSON, and for what has been run so far.
+        out: Folder for what has been run so far, and for the report on it, as HTML and JSON.
         quick: Small settings: minutes instead of an hour.
         workers: Processes to run claims in. [default: as many as there are cores]
     """
     from hijack_lens import experiments
 
-    done = experiments.reproduce(out, quick, claims or None, workers)
-    table = Table(title="the papers' claims", show_lines=True)
+    try:
+        done = experiments.reproduce(out, quick, claims or None, workers)
+    except RuntimeError as error:  # of the workers; an experiment's own make its claim a failed one
+        _fail(str(error), code=1)
+    table = Table(title="the papers' claims")
     for column in ("claim", "predicted", "measured", "verdict"):
         table.add_column(column)
-    for outcome in done.outcomes:
-        findings = outcome["findings"] or [{"predicted": "", "measured": outcome["error"], "holds": False}]
-        measured = "\n".join(f"{'✓' if finding['holds'] else '✗'} {finding['measured']}" for finding in findings)
-        predicted = "\n".join(f"· {finding['predicted']}" for finding in findings)
-        table.add_row(outcome["claim"], predicted, measured, outcome["verdict"])
+    found = done.to_pandas()
+    marks = {True: "✓ ", False: "✗ "}
+    for claim in done.verdicts:
+        table.add_section()
+        shown = claim, done.verdicts[claim]
+        for finding in found[found["claim"] == claim].to_dict(orient="records"):
+            measured = marks.get(finding["holds"], "") + finding["measured"]
+            table.add_row(shown[0], "· " * bool(finding["predicted"]) + finding["predicted"], measured, shown[1])
+            shown = "", ""
     console = Console(markup=False)
     console.print(table)
     console.print(f"Report: {done.report.resolve()}", soft_wrap=True)
@@ -212,9 +219,9 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> NoReturn:
     print(f"hijack-lens: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def _language(text: Path | None, level: Literal["char", "word"] | None, max_vocab: int | None) -> hl.BigramLanguage:

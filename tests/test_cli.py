@@ -1,14 +1,19 @@
 """The command line, as a person runs it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 
 import hijack_lens as hl
-from hijack_lens import cli, theory
+from hijack_lens import cli, experiments, theory
+from hijack_lens.experiments import Finding, Result
+from hijack_lens.visual.figures import Picture
 
 
 def run(capsys, monkeypatch, *arguments):
@@ -151,6 +156,45 @@ def test_an_unknown_command_is_bad_input_and_none_shows_help(capsys, monkeypatch
     code, out, _ = run(capsys, monkeypatch)
     assert code == 0
     assert "explain" in out
+
+
+def test_workers_that_cannot_start_end_a_reproduction_with_one_clear_line(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", os._exit)  # what every worker calls first
+    code, out, err = run(capsys, monkeypatch, "reproduce", "closed-form", "facts", "--quick", "--workers", "2")
+    assert (code, out) == (1, "")
+    assert [line for line in err.splitlines() if line.startswith("hijack-lens: executor broke before it had any point")]
+    assert "Traceback" not in err
+
+
+def test_reproduce_prints_each_prediction_beside_what_was_measured(capsys, monkeypatch, tmp_path):
+    def fine(settings):
+        findings = (Finding("here", f"first {'much ' * 20}", "one", True), Finding("here", "second", "two", False))
+        return Result(findings, pd.DataFrame({"a": [1]}), Picture(1.0, 1.0))
+
+    def broken(settings):
+        raise KeyError("no luck")
+
+    for name, experiment in (("facts", fine), ("data", broken)):
+        claim = experiments.Claim(name, "nowhere", experiment, "full", "quick")
+        monkeypatch.setitem(experiments.CLAIMS, name, claim)
+    code, out, err = run(capsys, monkeypatch, "reproduce", "facts", "data", "--workers", "1", "--out", "claims")
+    assert code == 1
+    assert "Traceback" not in err
+    (first,), (second,), (third,) = (
+        [line for line in out.splitlines() if part in line] for part in ("first", "second", "no luck")
+    )
+    assert "facts" in first
+    assert "✓ one" in first
+    assert "in part" in first
+    assert "✗ two" in second
+    assert "data" in third
+    assert "failed" in third
+    assert str(tmp_path / "claims" / "report.html") in out.replace("\n", "")
+    code, _, _ = run(capsys, monkeypatch, "reproduce", "facts", "--out", "claims")
+    assert code == 0  # what failed was not asked for
+    code, _, err = run(capsys, monkeypatch, "reproduce", "hijak")
+    assert code == 2
+    assert "claims must be one of" in err
 
 
 def test_importing_drags_in_no_plotting():

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,7 @@ def lethal(x, mark, seed):
 
 
 def suicidal(x):
-    if x == 2:
+    if x in (2, 3, 9):
         os.kill(os.getpid(), signal.SIGKILL)
     return {"x2": x * 2}
 
@@ -117,9 +117,68 @@ def test_a_process_pool_gives_the_same_table_and_its_loss_keeps_what_has_finishe
     pd.testing.assert_frame_equal(found(table), found(sweep(noisy, GRID)))
 
     out = tmp_path / "lost.jsonl"
-    with ProcessPoolExecutor(1) as executor, pytest.raises(RuntimeError, match="executor broke while 2 points"):
-        sweep(suicidal, {"x": [0, 1, 2, 3]}, executor, out, in_flight=2)
-    assert [json.loads(line)["result"]["x2"] for line in out.read_text().splitlines()[1:]] == [0, 2]
+    with (
+        ProcessPoolExecutor(1) as executor,
+        pytest.raises(RuntimeError, match=r"executor broke .* while {'x': 2}.* with it"),
+    ):
+        sweep(suicidal, {"x": [0, 1, 2, 4]}, executor, out, in_flight=2)
+    assert sorted(json.loads(line)["result"]["x2"] for line in out.read_text().splitlines()[1:]) == [0, 2]
+
+
+def test_points_that_kill_their_process_fail_alone_where_pools_can_be_made(tmp_path):
+    out, grid, made = tmp_path / "out.jsonl", {"x": range(10)}, []
+
+    def make():
+        made.append(ProcessPoolExecutor(2))
+        return made[-1]
+
+    table = sweep(suicidal, grid, make, out)
+    assert table["x2"].fillna(-1).tolist() == [0, 2, -1, -1, 8, 10, 12, 14, 16, -1]
+    assert table["error"].notna().tolist() == [x in (2, 3, 9) for x in grid["x"]]
+    assert table["error"].dropna().str.startswith("BrokenProcessPool: ").all()
+    for pool in made:  # each was shut down
+        with pytest.raises(RuntimeError):
+            pool.submit(int)
+    made.clear()
+    pd.testing.assert_frame_equal(sweep(suicidal, grid, make, out), table)
+    assert made == []
+
+
+def test_a_point_whose_process_was_killed_once_is_run_again(tmp_path):
+    grid = {"x": range(8), "mark": [str(tmp_path / "killed")]}
+    table = sweep(lethal, grid, lambda: ProcessPoolExecutor(2))
+    assert (tmp_path / "killed").exists()
+    pd.testing.assert_frame_equal(found(table), found(sweep(lethal, grid)))
+
+
+def test_made_executors_that_cannot_run_anything_fail_no_points(tmp_path):
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(RuntimeError, match="executor broke before it had any point"):
+        sweep(noisy, GRID, lambda: ProcessPoolExecutor(1, initializer=os._exit, initargs=(1,)), out)
+    with pytest.raises(TypeError, match=r"executor must make a concurrent\.futures\.Executor, got 3"):
+        sweep(noisy, GRID, lambda: 3, out)
+    pd.testing.assert_frame_equal(found(sweep(noisy, GRID, ThreadPoolExecutor, out)), found(sweep(noisy, GRID)))
+
+
+def test_no_job_of_a_broken_pool_is_cancelled_before_it_has_shut_down_nor_waited_for():
+    class Breaking(Executor):
+        """As a process pool that breaks while points are handed to it: it fails one job, and forgets the other."""
+
+        def submit(self, *arguments):
+            jobs.append(Future())
+            if len(jobs) == 1:
+                jobs[0].set_exception(BrokenExecutor("gone"))
+            return jobs[-1]
+
+        def shutdown(self, **options):
+            assert not any(job.cancelled() for job in jobs)
+            jobs.append("shut down")
+
+    jobs = []
+    with pytest.raises(RuntimeError, match=r"executor broke \(BrokenExecutor: gone\) while {'x': 0}, {'x': 1} were"):
+        sweep(suicidal, {"x": [0, 1]}, Breaking())
+    assert jobs[1].cancelled()
+    assert jobs[2] == "shut down"
 
 
 def test_no_more_points_are_in_flight_than_allowed():
@@ -159,6 +218,25 @@ def test_jobs_that_are_no_futures():
             return Job(functools.partial(function, *arguments))
 
     pd.testing.assert_frame_equal(found(sweep(noisy, GRID, Cluster())), found(sweep(noisy, GRID)))
+
+
+def test_submitit_whose_jobs_are_processes(tmp_path):
+    """As on Slurm, but for the queue."""
+    submitit = pytest.importorskip("submitit")
+
+    def function(x, seed):  # the jobs know nothing of this module
+        if x == 1:
+            raise KeyError(f"no luck at {x}")
+        return {"process": os.getpid(), "value": x + seed}
+
+    executor = submitit.AutoExecutor(tmp_path / "jobs", cluster="local")
+    executor.update_parameters(timeout_min=5)
+    table = sweep(function, {"x": [0, 1]}, executor, tmp_path / "out.jsonl")
+    here = sweep(function, {"x": [0, 1]})
+    assert table["process"][0] != os.getpid()
+    pd.testing.assert_frame_equal(found(table).drop(columns="process"), found(here).drop(columns="process"))
+    assert table["error"][1] == "KeyError: 'no luck at 1'"
+    pd.testing.assert_frame_equal(sweep(function, {"x": [0, 1]}, out=tmp_path / "out.jsonl"), table)
 
 
 def test_a_dask_cluster_one_of_whose_workers_is_killed(tmp_path):
@@ -205,21 +283,30 @@ def test_a_file_cut_anywhere_is_completed(tmp_path_factory, cut):
     assert {len(json.loads(line)["arguments"]) for line in lines[1:]} == {3}
 
 
-def test_a_killed_driver_is_resumed(tmp_path):
-    out, log = tmp_path / "out.jsonl", tmp_path / "log"
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_killed_driver_is_resumed(tmp_path, suffix):
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    out, log = tmp_path / f"out.{suffix}", tmp_path / "log"
+    lines = tmp_path / {"jsonl": "out.jsonl", "parquet": "out.parquet.jsonl"}[suffix]
     grid = {"x": range(12), "log": [str(log)], "pause": [0.1]}
     driver = multiprocessing.Process(target=sweep, args=(logged, grid), kwargs={"out": out})
     driver.start()
     deadline = time.monotonic() + 120
-    while driver.is_alive() and not (out.exists() and out.read_bytes().count(b"\n") > 3):
+    while driver.is_alive() and not (lines.exists() and lines.read_bytes().count(b"\n") > 3):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     driver.kill()
     driver.join()
     assert driver.exitcode == -signal.SIGKILL
-    kept = out.read_bytes().count(b"\n") - 1
+    kept = lines.read_bytes().count(b"\n") - 1
     assert 3 <= kept < 12
     before = len(calls(log))
+    if suffix == "parquet":
+        assert not out.exists()
+        sweep(logged, {**grid, "x": range(kept)}, out=out)
+        assert len(calls(log)) == before  # with nothing left to run, it is made all the same
+        assert pd.read_parquet(out)["square"].tolist() == [x * x for x in range(kept)]
     table = sweep(logged, grid, out=out)
     assert table["square"].tolist() == [x * x for x in range(12)]
     assert calls(log)[before:] == list(range(kept, 12))
@@ -366,7 +453,7 @@ test_wrong_types_are_refused = refused(
     TypeError,
     {
         "function must be callable, got 3": refusing(function=3),
-        r"executor must be None or have a submit\(function, \*arguments\), got 3": refusing(executor=3),
+        r"executor must be None, have a submit\(.*\) or be a function .* got 3": refusing(executor=3),
         "grid must be a mapping .* got 3": refusing(grid=3),
         "grid's 'x' must be a list of values, got 'abc'": refusing(grid={"x": "abc", "y": [1]}),
         r"grid's 'x' must be a number, .* got \[1\]": refusing(grid={"x": [[1]], "y": [1]}),

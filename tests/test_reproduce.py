@@ -1,6 +1,8 @@
 """The claims in one run: resumable, reported whole, failures and all."""
 
 import json
+import re
+import subprocess
 import sys
 
 import pandas as pd
@@ -12,6 +14,23 @@ from hijack_lens import experiments
 from hijack_lens.experiments import claims
 from hijack_lens.experiments.result import Finding, Result, mean_and_error
 from hijack_lens.visual.figures import Picture
+
+SCRIPT = """
+import os
+
+from hijack_lens import experiments
+
+
+def deadly(settings):
+    os._exit(1)
+
+
+# In the workers too, which import this script.
+experiments.CLAIMS["facts"] = experiments.Claim("", "nowhere", deadly, "full", "quick")
+
+if __name__ == "__main__":
+    experiments.reproduce("out", True, ["facts", "closed-form"], workers=2)
+"""
 
 NASTY = "</table><img src=x onerror=document.title='PWNED'>"
 
@@ -90,20 +109,42 @@ def test_every_claim_is_reported_with_what_was_measured(three_claims, tmp_path):
         {"token": "b", "margin": None, "flip": 2.0},
     ]
     assert written[1]["note"] == "a note"
-    assert "ValueError: no <model>" in written[2]["error"]
-    table = done.to_pandas()
-    assert table["verdict"].tolist() == ["reproduced"] * 2 + ["in part"] * 2
-    assert table["holds"].tolist() == [True, True, True, False]
+    assert written[2]["error"] == "ValueError: no <model>"
+    assert "raise result" in written[2]["traceback"]
+    assert {claim["settings"] for claim in written} == {"'quick'"}
+    for claim, outcome in zip(written, done.outcomes, strict=True):
+        assert {**claim, "figure": outcome["figure"]} == outcome
     assert "in part  half is so" in repr(done)
 
 
-def test_a_run_goes_on_where_it_stopped_and_tries_failures_again(three_claims, tmp_path):
-    experiments.reproduce(tmp_path, claims=["good", "bad"], workers=1)
-    experiments.reproduce(tmp_path, claims=["half", "good", "bad"], workers=1)
-    assert [name for name, _ in three_claims] == ["good", "bad", "half", "bad"]
-    assert experiments.reproduce(tmp_path, claims="half", workers=1).verdicts == {"half": "in part"}
-    experiments.reproduce(tmp_path, quick=True, claims=["good"])
-    assert three_claims[-1] == ("good", "quick")  # other settings are another point
+def test_a_table_of_findings_leaves_no_claim_out(three_claims, tmp_path):
+    table = experiments.reproduce(tmp_path, workers=1).to_pandas()
+    assert list(table) == ["claim", "source", "setting", "predicted", "measured", "holds", "verdict"]
+    assert table["claim"].tolist() == ["good", "good", "half", "half", "bad"]
+    assert table["source"].unique().tolist() == ["nowhere <1>"]
+    assert table["predicted"].tolist() == ["at least 0", "at least 1"] * 2 + [""]
+    assert table["measured"].tolist() == [NASTY] * 4 + ["ValueError: no <model>"]
+    assert table["holds"].tolist() == [True, True, True, False, None]
+    assert table["verdict"].tolist() == ["reproduced"] * 2 + ["in part"] * 2 + ["failed"]
+
+
+def test_a_report_is_on_all_claims_that_its_folder_knows_at_these_settings(three_claims, tmp_path):
+    def reported(done):
+        names = [claim["claim"] for claim in json.loads(done.data.read_text())]
+        page = done.report.read_text()
+        assert [page.index(f"<h2 id='{name}'>") for name in names] == sorted(
+            page.index(f"<h2 id='{n}'>") for n in names
+        )
+        assert page.count("<h2") == len(names)
+        return names
+
+    assert reported(experiments.reproduce(tmp_path, claims=["half", "bad"], workers=1)) == ["half", "bad"]
+    done = experiments.reproduce(tmp_path, claims="good")
+    assert done.verdicts == {"good": "reproduced"}
+    assert reported(done) == ["good", "half", "bad"]
+    assert [name for name, _ in three_claims] == ["half", "bad", "good"]
+    assert reported(experiments.reproduce(tmp_path, quick=True, claims="half")) == ["half"]
+    assert reported(experiments.reproduce(tmp_path, claims="half")) == ["good", "half", "bad"]
 
 
 @pytest.mark.browser
@@ -116,8 +157,34 @@ def test_the_page_opens_offline_and_takes_no_text_for_markup(three_claims, brows
     text = opened.page.inner_text("body")
     for part in ("good is so", "nowhere <1>", "at least 1", "✗ " + NASTY, "in part", "failed", "no <model>", "a note"):
         assert part in text
+    assert "3 claims: 1 reproduced, 1 in part, 1 failed." in text
+    assert opened.page.locator("thead th").all_inner_texts()[:6] == [
+        "claim",
+        "source",
+        "setting",
+        "predicted",
+        "measured",
+        "verdict",
+    ]
     assert opened.page.locator("svg").count() == 2
-    assert opened.page.locator("details").first.inner_text() == "2 measurements"
+    assert "2 measurements" in opened.page.locator("summary").all_inner_texts()
+
+
+@pytest.mark.browser
+def test_the_page_does_not_overflow_a_narrow_window_and_its_verdicts_can_be_read(three_claims, browser, tmp_path):
+    page = Opened(browser, experiments.reproduce(tmp_path, workers=1).report, drawn="svg").page
+    page.set_viewport_size({"width": 480, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 480
+    for verdict in page.locator(".summary .verdict-of").all():
+        colour = verdict.evaluate("element => getComputedStyle(element).color")
+        assert contrast_with_white(colour) >= 4.5  # WCAG's AA
+
+
+def contrast_with_white(colour):
+    """Of "rgb(r, g, b)", as WCAG defines it."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 1.05 / (0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
 
 
 def test_every_claim_says_what_it_is_and_is_measured_at_three_seeds_or_more():
@@ -130,11 +197,17 @@ def test_every_claim_says_what_it_is_and_is_measured_at_three_seeds_or_more():
         assert claim.full != claim.quick
 
 
-def test_two_processes_find_what_one_does(tmp_path):
-    one = experiments.reproduce(tmp_path / "one", True, ["closed-form", "stronger-memories"], workers=1)
-    two = experiments.reproduce(tmp_path / "two", True, ["closed-form", "stronger-memories"], workers=2)
+def test_processes_find_what_one_does_and_one_that_dies_fails_its_claim_alone(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    ran = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found, died = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (died["claim"], died["verdict"], died["seconds"]) == ("facts", "failed", None)
+    assert died["error"].startswith("BrokenProcessPool: ")
+    assert died["error"] in (tmp_path / "out" / "report.html").read_text()
+    (here,) = experiments.reproduce(tmp_path / "here", True, "closed-form").outcomes
     drop = ("seconds", "figure")
-    left, right = ([{k: v for k, v in o.items() if k not in drop} for o in run.outcomes] for run in (one, two))
+    left, right = ({key: value for key, value in one.items() if key not in drop} for one in (found, here))
     assert left == right
 
 

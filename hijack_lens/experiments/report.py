@@ -1,7 +1,11 @@
 """Claims and what became of them, as one HTML file that opens offline."""
 
+import itertools
+import re
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
+from operator import itemgetter
 from typing import Any
 
 from hijack_lens.visual.report import STYLE
@@ -9,17 +13,27 @@ from hijack_lens.visual.report import STYLE
 _MOST_ROWS = 60
 """Of a claim's measurements; the JSON file has them all."""
 
-_COLOURS = {"reproduced": "#009E73", "in part": "#E69F00", "not reproduced": "#D55E00", "failed": "#000000"}
+_COLOURS = {"reproduced": "#00664B", "in part": "#7A5200", "not reproduced": "#A33C00", "failed": "#222"}
+"""Dark enough to be read on white."""
+
+_UNBROKEN = re.compile(r"[\d.]+%? ± [\d.]+%?|[\d.]+e-\d+")
+"""Numbers that a browser would break into two lines."""
 
 
 def page(outcomes: Sequence[dict[str, Any]], heading: str) -> str:
-    """The report on some claims, each as `run_claim` returns it."""
+    """The report on some claims, each as in `Reproduction`."""
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>hijack-lens: the papers' claims</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>hijack-lens: the papers' claims</title>
 <style>{STYLE}
+body {{ max-width: 1240px }} .wide {{ overflow-x: auto }}
 td, th {{ text-align: left; vertical-align: top }} td {{ border-bottom: 1px solid #ddd }}
-.verdict-of {{ font-weight: 600; white-space: nowrap }} details table {{ font-size: 85% }}</style></head><body>
+.summary table {{ min-width: 960px }} .summary th:nth-child(4), .summary th:nth-child(5) {{ width: 20% }}
+.verdict-of {{ font-weight: 600; white-space: nowrap }} .number {{ white-space: nowrap }}
+.missed {{ color: {_COLOURS["not reproduced"]}; font-weight: 600 }}
+details table {{ font-size: 85%; font-variant-numeric: tabular-nums }} pre {{ overflow-x: auto }}</style></head><body>
 <h1>The papers' claims, put to the test</h1>
+<p><strong>{_tally(outcomes)}</strong></p>
 <p>{escape(heading)} Verdicts follow from the measurements; what counts as seen stands beside each prediction. Of
 trained models, the mean over seeds is given with its standard error. It meets a threshold where it does so by two of
 these; or every seed must, where that is said. Seeds are of weights and sequences: the language is the same for all.</p>
@@ -29,35 +43,62 @@ these; or every seed must, where that is said. Seeds are of weights and sequence
 """
 
 
+def unmeasured(outcome: dict[str, Any]) -> dict[str, Any]:
+    """What stands for the findings of a claim that failed."""
+    return {"setting": "", "predicted": "", "measured": outcome["error"], "holds": None}
+
+
+def _tally(outcomes: Sequence[dict[str, Any]]) -> str:
+    counts = Counter(outcome["verdict"] for outcome in outcomes)
+    parts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in _COLOURS if counts[verdict])
+    return f"{len(outcomes)} claim{'s' if len(outcomes) > 1 else ''}: {parts}."
+
+
 def _summary(outcomes: Sequence[dict[str, Any]]) -> str:
-    rows = []
-    for outcome in outcomes:
-        broken = {"setting": "", "predicted": "", "measured": outcome["error"], "holds": False}
-        findings = outcome["findings"] or [broken]
-        for index, finding in enumerate(findings):
-            first = (
-                f"<td rowspan='{len(findings)}'><a href='#{outcome['claim']}'>{escape(outcome['statement'])}</a></td>"
-                f"<td rowspan='{len(findings)}'>{escape(outcome['source'])}</td>"
-                if index == 0
-                else ""
-            )
-            verdict = f"<td rowspan='{len(findings)}'>{_verdict(outcome)}</td>" if index == 0 else ""
-            cells = "".join(f"<td>{escape(finding[column])}</td>" for column in ("setting", "predicted"))
-            mark = "✓" if finding["holds"] else "✗"
-            rows.append(f"<tr>{first}{cells}<td>{mark} {escape(finding['measured'])}</td>{verdict}</tr>")
     columns = "".join(f"<th>{name}</th>" for name in ("claim", "source", "setting", "predicted", "measured", "verdict"))
-    return f"<table><thead><tr>{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    bodies = "".join(f"<tbody>{_rows(outcome)}</tbody>" for outcome in outcomes)
+    return f"<div class='wide summary'><table><thead><tr>{columns}</tr></thead>{bodies}</table></div>"
+
+
+def _rows(outcome: dict[str, Any]) -> str:
+    """A row per finding; what several share stands once."""
+    findings = outcome["findings"] or [unmeasured(outcome)]
+    every = f"rowspan='{len(findings)}'"
+    rows = []
+    for setting, group in itertools.groupby(findings, key=itemgetter("setting")):
+        alike = list(group)
+        for index, finding in enumerate(alike):
+            shared = f"<td rowspan='{len(alike)}'>{_text(setting)}</td>" if index == 0 else ""
+            rows.append(f"{shared}<td>{_text(finding['predicted'])}</td><td>{_measured(finding)}</td>")
+    link = f"<a href='#{outcome['claim']}'>{escape(outcome['statement'])}</a>"
+    rows[0] = (
+        f"<td {every}>{link}</td><td {every}>{escape(outcome['source'])}</td>{rows[0]}"
+        f"<td {every}>{_verdict(outcome)}</td>"
+    )
+    return "".join(f"<tr>{row}</tr>" for row in rows)
+
+
+def _measured(finding: dict[str, Any]) -> str:
+    mark = {True: "✓ ", False: "<span class='missed'>✗</span> ", None: ""}[finding["holds"]]
+    return f"{mark}{_text(finding['measured'])}"
+
+
+def _text(text: str) -> str:
+    return _UNBROKEN.sub(lambda match: f"<span class='number'>{match[0]}</span>", escape(text))
 
 
 def _section(outcome: dict[str, Any]) -> str:
+    took = "" if outcome["seconds"] is None else f" · {outcome['seconds']:.0f} s"
     head = (
         f"<h2 id='{outcome['claim']}'>{escape(outcome['statement'])}</h2>"
-        f"<p>{_verdict(outcome)} · {escape(outcome['source'])} · {outcome['seconds']:.0f} s</p>"
+        f"<p>{_verdict(outcome)} · {escape(outcome['source'])}{took}</p>"
     )
+    settings = f"<details><summary>settings</summary><code>{escape(outcome['settings'])}</code></details>"
     if outcome["error"]:
-        return f"{head}<pre>{escape(outcome['error'])}</pre>"
+        trace = f"<details><summary>traceback</summary><pre>{escape(outcome['traceback'])}</pre></details>"
+        return f"{head}<p>{escape(outcome['error'])}</p>{settings}{trace}"
     note = f"<p>{escape(outcome['note'])}</p>" if outcome["note"] else ""
-    return f"{head}{outcome['figure']}{note}{_table(outcome['table'])}"
+    return f"{head}{outcome['figure']}{note}{settings}{_table(outcome['table'])}"
 
 
 def _verdict(outcome: dict[str, Any]) -> str:
@@ -77,7 +118,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     head = "".join(f"<th>{escape(str(column))}</th>" for column in columns)
     return (
         f"<details><summary>{len(rows)} measurements</summary>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}</details>"
+        f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{more}</details>"
     )
 
 

@@ -1,5 +1,6 @@
 """All claims in one run: a table with a figure each, as an offline HTML page and as JSON."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -15,8 +16,9 @@ import torch
 from hijack_lens._checks import check_choice, check_count
 from hijack_lens._files import write_atomically
 from hijack_lens.experiments.claims import CLAIMS, run_claim
-from hijack_lens.experiments.report import page
+from hijack_lens.experiments.report import page, unmeasured
 from hijack_lens.experiments.sweep import sweep
+from hijack_lens.experiments.sweep_journal import Journal
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,8 +26,9 @@ class Reproduction:
     """What became of each claim.
 
     Attributes:
-        outcomes: by claim: what `run_claim` found, the "claim"'s name, and an "error", empty where there was none.
-        report: the HTML page.
+        outcomes: by claim: what `run_claim` found, the "claim"'s name, "statement", "source" and "settings", the
+            "seconds" it took, and the "error" and "traceback", empty where there was none.
+        report: the HTML page; on all claims that the folder knows at these settings.
         data: the same as JSON, figures aside.
     """
 
@@ -39,17 +42,15 @@ class Reproduction:
         return {outcome["claim"]: outcome["verdict"] for outcome in self.outcomes}
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row per finding: claim, source, setting, predicted, measured, whether it holds, and the claim's verdict."""
-        rows = [
-            {
-                "claim": outcome["claim"],
-                "source": outcome["source"],
-                **finding,
-                "verdict": outcome["verdict"],
-            }
-            for outcome in self.outcomes
-            for finding in outcome["findings"]
-        ]
+        """A row per finding: claim, source, setting, predicted, measured, whether it holds, and the claim's verdict.
+
+        A claim that failed has one row, its error standing for what was measured, and `None` for whether it holds.
+        """
+        rows = []
+        for outcome in self.outcomes:
+            for finding in outcome["findings"] or [unmeasured(outcome)]:
+                row = {"claim": outcome["claim"], "source": outcome["source"], **finding, "verdict": outcome["verdict"]}
+                rows.append(row)
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
@@ -69,17 +70,27 @@ def reproduce(
     """Puts the papers' claims to the test, and says which hold, how far, and where they do not.
 
     A run that was stopped goes on when called again with the same `out`: claims that it holds at the same settings are
-    not run again. That an experiment has been edited since is not noticed: give another folder then.
+    not run again, and those that failed are. That an experiment has been edited since is not noticed: give another
+    folder then. The report is on every claim that the folder knows at the settings asked for, quick or full, whether
+    it was asked for this time or before.
+
+    A claim whose experiment raises is reported as failed, and so is one that takes its process down, where that is a
+    worker's; the others run on.
 
     Args:
         out: a folder, made if need be: `report.html` and `report.json`, and what has been run so far.
         quick: small settings, for a first look.
         claims: names from `CLAIMS`; by default all.
         workers: processes to run claims in, each with one thread; by default as many as there are cores. With one, or
-            for one claim, it is this process.
+            for one claim, it is this process. A script that asks for more must guard its own code with
+            `if __name__ == "__main__":`, since each of them imports it.
+
+    Returns:
+        What became of the claims asked for.
 
     Raises:
         TypeError, ValueError: for names of no claim, and an `out` that is a file.
+        RuntimeError: where no worker can start.
     """
     chosen = tuple(CLAIMS) if claims is None else tuple([claims] if isinstance(claims, str) else claims)
     for name in chosen:
@@ -92,27 +103,38 @@ def reproduce(
         raise ValueError(f"out must be a folder, got the file {str(folder)!r}")
     folder.mkdir(parents=True, exist_ok=True)
 
-    grid = [{"claim": name, "settings": repr(CLAIMS[name].quick if quick else CLAIMS[name].full)} for name in chosen]
-    done: dict[str, Any] = {"out": folder / "claims.jsonl", "retry_failed": True}
-    if count == 1 or len(chosen) == 1:
-        table = sweep(run_claim, grid, **done)
-    else:
-        # Not forked: PyTorch's threads do not survive that.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(count, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            table = sweep(run_claim, grid, pool, **done, in_flight=count)
-    outcomes = tuple(map(_outcome, table.to_dict(orient="records")))
+    points = {name: {"claim": name, "settings": repr(one.quick if quick else one.full)} for name, one in CLAIMS.items()}
+    pool = functools.partial(
+        ProcessPoolExecutor,
+        count,
+        mp_context=multiprocessing.get_context("spawn"),  # not forked: PyTorch's threads do not survive that
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    )
+    executor = None if count == 1 or len(chosen) == 1 else pool
+    kept = folder / "claims.jsonl"
+    sweep(run_claim, [points[name] for name in chosen], executor, kept, retry_failed=True, in_flight=count)
+    known = Journal(kept, run_claim, seed=0).table(list(points.values()))
+    outcomes = {row["claim"]: _outcome(row) for row in known.to_dict(orient="records")}
 
-    without_figures = [{key: value for key, value in one.items() if key != "figure"} for one in outcomes]
+    without_figures = [{key: value for key, value in one.items() if key != "figure"} for one in outcomes.values()]
     data = write_atomically(folder / "report.json", json.dumps(without_figures, indent=2).encode())
     heading = "Quick settings: small models, few seeds." if quick else "Full settings."
-    return Reproduction(outcomes, write_atomically(folder / "report.html", page(outcomes, heading).encode()), data)
+    report = write_atomically(folder / "report.html", page(tuple(outcomes.values()), heading).encode())
+    return Reproduction(tuple(outcomes[name] for name in chosen), report, data)
 
 
 def _outcome(row: dict[str, Any]) -> dict[str, Any]:
     claim = row["claim"]
-    found = {"claim": claim, "statement": CLAIMS[claim].statement, "source": CLAIMS[claim].source}
-    if isinstance(row.get("error"), str):
-        nothing = {"findings": [], "table": [], "note": "", "figure": ""}
-        return {**found, "verdict": "failed", **nothing, "seconds": row["seconds"], "error": row["error"]}
-    return {**found, **json.loads(row["outcome"]), "seconds": row["seconds"], "error": ""}
+    found = {
+        "claim": claim,
+        "statement": CLAIMS[claim].statement,
+        "source": CLAIMS[claim].source,
+        "settings": row["settings"],
+        # Nobody knows how long a process took that died.
+        "seconds": None if pd.isna(row["seconds"]) else row["seconds"],
+    }
+    if isinstance(row["error"], str):
+        nothing = {"findings": [], "note": "", "table": [], "figure": ""}
+        return {**found, "verdict": "failed", **nothing, "error": row["error"], "traceback": row["traceback"]}
+    return {**found, **json.loads(row["outcome"]), "error": "", "traceback": ""}

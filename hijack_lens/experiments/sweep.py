@@ -11,7 +11,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from hijack_lens._checks import check_count
-from hijack_lens.experiments.sweep_jobs import Arguments, run_points, scalar
+from hijack_lens.experiments.sweep_jobs import Arguments, makes_executors, run_points, scalar
 from hijack_lens.experiments.sweep_journal import COLUMNS, Journal, Outcome, identity
 
 
@@ -29,8 +29,13 @@ def sweep(
 
     Executors: `None` runs the points one by one in this process. Any `concurrent.futures.Executor` runs them in its
     workers, threads and process pools among them; so do a Dask cluster (`dask.distributed.Client(...).get_executor()`),
-    which also survives the loss of workers, and Slurm (`submitit.AutoExecutor(folder)`, a job per point). The function
-    must be one that the workers can import, or for Dask and Slurm one that cloudpickle can send.
+    and Slurm (`submitit.AutoExecutor(folder)`, a job per point). The function must be one that the workers can import,
+    or for Dask and Slurm one that cloudpickle can send.
+
+    A point that takes its process down, by a crash or for want of memory, fails alone with Dask and Slurm. A process
+    pool breaks at it. So give a function that makes one, `lambda: ProcessPoolExecutor(8)`: when a pool breaks, the
+    sweep makes another and runs the points that were with it one at a time, and the one that breaks that too is
+    recorded as failed. A pool that was made elsewhere ends the sweep when it breaks.
 
     Seeds: a function with a parameter `seed` gets a seed of its own at each point, below 2^32, made from the sweep's
     seed and the point alone, so that neither the executor nor the order nor the rest of the grid matters; where `seed`
@@ -39,8 +44,9 @@ def sweep(
     Files: with `out`, each outcome is appended as it comes, one line written whole. Called again with the same
     `out`, only points that the file lacks are run; a line cut short by a kill is dropped and its point run again. A
     file belongs to one function (by module and name; its code is not compared) and one seed, is written by one sweep
-    at a time, and may serve several grids in turn. A Parquet file is made from such lines, kept beside it as
-    `NAME.parquet.jsonl`, whenever a sweep ends.
+    at a time, and may serve several grids in turn. A Parquet file cannot be appended to: outcomes are appended to lines
+    kept beside it, `NAME.parquet.jsonl`, and it is made from them whenever a sweep ends, if by an error; after a kill,
+    when the next one ends, even if that finds nothing left to run.
 
     A point at which the function raises is recorded with its error, and the others run on. A Ctrl-C cancels what has
     not started, keeps what has finished, and raises.
@@ -49,11 +55,12 @@ def sweep(
         function: called with a point's values by name; returns a dict of numbers, strings, truth values or `None`.
         grid: names to values, every combination a point; or the points themselves. Values are of the same kinds as
             results. 1 and 1.0 are different points.
-        executor: with a `submit` as above; `None` for this process.
+        executor: with a `submit` as above; or a function without arguments that makes a `concurrent.futures.Executor`,
+            which is shut down in the end; `None` for this process.
         out: a file that ends in .jsonl, or .parquet (which needs the extra `parquet`); `None` keeps nothing.
         seed: of the sweep.
         retry_failed: run also the points that the file holds with an error.
-        in_flight: the most points that are with the executor at a time; more than it has workers.
+        in_flight: the most points that are with the executor at a time, at least as many as it has workers.
 
     Returns:
         A row per point in the grid's order, with its arguments, results, "seconds", and "error" and "traceback" where
@@ -63,16 +70,20 @@ def sweep(
         TypeError, ValueError: for a grid that the function cannot be called with, and a file of another function or
             seed.
         ImportError: for a Parquet file without pyarrow.
-        RuntimeError: where the executor breaks, as a process pool does that loses a process; what has finished is kept.
+        RuntimeError: where an executor breaks that was not made here, or one that was cannot even start; what has
+            finished is kept.
     """
     if not callable(function):
         raise TypeError(f"function must be callable, got {function!r:.80}")
-    if executor is not None and not callable(getattr(executor, "submit", None)):
-        raise TypeError(f"executor must be None or have a submit(function, *arguments), got {executor!r:.80}")
+    if executor is not None and not makes_executors(executor) and not callable(getattr(executor, "submit", None)):
+        raise TypeError(
+            "executor must be None, have a submit(function, *arguments) or be a function that makes such a one, "
+            f"got {executor!r:.80}"
+        )
     check_count("seed", seed)
     check_count("in_flight", in_flight, minimum=1)
     points = [_seeded(function, point, seed) for point in _points(function, grid)]
-    journal = Journal(out, _name(function, kept=out is not None), seed)
+    journal = Journal(out, function, seed)
 
     missing = []
     for point in points:
@@ -142,14 +153,3 @@ def _seeded(function: Callable[..., Any], point: Arguments, seed: int) -> Argume
         return point
     digest = hashlib.sha256(f"hijack-lens sweep {seed} {identity(point)}".encode()).digest()
     return {**point, "seed": int.from_bytes(digest[:4], "big")}
-
-
-def _name(function: Any, kept: bool) -> str:
-    """What a file knows the function by."""
-    name = getattr(function, "__qualname__", None)
-    if kept and (name is None or "<lambda>" in name):
-        raise ValueError(
-            f"function must have a name for out to know it by, got {function!r:.80}; what it fixes can be an axis of "
-            "the grid with one value"
-        )
-    return f"{function.__module__}.{name}" if name else repr(function)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ class Journal:
     same point counts. With a Parquet file for `out` the lines lie beside it, and it is made from them.
     """
 
-    def __init__(self, out: str | os.PathLike[str] | None, function: str, seed: int) -> None:
-        self.header = {"format": _FORMAT, "function": function, "seed": seed}
+    def __init__(self, out: str | os.PathLike[str] | None, function: Callable[..., Any], seed: int) -> None:
+        self.header = {"format": _FORMAT, "function": _name(function, kept=out is not None), "seed": seed}
         self.records: dict[str, dict[str, Any]] = {}
         self.parquet: Path | None = None
         self.path = None if out is None else Path(out)
@@ -127,3 +128,14 @@ class Journal:
                 f"{self.parquet} cannot be written, since a column mixes types ({error}); {self.path} holds all results"
             ) from error
         write_atomically(self.parquet, data)
+
+
+def _name(function: Any, kept: bool) -> str:
+    """What a file knows the function by."""
+    name = getattr(function, "__qualname__", None)
+    if kept and (name is None or "<lambda>" in name):
+        raise ValueError(
+            f"function must have a name for out to know it by, got {function!r:.80}; what it fixes can be an axis of "
+            "the grid with one value"
+        )
+    return f"{function.__module__}.{name}" if name else repr(function)
