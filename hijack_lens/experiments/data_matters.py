@@ -72,7 +72,7 @@ class Settings:
         }
 
 
-QUICK = Settings(d_vocab=12, d_model=32, length=24, steps=160, seeds=(0, 1, 2))
+QUICK = Settings(d_vocab=12, d_model=32, length=24, steps=240, seeds=(0, 1, 2))
 
 
 def data_matters(settings: Settings = Settings(), train: Train = trained) -> Result:

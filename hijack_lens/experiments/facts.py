@@ -92,7 +92,7 @@ class Settings:
     lead: int = 20
 
 
-QUICK = Settings(n_facts=20, recipe=FactsRecipe(0, steps=200), seeds=(0, 1, 2))
+QUICK = Settings(n_facts=20, seeds=(0, 1, 2))
 
 
 def fact_language(facts: Sequence[tuple[str, str]], certainty: tuple[float, float]) -> BigramLanguage:

@@ -83,7 +83,7 @@ class Settings:
     step_sequences: int = 8192
 
 
-QUICK = Settings((0, 1, 2), d_model=96, frozen_steps=60, steps=200, step_d_model=256, step_sequences=3072)
+QUICK = Settings(d_model=96, frozen_steps=60, steps=240, step_d_model=256, step_sequences=3072)
 
 
 def memory_order(

@@ -71,7 +71,7 @@ class Settings:
     floor: float = 1e-3
 
 
-QUICK = Settings(recipe=replace(_RECIPE, steps=200, evaluate_every=200), seeds=(0, 1, 2), n_prompts=4)
+QUICK = Settings(recipe=replace(_RECIPE, steps=300, evaluate_every=300), seeds=(0, 1, 2), n_prompts=4)
 
 
 def positions_and_length(
