@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import hijack_lens as hl
 from hijack_lens.experiments import no_positions as without
 from hijack_lens.experiments import positions_and_length as by_length
-from hijack_lens.experiments.recipe import Recipe
+from hijack_lens.experiments.recipe import Recipe, trained
 from hijack_lens.models import TwoLayerTransformer
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads would only wait for one another
@@ -116,7 +116,7 @@ def test_one_layer_without_positions_knows_no_order_and_two_do():
 
 # Verdicts, without positions
 
-SMALL = replace(without.QUICK, seeds=(0, 1, 2), multiples=(0.5, 1.0, 2.0), n_prompts=2)
+SMALL = replace(without.QUICK, seeds=(0, 1), multiples=(0.5, 1.0, 2.0), n_prompts=2)
 
 
 def with_positions(recipe):
@@ -137,10 +137,15 @@ def holds(result):
     return [finding.holds for finding in result.findings]
 
 
+def as_claimed(recipe):
+    """Three layers that run the mechanism, and two that learned what they can."""
+    return with_positions(recipe) if recipe.n_layers == 3 else trained(replace(recipe, steps=300, evaluate_every=300))
+
+
 def test_three_layers_that_run_the_mechanism_where_two_cannot_are_found_to():
-    result = without.no_positions(SMALL, train=lambda recipe: (untrained, with_positions)[recipe.n_layers - 2](recipe))
+    result = without.no_positions(SMALL, train=as_claimed)
     assert result.verdict == "reproduced", result
-    assert len(result.table) == len(SMALL.multiples) + 6
+    assert len(result.table) == len(SMALL.multiples) + 4
 
 
 def test_what_two_layers_do_as_well_is_not_the_third_one_s():

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -36,12 +36,42 @@ TOLERANCE = 1e-7
 LOST = 0.1
 """In-context accuracy that the hand-written model may keep without one of its heads, at most."""
 SHARE = 0.5
-"""Of a trained model's in-context gain, what it must lose without its induction heads, at least."""
+"""Of a trained model's in-context gain, what it must lose at least without the heads of either role."""
 
 _CODES = 3
 """Position codes, each written by a head of the first layer."""
 
-_RECIPE = Recipe(0, "none", d_vocab=12, triggers=3, n_layers=3, length=32, steps=1000, evaluate_every=1000)
+_ROLES = ("previous_token", "induction")
+
+_RARE = 1e-6
+"""The probability, in the sequences of training, of what never happens by their bigrams."""
+
+
+@dataclass(frozen=True)
+class BegunRecipe(Recipe):
+    """A `Recipe` for three layers without positions whose sequences begin with a token of their own, to count from."""
+
+    positions: Literal["relative", "absolute", "none"] = "none"
+    d_vocab: int = 12
+    triggers: int = 3
+    n_layers: int = 3
+    length: int = 32
+    steps: int = 1000
+    evaluate_every: int = 1000
+
+    @property
+    def plain(self) -> BigramLanguage:
+        """Of the sequences, but for the token that begins them."""
+        return super().language
+
+    @property
+    def language(self) -> BigramLanguage:
+        """Of the sequences."""
+        return with_beginning(self.plain, _RARE)
+
+    def untrained(self) -> TwoLayerTransformer:
+        """The model before its first step."""
+        return _begun(super().untrained())
 
 
 @dataclass(frozen=True)
@@ -61,7 +91,7 @@ class Settings:
         floor: least probability in its bigram memory.
     """
 
-    recipe: Recipe = _RECIPE
+    recipe: BegunRecipe = BegunRecipe(0)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     reach: int = 64
     multiples: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -73,7 +103,7 @@ class Settings:
 
 
 QUICK = Settings(
-    recipe=replace(_RECIPE, steps=300, evaluate_every=300), seeds=(0, 1, 2), reach=32, multiples=(0.5, 1.0, 2.0, 4.0)
+    recipe=BegunRecipe(0, steps=800, evaluate_every=800), seeds=(0, 1, 2), reach=32, multiples=(0.5, 1.0, 2.0, 4.0)
 )
 
 
@@ -85,6 +115,13 @@ def with_beginning(language: BigramLanguage, floor: float) -> BigramLanguage:
     # No memory holds log 0.
     pi_b = rows * (1 - (size + 1) * floor) + floor
     return BigramLanguage(pi_b, one_hot(torch.tensor(size), size + 1).double(), [*language.tokens, "<begin>"])
+
+
+def _begun(model: TwoLayerTransformer) -> TwoLayerTransformer:
+    """The model, with prompts that begin with its language's last token where others make them, as `find_circuit`."""
+    model.cfg.default_prepend_bos = True
+    model.tokenizer.bos_token = model.language.tokens[-1]
+    return model
 
 
 def unpositioned_transformer(
@@ -136,10 +173,6 @@ def unpositioned_transformer(
         device="cpu",
     )
     model.circuit = Circuit((Component(1, "head", 0),), (Component(2, "head", 0),), (Component(2, "mlp"),))
-    # So that find_circuit, too, begins its prompts with it.
-    model.cfg.default_prepend_bos = True
-    model.tokenizer.bos_token = language.tokens[begin]
-
     embed, previous, unembed, codes = torch.eye(3 * size + _CODES, dtype=dtype).split([size, size, size, _CODES])
     matched = torch.zeros(size, 1, dtype=dtype)
     matched[ids] = 1.0
@@ -166,7 +199,7 @@ def unpositioned_transformer(
         induction.W_O[0] = strengths.copy * unembed
         model.blocks[2].mlp.W_in.copy_(embed.T)
         model.blocks[2].mlp.W_out.copy_(strengths.bigram * language.finite_log_pi_b().to(dtype) @ unembed)
-    return model
+    return _begun(model)
 
 
 def previous_token_scale(strength: float, reach: int) -> float:
@@ -211,13 +244,13 @@ def no_positions(
     without either head an accuracy of at most `LOST` is left, on the longest of these prompts: in shorter ones, c is so
     frequent that counting tokens often gives it away.
 
-    Trained: the induction mechanism is there if, in every seed, `find_circuit` names an induction head in the last
-    layer and a previous-token head below, and ablating the former costs `SHARE` or more of the in-context gain, what
-    the order of the context's tokens is worth in nats (`find_circuit` ablates on prompts of its own, by resampling).
-    And the third layer must be what it takes: in-context accuracy on sequences is higher than with two layers, trained
-    alike, by the 95% interval over seeds.
+    Trained, on sequences that begin with a token of their own, as the construction needs it: the mechanism is there if,
+    in every seed, `find_circuit` names an induction head in the last layer and a previous-token head below, and
+    ablating either role's heads costs `SHARE` or more of the in-context gain, what the order of the context's tokens is
+    worth in nats (`find_circuit` ablates on prompts of its own, by resampling). And the third layer must be what it
+    takes: in models of two layers, trained alike, `find_circuit` names an induction head, but no previous-token head.
     """
-    language = with_beginning(settings.recipe.language, settings.floor)
+    language = with_beginning(settings.recipe.plain, settings.floor)
     triggers = range(settings.recipe.triggers)
     longest = int(max(settings.multiples) * settings.reach)
     written = make(language, triggers, settings.strengths, reach=settings.reach, n_ctx=longest)
@@ -238,7 +271,7 @@ def _conflicts(
 ) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt"]]:
     """Conflict prompts that begin with the language's last token, and what the context of each says."""
     generator = torch.Generator().manual_seed(0)
-    plain = settings.recipe.language
+    plain = settings.recipe.plain
     prompts, answers = [], []
     for q in range(settings.recipe.triggers):
         order = torch.randperm(plain.d_vocab, generator=generator).tolist()
@@ -275,7 +308,7 @@ def _ask_hand_written(
             "in_context_accuracy": _accuracy(logits, answers),
             "previous_token_attention": float(run[pattern][:, 0, -1, -2].mean()),
         }
-        for role in ("previous_token", "induction"):
+        for role in _ROLES:
             with ablate(model, getattr(model.circuit, role)):
                 row[f"accuracy_without_{role}"] = _accuracy(model(tokens), answers)
         rows.append(row)
@@ -283,35 +316,31 @@ def _ask_hand_written(
 
 
 def _ask_trained(model: TwoLayerTransformer, settings: Settings, seed: int) -> dict[str, object]:
-    """The model's circuit, and its in-context accuracy: whole, and with each layer's heads at their mean output."""
+    """The model's in-context accuracy, and its circuit with what that is worth."""
     recipe = settings.recipe
     # Other sequences than the run's: those of training are drawn from seeds of their own.
     sequences = model.language.sample(
         100 * settings.n_prompts, recipe.length, range(recipe.triggers), seed=1_000_000 + seed
     )
-
-    def accuracy_without(layer: int) -> float:
-        heads = [Component(layer, "head", head) for head in range(model.cfg.n_heads)]
-        with ablate(model, heads, "mean", sequences.tokens):
-            return behaviour(model, sequences)["in_context_accuracy"]
-
     circuit = find_circuit(model)
-    last = model.cfg.n_layers - 1
-    named = [head for head in circuit.induction if head.layer == last]
-    evidence = circuit.evidence
-    return {
+    evidence, last = circuit.evidence, model.cfg.n_layers - 1
+    row: dict[str, object] = {
         "model": "trained",
         "n_layers": model.cfg.n_layers,
         "seed": seed,
         "length": recipe.length,
         "in_context_accuracy": behaviour(model, sequences)["in_context_accuracy"],
-        **{f"accuracy_without_layer_{layer}": accuracy_without(layer) for layer in range(last + 1)},
-        "induction_heads": len(named),
-        "gain_lost": evidence.induction.lost_together / evidence.gain if evidence.gain > 0 else math.nan,
-        "induction_attention": float(evidence.induction.score[last].max()),
-        "previous_token_heads": len(circuit.previous_token),
+        # Heads of the last layer can serve no induction head, and those below it can be none.
+        "previous_token_heads": sum(head.layer < last for head in circuit.previous_token),
+        "induction_heads": sum(head.layer == last for head in circuit.induction),
         "previous_token_attention": float(evidence.previous_token.score[:last].max()),
+        "induction_attention": float(evidence.induction.score[last].max()),
     }
+    for role in _ROLES:
+        lost = getattr(evidence, role).lost_together
+        # Without candidates for the role, and without a gain, there is nothing to lose.
+        row[f"gain_lost_without_{role}"] = 0.0 if math.isnan(lost) or evidence.gain <= 0 else lost / evidence.gain
+    return row
 
 
 def _by_construction(
@@ -339,47 +368,52 @@ def _by_construction(
 
 
 def _in_training(table: pd.DataFrame, settings: Settings) -> list[Finding]:
-    accuracy = table.pivot(index="seed", columns="n_layers", values="in_context_accuracy")
-    ahead = over_seeds(accuracy[3] - accuracy[2])
-    three = table[table["n_layers"] == 3]
+    three, two = (table[table["n_layers"] == n] for n in (3, 2))
     setting = (
-        f"{len(three)} trained models of three layers, no positions; {settings.recipe.steps} steps on sequences of "
-        f"{settings.recipe.length} tokens"
+        f"{len(three)} trained models, no positions; {settings.recipe.steps} steps on sequences of "
+        f"{settings.recipe.length} tokens, the first of which begins them"
     )
-    named, below = (three[f"{role}_heads"] > 0 for role in ("induction", "previous_token"))
+    found, measured = pd.Series(True, three.index), []
+    for role in _ROLES:
+        named, lost = three[f"{role}_heads"] > 0, three[f"gain_lost_without_{role}"]
+        found &= named & (lost >= SHARE)
+        measured.append(
+            f"{role.replace('_', '-')} heads in {named.sum()} of {len(three)} (attention "
+            f"{over_seeds(three[f'{role}_attention']):.2f}), without which {over_seeds(lost):.0%} is lost, at least "
+            f"{lost.min():.0%}"
+        )
     return [
         Finding(
-            setting,
-            "find_circuit names an induction head in the last layer, without which "
-            f"{SHARE:.0%} or more of the in-context gain is lost, and a previous-token head below; in every seed",
-            f"induction heads in {named.sum()} of {len(three)}, worth {over_seeds(three['gain_lost']):.0%} of the "
-            f"gain; previous-token heads in {below.sum()}, best attention to the position before "
-            f"{over_seeds(three['previous_token_attention']):.2f}",
-            bool((named & below & (three["gain_lost"] >= SHARE)).all()),
+            f"three layers: {setting}",
+            "find_circuit names a previous-token head and, in the last layer, an induction head; without either, "
+            f"{SHARE:.0%} or more of the in-context gain is lost; in every seed",
+            "; ".join(measured),
+            bool(found.all()),
         ),
         Finding(
-            f"{setting}; against two layers",
-            "three layers read the context better than two",
-            f"in-context accuracy {over_seeds(accuracy[3]):.2f} against {over_seeds(accuracy[2]):.2f}: {ahead:.2f} up",
-            ahead.low > 0,
+            f"two layers: {setting}",
+            "find_circuit names an induction head, but no previous-token head below; in every seed",
+            f"an induction head in {(two['induction_heads'] > 0).sum()} of {len(two)}, a previous-token head in "
+            f"{(two['previous_token_heads'] > 0).sum()}; best attention to the position before "
+            f"{over_seeds(two['previous_token_attention']):.2f}",
+            bool(((two["induction_heads"] > 0) & (two["previous_token_heads"] == 0)).all()),
         ),
     ]
 
 
 def _note(table: pd.DataFrame) -> str:
-    two = table[table["n_layers"] == 2]
+    accuracy = {n: f"{over_seeds(part['in_context_accuracy']):.2f}" for n, part in table.groupby("n_layers")}
     return (
-        f"{(two['induction_heads'] > 0).sum()} of {len(two)} trained models of two layers have an induction head, "
-        f"worth {over_seeds(two['gain_lost']):.0%} of their gain. They cannot have a previous-token head: below the "
-        "last layer nothing knows in which order earlier tokens came. They can follow how often the trigger has "
-        "occurred so far, a frequency that is highest just after it (docs/no_positions.md)."
+        f"In-context accuracy of trained models: three layers {accuracy[3]}, two layers {accuracy[2]}. What an "
+        "induction head can follow without a previous-token head is how often the trigger has occurred so far, a "
+        "frequency that is highest just after it (docs/no_positions.md)."
     )
 
 
 def _picture(written: pd.DataFrame, own: pd.DataFrame, settings: Settings) -> Picture:
-    """The hand-written head's attention by length, over the formula; what each layer is worth to trained models."""
-    picture = Picture(12.0, 4.4)
-    left, right = picture.figure.subplots(1, 2, width_ratios=[1, 1.25])
+    """The hand-written head's attention by length, over the formula; what trained models have of the circuit."""
+    picture = Picture(14.0, 4.6)
+    left, right = picture.figure.subplots(1, 2, width_ratios=[1, 1.5])
     blue, orange, grey = COLOURS["context"], COLOURS["weights"], COLOURS["rest"]
 
     scale = previous_token_scale(settings.strengths.previous_token, settings.reach)
@@ -396,23 +430,23 @@ def _picture(written: pd.DataFrame, own: pd.DataFrame, settings: Settings) -> Pi
     left.set_title("hand-written, three layers")
     left.legend(loc="lower left", bbox_to_anchor=(0.0, 0.08), framealpha=1, edgecolor="none")
 
-    bars = {"whole model": "in_context_accuracy"} | {f"layer {n} off": f"accuracy_without_layer_{n}" for n in range(3)}
+    bars = {
+        "attention to\nthe position before": "previous_token_attention",
+        "gain lost without\nprevious-token heads": "gain_lost_without_previous_token",
+        "attention to what\nfollowed the token before": "induction_attention",
+        "gain lost without\ninduction heads": "gain_lost_without_induction",
+    }
     for n_layers, colour, shift in ((3, blue, -0.19), (2, grey, 0.19)):
         part = own[own["n_layers"] == n_layers]
         for place, column in enumerate(bars.values()):
-            if part[column].isna().all():  # two layers have no third
-                continue
-            found = over_seeds(part[column])
             label = f"{n_layers} layers" if place == 0 else None
-            style = {"color": colour, "alpha": 0.75, "capsize": 3, "label": label}
-            right.bar(place + shift, found.mean, 0.36, yerr=found.reach, **style)
+            right.bar(place + shift, part[column].mean(), 0.36, color=colour, alpha=0.75, label=label)
             right.plot([place + shift] * len(part), part[column], "o", color="black", markersize=3)
-    right.set_xticks(range(len(bars)), list(bars))
-    right.set_ylabel("in-context accuracy")
-    right.set_ylim(0, 1.06)
-    right.set_xlim(-0.55, len(bars) - 0.45)
-    right.set_title("trained, attention of one layer at its mean")
-    right.legend(frameon=False)
+    right.set_xticks(range(len(bars)), list(bars), fontsize=9)
+    right.set_ylabel("attention, or fraction of the in-context gain")
+    right.hlines([SHARE] * 2, [0.6, 2.6], [1.4, 3.4], "black", "--", linewidth=1, label="three layers lose at least")
+    right.set_title("trained: best head of each role, a dot per seed")
+    right.legend(frameon=False, loc="upper left")
     for ax in (left, right):
         ax.grid(alpha=0.3)
         ax.set_axisbelow(True)
