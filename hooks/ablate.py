@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hijack_lens._checks import as_generator, check_choice, check_count
-from hijack_lens.hooks.intervention import HookFunction, Intervention, check_hook_point
+from hijack_lens.hooks.intervention import HookFunction, Intervention, check_hook_points
 from hijack_lens.hooks.site import Components, Part, Site, as_positions, read_source, some_sites
 
 
@@ -48,8 +48,7 @@ def ablate(
     check_count("seed", seed)
     where = as_positions(positions)
     found = some_sites(model, component, part)
-    for site in found:
-        check_hook_point(model, site.name)
+    check_hook_points(model, (site.name for site in found))
     stored = {} if how == "zero" else read_source(model, reference, [site.name for site in found], "reference")
 
     def hook_fn(site: Site) -> HookFunction:

@@ -12,7 +12,7 @@ from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from hijack_lens._checks import check_choice
 from hijack_lens.circuit import Circuit, Component
-from hijack_lens.hooks.intervention import Intervention, check_hook_point, check_model
+from hijack_lens.hooks.intervention import Intervention, check_hook_points, check_model
 from hijack_lens.hooks.site import Site, sites
 
 Sender = Component | Literal["embed", "pos_embed"]
@@ -163,12 +163,12 @@ def read_weights(model: Any, receiver: Component, via: str) -> dict[str, Tensor]
         leaves = {"mlp.hook_pre": "W_gate", "mlp.hook_pre_linear": "W_in"}
     else:
         leaves = {"mlp.hook_pre": "W_in"}
+    names = {leaf: f"blocks.{receiver.layer}.{leaf}" for leaf in leaves}
+    check_hook_points(model, names.values())
     weights = {}
     for leaf, attribute in leaves.items():
-        name = f"blocks.{receiver.layer}.{leaf}"
-        check_hook_point(model, name)
         weight = getattr(getattr(model.blocks[receiver.layer], leaf.split(".")[0]), attribute)
-        weights[name] = weight if receiver.head is None else weight[receiver.head]
+        weights[names[leaf]] = weight if receiver.head is None else weight[receiver.head]
     return weights
 
 

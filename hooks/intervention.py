@@ -2,7 +2,8 @@
 
 import contextlib
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -37,21 +38,25 @@ _FORKED_INPUTS = ("ln1.hook_in", "ln1.hook_out", "ln1.hook_scale", "ln1.hook_nor
 
 def check_model(model: Any) -> None:
     """`model` is one of TransformerLens's, with hook points."""
-    if not hasattr(model, "hook_dict"):
+    # A bridge is not asked for them: it would put them together anew.
+    if not isinstance(model, TransformerBridge) and not hasattr(model, "hook_dict"):
         raise TypeError(f"model must be a HookedTransformer or TransformerBridge, got {model!r:.80}")
 
 
-def check_hook_point(model: Any, name: str, edits: bool = True, known: Mapping[str, Any] | None = None) -> None:
-    """The model has the hook point `name`, it fires, and (where `edits`) the model honours edits there.
-
-    `known` is `model.hook_dict`, which bridges put together anew each time they are asked.
+def check_hook_points(model: Any, names: Iterable[str]) -> None:
+    """The model has the hook points, they fire, and the model honours edits there.
 
     Raises:
-        ValueError: saying what to do instead.
+        TypeError, ValueError: saying what to do instead.
     """
-    if known is None:
-        check_model(model)
-        known = model.hook_dict
+    check_model(model)
+    known = model.hook_dict
+    for name in names:
+        _check_hook_point(model, known, name, edits=True)
+
+
+def _check_hook_point(model: Any, known: Mapping[str, Any], name: str, edits: bool) -> None:
+    """`known` is `model.hook_dict`, read once for many names."""
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"; close to it: {', '.join(close)}" if close else ""
@@ -138,20 +143,23 @@ class Intervention:
         check_model(model)
         known = model.hook_dict
         for name, _ in look:
-            check_hook_point(model, name, edits=False, known=known)
+            _check_hook_point(model, known, name, edits=False)
         for name, _ in edit:
-            check_hook_point(model, name, known=known)
+            _check_hook_point(model, known, name, edits=True)
         self.model = model
-        self.fwd_hooks: list[tuple[str, HookFunction]] = [(name, _checked(name, fn)) for name, fn in (*look, *edit)]
+        self.fwd_hooks: list[tuple[str, HookFunction]] = [
+            (name, functools.partial(_checked, name, fn)) for name, fn in (*look, *edit)
+        ]
         self._entries: list[list[_Entry]] = []
 
     def __enter__(self) -> "Intervention":
-        entries = [_Entry(name, fn) for name, fn in self.fwd_hooks]
-        entries += [_Entry(name) for name in dict.fromkeys(_witness(name) for name, _ in self.fwd_hooks)]
+        points = self.model.hook_dict
+        entries = [_Entry(name, points[name], fn) for name, fn in self.fwd_hooks]
+        witnesses = dict.fromkeys(_witness(name) for name, _ in self.fwd_hooks)
+        entries += [_Entry(name, points[name]) for name in witnesses]
         try:
-            points = self.model.hook_dict
             for entry in entries:
-                points[entry.name].add_hook(entry)
+                entry.point.add_hook(entry)
             self._entries.append(entries)
             return self
         except BaseException:
@@ -175,17 +183,15 @@ class Intervention:
     def _remove(self, entries: "list[_Entry]") -> None:
         # Without locks, which a Ctrl-C could leave locked: `tuple(list)` and removing what is found by identity cannot
         # be broken into by other threads, and what they make the search miss is searched for again.
-        points = self.model.hook_dict
         for entry in entries:
-            hook_point = points[entry.name]
-            listed = hook_point.fwd_hooks
+            listed = entry.point.fwd_hooks
             while ours := [handle for handle in tuple(listed) if handle.user_hook is entry]:
                 for handle in ours:
                     handle.hook.remove()
                     with contextlib.suppress(ValueError):
                         listed.remove(handle)
             # A Ctrl-C between PyTorch's taking the hook and TransformerLens's listing it leaves the former.
-            held = hook_point._forward_hooks
+            held = entry.point._forward_hooks
             for key, fn in tuple(held.items()):
                 if getattr(fn, "__name__", None) == repr(entry):
                     held.pop(key, None)
@@ -194,8 +200,9 @@ class Intervention:
 class _Entry:
     """A hook function added once to a model; its own identity tells it from every other hook there."""
 
-    def __init__(self, name: str, fn: HookFunction | None = None):
+    def __init__(self, name: str, point: Any, fn: HookFunction | None = None):
         self.name = name
+        self.point = point
         self.fn = fn
         self.fired = False
 
@@ -211,21 +218,19 @@ def _witness(name: str) -> str:
     return f"blocks.{layer}.hook_resid_pre"
 
 
-def _checked(name: str, fn: HookFunction) -> HookFunction:
-    def checked(activation: Tensor, hook: Any) -> Tensor | None:
-        changed = fn(activation, hook=hook)
-        if changed is None:
-            return None
-        if not isinstance(changed, Tensor):
-            raise TypeError(f"the hook at {name!r} must return a tensor or None, got {type(changed).__name__}")
-        # A wrong but broadcastable shape would pass unnoticed through the rest of the model.
-        if changed.shape != activation.shape:
-            raise ValueError(
-                f"the hook at {name!r} must keep the shape {tuple(activation.shape)}, got {tuple(changed.shape)}"
-            )
-        return changed.to(activation)
-
-    return checked
+def _checked(name: str, fn: HookFunction, activation: Tensor, hook: Any) -> Tensor | None:
+    """What the hook function returns, which must fit."""
+    changed = fn(activation, hook=hook)
+    if changed is None:
+        return None
+    if not isinstance(changed, Tensor):
+        raise TypeError(f"the hook at {name!r} must return a tensor or None, got {type(changed).__name__}")
+    # A wrong but broadcastable shape would pass unnoticed through the rest of the model.
+    if changed.shape != activation.shape:
+        raise ValueError(
+            f"the hook at {name!r} must keep the shape {tuple(activation.shape)}, got {tuple(changed.shape)}"
+        )
+    return changed.to(activation)
 
 
 def record(model: Any, tokens: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -235,12 +240,10 @@ def record(model: Any, tokens: Tensor, names: Sequence[str]) -> tuple[Tensor, di
     """
     stored: dict[str, Tensor] = {}
 
-    def keep(name: str) -> HookFunction:
-        def hook_fn(activation: Tensor, hook: Any) -> None:
-            stored[name] = activation.detach().clone()
-
-        return hook_fn
-
-    with torch.no_grad(), Intervention(model, look=[(name, keep(name)) for name in names]):
+    with torch.no_grad(), Intervention(model, look=[(name, functools.partial(_keep, stored, name)) for name in names]):
         logits = model(tokens)
     return logits, stored
+
+
+def _keep(stored: dict[str, Tensor], name: str, activation: Tensor, hook: Any) -> None:
+    stored[name] = activation.detach().clone()

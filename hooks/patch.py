@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hijack_lens.hooks.intervention import HookFunction, Intervention, check_hook_point
+from hijack_lens.hooks.intervention import HookFunction, Intervention, check_hook_points
 from hijack_lens.hooks.site import Components, Part, Site, as_positions, read_source, some_sites
 
 
@@ -33,8 +33,7 @@ def patch(
     """
     where = as_positions(positions)
     found = some_sites(model, component, part)
-    for site in found:
-        check_hook_point(model, site.name)
+    check_hook_points(model, (site.name for site in found))
     stored = read_source(model, source, [site.name for site in found], "source")
 
     def hook_fn(site: Site) -> HookFunction:

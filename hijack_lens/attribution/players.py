@@ -6,7 +6,7 @@ from itertools import chain, combinations
 from typing import Any
 
 from hijack_lens.circuit import Circuit, Component
-from hijack_lens.hooks.intervention import check_hook_point
+from hijack_lens.hooks.intervention import check_hook_points
 from hijack_lens.hooks.site import Site, sites
 
 _EXPECTED = "a Circuit, Components, names of hook points, or a mapping from names to these"
@@ -62,11 +62,11 @@ def sites_of(model: Any, players: Sequence[Player]) -> dict[str, list[Site]]:
     """
     found = [sites(model, player.parts) for player in players]
     named = list(zip((part for player in players for part in player.parts), chain.from_iterable(found), strict=True))
-    for _, site in named:
-        check_hook_point(model, site.name)
+    check_hook_points(model, (site.name for _, site in named))
+    points = model.hook_dict
     for (first, at), (second, there) in combinations(named, 2):
         # By the point itself, since a bridge has several names for one.
-        same_point = model.hook_dict[at.name] is model.hook_dict[there.name]
+        same_point = points[at.name] is points[there.name]
         if same_point and (at.head is None or there.head is None or at.head == there.head):
             raise ValueError(f"components must not overlap, got {first} and {second}")
     return dict(zip((player.label for player in players), found, strict=True))

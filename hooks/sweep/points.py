@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hijack_lens._checks import as_int
-from hijack_lens.hooks.intervention import check_hook_point
+from hijack_lens.hooks.intervention import check_hook_points
 from hijack_lens.hooks.site import as_positions, position_index
 
 Unit = Literal["head", "neuron"]
@@ -125,9 +125,7 @@ def make_plan(
         )
     unit = kinds.pop()
     chosen = _chosen("layers", layers, model.cfg.n_layers)
-    for name in named:
-        for layer in chosen:
-            check_hook_point(model, hook_name(name, layer))
+    check_hook_points(model, (hook_name(name, layer) for name in named for layer in chosen))
     sizes = {name: _n_units(model, name) for name in named}
     if len(set(sizes.values())) > 1:
         counts = ", ".join(f"{name} has {size}" for name, size in sizes.items())
