@@ -14,7 +14,11 @@ import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
-    "hijack-lens", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
+    "hijack-lens",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    max_examples=50,  # an example is often a forward pass or several; tests that are cheap ask for more
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("hijack-lens")
 

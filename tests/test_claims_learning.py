@@ -62,7 +62,7 @@ def test_learning_order_holds_where_bigrams_come_first_and_one_layer_fails():
         # The circuit before the bigrams.
         (lambda r: made_up(r, rising(0, 20), (40, 90)) if r.n_layers == 2 else as_claimed(r), [False, False, True]),
         # Never the circuit.
-        (lambda r: made_up(r, rising(0, 40, high=0.6)), [True, False, True]),
+        (lambda r: made_up(r, rising(0, 40, high=0.6)), [False, False, True]),
         # One layer does it too.
         (lambda r: made_up(r, rising(40, 80)), [True, True, False]),
         # At one seed alone, one layer does it, and two layers have both at once.
@@ -269,6 +269,8 @@ def test_data_matters_as_claimed():
         ({"full": (("base", 130), ("few", 200), ("random", 200), ("bigram", 100))}, {0, 1, 3, 4}),
         ({"full": (("base", 80), ("few", 100), ("random", 100), ("bigram", 30))}, {4}),
         ({"keys": False}, {5}),
+        # In-context learning of bigram-drawn continuations is not there at all: what they share with the bigrams is.
+        ({"full": (("base", 40), ("few", 80), ("random", 90), ("bigram", 200)), "on_uniform": 0.2}, {2}),
     ],
 )
 def test_data_matters_turns(options, fails):

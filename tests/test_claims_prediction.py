@@ -124,6 +124,14 @@ def test_facts_of_a_model_other_than_its_strengths_say_turn_the_verdict():
     assert result.verdict == "not reproduced"
 
 
+@pytest.mark.parametrize("copy", [0.5, 0.0])
+def test_facts_of_a_model_with_less_copy_than_it_was_written_with_turn_the_verdict(copy):
+    def make(language, *, strengths, **options):
+        return hl.associative_transformer(language, strengths=replace(strengths, copy=copy * strengths.copy), **options)
+
+    assert not any(verdicts(fact_claim.facts(FACTS, make=make, train=random))[:2])
+
+
 def test_an_overruling_that_is_not_the_contexts_turns_the_verdict():
     """A model that has memorised nothing in context: its weights alone, whatever the context says."""
 
@@ -131,22 +139,24 @@ def test_an_overruling_that_is_not_the_contexts_turns_the_verdict():
         no_copy = hl.Strengths(20.0, 6.0, 0.0, 1.0)
         return run_of(hl.associative_transformer(recipe.language, strengths=no_copy, dtype=torch.float64), recipe)
 
-    known, overruled, by_context, _ = verdicts(fact_claim.facts(FACTS, train=train))[3:]
-    assert (known, overruled, by_context) == (True, False, False)
+    assert verdicts(fact_claim.facts(FACTS, train=train))[3:] == [True, False, False, False]
 
 
 # Prediction of the winner
 
-WINNERS = winners.Settings(SMALL, (0, 1, 2), (16, 24), 60)
+WINNERS = winners.Settings(SMALL, (0, 1, 2), (16, 24), 100)
 
 
 def test_theory_names_every_winner_of_a_handwritten_model():
-    result = winners.winner_prediction(WINNERS, handwritten)
-    assert list(result.table["length"]) == [16, 24] * 3
+    def train(recipe):  # with weights as strong as the context, so that either may win
+        model = hl.associative_transformer(recipe.language, strengths=replace(STRENGTHS, bigram=3.0), n_ctx=64)
+        return run_of(model.double(), recipe)
+
+    result = winners.winner_prediction(replace(WINNERS, seeds=(0, 1, 2, 3, 4)), train)
+    assert list(result.table["length"]) == [16, 24] * 5
     assert (result.table["theory_accuracy"] == 1).all()
     assert (result.table["both_memories_accuracy"] == 1).all()
-    # At 16 tokens the regression is behind as well, but not by its interval over three seeds.
-    assert verdicts(result) == [True, False, True, True, True, True]
+    assert result.verdict == "reproduced", result
     assert result._repr_png_().startswith(b"\x89PNG")
 
 
@@ -165,6 +175,15 @@ def test_winners_of_a_model_whose_copies_are_scrambled_turn_the_verdict():
     assert not any(named)
     assert ahead[1]  # counts say even less of such a model
     assert not any(calibrated)
+
+
+def test_skill_is_what_a_constant_probability_lacks():
+    won = pd.Series([True, False, True, True])
+    assert winners._skill(pd.Series([0.75] * 4), won) == pytest.approx(0)
+    assert winners._skill(won.astype(float), won) == 1
+    # Squared errors of 0.01, 0.09, 0.04 and 0.36 against a spread of 3/16.
+    assert winners._skill(pd.Series([0.9, 0.3, 0.8, 0.4]), won) == pytest.approx(1 - 0.125 / (3 / 16))
+    assert math.isnan(winners._skill(pd.Series([0.9]), pd.Series([True])))
 
 
 def test_the_calibration_error_by_hand():
@@ -255,5 +274,5 @@ def test_a_norm_between_the_memories_turns_the_verdict():
         return run_of(shaken(model.double(), 0.3, recipe.seed), recipe)
 
     result = causal.causal_agreement(CAUSAL, train)
-    assert verdicts(result) == [False] * 3
+    assert verdicts(result) == [False] * 2
     assert result.verdict == "not reproduced"

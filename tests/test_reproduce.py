@@ -12,7 +12,7 @@ from refusals import refused
 
 from hijack_lens import experiments
 from hijack_lens.experiments import claims
-from hijack_lens.experiments.result import Finding, Result, mean_and_error
+from hijack_lens.experiments.result import Finding, Result, over_seeds
 from hijack_lens.visual.figures import Picture
 
 SCRIPT = """
@@ -85,11 +85,20 @@ def test_a_verdict_follows_from_the_findings():
     assert outcome(True, False).to_pandas()["holds"].tolist() == [True, False]
 
 
-def test_means_come_with_their_standard_error():
-    assert mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / 3**0.5))
-    mean, error = mean_and_error([4.0])
-    assert mean == 4.0
-    assert error != error
+def test_means_come_with_their_interval():
+    found = over_seeds([1.0, 2.0, 3.0])
+    reach = 4.3027 / 3**0.5  # Student's quantile at two degrees of freedom, as printed
+    assert (found.mean, found.reach) == pytest.approx((2.0, reach), abs=1e-4)
+    assert (found.low, found.high) == pytest.approx((2 - reach, 2 + reach), abs=1e-4)
+    assert f"{found:.1f}" == "2.0 ± 2.5"
+    assert f"{found:+.0%}" == "+200% ± 248%"
+
+
+@pytest.mark.parametrize("values", [[4.0], [1.0, float("nan"), 3.0]])
+def test_no_threshold_is_met_without_an_interval(values):
+    found = over_seeds(values)
+    assert not found.low > -1e9
+    assert not found.high < 1e9
 
 
 def test_every_claim_is_reported_with_what_was_measured(three_claims, tmp_path):

@@ -15,7 +15,7 @@ STATEMENT = (
     "others, uniform ones do not; and a model trained on fixed triggers overlooks the rest."
 )
 SOURCE = (
-    "Bietti et al., arXiv 2306.00802, section 5, figure 4 (left, center), and section 4 (fixed and random triggers)"
+    "Bietti et al., arXiv 2306.00802, section 5, figure 4 (left, centre), and section 4 (fixed and random triggers)"
 )
 
 LEARNED = 0.9
@@ -81,8 +81,8 @@ def data_matters(settings: Settings = Settings(), train: Train = trained) -> Res
     Bietti et al. 2023 (arXiv 2306.00802, section 5, figure 4). Speed is the step of the first evaluation with an
     in-context accuracy of `LEARNED` on held-out sequences of the training distribution; a model that never gets there
     counts as there one step after the last. (1) Fewer triggers, and (2) random instead of fixed ones, take more steps.
-    (3) Trained on bigram-drawn continuations, a model is less accurate on uniform ones than on its own; (4) trained
-    on uniform ones, it has learned both, at every seed, and (5) takes at most `COST` times the steps.
+    (3) Trained on bigram-drawn continuations, a model has learned them, and is less accurate on uniform ones; (4)
+    trained on uniform ones, it has learned both, at every seed, and (5) takes at most `COST` times the steps.
 
     The match memory of models with fixed triggers has no need for other keys (section 4; the paper does not test it):
     (6) on triggers that were none in training they are less accurate than on their own, and than models trained on
@@ -135,9 +135,10 @@ def data_matters(settings: Settings = Settings(), train: Train = trained) -> Res
         ),
         Finding(
             f"trained on bigram-drawn continuations; {setting}",
-            "in-context accuracy is lower on uniform continuations than on bigram-drawn ones",
-            f"{uniform[_BIGRAM].mean():.2f} against {bigram[_BIGRAM].mean():.2f}: lower by {dropped:.2f}",
-            dropped.low > 0,
+            f"in-context accuracy is at least {LEARNED} on bigram-drawn ones at every seed, and lower on uniform ones",
+            f"at least {bigram[_BIGRAM].min():.2f}; {over_seeds(uniform[_BIGRAM]):.2f} on uniform ones, lower by "
+            f"{dropped:.2f}",
+            bool(bigram[_BIGRAM].min() >= LEARNED) and dropped.low > 0,
         ),
         Finding(
             f"trained on uniform continuations; {setting}",
@@ -154,7 +155,7 @@ def data_matters(settings: Settings = Settings(), train: Train = trained) -> Res
         Finding(
             f"asked on triggers that were none where triggers were fixed; {setting}",
             "models of fixed triggers are less accurate than on their own triggers, and than models of random triggers",
-            f"{others[_BASE].mean():.2f}: {lost:.2f} lower than on their own, "
+            f"{over_seeds(others[_BASE]):.2f}: {lost:.2f} lower than on their own, "
             f"{behind:.2f} lower than models of random triggers",
             lost.low > 0 and behind.low > 0,
         ),

@@ -127,26 +127,25 @@ def facts(settings: Settings = Settings(), make: Make = associative_transformer,
     bigram memory. Each fact is denied by the next one's capital: words, then n times (country, false capital), then
     the country. `dose_response` splits every margin by memory; a flip is the least n with which the false capital wins.
 
-    The hand-written model, float64, holds facts of growing certainty. Holds where theory's margins are met to
+    The hand-written model, float64, holds facts of growing certainty. Holds where theory's margins, at the strengths
+    that it was written with, are met to
     `ROUNDING`; where theory's flips are the measured ones, for all facts; and where no fact that is better known than
     another flips sooner, and the best known later than the least.
 
     Trained models have seen other words follow a country in context. Holds where they know at least `KNOWN` of the
     facts, of which `repeats` denials overrule at least `OVERRULED`; where at least `BY_CONTEXT` of the margin's rise is
-    the context's; and where theory at fitted strengths names at least `AGREEMENT` of the winners: each by the 95%
-    interval over seeds, which are of weights and sequences, the language being that of the facts.
+    the context's; and where theory at fitted strengths names at least `AGREEMENT` of the winners, the context among
+    them: each by the 95% interval over seeds, which are of weights and sequences, the language being that of the facts.
 
     The same prompts for any language model: `hijack_lens.probing`, with `counterfactuals(dict(CAPITALS))`.
     """
     language = fact_language(CAPITALS[: settings.n_facts], settings.certainty)
+    n_ctx = settings.lead + 2 * settings.repeats + 1
     hand_written = _ask(
-        make(
-            language, strengths=settings.strengths, n_ctx=settings.lead + 2 * settings.repeats + 1, dtype=torch.float64
-        ),
-        settings,
+        make(language, strengths=settings.strengths, n_ctx=n_ctx, dtype=torch.float64), settings, settings.strengths
     )
     by_seed = [
-        _ask(train(replace(settings.recipe, seed=seed)).model, settings)
+        _ask(train(replace(settings.recipe, seed=seed)).model, settings, None)
         for seed in tqdm(settings.seeds, disable=None, unit="seed")
     ]
     tables = [response.to_pandas() for response in (hand_written, *by_seed)]
@@ -161,13 +160,18 @@ def facts(settings: Settings = Settings(), make: Make = associative_transformer,
     )
 
 
-def _ask(model: TwoLayerTransformer, settings: Settings) -> DoseResponse:
-    """Every fact of a model's language, denied by the next one's capital; theory's triggers are the countries."""
+def _ask(model: TwoLayerTransformer, settings: Settings, strengths: Strengths | None) -> DoseResponse:
+    """Every fact of a model's language, denied by the next one's capital; theory's triggers are the countries.
+
+    Theory's strengths are those given; else those that the weights show.
+    """
     n = (model.language.d_vocab - len(WORDS)) // 2
     denied = [Bigram(country, weights=n + country, context=n + (country + 1) % n) for country in range(n)]
     lead = [2 * n + place % len(WORDS) for place in range(settings.lead)]
     response = dose_response(model, denied, settings.repeats, lead=lead)
     fit = fit_strengths(model, range(n))
+    if strengths is not None:
+        fit = replace(fit, strengths=strengths)
     return replace(response, theory=theory_of_weights(model, fit, response.conflicts, response.margin.total))
 
 
@@ -191,7 +195,7 @@ def _exact_findings(response: DoseResponse, settings: Settings) -> list[Finding]
             setting,
             "each fact flips with as many repeats as theory says",
             f"{alike} of {len(measured)} do; {never} never flip",
-            alike == len(measured),
+            alike == len(measured) > never,
         ),
         Finding(
             setting,
@@ -214,7 +218,9 @@ def _trained_findings(responses: Sequence[DoseResponse], settings: Settings) -> 
         overruled.append(float((total[knows, -1] > 0).double().mean()) if bool(knows.any()) else 0.0)
         rise = float((total[:, -1] - total[:, 0]).mean())
         by_context.append(float((context[:, -1] - context[:, 0]).mean()) / rise if rise > 0 else 0.0)
-        agreement.append(float(((total > 0) == (response.theory.margin > 0)).double().mean()))
+        # Where the context never wins there is no winner to predict.
+        named = (total > 0) == (response.theory.margin > 0)
+        agreement.append(float(named.double().mean()) if bool((total > 0).any()) else 0.0)
     finding = partial(_at_least, setting)
     return [
         finding("of the facts are known: the weights win without a denial", known, KNOWN),

@@ -108,9 +108,9 @@ def flip_window(
         lost = float((won & (margins[:, -1] < 0)).sum() / won.sum().clamp_min(1))
         primacy_of = _trained_primacy(model, settings, seed)
         at_peak = float(pull[:, peak].mean())
-        # A model whose context never pulls towards c has no fall.
-        shares = (fall / at_peak, primacy_of / at_peak) if at_peak > 0 else (0.0, 0.0)
-        rows.append((seed, peak, at_peak, shares[0], lost, shares[1]))
+        # A model whose context never pulls towards c has nothing to lose.
+        shown = (fall / at_peak, lost, primacy_of / at_peak) if at_peak > 0 else (0.0, 0.0, 0.0)
+        rows.append((seed, peak, at_peak, *shown))
         pulls.append(pull.mean(0))
     columns = ["seed", "peak", "pull_at_peak", "fall", "lost", "front_less_end"]
     by_seed = pd.DataFrame(rows, columns=columns).assign(part="trained")

@@ -83,7 +83,7 @@ class Settings:
     step_sequences: int = 8192
 
 
-QUICK = Settings(d_model=96, frozen_steps=60, steps=240, step_d_model=256, step_sequences=3072)
+QUICK = Settings((0, 1, 2), d_model=96, frozen_steps=60, steps=200, step_d_model=256, step_sequences=3072)
 
 
 def memory_order(
@@ -290,7 +290,7 @@ def _drawn(curves: pd.DataFrame, stepped: pd.DataFrame, settings: Settings) -> P
             ax.errorbar(
                 range(1 + len(STEPS)),
                 recalls[memory].mean(),
-                recalls[memory].sem(),
+                recalls[memory].agg(lambda values: over_seeds(values).reach),
                 color=colour,
                 linestyle=style,
                 marker=marker,

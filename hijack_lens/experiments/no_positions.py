@@ -36,7 +36,7 @@ TOLERANCE = 1e-7
 LOST = 0.1
 """In-context accuracy that the hand-written model may keep without one of its heads, at most."""
 SHARE = 0.5
-"""Of a trained model's in-context gain, what it must lose at least without the heads of either role."""
+"""Of a trained model's in-context gain, what it must lose at least without the candidates for either role."""
 
 _CODES = 3
 """Position codes, each written by a head of the first layer."""
@@ -49,7 +49,11 @@ _RARE = 1e-6
 
 @dataclass(frozen=True)
 class BegunRecipe(Recipe):
-    """A `Recipe` for three layers without positions whose sequences begin with a token of their own, to count from."""
+    """A `Recipe` for models without positions whose sequences begin with a token of their own, to count from.
+
+    Elsewhere that token is as rare as can be, but may be drawn as a trigger's continuation like any other: it is in
+    every fifth sequence or so.
+    """
 
     positions: Literal["relative", "absolute", "none"] = "none"
     d_vocab: int = 12
@@ -246,9 +250,10 @@ def no_positions(
 
     Trained, on sequences that begin with a token of their own, as the construction needs it: the mechanism is there if,
     in every seed, `find_circuit` names an induction head in the last layer and a previous-token head below, and
-    ablating either role's heads costs `SHARE` or more of the in-context gain, what the order of the context's tokens is
-    worth in nats (`find_circuit` ablates on prompts of its own, by resampling). And the third layer must be what it
-    takes: in models of two layers, trained alike, `find_circuit` names an induction head, but no previous-token head.
+    ablating either role's candidates costs `SHARE` or more of the in-context gain, what the order of the context's
+    tokens is worth in nats (`find_circuit` ablates on prompts of its own, by resampling). And the third layer must be
+    what it takes: in models of two layers, trained alike, `find_circuit` names an induction head, but no previous-token
+    head.
     """
     language = with_beginning(settings.recipe.plain, settings.floor)
     triggers = range(settings.recipe.triggers)

@@ -150,7 +150,7 @@ def phase_diagram(
             Finding(
                 setting,
                 "theory names more winners than the rule that the context wins once it has spoken",
-                f"by {lead:.1%} of the prompts; the rule names {part['agreement_of_rule'].mean():.1%}",
+                f"by {lead:.1%} of the prompts; the rule names {over_seeds(part['agreement_of_rule']):.1%}",
                 lead.low > 0,
             ),
         ]

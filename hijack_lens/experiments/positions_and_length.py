@@ -302,10 +302,8 @@ def _picture(table: pd.DataFrame, recipe: Recipe) -> Picture:
         for ax, column in zip(axes[1:], ("in_context_accuracy", "finds_previous"), strict=True):
             for _, seed in own.groupby("seed"):
                 ax.plot(seed["multiple"], seed[column], "-", color=colours[positions], alpha=0.3, linewidth=1)
-            mean = own.groupby("multiple")[column].agg(["mean", "sem"])
-            ax.errorbar(
-                mean.index, mean["mean"], mean["sem"], fmt=f"{markers[positions]}-", **style, capsize=3, label=positions
-            )
+            mean = own.groupby("multiple")[column].mean()
+            ax.plot(mean.index, mean, f"{markers[positions]}-", **style, label=positions)
     axes[0].axhline(0, color="black", linewidth=1)
     axes[0].set_ylabel("margin: logit c − logit g")
     axes[0].set_title("hand-written")

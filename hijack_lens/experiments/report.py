@@ -35,9 +35,9 @@ details table {{ font-size: 85%; font-variant-numeric: tabular-nums }} pre {{ ov
 <h1>The papers' claims, put to the test</h1>
 <p><strong>{_tally(outcomes)}</strong></p>
 <p>{escape(heading)} Verdicts follow from the measurements; what counts as seen stands beside each prediction. Of
-trained models, the mean over seeds is given with its 95% interval (Student's t). A threshold is met where all of the
-interval meets it; or where every seed does, where that is said. Each seed has its own language, weights and
-sequences.</p>
+trained models, means over seeds are given with their 95% intervals (Student's t). A threshold is met where all of the
+interval meets it; or where every seed does, where that is said. Each seed has its own language (that of facts aside),
+weights and sequences.</p>
 {_summary(outcomes)}
 {"".join(map(_section, outcomes))}
 </body></html>

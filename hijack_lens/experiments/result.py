@@ -96,7 +96,7 @@ class Estimate:
         return self.mean + self.reach
 
     def __format__(self, spec: str) -> str:
-        return f"{self.mean:{spec}} ± {self.reach:{spec}}"
+        return f"{self.mean:{spec}} ± {self.reach:{spec.lstrip('+')}}"
 
 
 def over_seeds(values: Iterable[float]) -> Estimate:

@@ -98,7 +98,7 @@ def stronger_memories(settings: Settings = Settings(), make: Make = associative_
     switch = _switch(settings, make)
     regimes = _regimes(settings, make)
 
-    error = float((switch["measured"] - switch["predicted"]).abs().max())
+    error = float((switch["measured"] - switch["predicted"]).abs().max(skipna=False))
     undecided = switch["measured"].clip(DECIDED, 1 - DECIDED) == switch["measured"]
     decided = 1 - undecided.groupby(switch["b3"]).mean()
     weakest, strongest = float(decided.iloc[0]), float(decided.iloc[-1])

@@ -1,5 +1,6 @@
 """Claim: strengths read off the weights predict which memory wins, prompt by prompt."""
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,7 +72,8 @@ def winner_prediction(settings: Settings = Settings(), train: Train = trained) -
 
     Holds where, for prompts of each length, by the 95% interval over seeds: theory names at least `AGREEMENT` of the
     held-out winners; it names more of them than the baseline does, seed by seed; and its expected calibration error is
-    at most `CALIBRATION_ERROR`.
+    at most `CALIBRATION_ERROR`, while its Brier score is lower than that of a constant probability, the frequency: to
+    be calibrated alone takes no knowledge.
 
     Beside it stands where theory loses winners: how many are named by what `attribute` gives context and weights, which
     has the model's own attention and copies, and lacks nothing but the rest.
@@ -84,10 +86,14 @@ def winner_prediction(settings: Settings = Settings(), train: Train = trained) -
             right = held_out[["guess_theory", "guess_counts", "guess_both"]].eq(held_out["won"], axis=0).mean()
             won = torch.tensor(held_out["won"].to_numpy())
             off = [calibration_error(torch.tensor(held_out[name].to_numpy()), won) for name in _PREDICTORS]
-            rows.append((seed, length, held_out["won"].mean(), *right, *off))
+            rows.append(
+                (seed, length, held_out["won"].mean(), *right, *off, _skill(held_out["theory"], held_out["won"]))
+            )
             answers.append(held_out)
     columns = ["seed", "length", "context_wins", "theory_accuracy", "counts_accuracy", "both_memories_accuracy"]
-    table = pd.DataFrame(rows, columns=[*columns, "theory_calibration_error", "counts_calibration_error"])
+    table = pd.DataFrame(
+        rows, columns=[*columns, *(f"{name}_calibration_error" for name in _PREDICTORS), "theory_skill"]
+    )
     findings = [finding for _, part in table.groupby("length", sort=False) for finding in _findings(part, settings)]
     return Result(tuple(findings), table, _picture(table, pd.concat(answers)), _note(table))
 
@@ -95,6 +101,12 @@ def winner_prediction(settings: Settings = Settings(), train: Train = trained) -
 def calibration_error(probability: Float[Tensor, "prompt"], won: Bool[Tensor, "prompt"]) -> float:
     """The expected calibration error: |mean probability - frequency| by bin, weighted by prompts."""
     return float(sum(len(p) / len(won) * abs(p.mean() - w.double().mean()) for p, w in _binned(probability, won)))
+
+
+def _skill(probability: "pd.Series[float]", won: "pd.Series[bool]") -> float:
+    """By how much of it the Brier score is below that of a constant, the frequency; NaN where one always wins."""
+    spread = float(won.mean() * (1 - won.mean()))
+    return 1 - float(((probability - won) ** 2).mean()) / spread if spread > 0 else math.nan
 
 
 def _binned(probability: Tensor, won: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -175,12 +187,12 @@ def _findings(table: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
     base_rate = 0.5 + (table["context_wins"] - 0.5).abs()
     named = over_seeds(table["theory_accuracy"])
     ahead = over_seeds(table["theory_accuracy"] - table["counts_accuracy"])
-    off = over_seeds(table["theory_calibration_error"])
+    off, skill = over_seeds(table["theory_calibration_error"]), over_seeds(table["theory_skill"])
     return (
         Finding(
             setting,
             f"theory names at least {AGREEMENT:.0%} of the winners",
-            f"{named:.1%}; the more frequent winner alone would name {base_rate.mean():.1%}",
+            f"{named:.1%}; the more frequent winner alone would name {over_seeds(base_rate):.1%}",
             named.low >= AGREEMENT,
         ),
         Finding(
@@ -191,9 +203,11 @@ def _findings(table: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
         ),
         Finding(
             setting,
-            f"theory's expected calibration error is at most {CALIBRATION_ERROR:g}",
-            f"{off:.3f}; the regression's {table['counts_calibration_error'].mean():.3f}",
-            off.high <= CALIBRATION_ERROR,
+            f"theory's expected calibration error is at most {CALIBRATION_ERROR:g}, and its Brier score below that of "
+            "the winners' frequency",
+            f"{off:.3f}, the regression's {over_seeds(table['counts_calibration_error']):.3f}; Brier score lower by "
+            f"{skill:.0%}",
+            off.high <= CALIBRATION_ERROR and skill.low > 0,
         ),
     )
 
