@@ -384,8 +384,8 @@ def _in_training(table: pd.DataFrame, settings: Settings) -> list[Finding]:
         found &= named & (lost >= SHARE)
         measured.append(
             f"{role.replace('_', '-')} heads in {named.sum()} of {len(three)} (attention "
-            f"{over_seeds(three[f'{role}_attention']):.2f}), without which {over_seeds(lost):.0%} is lost, at least "
-            f"{lost.min():.0%}"
+            f"{over_seeds(three[f'{role}_attention']):.2f}), without which {over_seeds(lost):.1%} is lost, at least "
+            f"{lost.min():.1%}"
         )
     return [
         Finding(
