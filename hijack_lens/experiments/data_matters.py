@@ -186,8 +186,8 @@ def _measured(settings: Settings, run: TrainingRun, recipe: Recipe) -> dict[str,
 
 def _drawn(runs: dict[tuple[str, int], TrainingRun], by_kind: pd.DataFrame) -> Picture:
     """In-context accuracy over training, and at its end on data that models were not trained on."""
-    picture = Picture(12.5, 5.0)
-    left, right = picture.figure.subplots(1, 2, width_ratios=(1.1, 1))
+    picture = Picture(14.0, 5.0)
+    left, right = picture.figure.subplots(1, 2, width_ratios=(1, 1.15))
     for kind, (colour, style) in _LINES.items():
         curves = [run.probe("in_context_accuracy") for (of_kind, _), run in runs.items() if of_kind == kind]
         for curve in curves:
@@ -214,7 +214,7 @@ def _drawn(runs: dict[tuple[str, int], TrainingRun], by_kind: pd.DataFrame) -> P
             right.plot([place + side] * len(values), values, "o", color="black", markersize=4)
         right.annotate(asked, (place + 0.2, 0.13), rotation=90, ha="center", va="bottom", fontsize=11)
         right.annotate("as trained", (place - 0.2, 0.13), rotation=90, ha="center", va="bottom", fontsize=11)
-    right.set_xticks(range(len(pairs)), [label for *_, label, _ in pairs], fontsize=12)
+    right.set_xticks(range(len(pairs)), [label for *_, label, _ in pairs], fontsize=11)
     right.set_xlabel("trained on", fontsize=13)
     for ax in (left, right):
         ax.set_ylim(0, 1.04)
