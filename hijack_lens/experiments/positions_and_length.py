@@ -122,10 +122,12 @@ def positions_and_length(
         for own in tqdm(settings.seeds, desc=f"{positions} positions", disable=None, unit="seed"):
             models.append(("trained", positions, own, train(replace(recipe, positions=positions, seed=own)).model))
 
+    languages = {own: replace(recipe, seed=own).language for own in settings.seeds} | {None: language}
     rows = []
     for multiple in settings.multiples:
+        asked = {own: late_conflicts(spoken, settings, multiple) for own, spoken in languages.items()}
         for kind, positions, seed, model in models:
-            prompts = late_conflicts(model.language, settings, multiple)
+            prompts = asked[seed]
             predicted = _predicted(prompts, language, settings, positions) if kind == "hand-written" else None
             row = {"model": kind, "positions": positions, "seed": seed, "multiple": multiple}
             rows.append(row | _measured(model, prompts, recipe.length, predicted))
