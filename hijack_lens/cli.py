@@ -178,7 +178,7 @@ def reproduce(
     Args:
         claims: Names of claims. [default: all]
         out: Folder for what has been run so far, and for the report on it, as HTML and JSON.
-        quick: Small settings: minutes instead of an hour.
+        quick: Small settings, for a first look: a third of the time.
         workers: Processes to run claims in. [default: as many as there are cores]
     """
     from hijack_lens import experiments

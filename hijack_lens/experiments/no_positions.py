@@ -335,7 +335,7 @@ def _ask_trained(model: TwoLayerTransformer, settings: Settings, seed: int) -> d
         "seed": seed,
         "length": recipe.length,
         "in_context_accuracy": behaviour(model, sequences)["in_context_accuracy"],
-        # Heads of the last layer can serve no induction head, and those below it can be none.
+        # The induction head is the last layer's, and reads what a previous-token head below it has written.
         "previous_token_heads": sum(head.layer < last for head in circuit.previous_token),
         "induction_heads": sum(head.layer == last for head in circuit.induction),
         "previous_token_attention": float(evidence.previous_token.score[:last].max()),

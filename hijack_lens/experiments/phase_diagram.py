@@ -278,9 +278,9 @@ def _picture(cells: dict[str, list[pd.DataFrame]], boundaries: Sequence[Tensor],
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_ylabel("log π(g|q) − log π(c|q), the weights' preference (nats)")
     patches = [matplotlib.patches.Patch(color=light[winner], label=f"{winner} won") for winner in light]
-    label = "theory's boundary" + "; of trained models each seed's, where c and g occur nowhere else" * bool(
-        trained_ones
-    )
+    label = "theory's boundary"
+    if trained_ones:
+        label += "; of trained models each seed's, where c and g occur nowhere else"
     black = matplotlib.lines.Line2D([], [], color="black", label=label)
     picture.figure.legend(handles=[*patches, black], loc="outside lower center", ncols=3, frameon=False, fontsize=12)
     return picture
