@@ -54,8 +54,8 @@ def times(model, tokens, repeats=25):
 def main():
     language = english()
     models = {
-        "to be trained, relative positions": hl.two_layer_transformer(language, d_model=D_MODEL, n_ctx=LENGTH, seed=0),
-        "to be trained, absolute positions": hl.two_layer_transformer(
+        "to be trained, relative positions": hl.trainable_transformer(language, d_model=D_MODEL, n_ctx=LENGTH, seed=0),
+        "to be trained, absolute positions": hl.trainable_transformer(
             language, "absolute", d_model=D_MODEL, n_ctx=LENGTH, seed=0
         ),
         "written by hand": hl.associative_transformer(language, d_model=D_MODEL, n_ctx=LENGTH),

@@ -13,7 +13,7 @@ triggers = most_frequent(language, 5)
 
 
 def trained(seed, **model_options):
-    model = hl.two_layer_transformer(language, seed=seed, **model_options)
+    model = hl.trainable_transformer(language, seed=seed, **model_options)
     started = time.perf_counter()
     run = hl.train(model, language, hl.TrainConfig(triggers=triggers, length=LENGTH, seed=seed))
     final = {

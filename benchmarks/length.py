@@ -31,7 +31,7 @@ def late_evidence(seed=1):
 
 results = {}
 for positions in ("relative", "absolute"):
-    model = hl.two_layer_transformer(language, positions, seed=0)
+    model = hl.trainable_transformer(language, positions, seed=0)
     run = hl.train(model, language, hl.TrainConfig(triggers=triggers, length=LENGTH, seed=0))
     late = behaviour(model, late_evidence())
     results[positions] = {

@@ -38,7 +38,7 @@ def relative_error(ours, theirs, base):
 
 
 def two_layers(length=256, repeats=5):
-    model = hl.two_layer_transformer(english(), d_model=256, n_ctx=length, seed=0)
+    model = hl.trainable_transformer(english(), d_model=256, n_ctx=length, seed=0)
     clean, corrupted = (torch.randint(model.cfg.d_vocab, (1, length), generator=generator) for _ in range(2))
     metric = hl.logit_diff(3, 4)
     parts = {"attn_out": (0, 1), "mlp_out": (1,)}

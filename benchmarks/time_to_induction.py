@@ -15,7 +15,7 @@ results = {}
 for length, reference in REFERENCE.items():
     runs = []
     for seed in range(5):
-        model = hl.two_layer_transformer(language, seed=seed)
+        model = hl.trainable_transformer(language, seed=seed)
         config = hl.TrainConfig(
             triggers=triggers,
             length=length,

@@ -23,7 +23,7 @@ results = {}
 language = english()
 triggers = most_frequent(language, 5)
 for length in (64, 128, 256):
-    model = hl.two_layer_transformer(language, seed=0)
+    model = hl.trainable_transformer(language, seed=0)
     forward = PlainForward(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
 

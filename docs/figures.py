@@ -7,4 +7,4 @@ import hijack_lens as hl
 language = hl.BigramLanguage.from_text(hl.default_text())
 model = hl.associative_transformer(language)
 prompt = hl.hijack_prompt(language, trigger="q", in_context="e", repeats=3, length=64, seed=0)
-hl.visual.margin_bars(hl.explain(model, prompt)).save(Path(__file__).parent / "which_memory.png")
+hl.show.margin_bars(hl.explain(model, prompt)).save(Path(__file__).parent / "which_memory.png")

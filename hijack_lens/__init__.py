@@ -13,7 +13,7 @@ except ImportError as _error:
         "Install it with: pip install 'transformer-lens>=3.9,<4'"
     ) from _error
 
-from hijack_lens import experiments, hooks, memories, metrics, probing, theory, training, visual
+from hijack_lens import grid, hooks, memories, metrics, probing, reproduction, show, theory, training
 from hijack_lens.attribution import (
     LogitAttribution,
     LogOdds,
@@ -24,11 +24,18 @@ from hijack_lens.attribution import (
     attribute_scores,
     shapley,
 )
-from hijack_lens.circuit import Circuit, Component
-from hijack_lens.evidence import CircuitEvidence
-from hijack_lens.explain import Explanation, explain
-from hijack_lens.find_circuit import find_circuit
-from hijack_lens.language import BigramLanguage, SampledSequences, default_text
+from hijack_lens.circuits import CircuitEvidence, find_circuit
+from hijack_lens.core.circuit import Circuit, Component, Strengths
+from hijack_lens.explanation import Explanation, explain
+from hijack_lens.language import (
+    Bigram,
+    BigramLanguage,
+    Fact,
+    HijackPrompt,
+    SampledSequences,
+    default_text,
+    hijack_prompt,
+)
 from hijack_lens.memories import (
     ContextMemory,
     MemoryCapacity,
@@ -42,18 +49,18 @@ from hijack_lens.memories import (
     memory_neurons,
 )
 from hijack_lens.metrics import Metric, logit_diff
-from hijack_lens.models import TwoLayerTransformer, associative_transformer, two_layer_transformer
-from hijack_lens.probing import Bigram, DoseResponse, Fact, dose_response
-from hijack_lens.prompts import HijackPrompt, hijack_prompt
-from hijack_lens.theory import Margin, Strengths
+from hijack_lens.models import BigramTransformer, associative_transformer, trainable_transformer
+from hijack_lens.probing import DoseResponse, dose_response
+from hijack_lens.show import write_report
+from hijack_lens.theory import Margin
 from hijack_lens.training import TrainConfig, TrainingRun, fit_strengths, train
-from hijack_lens.visual import report
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Bigram",
     "BigramLanguage",
+    "BigramTransformer",
     "Circuit",
     "CircuitEvidence",
     "Component",
@@ -77,17 +84,16 @@ __all__ = [
     "Strengths",
     "TrainConfig",
     "TrainingRun",
-    "TwoLayerTransformer",
     "associative_transformer",
     "attribute",
     "attribute_scores",
     "context_memory",
     "default_text",
     "dose_response",
-    "experiments",
     "explain",
     "find_circuit",
     "fit_strengths",
+    "grid",
     "hijack_prompt",
     "hooks",
     "logit_diff",
@@ -98,11 +104,12 @@ __all__ = [
     "memory_neurons",
     "metrics",
     "probing",
-    "report",
+    "reproduction",
     "shapley",
+    "show",
     "theory",
     "train",
+    "trainable_transformer",
     "training",
-    "two_layer_transformer",
-    "visual",
+    "write_report",
 ]

@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 import hijack_lens as hl
-from hijack_lens._any_model import answer_tokens, is_hugging_face, load_model, spaced_instead
-from hijack_lens._inputs import text_tokens
-from hijack_lens.attribution.table import rich_table
-from hijack_lens.circuit import ROLE_NAMES
+from hijack_lens.core.circuit import ROLE_NAMES
+from hijack_lens.core.inputs import answer_tokens, spaced_instead, text_tokens
+from hijack_lens.models.loading import is_hugging_face, load_model
+from hijack_lens.show.logits import rich_table
 
 app = App(
     name="hijack-lens",
@@ -95,7 +95,7 @@ def explain(
                 raise ValueError(f"--{option.replace('_', '-')} does not go with --model, which brings its own")
         if is_hugging_face(model):
             raise ValueError(f"--model {str(model)!r} is a language model: ask it with --prompt, --answer and --foil")
-        trained = hl.TwoLayerTransformer.from_pretrained(model)
+        trained = hl.BigramTransformer.from_pretrained(model)
         language = trained.language
     q, c = _conflict(language, trigger, in_context, None if model is None else trained.triggers)
     conflict = hl.hijack_prompt(language, q, c, repeats, length, global_=global_, seed=seed)
@@ -105,7 +105,7 @@ def explain(
             language, positions=positions or "relative", strengths=chosen, n_ctx=length
         )
     explanation = hl.explain(trained, conflict)
-    report = hl.report(explanation, out).resolve()
+    report = hl.write_report(explanation, out).resolve()
     if as_json:
         print(json.dumps(_as_json(explanation, report), indent=2, ensure_ascii=False))
     else:
@@ -145,7 +145,7 @@ def train(
     language = _language(text, level, max_vocab)
     chosen = triggers or [language.tokens[i] for i in language.pi_u.argsort(descending=True)[:5].tolist()]
     config = hl.TrainConfig(triggers=chosen, length=length, seed=seed, steps=steps)
-    model = hl.two_layer_transformer(language, positions, d_model, seed=seed, n_ctx=4 * length)
+    model = hl.trainable_transformer(language, positions, d_model, seed=seed, n_ctx=4 * length)
     run = hl.train(model, language, config, out=out)
     run.save(out)
     run.plot().save(out / "memories.png")
@@ -181,10 +181,9 @@ def reproduce(
         quick: Small settings, for a first look: a third of the time.
         workers: Processes to run claims in. [default: as many as there are cores]
     """
-    from hijack_lens import experiments
 
     try:
-        done = experiments.reproduce(out, quick, claims or None, workers)
+        done = reproduction.reproduce(out, quick, claims or None, workers)
     except RuntimeError as error:  # of the workers; an experiment's own make its claim a failed one
         _fail(str(error), code=1)
     table = Table(title="the papers' claims")
@@ -279,7 +278,7 @@ def _explain_answers(
     circuit = getattr(model, "circuit", None)
     circuit = hl.find_circuit(model, seed=seed) if circuit is None else circuit
     explanation = hl.explain(model, tokens, *pair, circuit=circuit)
-    report = hl.report(explanation, out).resolve()
+    report = hl.write_report(explanation, out).resolve()
     said = [
         {"text": model.tokenizer.decode([token]), "id": token, "spaced": spaced_instead(model, text, token)}
         for token, text in zip(pair, (answer, foil), strict=True)

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens._checks import as_int, check_choice, check_tokens
-from hijack_lens.prompts import HijackPrompt
+from hijack_lens.core.checks import as_int, check_choice, check_tokens
+from hijack_lens.language.prompts import HijackPrompt
 
 Answer = int | str | Sequence[int] | Sequence[str] | Int[Tensor, "batch"]
 """A token, by its id or text; or one for each prompt."""

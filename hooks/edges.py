@@ -10,10 +10,10 @@ from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
-from hijack_lens._checks import check_choice
-from hijack_lens.circuit import Circuit, Component
-from hijack_lens.hooks.intervention import Intervention, check_hook_points, check_model
-from hijack_lens.hooks.site import Site, sites
+from hijack_lens.core.checks import check_choice
+from hijack_lens.core.circuit import Circuit, Component
+from hijack_lens.core.hook_points import Site, check_hook_points, check_model, sites
+from hijack_lens.hooks.intervention import Intervention
 
 Sender = Component | Literal["embed", "pos_embed"]
 Receiver = Component | Literal["unembed"]

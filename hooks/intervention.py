@@ -1,115 +1,20 @@
 """An intervention: hooks that come and go together, and that say so when they do nothing."""
 
 import contextlib
-import difflib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.generalized_components import (
-    JointQKVAttentionBridge,
-    JointQKVPositionEmbeddingsAttentionBridge,
-    PositionEmbeddingsAttentionBridge,
-)
+from torch import Tensor
+from transformer_lens import ActivationCache
+
+from hijack_lens.core.hook_points import _check_hook_point, check_model
+from hijack_lens.core.inputs import model_tokens
 
 HookFunction = Callable[..., Tensor | None]
 """TransformerLens's `fn(activation, hook) -> activation | None`."""
-
-_NEEDS_FLAG = {
-    "hook_result": "use_attn_result",
-    "hook_attn_in": "use_attn_in",
-    "hook_q_input": "use_split_qkv_input",
-    "hook_k_input": "use_split_qkv_input",
-    "hook_v_input": "use_split_qkv_input",
-    "hook_mlp_in": "use_hook_mlp_in",
-}
-# Bridges with attention of these kinds compute it step by step; others hand it to the wrapped model, patterns and all.
-_REBUILT_ATTENTION = (
-    JointQKVAttentionBridge,
-    JointQKVPositionEmbeddingsAttentionBridge,
-    PositionEmbeddingsAttentionBridge,
-)
-_FORKED_INPUTS = ("ln1.hook_in", "ln1.hook_out", "ln1.hook_scale", "ln1.hook_normalized", "attn.hook_in")
-
-
-def check_model(model: Any) -> None:
-    """`model` is one of TransformerLens's, with hook points."""
-    # A bridge is not asked for them: it would put them together anew.
-    if not isinstance(model, TransformerBridge) and not hasattr(model, "hook_dict"):
-        raise TypeError(f"model must be a HookedTransformer or TransformerBridge, got {model!r:.80}")
-
-
-def check_hook_points(model: Any, names: Iterable[str]) -> None:
-    """The model has the hook points, they fire, and the model honours edits there.
-
-    Raises:
-        TypeError, ValueError: saying what to do instead.
-    """
-    check_model(model)
-    known = model.hook_dict
-    for name in names:
-        _check_hook_point(model, known, name, edits=True)
-
-
-def _check_hook_point(model: Any, known: Mapping[str, Any], name: str, edits: bool) -> None:
-    """`known` is `model.hook_dict`, read once for many names."""
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f"; close to it: {', '.join(close)}" if close else ""
-        raise ValueError(f"component {name!r} is not a hook point of this {type(model).__name__}{hint}")
-    leaf = name.rsplit(".", 1)[-1]
-    flag = _NEEDS_FLAG.get(leaf)
-    if flag is not None and not getattr(model.cfg, flag):
-        raise ValueError(f"{name!r} never fires while cfg.{flag} is False; call model.set_{flag}(True) first")
-    if leaf in ("hook_mlp_out", "hook_resid_mid") and getattr(model.cfg, "attn_only", False):
-        raise ValueError(f"component {name!r} never fires: this model's blocks have no MLPs")
-    if not isinstance(model, TransformerBridge):
-        return
-    if leaf == "hook_pos_embed" and model.cfg.positional_embedding_type == "rotary":
-        raise ValueError(f"{name!r} never fires: this model's positions are rotary, and not added to the stream")
-    reason = _why_ignored(model, name) if edits else None
-    if reason is not None:
-        raise ValueError(f"this TransformerBridge does not honour edits at {name!r}: {reason}")
-
-
-def _why_ignored(model: TransformerBridge, name: str) -> str | None:
-    """Why an edit at a bridge's hook point would have no effect, or less than one would think."""
-    leaf = name.rsplit(".", 1)[-1]
-    if leaf in ("hook_pattern", "hook_attn_scores"):
-        attn = model.blocks[int(name.split(".")[1])].attn
-        return None if type(attn) in _REBUILT_ATTENTION else "it computes the head's output without them"
-    if leaf == "hook_resid_mid":
-        return "only the MLP would see them, not the residual stream"
-    if name == "rotary_emb.hook_in":
-        return "the angles depend on positions alone"
-    if name.endswith(_FORKED_INPUTS) and (model.cfg.use_split_qkv_input or model.cfg.use_attn_in):
-        return "with cfg.use_split_qkv_input or cfg.use_attn_in, queries, keys and values are computed without them"
-    if leaf == "hook_attn_in" and getattr(model.cfg, "n_key_value_heads", None) not in (None, model.cfg.n_heads):
-        return "heads that share keys and values would not read their own copy"
-    return None
-
-
-def every_module(model: Any) -> set[nn.Module]:
-    """The model's modules; a bridge's own leave out parts of the model that it wraps, dropout of embeddings say."""
-    wrapped = getattr(model, "original_model", None)
-    return {*model.modules(), *(wrapped.modules() if isinstance(wrapped, nn.Module) else ())}
-
-
-def is_hooked(model: Any) -> bool:
-    """Whether running a part of the model alone would run someone's hook."""
-    if any(point.fwd_hooks for point in model.hook_dict.values()):
-        return True
-    # A bridge's modules bear hooks of its own and of transformers', which are not the user's.
-    of_torch = [
-        hook for m in every_module(model) for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
-    ]
-    return any(
-        not str(getattr(hook, "__module__", "")).startswith(("transformer_lens.", "transformers.")) for hook in of_torch
-    )
 
 
 class Intervention:
@@ -247,3 +152,20 @@ def record(model: Any, tokens: Tensor, names: Sequence[str]) -> tuple[Tensor, di
 
 def _keep(stored: dict[str, Tensor], name: str, activation: Tensor, hook: Any) -> None:
     stored[name] = activation.detach().clone()
+
+
+def read_source(model: Any, source: object, names: Sequence[str], argument: str) -> dict[str, Tensor]:
+    """Activations at hook points from a cache, or from a run on a prompt.
+
+    Raises:
+        ValueError: where a cache lacks one of them.
+    """
+    if isinstance(source, ActivationCache):
+        stored = read_source(model, source.cache_dict, names, argument)
+        return stored if source.has_batch_dim else {name: value[None] for name, value in stored.items()}
+    if isinstance(source, Mapping):
+        missing = [name for name in names if name not in source]
+        if missing:
+            raise ValueError(f"{argument} is a cache without {', '.join(missing)}")
+        return {name: source[name] for name in names}
+    return record(model, model_tokens(model, source, argument), names)[1]

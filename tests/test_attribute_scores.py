@@ -19,7 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
 from hijack_lens import ScoreAttribution, attribute_scores
-from hijack_lens.models.relative_attention import RelativeAttention
+from hijack_lens.models.architecture import RelativeAttention
 
 many = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 PREVIOUS, INDUCTION = CIRCUIT.previous_token[0], CIRCUIT.induction[0]

@@ -367,7 +367,7 @@ def test_answers_are_shown_saved_and_indexed_by_their_tokens(deep_gpt2, tmp_path
     close(torch.tensor([sums[token] for token in ("two", "nine", "b")]).double(), result.logits)
     assert set(result.top(2)["token"]) < {"two", "nine", "b"}
     assert "two" in result._repr_html_()
-    assert "two" in hl.visual.token_paths(result, "two", "b").caption
+    assert "two" in hl.show.token_paths(result, "two", "b").caption
     result.save(tmp_path / "result")
     loaded = LogitAttribution.load(tmp_path / "result")
     assert torch.equal(loaded.values, result.values)

@@ -9,13 +9,20 @@ import torch
 
 import hijack_lens as hl
 from hijack_lens import theory
-from hijack_lens.experiments import closed_form as cf
-from hijack_lens.experiments import competing_continuations as cc
-from hijack_lens.experiments import flip_window as fw
-from hijack_lens.experiments import phase_diagram as pd_
-from hijack_lens.experiments import stronger_memories as sm
-from hijack_lens.experiments.conflicts import GLOBAL, IN_CONTEXT, NEUTRAL, conflict_language, neutral_then_pairs
-from hijack_lens.experiments.recipe import Recipe, trained
+from hijack_lens.reproduction import closed_form as cf
+from hijack_lens.reproduction import competing_continuations as cc
+from hijack_lens.reproduction import flip_window as fw
+from hijack_lens.reproduction import phase_diagram as pd_
+from hijack_lens.reproduction import stronger_memories as sm
+from hijack_lens.reproduction.experiment import (
+    GLOBAL,
+    IN_CONTEXT,
+    NEUTRAL,
+    Recipe,
+    conflict_language,
+    neutral_then_pairs,
+    trained,
+)
 from hijack_lens.training import TrainingRun, theory_agreement
 
 torch.set_num_threads(1)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import hijack_lens as hl
-from hijack_lens.experiments import data_matters, learning_order, memory_order
-from hijack_lens.training.gradient_steps import STEPS
+from hijack_lens.reproduction import data_matters, learning_order, memory_order
+from hijack_lens.training.one_step import STEPS
 
 STEPS_TAKEN = list(range(0, 101, 10))
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hijack_lens as hl
-from hijack_lens.experiments import no_positions as without
-from hijack_lens.experiments import positions_and_length as by_length
-from hijack_lens.experiments.recipe import Recipe
-from hijack_lens.models import TwoLayerTransformer
+from hijack_lens.models import BigramTransformer
+from hijack_lens.reproduction import no_positions as without
+from hijack_lens.reproduction import positions_and_length as by_length
+from hijack_lens.reproduction.experiment import Recipe
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads would only wait for one another
 
@@ -98,7 +98,7 @@ def test_the_position_before_leads_by_the_strength_up_to_the_reach(reach, streng
 
 
 def test_without_a_beginning_no_model_can_tell_the_positions_of_a_run_apart():
-    model = hl.two_layer_transformer(LANGUAGE, "none", d_model=16, n_layers=3, dtype=torch.float64, device="cpu")
+    model = hl.trainable_transformer(LANGUAGE, "none", d_model=16, n_layers=3, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         logits = model(torch.tensor([[2, 2, 2, 2, 0, 2]]))[0]
     torch.testing.assert_close(logits[:4], logits[:1].expand(4, -1))
@@ -106,7 +106,7 @@ def test_without_a_beginning_no_model_can_tell_the_positions_of_a_run_apart():
 
 
 def test_one_layer_without_positions_knows_no_order_and_two_do():
-    model = hl.two_layer_transformer(LANGUAGE, "none", d_model=16, n_layers=3, dtype=torch.float64, device="cpu")
+    model = hl.trainable_transformer(LANGUAGE, "none", d_model=16, n_layers=3, dtype=torch.float64, device="cpu")
     _, said = model.run_with_cache(torch.tensor([[0, 1, 2, 3, 4]]))
     _, shuffled = model.run_with_cache(torch.tensor([[2, 0, 3, 1, 4]]))
     after = [(said["resid_post", n][0, -1] - shuffled["resid_post", n][0, -1]).abs().max() for n in range(2)]
@@ -125,7 +125,7 @@ def with_positions(recipe):
     two = hl.associative_transformer(language, range(recipe.triggers), n_ctx=128, device="cpu")
     if recipe.n_layers == 2:
         return as_run(two)
-    three = TwoLayerTransformer(replace(two.architecture, n_layers=3), language, triggers=two.triggers, device="cpu")
+    three = BigramTransformer(replace(two.architecture, n_layers=3), language, triggers=two.triggers, device="cpu")
     weights = {name.replace("blocks.1.", "blocks.2."): value for name, value in two.named_parameters()}
     with torch.no_grad():
         for name, parameter in three.named_parameters():

@@ -11,11 +11,11 @@ from trainable_for_tests import shaken
 
 import hijack_lens as hl
 from hijack_lens import theory
-from hijack_lens.experiments import causal_agreement as causal
-from hijack_lens.experiments import facts as fact_claim
-from hijack_lens.experiments import winner_prediction as winners
-from hijack_lens.experiments.recipe import Recipe
-from hijack_lens.facts import CAPITALS
+from hijack_lens.language.facts import CAPITALS
+from hijack_lens.reproduction import causal_agreement as causal
+from hijack_lens.reproduction import denied_facts as fact_claim
+from hijack_lens.reproduction import winner_prediction as winners
+from hijack_lens.reproduction.experiment import Recipe
 from hijack_lens.training import TrainingRun
 from hijack_lens.training.fit import conflict_prompts
 
@@ -270,7 +270,7 @@ def test_what_they_differ_by_is_exact_without_biases_in_the_heads():
 
 def test_a_norm_between_the_memories_turns_the_verdict():
     def train(recipe):
-        model = hl.two_layer_transformer(recipe.language, d_model=16, norm="LN", n_ctx=32, seed=recipe.seed)
+        model = hl.trainable_transformer(recipe.language, d_model=16, norm="LN", n_ctx=32, seed=recipe.seed)
         return run_of(shaken(model.double(), 0.3, recipe.seed), recipe)
 
     result = causal.causal_agreement(CAUSAL, train)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import hijack_lens as hl
-from hijack_lens import cli, experiments, theory
-from hijack_lens.experiments import Finding, Result
-from hijack_lens.visual.figures import Picture
+from hijack_lens import cli, theory
+from hijack_lens.reproduction import Finding, Result
+from hijack_lens.show.style import Picture
 
 
 def run(capsys, monkeypatch, *arguments):
@@ -175,8 +175,8 @@ def test_reproduce_prints_each_prediction_beside_what_was_measured(capsys, monke
         raise KeyError("no luck")
 
     for name, experiment in (("facts", fine), ("data", broken)):
-        claim = experiments.Claim(name, "nowhere", experiment, "full", "quick")
-        monkeypatch.setitem(experiments.CLAIMS, name, claim)
+        claim = reproduction.Claim(name, "nowhere", experiment, "full", "quick")
+        monkeypatch.setitem(reproduction.CLAIMS, name, claim)
     code, out, err = run(capsys, monkeypatch, "reproduce", "facts", "data", "--workers", "1", "--out", "claims")
     assert code == 1
     assert "Traceback" not in err

@@ -15,7 +15,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
 from hijack_lens import cli
-from hijack_lens._any_model import answer_tokens, load_model, spaced_instead
+from hijack_lens.core.inputs import answer_tokens, spaced_instead
+from hijack_lens.models.loading import load_model
 
 PROMPT = "we say France is Rome . France is Rome . France is"
 ASKED = ["--prompt", PROMPT, "--answer", "Rome", "--foil", "Paris"]

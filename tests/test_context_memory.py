@@ -27,13 +27,11 @@ from refusals import refused
 from strategies import worlds
 
 import hijack_lens as hl
-from hijack_lens.hooks.intervention import is_hooked
+from hijack_lens.core.hook_points import is_hooked
 from hijack_lens.memories import conflict as conflict_module
 from hijack_lens.memories import context as context_module
-from hijack_lens.memories.conflict import memory_conflict
-from hijack_lens.memories.conflict_result import MemoryConflict
-from hijack_lens.memories.context import context_memory
-from hijack_lens.memories.context_result import ContextMemory
+from hijack_lens.memories.conflict import MemoryConflict, memory_conflict
+from hijack_lens.memories.context import ContextMemory, context_memory
 
 many = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 INDUCTION = CIRCUIT.induction[0]

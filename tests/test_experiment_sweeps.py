@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
-from hijack_lens.experiments import sweep
+from hijack_lens.grid import run_grid
 
 
 def noisy(x, y, seed):
@@ -81,7 +81,7 @@ def calls(log):
 
 
 def test_a_row_per_point_in_the_order_of_the_grid():
-    table = sweep(noisy, GRID)
+    table = run_grid(noisy, GRID)
     assert list(table.columns) == ["x", "y", "seed", "sum", "noise", "label", "seconds", "error", "traceback"]
     assert table[["x", "y"]].values.tolist() == [[x, y] for x in GRID["x"] for y in GRID["y"]]
     for row in table.itertuples():
@@ -92,36 +92,36 @@ def test_a_row_per_point_in_the_order_of_the_grid():
 
 
 def test_seeds_depend_on_the_sweeps_seed_and_the_point_alone():
-    table = sweep(noisy, GRID)
+    table = run_grid(noisy, GRID)
     assert table["seed"].nunique() == len(table)
-    alone = sweep(noisy, [{"y": 0.25, "x": 2}])
+    alone = run_grid(noisy, [{"y": 0.25, "x": 2}])
     assert alone["seed"].tolist() == table.query("x == 2 and y == 0.25")["seed"].tolist()
-    assert not set(sweep(noisy, GRID, seed=1)["seed"]) & set(table["seed"])
-    assert sweep(noisy, {**GRID, "seed": [7]})["seed"].unique().tolist() == [7]
+    assert not set(run_grid(noisy, GRID, seed=1)["seed"]) & set(table["seed"])
+    assert run_grid(noisy, {**GRID, "seed": [7]})["seed"].unique().tolist() == [7]
 
 
 def test_the_global_random_state_is_left_alone(global_rng_untouched):
-    sweep(noisy, GRID)
+    run_grid(noisy, GRID)
 
 
 @pytest.mark.parametrize("in_flight", [1, 2, 256])
 def test_threads_give_the_same_table(in_flight):
     with ThreadPoolExecutor(3) as executor:
-        table = sweep(noisy, GRID, executor, in_flight=in_flight)
-    pd.testing.assert_frame_equal(found(table), found(sweep(noisy, GRID)))
+        table = run_grid(noisy, GRID, executor, in_flight=in_flight)
+    pd.testing.assert_frame_equal(found(table), found(run_grid(noisy, GRID)))
 
 
 def test_a_process_pool_gives_the_same_table_and_its_loss_keeps_what_has_finished(tmp_path):
     with ProcessPoolExecutor(2) as executor:
-        table = sweep(noisy, GRID, executor)
-    pd.testing.assert_frame_equal(found(table), found(sweep(noisy, GRID)))
+        table = run_grid(noisy, GRID, executor)
+    pd.testing.assert_frame_equal(found(table), found(run_grid(noisy, GRID)))
 
     out = tmp_path / "lost.jsonl"
     with (
         ProcessPoolExecutor(1) as executor,
         pytest.raises(RuntimeError, match=r"executor broke .* while {'x': 2}.* with it"),
     ):
-        sweep(suicidal, {"x": [0, 1, 2, 4]}, executor, out, in_flight=2)
+        run_grid(suicidal, {"x": [0, 1, 2, 4]}, executor, out, in_flight=2)
     assert sorted(json.loads(line)["result"]["x2"] for line in out.read_text().splitlines()[1:]) == [0, 2]
 
 
@@ -132,7 +132,7 @@ def test_points_that_kill_their_process_fail_alone_where_pools_can_be_made(tmp_p
         made.append(ProcessPoolExecutor(2))
         return made[-1]
 
-    table = sweep(suicidal, grid, make, out)
+    table = run_grid(suicidal, grid, make, out)
     assert table["x2"].fillna(-1).tolist() == [0, 2, -1, -1, 8, 10, 12, 14, 16, -1]
     assert table["error"].notna().tolist() == [x in (2, 3, 9) for x in grid["x"]]
     assert table["error"].dropna().str.startswith("BrokenProcessPool: ").all()
@@ -140,24 +140,24 @@ def test_points_that_kill_their_process_fail_alone_where_pools_can_be_made(tmp_p
         with pytest.raises(RuntimeError):
             pool.submit(int)
     made.clear()
-    pd.testing.assert_frame_equal(sweep(suicidal, grid, make, out), table)
+    pd.testing.assert_frame_equal(run_grid(suicidal, grid, make, out), table)
     assert made == []
 
 
 def test_a_point_whose_process_was_killed_once_is_run_again(tmp_path):
     grid = {"x": range(8), "mark": [str(tmp_path / "killed")]}
-    table = sweep(lethal, grid, lambda: ProcessPoolExecutor(2))
+    table = run_grid(lethal, grid, lambda: ProcessPoolExecutor(2))
     assert (tmp_path / "killed").exists()
-    pd.testing.assert_frame_equal(found(table), found(sweep(lethal, grid)))
+    pd.testing.assert_frame_equal(found(table), found(run_grid(lethal, grid)))
 
 
 def test_made_executors_that_cannot_run_anything_fail_no_points(tmp_path):
     out = tmp_path / "out.jsonl"
     with pytest.raises(RuntimeError, match="executor broke before it had any point"):
-        sweep(noisy, GRID, lambda: ProcessPoolExecutor(1, initializer=os._exit, initargs=(1,)), out)
+        run_grid(noisy, GRID, lambda: ProcessPoolExecutor(1, initializer=os._exit, initargs=(1,)), out)
     with pytest.raises(TypeError, match=r"executor must make a concurrent\.futures\.Executor, got 3"):
-        sweep(noisy, GRID, lambda: 3, out)
-    pd.testing.assert_frame_equal(found(sweep(noisy, GRID, ThreadPoolExecutor, out)), found(sweep(noisy, GRID)))
+        run_grid(noisy, GRID, lambda: 3, out)
+    pd.testing.assert_frame_equal(found(run_grid(noisy, GRID, ThreadPoolExecutor, out)), found(run_grid(noisy, GRID)))
 
 
 def test_no_job_of_a_broken_pool_is_cancelled_before_it_has_shut_down_nor_waited_for():
@@ -176,7 +176,7 @@ def test_no_job_of_a_broken_pool_is_cancelled_before_it_has_shut_down_nor_waited
 
     jobs = []
     with pytest.raises(RuntimeError, match=r"executor broke \(BrokenExecutor: gone\) while {'x': 0}, {'x': 1} were"):
-        sweep(suicidal, {"x": [0, 1]}, Breaking())
+        run_grid(suicidal, {"x": [0, 1]}, Breaking())
     assert jobs[1].cancelled()
     assert jobs[2] == "shut down"
 
@@ -194,7 +194,7 @@ def test_no_more_points_are_in_flight_than_allowed():
 
     jobs = []
     with Counting(2) as executor:
-        sweep(logged, {"x": range(30), "log": [os.devnull], "pause": [0.002]}, executor, in_flight=4)
+        run_grid(logged, {"x": range(30), "log": [os.devnull], "pause": [0.002]}, executor, in_flight=4)
     assert executor.submitted == 30
     assert 2 <= executor.most <= 4
 
@@ -217,7 +217,7 @@ def test_jobs_that_are_no_futures():
         def submit(self, function, *arguments):
             return Job(functools.partial(function, *arguments))
 
-    pd.testing.assert_frame_equal(found(sweep(noisy, GRID, Cluster())), found(sweep(noisy, GRID)))
+    pd.testing.assert_frame_equal(found(run_grid(noisy, GRID, Cluster())), found(run_grid(noisy, GRID)))
 
 
 def test_submitit_whose_jobs_are_processes(tmp_path):
@@ -231,12 +231,12 @@ def test_submitit_whose_jobs_are_processes(tmp_path):
 
     executor = submitit.AutoExecutor(tmp_path / "jobs", cluster="local")
     executor.update_parameters(timeout_min=5)
-    table = sweep(function, {"x": [0, 1]}, executor, tmp_path / "out.jsonl")
-    here = sweep(function, {"x": [0, 1]})
+    table = run_grid(function, {"x": [0, 1]}, executor, tmp_path / "out.jsonl")
+    here = run_grid(function, {"x": [0, 1]})
     assert table["process"][0] != os.getpid()
     pd.testing.assert_frame_equal(found(table).drop(columns="process"), found(here).drop(columns="process"))
     assert table["error"][1] == "KeyError: 'no luck at 1'"
-    pd.testing.assert_frame_equal(sweep(function, {"x": [0, 1]}, out=tmp_path / "out.jsonl"), table)
+    pd.testing.assert_frame_equal(run_grid(function, {"x": [0, 1]}, out=tmp_path / "out.jsonl"), table)
 
 
 def test_a_dask_cluster_one_of_whose_workers_is_killed(tmp_path):
@@ -250,21 +250,21 @@ def test_a_dask_cluster_one_of_whose_workers_is_killed(tmp_path):
         distributed.Client(cluster) as client,
     ):
         workers = set(client.run(os.getpid).values())
-        table = sweep(lethal, grid, client.get_executor(), tmp_path / "dask.jsonl")
+        table = run_grid(lethal, grid, client.get_executor(), tmp_path / "dask.jsonl")
     assert len(workers) == 2
     assert int(mark.read_text()) in workers
-    pd.testing.assert_frame_equal(found(table), found(sweep(lethal, grid)))
+    pd.testing.assert_frame_equal(found(table), found(run_grid(lethal, grid)))
     assert table["error"].isna().all()
 
 
 def test_a_restarted_sweep_runs_what_is_missing(tmp_path):
     out, log = tmp_path / "sub" / "out.jsonl", tmp_path / "log"
-    first = sweep(logged, {"x": [3, 1], "log": [str(log)]}, out=out)
+    first = run_grid(logged, {"x": [3, 1], "log": [str(log)]}, out=out)
     assert calls(log) == [3, 1]
-    both = sweep(logged, {"x": [0, 1, 2, 3], "log": [str(log)]}, out=out)
+    both = run_grid(logged, {"x": [0, 1, 2, 3], "log": [str(log)]}, out=out)
     assert calls(log) == [3, 1, 0, 2]
     assert both["square"].tolist() == [0, 1, 4, 9]
-    again = sweep(logged, {"x": [3, 1], "log": [str(log)]}, out=out)
+    again = run_grid(logged, {"x": [3, 1], "log": [str(log)]}, out=out)
     pd.testing.assert_frame_equal(again, first)
     assert len(calls(log)) == 4
 
@@ -274,10 +274,10 @@ def test_a_restarted_sweep_runs_what_is_missing(tmp_path):
 def test_a_file_cut_anywhere_is_completed(tmp_path_factory, cut):
     folder = tmp_path_factory.mktemp("cut")
     out = folder / "out.jsonl"
-    whole = sweep(noisy, GRID, out=out)
+    whole = run_grid(noisy, GRID, out=out)
     data = out.read_bytes()
     out.write_bytes(data[: max(len(data) - cut, 0)])
-    pd.testing.assert_frame_equal(found(sweep(noisy, GRID, out=out)), found(whole))
+    pd.testing.assert_frame_equal(found(run_grid(noisy, GRID, out=out)), found(whole))
     lines = out.read_text().splitlines()
     assert len(lines) == 1 + len(whole)
     assert {len(json.loads(line)["arguments"]) for line in lines[1:]} == {3}
@@ -290,7 +290,7 @@ def test_a_killed_driver_is_resumed(tmp_path, suffix):
     out, log = tmp_path / f"out.{suffix}", tmp_path / "log"
     lines = tmp_path / {"jsonl": "out.jsonl", "parquet": "out.parquet.jsonl"}[suffix]
     grid = {"x": range(12), "log": [str(log)], "pause": [0.1]}
-    driver = multiprocessing.Process(target=sweep, args=(logged, grid), kwargs={"out": out})
+    driver = multiprocessing.Process(target=run_grid, args=(logged, grid), kwargs={"out": out})
     driver.start()
     deadline = time.monotonic() + 120
     while driver.is_alive() and not (lines.exists() and lines.read_bytes().count(b"\n") > 3):
@@ -304,10 +304,10 @@ def test_a_killed_driver_is_resumed(tmp_path, suffix):
     before = len(calls(log))
     if suffix == "parquet":
         assert not out.exists()
-        sweep(logged, {**grid, "x": range(kept)}, out=out)
+        run_grid(logged, {**grid, "x": range(kept)}, out=out)
         assert len(calls(log)) == before  # with nothing left to run, it is made all the same
         assert pd.read_parquet(out)["square"].tolist() == [x * x for x in range(kept)]
-    table = sweep(logged, grid, out=out)
+    table = run_grid(logged, grid, out=out)
     assert table["square"].tolist() == [x * x for x in range(12)]
     assert calls(log)[before:] == list(range(kept, 12))
 
@@ -315,18 +315,18 @@ def test_a_killed_driver_is_resumed(tmp_path, suffix):
 def test_a_failed_point_is_recorded_and_the_rest_run_on(tmp_path):
     out, mend = tmp_path / "out.jsonl", tmp_path / "mended"
     grid = {"x": [0, 1, 2], "mend": [str(mend)]}
-    table = sweep(brittle, grid, out=out)
+    table = run_grid(brittle, grid, out=out)
     assert table["double"].fillna(-1).tolist() == [0, -1, 4]
     assert table["error"][1] == "KeyError: 'no luck at 1'"
     assert 'raise KeyError(f"no luck at {x}")' in table["traceback"][1]
     assert table["error"].isna().tolist() == [True, False, True]
 
     mend.touch()
-    pd.testing.assert_frame_equal(sweep(brittle, grid, out=out), table)
-    mended = sweep(brittle, grid, out=out, retry_failed=True)
+    pd.testing.assert_frame_equal(run_grid(brittle, grid, out=out), table)
+    mended = run_grid(brittle, grid, out=out, retry_failed=True)
     assert mended["double"].tolist() == [0, 2, 4]
     assert mended["error"].isna().all()
-    pd.testing.assert_frame_equal(sweep(brittle, grid, out=out), mended)
+    pd.testing.assert_frame_equal(run_grid(brittle, grid, out=out), mended)
 
 
 @pytest.mark.parametrize("executor", [None, "threads"])
@@ -338,7 +338,7 @@ def test_what_a_function_must_not_do_fails_its_point_alone(executor):
 
     pool = ThreadPoolExecutor(2)
     with pool:
-        table = sweep(function, {"x": ["list", "tensor", "taken", "x", "exit", "fine"]}, executor and pool)
+        table = run_grid(function, {"x": ["list", "tensor", "taken", "x", "exit", "fine"]}, executor and pool)
     assert table["error"].isna().tolist() == [False] * 5 + [True]
     messages = ["must return a dict", "function's 'a' must be a number", "not return 'error'", "not return 'x'", "done"]
     for error, message in zip(table["error"], messages, strict=False):
@@ -348,7 +348,7 @@ def test_what_a_function_must_not_do_fails_its_point_alone(executor):
 def test_an_interrupt_keeps_what_has_finished(tmp_path):
     out, log = tmp_path / "out.jsonl", tmp_path / "log"
     with pytest.raises(KeyboardInterrupt):
-        sweep(interrupted, {"x": range(9), "log": [str(log)]}, out=out)
+        run_grid(interrupted, {"x": range(9), "log": [str(log)]}, out=out)
     assert calls(log) == [0, 1, 2]
     assert out.read_text().count('"result"') == 2
 
@@ -369,11 +369,11 @@ def test_an_interrupt_cancels_what_is_pending(tmp_path):
 
     threading.Thread(target=press).start()
     with ThreadPoolExecutor(1) as executor, pytest.raises(KeyboardInterrupt):
-        sweep(slow, {"x": range(50)}, executor, out)
+        run_grid(slow, {"x": range(50)}, executor, out)
     # The point under way cannot be cancelled; at most one more had been handed to the thread.
     assert len(calls(log)) <= 3
     assert '"square": 0' in out.read_text()
-    assert sweep(slow, {"x": range(4)}, out=out)["square"].tolist() == [0, 1, 4, 9]
+    assert run_grid(slow, {"x": range(4)}, out=out)["square"].tolist() == [0, 1, 4, 9]
 
 
 def test_numpy_and_torch_numbers_are_plain_ones_in_grid_and_result():
@@ -382,7 +382,7 @@ def test_numpy_and_torch_numbers_are_plain_ones_in_grid_and_result():
         assert type(y) is int
         return {"a": np.float32(0.5), "b": torch.tensor(3), "c": None, "d": True, "e": float("inf"), "f": float("nan")}
 
-    table = sweep(function, {"x": np.linspace(0, 1, 2), "y": torch.arange(2)})
+    table = run_grid(function, {"x": np.linspace(0, 1, 2), "y": torch.arange(2)})
     assert table["error"].isna().all()
     assert table.iloc[0][["a", "b", "d", "e"]].tolist() == [0.5, 3, True, float("inf")]
     assert table["f"].isna().all()
@@ -391,9 +391,9 @@ def test_numpy_and_torch_numbers_are_plain_ones_in_grid_and_result():
 def test_parquet(tmp_path):
     pytest.importorskip("pyarrow")
     out = tmp_path / "out.parquet"
-    table = sweep(noisy, GRID, out=out)
+    table = run_grid(noisy, GRID, out=out)
     pd.testing.assert_frame_equal(pd.read_parquet(out), table, check_dtype=False)
-    more = sweep(noisy, {"x": [9], "y": [0.5]}, out=out)
+    more = run_grid(noisy, {"x": [9], "y": [0.5]}, out=out)
     assert len(more) == 1
     stored = pd.read_parquet(out)
     assert stored["x"].tolist() == [1, 1, 2, 2, 3, 3, 9]
@@ -402,13 +402,13 @@ def test_parquet(tmp_path):
 
     (tmp_path / "out.parquet.jsonl").unlink()
     with pytest.raises(ValueError, match=r"exists without the out\.parquet\.jsonl"):
-        sweep(noisy, GRID, out=out)
+        run_grid(noisy, GRID, out=out)
 
 
 def test_parquet_is_written_when_a_sweep_is_interrupted(tmp_path):
     pytest.importorskip("pyarrow")
     with pytest.raises(KeyboardInterrupt):
-        sweep(interrupted, {"x": range(9), "log": [os.devnull]}, out=tmp_path / "out.parquet")
+        run_grid(interrupted, {"x": range(9), "log": [os.devnull]}, out=tmp_path / "out.parquet")
     assert pd.read_parquet(tmp_path / "out.parquet")["square"].tolist() == [0, 1]
 
 
@@ -416,37 +416,37 @@ def test_parquet_with_a_column_of_mixed_types_keeps_the_lines(tmp_path):
     pytest.importorskip("pyarrow")
     out = tmp_path / "out.parquet"
     with pytest.raises(ValueError, match=r"mixes types .* holds all results"):
-        sweep(mixed, {"x": [1, 2]}, out=out)
+        run_grid(mixed, {"x": [1, 2]}, out=out)
     assert (tmp_path / "out.parquet.jsonl").read_text().count('"result"') == 2
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"hijack-lens\[parquet\]"):
-        sweep(noisy, GRID, out=tmp_path / "out.parquet")
+        run_grid(noisy, GRID, out=tmp_path / "out.parquet")
 
 
 def test_a_file_belongs_to_one_function_and_seed(tmp_path):
     out = tmp_path / "out.jsonl"
-    sweep(noisy, GRID, out=out)
+    run_grid(noisy, GRID, out=out)
     kept = out.read_bytes()
     with pytest.raises(ValueError, match=r"sweep of seed=0, not of seed=1"):
-        sweep(noisy, GRID, out=out, seed=1)
+        run_grid(noisy, GRID, out=out, seed=1)
     with pytest.raises(ValueError, match=r"sweep of function='.*noisy', not of function='.*suicidal'"):
-        sweep(suicidal, {"x": [0]}, out=out)
+        run_grid(suicidal, {"x": [0]}, out=out)
     assert out.read_bytes() == kept
     for text in ("notes\n", "notes", '{"format": 3}\n', "[1]\n", "\n"):
         out.write_text(text)
         with pytest.raises(ValueError, match="is not a sweep's file"):
-            sweep(noisy, GRID, out=out)
+            run_grid(noisy, GRID, out=out)
         assert out.read_text() == text
     out.write_bytes(kept.replace(b'"arguments"', b'"x"', 1))
     with pytest.raises(ValueError, match="no outcome of a point in line 2"):
-        sweep(noisy, GRID, out=out)
+        run_grid(noisy, GRID, out=out)
 
 
 def refusing(**changed):
-    return lambda: sweep(**{"function": noisy, "grid": GRID} | changed)
+    return lambda: run_grid(**{"function": noisy, "grid": GRID} | changed)
 
 
 test_wrong_types_are_refused = refused(
@@ -482,5 +482,5 @@ test_wrong_values_are_refused = refused(
 
 
 def test_a_partial_can_be_swept_without_a_file():
-    table = sweep(functools.partial(noisy, y=1), {"x": [1, 2]})
+    table = run_grid(functools.partial(noisy, y=1), {"x": [1, 2]})
     assert table["sum"].tolist() == [2, 3]

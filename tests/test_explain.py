@@ -125,7 +125,7 @@ def test_it_leaves_the_model_as_it_was():
 def test_what_it_cannot_explain_is_refused_with_the_reason(unchecked):
     model = handwritten()
     prompt = prompt_for(model)
-    with pytest.raises(TypeError, match="model must be a TwoLayerTransformer, got HookedTransformer"):
+    with pytest.raises(TypeError, match="model must be a BigramTransformer, got HookedTransformer"):
         hl.explain(hooked(), prompt)
     with pytest.raises(TypeError, match="prompt must be a HijackPrompt, got Tensor"):
         hl.explain(model, prompt.tokens)

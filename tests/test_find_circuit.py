@@ -14,11 +14,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
 from hijack_lens import hooks
-from hijack_lens._find_bigrams import moved, told
-from hijack_lens._find_heads import effects, head_scores
-from hijack_lens._repeats import repeats
-from hijack_lens._runs import chance
-from hijack_lens.evidence import MIN_ATTENTION
+from hijack_lens.circuits.bigrams import moved, told
+from hijack_lens.circuits.evidence import MIN_ATTENTION
+from hijack_lens.circuits.heads import ablation_effects, draw_repeats, head_scores
+from hijack_lens.core.statistics import chance
 
 NOTHING = hl.Circuit()
 TWO_LAYERS = hl.Circuit(*((hl.Component(*part),) for part in ((0, "head", 0), (1, "head", 0), (1, "mlp"))))
@@ -76,7 +75,7 @@ def found():
 
 def drawn(vocabulary=20, triggers=None, first=None, n_prompts=40, period=6, seed=0):
     asked = None if triggers is None else torch.tensor(triggers)
-    return repeats(torch.arange(vocabulary), asked, first, n_prompts, period, torch.Generator().manual_seed(seed))
+    return draw_repeats(torch.arange(vocabulary), asked, first, n_prompts, period, torch.Generator().manual_seed(seed))
 
 
 # Prompts
@@ -157,7 +156,7 @@ def test_effects_are_those_of_patching_from_the_twin():
     model = hooked(d_vocab=20, n_ctx=20)
     prompts = drawn(n_prompts=5)
     heads = [head(0, 1), head(1, 0), head(1, 1)]
-    found = effects(model, prompts, heads, lambda: None)
+    found = ablation_effects(model, prompts, heads, lambda: None)
     rows = torch.arange(5)[:, None]
 
     def log_prob(off):

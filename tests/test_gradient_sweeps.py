@@ -14,7 +14,7 @@ from refusals import refused
 
 import hijack_lens as hl
 from hijack_lens import hooks
-from hijack_lens.hooks.sweep.points import HOOKS
+from hijack_lens.hooks.sweep_plan import HOOKS
 
 METRIC = hl.logit_diff(1, 2)
 CLEAN, CORRUPTED = prompts(), prompts(seed=1)

@@ -15,7 +15,7 @@ from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 
 import hijack_lens as hl
 from hijack_lens import hooks
-from hijack_lens.norm import linear_norm
+from hijack_lens.models.linear_maps import linear_norm
 
 # A model to patch, and one with the same weights for the truth.
 MODELS = {

@@ -12,7 +12,7 @@ from strategies import seeds
 
 import hijack_lens as hl
 from hijack_lens.memories import MemoryCapacity, memory_capacity
-from hijack_lens.memories.crosstalk import Moments, crosstalk_moments, expected_recall, overlap, thresholded
+from hijack_lens.memories.capacity import Moments, crosstalk_moments, expected_recall, overlap, thresholded
 
 D_VOCAB = 40
 LANGUAGE = hl.BigramLanguage.dirichlet(D_VOCAB, seed=0)

@@ -14,8 +14,9 @@ from strategies import languages, seeds
 from trainable_for_tests import build, shaken
 
 import hijack_lens as hl
-from hijack_lens.memories import MemoryMatrix, context_free, memory_matrix
-from hijack_lens.training.probes import context_free_logits
+from hijack_lens.memories import MemoryMatrix, memory_matrix
+from hijack_lens.memories import token_tables as context_free
+from hijack_lens.training.recall import context_free_logits
 
 MODELS = {
     "hand-written with noise": lambda: (perturbed(),) * 2,

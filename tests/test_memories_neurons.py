@@ -13,7 +13,8 @@ from strategies import seeds
 from trainable_for_tests import build, shaken
 
 import hijack_lens as hl
-from hijack_lens.memories import MemoryNeurons, context_free, memory_matrix, memory_neurons, neurons
+from hijack_lens.memories import MemoryNeurons, memory_matrix, memory_neurons, neurons
+from hijack_lens.memories import token_tables as context_free
 
 LLAMA_ROUNDS = 1e-5  # its norms go through float32
 

@@ -196,7 +196,7 @@ def expect(model, tokens, **changed):
 
 def test_the_model_says_what_it_is(model):
     assert isinstance(model, HookedTransformer)
-    assert isinstance(model, hl.TwoLayerTransformer)
+    assert isinstance(model, hl.BigramTransformer)
     assert (model.cfg.n_layers, model.cfg.n_heads, model.cfg.act_fn) == (2, 1, "relu")
     assert model.cfg.normalization_type is None
     assert model.cfg.d_mlp == model.cfg.d_vocab == model.language.d_vocab
@@ -392,7 +392,7 @@ def test_every_weight_takes_gradients():
 
 
 def test_construction_is_silent_and_hides_no_other_warning(monkeypatch):
-    from hijack_lens.models import two_layer
+    from hijack_lens.models import transformer as two_layer
 
     def warn_too(language, tokenize=two_layer.hf_tokenizer):
         warnings.warn("something else is deprecated", DeprecationWarning, stacklevel=1)

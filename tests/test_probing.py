@@ -14,9 +14,9 @@ from refusals import refused
 from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
-from hijack_lens.probing import Bigram, DoseResponse, Fact, conflict, counterfactuals, dose_response
-from hijack_lens.probing.curve import theory_of_margins
-from hijack_lens.probing.result import crossing
+from hijack_lens.language import Bigram, Fact, counterfactuals
+from hijack_lens.probing import DoseResponse, dose_response, fact_prompts
+from hijack_lens.probing.doses import crossing, theory_of_margins
 
 IS = "{subject} is {answer} ."
 FACTS = [Fact("France", "Paris", "Rome", IS), Fact("Spain", "Paris", "Oslo", IS)]
@@ -66,7 +66,7 @@ def test_a_prompt_says_its_statement_so_many_times_and_then_asks():
 
 def test_prompts_are_the_tokenizers_own_and_nothing_is_padded(bpe, handmade):
     for model, fact in [(bpe, Fact("France", "Paris", "Rome")), (handmade[0], FACTS[0])]:
-        one = conflict(model, fact, 4)
+        one = fact_prompts(model, fact, 4)
         for n, prompt in enumerate(one.prompts):
             assert list(prompt) == model.to_tokens(fact.text(n))[0].tolist()
             assert prompt.count(one.context) == n
@@ -74,11 +74,11 @@ def test_prompts_are_the_tokenizers_own_and_nothing_is_padded(bpe, handmade):
         assert one.lengths == tuple(one.lengths[0] + n * one.period for n in range(5))
         assert one.whole == (True, True)
     assert one.texts == ("Rome", "Paris")
-    assert conflict(bpe, Fact("France", "Paris", "Rome"), 1).texts == (" Rome", " Paris")
+    assert fact_prompts(bpe, Fact("France", "Paris", "Rome"), 1).texts == (" Rome", " Paris")
 
 
 def test_answers_of_several_tokens_are_scored_by_their_first(bpe):
-    one = conflict(bpe, Fact("France", "Paris", "Romulan"), 3)
+    one = fact_prompts(bpe, Fact("France", "Paris", "Romulan"), 3)
     assert one.texts[1] == " Paris"
     assert one.whole == (False, True)
     pieces = bpe.to_tokens(" Romulan", prepend_bos=False)[0].tolist()
@@ -91,16 +91,16 @@ def test_answers_of_several_tokens_are_scored_by_their_first(bpe):
 
 def test_bigrams_are_given_as_ids_where_there_is_no_tokenizer():
     model = hooked("LN", n_layers=3)
-    one = conflict(model, Bigram(trigger=1, weights=2, context=3), 3, lead=[4, 5])
+    one = fact_prompts(model, Bigram(trigger=1, weights=2, context=3), 3, lead=[4, 5])
     assert one.prompts == ((4, 5, 1), (4, 5, 1, 3, 1), (4, 5, 1, 3, 1, 3, 1), (4, 5, 1, 3, 1, 3, 1, 3, 1))
     assert (one.context, one.weights, one.texts) == (3, 2, ("3", "2"))
 
 
 def test_bigrams_of_text_begin_as_the_models_prompts_do():
     bridge = gpt2_like()
-    one = conflict(bridge, Bigram("one", "two", "three"), 2)
+    one = fact_prompts(bridge, Bigram("one", "two", "three"), 2)
     assert one.prompts[2] == tuple(bridge.to_tokens("one three one three one")[0].tolist())
-    led = conflict(bridge, Bigram("one", "two", "three"), 2, lead="a b")
+    led = fact_prompts(bridge, Bigram("one", "two", "three"), 2, lead="a b")
     assert led.prompts[1] == tuple(bridge.to_tokens("a b one three one")[0].tolist())
 
 
@@ -112,7 +112,7 @@ def test_margins_are_the_models_own_and_are_split_as_attribute_splits_them(kind)
     assert found.repeats == range(5)
     assert found.completeness_error < 1e-10
     for row, fact in enumerate(facts):
-        one = conflict(model, fact, 4)
+        one = fact_prompts(model, fact, 4)
         assert found.conflicts[row] == one
         close(found.margin.total[row], margins(model, one))
         for n in found.repeats:
@@ -309,22 +309,22 @@ test_bad_input_is_refused = refused(
         "answers must hold two subjects or more": lambda: counterfactuals({"Italy": "Rome"}),
         "repeats must be at least 3, got 2": lambda: dose_response(plain(), Bigram(1, 2, 3), 2),
         "facts must hold at least one, got none": lambda: dose_response(plain(), [], 4),
-        "fact is text, but the model has no tokenizer": lambda: conflict(plain(), Fact("a", "b", "c")),
-        "bigram holds the text 'a', but the model has no tokenizer": lambda: conflict(plain(), Bigram("a", 2, 3)),
-        "bigram must be distinct": lambda: conflict(plain(), Bigram(1, 3, 3)),
-        "bigram holds 'one two', which is not a single": lambda: conflict(gpt2_like(), Bigram("one two", 4, 5)),
-        f"bigram holds token id {BRIDGE_VOCAB};": lambda: conflict(gpt2_like(), Bigram(1, 2, BRIDGE_VOCAB)),
-        "lead must not hold the trigger 1": lambda: conflict(plain(), Bigram(1, 2, 3), 3, lead=[4, 1]),
+        "fact is text, but the model has no tokenizer": lambda: fact_prompts(plain(), Fact("a", "b", "c")),
+        "bigram holds the text 'a', but the model has no tokenizer": lambda: fact_prompts(plain(), Bigram("a", 2, 3)),
+        "bigram must be distinct": lambda: fact_prompts(plain(), Bigram(1, 3, 3)),
+        "bigram holds 'one two', which is not a single": lambda: fact_prompts(gpt2_like(), Bigram("one two", 4, 5)),
+        f"bigram holds token id {BRIDGE_VOCAB};": lambda: fact_prompts(gpt2_like(), Bigram(1, 2, BRIDGE_VOCAB)),
+        "lead must not hold the trigger 1": lambda: fact_prompts(plain(), Bigram(1, 2, 3), 3, lead=[4, 1]),
         "the prompt must hold the context's '3' once per repeat and the weights' '2' never, got 4 in 3": lambda: (
-            conflict(plain(), Bigram(1, 2, 3), 3, lead=[3])
+            fact_prompts(plain(), Bigram(1, 2, 3), 3, lead=[3])
         ),
-        "bigram's prompts is 17 tokens long; the model takes at most n_ctx=12": lambda: conflict(
+        "bigram's prompts is 17 tokens long; the model takes at most n_ctx=12": lambda: fact_prompts(
             plain(), Bigram(1, 2, 3), 8
         ),
-        "fact must be of words that the model's tokenizer knows, got 'zero is'": lambda: conflict(
+        "fact must be of words that the model's tokenizer knows, got 'zero is'": lambda: fact_prompts(
             gpt2_like(), Fact("zero", "one", "two", "{subject} is {answer}")
         ),
-        r"fact is \d+ tokens long; the model takes at most n_ctx=24": lambda: conflict(
+        r"fact is \d+ tokens long; the model takes at most n_ctx=24": lambda: fact_prompts(
             gpt2_like(), Fact("zero", "one", "two", "{subject} four {answer}"), 12
         ),
     },
@@ -336,15 +336,15 @@ test_what_is_no_fact_is_refused = refused(
         "facts must be a Fact or Bigram, or several, got 5": lambda: dose_response(plain(), 5, 4),
         "fact must be a Fact or a Bigram, got 'France'": lambda: dose_response(plain(), ["France"], 4),
         "model must be a HookedTransformer or TransformerBridge": lambda: dose_response("gpt2", Bigram(1, 2, 3)),
-        "lead must be text, as the fact is": lambda: conflict(gpt2_like(), Fact("a", "one", "two"), 3, lead=[1]),
+        "lead must be text, as the fact is": lambda: fact_prompts(gpt2_like(), Fact("a", "one", "two"), 3, lead=[1]),
     },
 )
 
 
 def test_answers_that_begin_alike_and_prompts_that_are_cut_otherwise_are_refused(bpe):
     with pytest.raises(ValueError, match="both answers begin with the token ' '"):
-        conflict(bpe, Fact("Italy", "Zolo", "Zuga"))
+        fact_prompts(bpe, Fact("Italy", "Zolo", "Zuga"))
     with pytest.raises(ValueError, match="does not part the answer 'tal' from the words around"):
-        conflict(bpe, Fact("France", "tal", "Rome", "{subject}'s capi{answer}"))
+        fact_prompts(bpe, Fact("France", "tal", "Rome", "{subject}'s capi{answer}"))
     with pytest.raises(ValueError, match="the weights' ' Paris' never, got 3 in 3 repeats and 4"):
-        conflict(bpe, Fact("of Paris", "Paris", "Rome", "The town {subject} is {answer}."), 3)
+        fact_prompts(bpe, Fact("of Paris", "Paris", "Rome", "The town {subject} is {answer}."), 3)

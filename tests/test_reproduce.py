@@ -10,15 +10,14 @@ import pytest
 from browser_for_tests import Opened
 from refusals import refused
 
-from hijack_lens import experiments
-from hijack_lens.experiments import claims
-from hijack_lens.experiments.result import Finding, Result, over_seeds
-from hijack_lens.visual.figures import Picture
+from hijack_lens.reproduction import claims
+from hijack_lens.reproduction.experiment import Finding, Result, over_seeds
+from hijack_lens.show.style import Picture
 
 SCRIPT = """
 import os
 
-from hijack_lens import experiments
+from hijack_lens import reproduction
 
 
 def deadly(settings):
@@ -26,10 +25,10 @@ def deadly(settings):
 
 
 # In the workers too, which import this script.
-experiments.CLAIMS["facts"] = experiments.Claim("", "nowhere", deadly, "full", "quick")
+reproduction.CLAIMS["facts"] = reproduction.Claim("", "nowhere", deadly, "full", "quick")
 
 if __name__ == "__main__":
-    experiments.reproduce("out", True, ["facts", "closed-form"], workers=2)
+    reproduction.reproduce("out", True, ["facts", "closed-form"], workers=2)
 """
 
 NASTY = "</table><img src=x onerror=document.title='PWNED'>"
@@ -71,7 +70,7 @@ def three_claims(monkeypatch):
     # Where they are looked up, since worker processes would know nothing of it: these run in this process.
     listed = {name: experiment(name, result) for name, result in results.items()}
     monkeypatch.setattr(claims, "CLAIMS", listed)
-    monkeypatch.setattr(sys.modules["hijack_lens.experiments.reproduce"], "CLAIMS", listed)  # not the function
+    monkeypatch.setattr(sys.modules["hijack_lens.reproduction.reproduce"], "CLAIMS", listed)  # not the function
     return ran
 
 
@@ -102,7 +101,7 @@ def test_no_threshold_is_met_without_an_interval(values):
 
 
 def test_every_claim_is_reported_with_what_was_measured(three_claims, tmp_path):
-    done = experiments.reproduce(tmp_path / "out", quick=True, workers=1)
+    done = reproduction.reproduce(tmp_path / "out", quick=True, workers=1)
     assert done.verdicts == {"good": "reproduced", "half": "in part", "bad": "failed"}
     assert three_claims == [("good", "quick"), ("half", "quick"), ("bad", "quick")]
     written = json.loads(done.data.read_text())
@@ -127,7 +126,7 @@ def test_every_claim_is_reported_with_what_was_measured(three_claims, tmp_path):
 
 
 def test_a_table_of_findings_leaves_no_claim_out(three_claims, tmp_path):
-    table = experiments.reproduce(tmp_path, workers=1).to_pandas()
+    table = reproduction.reproduce(tmp_path, workers=1).to_pandas()
     assert list(table) == ["claim", "source", "setting", "predicted", "measured", "holds", "verdict"]
     assert table["claim"].tolist() == ["good", "good", "half", "half", "bad"]
     assert table["source"].unique().tolist() == ["nowhere <1>"]
@@ -147,18 +146,18 @@ def test_a_report_is_on_all_claims_that_its_folder_knows_at_these_settings(three
         assert page.count("<h2") == len(names)
         return names
 
-    assert reported(experiments.reproduce(tmp_path, claims=["half", "bad"], workers=1)) == ["half", "bad"]
-    done = experiments.reproduce(tmp_path, claims="good")
+    assert reported(reproduction.reproduce(tmp_path, claims=["half", "bad"], workers=1)) == ["half", "bad"]
+    done = reproduction.reproduce(tmp_path, claims="good")
     assert done.verdicts == {"good": "reproduced"}
     assert reported(done) == ["good", "half", "bad"]
     assert [name for name, _ in three_claims] == ["half", "bad", "good"]
-    assert reported(experiments.reproduce(tmp_path, quick=True, claims="half")) == ["half"]
-    assert reported(experiments.reproduce(tmp_path, claims="half")) == ["good", "half", "bad"]
+    assert reported(reproduction.reproduce(tmp_path, quick=True, claims="half")) == ["half"]
+    assert reported(reproduction.reproduce(tmp_path, claims="half")) == ["good", "half", "bad"]
 
 
 @pytest.mark.browser
 def test_the_page_opens_offline_and_takes_no_text_for_markup(three_claims, browser, tmp_path):
-    done = experiments.reproduce(tmp_path, workers=1)
+    done = reproduction.reproduce(tmp_path, workers=1)
     opened = Opened(browser, done.report, drawn="svg")
     assert opened.complaints == []
     assert [url for url in opened.requests if not url.startswith("data:")] == [done.report.as_uri()]
@@ -181,7 +180,7 @@ def test_the_page_opens_offline_and_takes_no_text_for_markup(three_claims, brows
 
 @pytest.mark.browser
 def test_the_page_does_not_overflow_a_narrow_window_and_its_verdicts_can_be_read(three_claims, browser, tmp_path):
-    page = Opened(browser, experiments.reproduce(tmp_path, workers=1).report, drawn="svg").page
+    page = Opened(browser, reproduction.reproduce(tmp_path, workers=1).report, drawn="svg").page
     page.set_viewport_size({"width": 480, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 480
     for verdict in page.locator(".summary .verdict-of").all():
@@ -197,8 +196,8 @@ def contrast_with_white(colour):
 
 
 def test_every_claim_says_what_it_is_and_is_measured_at_three_seeds_or_more():
-    assert len(experiments.CLAIMS) >= 11
-    for claim in experiments.CLAIMS.values():
+    assert len(reproduction.CLAIMS) >= 11
+    for claim in reproduction.CLAIMS.values():
         assert claim.statement.endswith(".")
         assert "arXiv" in claim.source or "beyond the papers" in claim.source
         for settings in (claim.full, claim.quick):
@@ -214,7 +213,7 @@ def test_processes_find_what_one_does_and_one_that_dies_fails_its_claim_alone(tm
     assert (died["claim"], died["verdict"], died["seconds"]) == ("facts", "failed", None)
     assert died["error"].startswith("BrokenProcessPool: ")
     assert died["error"] in (tmp_path / "out" / "report.html").read_text()
-    (here,) = experiments.reproduce(tmp_path / "here", True, "closed-form").outcomes
+    (here,) = reproduction.reproduce(tmp_path / "here", True, "closed-form").outcomes
     drop = ("seconds", "figure")
     left, right = ({key: value for key, value in one.items() if key not in drop} for one in (found, here))
     assert left == right
@@ -223,9 +222,9 @@ def test_processes_find_what_one_does_and_one_that_dies_fails_its_claim_alone(tm
 test_refusals = refused(
     ValueError,
     {
-        "claims must be one of .*, got 'hijak'": lambda: experiments.reproduce("x", claims=["hijak"]),
-        "claims must be one or several different ones": lambda: experiments.reproduce("x", claims=[]),
-        "workers must be at least 1, got 0": lambda: experiments.reproduce("x", workers=0),
-        "out must be a folder, got the file": lambda: experiments.reproduce(__file__),
+        "claims must be one of .*, got 'hijak'": lambda: reproduction.reproduce("x", claims=["hijak"]),
+        "claims must be one or several different ones": lambda: reproduction.reproduce("x", claims=[]),
+        "workers must be at least 1, got 0": lambda: reproduction.reproduce("x", workers=0),
+        "out must be a folder, got the file": lambda: reproduction.reproduce(__file__),
     },
 )

@@ -17,9 +17,14 @@ from strategies import seeds
 
 import hijack_lens as hl
 from hijack_lens import hooks
-from hijack_lens._student import student_quantile
-from hijack_lens.attribution.shapley_exact import all_coalitions, shapley_interactions, shapley_values
-from hijack_lens.attribution.shapley_sampled import MIN_SAMPLES, estimate
+from hijack_lens.attribution.shapley_games import (
+    MIN_SAMPLES,
+    all_coalitions,
+    estimate,
+    shapley_interactions,
+    shapley_values,
+)
+from hijack_lens.core.statistics import student_quantile
 
 METRIC = hl.logit_diff(1, 2)
 PLAYERS = [HEADS[0], HEADS[2], *MLPS]

@@ -37,7 +37,7 @@ def rewrite(folder, change_header=lambda header: header, change_tensors=lambda t
 
 def roundtrip(model, folder):
     model.save_pretrained(folder)
-    loaded = hl.TwoLayerTransformer.from_pretrained(folder, device="cpu")
+    loaded = hl.BigramTransformer.from_pretrained(folder, device="cpu")
     assert same_weights(loaded, model)
     assert {p.dtype for p in loaded.parameters()} == {p.dtype for p in model.parameters()}
     assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
@@ -83,7 +83,7 @@ def test_the_language_comes_back_bit_by_bit(tmp_path):
     for seed in range(5):
         language = hl.BigramLanguage.dirichlet(9, seed=seed)
         build(language=language).save_pretrained(tmp_path)
-        loaded = hl.TwoLayerTransformer.from_pretrained(tmp_path, device="cpu").language
+        loaded = hl.BigramTransformer.from_pretrained(tmp_path, device="cpu").language
         assert torch.equal(loaded.pi_b, language.pi_b)
         assert torch.equal(loaded.pi_u, language.pi_u)
 
@@ -107,17 +107,17 @@ def test_saving_again_replaces_what_was_there(tmp_path):
 
 def test_saving_and_loading_leave_the_global_random_state_alone(tmp_path, global_rng_untouched):
     build().save_pretrained(tmp_path)
-    hl.TwoLayerTransformer.from_pretrained(tmp_path, device="cpu")
+    hl.BigramTransformer.from_pretrained(tmp_path, device="cpu")
 
 
 def test_a_runs_folder_stands_for_its_latest_checkpoint(tmp_path):
     for step in (5, 20, 10):
         build(seed=step).save_pretrained(tmp_path / f"checkpoint-{step:08d}")
-    assert same_weights(hl.TwoLayerTransformer.from_pretrained(tmp_path, device="cpu"), build(seed=20))
+    assert same_weights(hl.BigramTransformer.from_pretrained(tmp_path, device="cpu"), build(seed=20))
     partial = tmp_path / ".checkpoint-00000030.7.partial"
     partial.mkdir()
     (partial / "model.safetensors").write_bytes(b"half")
-    assert same_weights(hl.TwoLayerTransformer.from_pretrained(str(tmp_path), device="cpu"), build(seed=20))
+    assert same_weights(hl.BigramTransformer.from_pretrained(str(tmp_path), device="cpu"), build(seed=20))
 
 
 # Whole or not at all
@@ -146,7 +146,7 @@ def test_an_interrupted_save_leaves_the_old_model_and_nothing_else(when, tmp_pat
         build(seed=1).save_pretrained(tmp_path)
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert same_weights(hl.TwoLayerTransformer.from_pretrained(tmp_path, device="cpu"), old)
+    assert same_weights(hl.BigramTransformer.from_pretrained(tmp_path, device="cpu"), old)
 
 
 # Files that are something else
@@ -163,7 +163,7 @@ def folder(tmp_path, unchecked):
 
 def refused(folder, match=""):
     with pytest.raises(ValueError, match=match) as caught:
-        hl.TwoLayerTransformer.from_pretrained(folder, device="cpu")
+        hl.BigramTransformer.from_pretrained(folder, device="cpu")
     assert str(folder) in str(caught.value)
     return str(caught.value)
 
@@ -255,7 +255,7 @@ def test_a_header_that_claims_other_sizes_is_refused_before_anything_is_built(
 ):
     build(positions, d_model=8).save_pretrained(folder)
     rewrite(folder, changed("architecture", **{name: size}))
-    monkeypatch.setattr(hl.TwoLayerTransformer, "__init__", lambda *args, **kwargs: pytest.fail("built"))
+    monkeypatch.setattr(hl.BigramTransformer, "__init__", lambda *args, **kwargs: pytest.fail("built"))
     refused(folder, "is not a model of hijack-lens")
 
 
@@ -267,7 +267,7 @@ def test_a_header_that_claims_more_layers_than_are_stored_is_refused(folder, mon
         changed("architecture", n_layers=HUGE),
         lambda tensors: tensors | {f"blocks.{layer}.attn.W_Q": W_Q.clone() for layer in range(120)},
     )
-    monkeypatch.setattr(hl.TwoLayerTransformer, "__init__", lambda *args, **kwargs: pytest.fail("built"))
+    monkeypatch.setattr(hl.BigramTransformer, "__init__", lambda *args, **kwargs: pytest.fail("built"))
     refused(folder)
 
 
@@ -348,7 +348,7 @@ def test_what_is_no_folder_of_a_model_is_named(tmp_path, unchecked, monkeypatch)
         tmp_path / "run": "does not exist",
     }.items():
         with pytest.raises(ValueError, match=message) as caught:
-            hl.TwoLayerTransformer.from_pretrained(place)
+            hl.BigramTransformer.from_pretrained(place)
         assert str(place) in str(caught.value)
 
 
@@ -367,7 +367,7 @@ def test_pushing_uploads_what_save_pretrained_writes(monkeypatch):
 
         def upload_folder(self, *, repo_id, folder_path, **options):
             calls.append(("upload", repo_id, options, folder_path))
-            assert same_weights(hl.TwoLayerTransformer.from_pretrained(folder_path, device="cpu"), model)
+            assert same_weights(hl.BigramTransformer.from_pretrained(folder_path, device="cpu"), model)
             assert sorted(os.listdir(folder_path)) == ["config.json", "model.safetensors"]
             return f"https://hub.example/{repo_id}"
 
@@ -391,7 +391,7 @@ def test_what_is_no_folder_is_looked_up_on_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
-    loaded = hl.TwoLayerTransformer.from_pretrained("me/mine", revision="v1", device="cpu")
+    loaded = hl.BigramTransformer.from_pretrained("me/mine", revision="v1", device="cpu")
     assert asked == [("me/mine", "v1")]
     assert same_weights(loaded, model)
     close(loaded(TOKENS), model(TOKENS), atol=0)
@@ -401,7 +401,7 @@ def test_a_folder_goes_before_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the Hub"))
     monkeypatch.chdir(tmp_path)
     build().save_pretrained("me/mine")
-    assert same_weights(hl.TwoLayerTransformer.from_pretrained("me/mine", device="cpu"), build())
+    assert same_weights(hl.BigramTransformer.from_pretrained("me/mine", device="cpu"), build())
 
 
 def test_a_repository_that_the_hub_lacks_is_named(tmp_path, monkeypatch, unchecked):
@@ -411,7 +411,7 @@ def test_a_repository_that_the_hub_lacks_is_named(tmp_path, monkeypatch, uncheck
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="runs/missing"):
-        hl.TwoLayerTransformer.from_pretrained("runs/missing")
+        hl.BigramTransformer.from_pretrained("runs/missing")
 
 
 def test_the_architecture_says_what_it_is():

@@ -24,9 +24,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
 from hijack_lens.hooks import ablate, ablate_sweep, patch_sweep
-from hijack_lens.hooks.sweep import api
-from hijack_lens.hooks.sweep.forward import ForwardRuns
-from hijack_lens.hooks.sweep.incremental import IncrementalRuns
+from hijack_lens.hooks import sweeps as api
+from hijack_lens.hooks.incremental_runs import IncrementalRuns
+from hijack_lens.hooks.patched_runs import ForwardRuns
 
 CLEAN, CORRUPTED = prompts(2, 4, seed=3), prompts(2, 4, seed=4)
 ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 4}

@@ -76,7 +76,7 @@ def test_the_plain_forward_pass_of_attention_scores_of_either_scale(scaled):
 
 
 def zeros(architecture):
-    model = hl.TwoLayerTransformer(architecture, LANGUAGE, dtype=torch.float64, device="cpu")
+    model = hl.BigramTransformer(architecture, LANGUAGE, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -296,7 +296,7 @@ def test_a_trained_model_is_explained_and_reported(trained, tmp_path):
     assert float(explanation.margin.total) == pytest.approx(by_hand, abs=1e-10)
     assert explanation.theory is None
     assert set(explanation.ablated) == {"previous-token head", "induction head", "bigram memory"}
-    page = hl.report(explanation, tmp_path / "report.html").read_text()
+    page = hl.write_report(explanation, tmp_path / "report.html").read_text()
     assert "previous-token head" in page
     assert "What the theory says" not in page
 

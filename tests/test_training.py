@@ -701,7 +701,7 @@ def test_a_model_without_anything_to_train_is_refused(unchecked):
 
 def test_other_things_than_models_languages_and_configs_are_refused(unchecked):
     for arguments, message in (
-        (("model", LANGUAGE, short()), "model must be a TwoLayerTransformer, got str"),
+        (("model", LANGUAGE, short()), "model must be a BigramTransformer, got str"),
         ((build(), "language", short()), "language must be a BigramLanguage, got str"),
         ((build(), LANGUAGE, SHORT), "config must be a TrainConfig, got dict"),
     ):
@@ -804,7 +804,7 @@ def test_saving_writes_a_model_and_its_table(learned, tmp_path):
     learned.save(tmp_path / "saved")
     names = sorted(path.name for path in (tmp_path / "saved").iterdir())
     assert names == ["config.json", "model.safetensors", "probes.csv"]
-    loaded = hl.TwoLayerTransformer.from_pretrained(tmp_path / "saved", device="cpu")
+    loaded = hl.BigramTransformer.from_pretrained(tmp_path / "saved", device="cpu")
     assert same_weights(loaded, learned.model)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "saved" / "probes.csv"), learned.table, check_dtype=False)
 
@@ -873,7 +873,7 @@ def test_the_options_for_accelerators_run_and_learn_the_same_here(option, unchec
     losses = []
     for options in ({}, {option: True}):
         config = hl.TrainConfig(triggers=(1, 2), length=16, seed=0, steps=3, eval_lengths=(1,), **options)
-        model = hl.two_layer_transformer(language, d_model=16, n_ctx=16, device="cpu")
+        model = hl.trainable_transformer(language, d_model=16, n_ctx=16, device="cpu")
         # Else each kind of vector instructions is tried out, in a process of its own.
         with compiler.patch({"cpp.vec_isa_ok": False}):
             losses.append(hl.train(model, language, config).probe("bigram_loss").tolist())

@@ -12,7 +12,6 @@ from browser_for_tests import Opened
 from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
-from hijack_lens import visual
 
 NASTY = "</script><b>&"
 
@@ -39,7 +38,7 @@ def nasty_explanation():
 
 @pytest.mark.browser
 def test_the_report_draws_both_attention_patterns_and_the_attribution_offline(explanation, browser, tmp_path):
-    path = hl.report(explanation, tmp_path / "report.html")
+    path = hl.write_report(explanation, tmp_path / "report.html")
     opened = Opened(browser, path)
     assert opened.complaints == []
     assert [url for url in opened.requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
@@ -66,7 +65,7 @@ def test_the_report_draws_both_attention_patterns_and_the_attribution_offline(ex
 
 @pytest.mark.browser
 def test_tokens_that_look_like_markup_are_shown_as_text(nasty_explanation, browser, tmp_path):
-    opened = Opened(browser, hl.report(nasty_explanation, tmp_path / "report.html"))
+    opened = Opened(browser, hl.write_report(nasty_explanation, tmp_path / "report.html"))
     assert opened.complaints == []
     assert opened.page.evaluate("document.querySelectorAll('img[src=\"x\"]').length") == 0
     assert NASTY in opened.page.inner_text("body")
@@ -82,7 +81,7 @@ def test_tokens_that_look_like_markup_are_shown_as_text(nasty_explanation, brows
 
 @pytest.mark.browser
 def test_a_view_stands_alone_in_a_notebook_page_and_may_stand_there_twice(explanation, browser, tmp_path):
-    view = visual.attention(explanation.model, explanation.prompt)
+    view = show.attention(explanation.model, explanation.prompt)
     page = tmp_path / "cells.html"
     page.write_text(f"<!DOCTYPE html><meta charset=utf-8><body>{view._repr_html_()}{view._repr_html_()}</body>")
     opened = Opened(browser, page)
@@ -93,7 +92,7 @@ def test_a_view_stands_alone_in_a_notebook_page_and_may_stand_there_twice(explan
 
 
 def test_the_report_carries_circuitsvis_once(explanation, tmp_path):
-    html = hl.report(explanation, tmp_path / "report.html").read_text(encoding="utf-8")
+    html = hl.write_report(explanation, tmp_path / "report.html").read_text(encoding="utf-8")
     assert html.count("var CircuitsVis=") == 1
     assert html.count("lens.render(") == 3
     assert "https://unpkg.com" not in html
@@ -108,7 +107,7 @@ def props_of(view):
 def test_the_attention_view_holds_the_models_own_patterns(explanation):
     model, prompt = explanation.model, explanation.prompt
     _, cache = model.run_with_cache(prompt.tokens)
-    (first, one), (second, two) = props_of(visual.attention(model, prompt))
+    (first, one), (second, two) = props_of(show.attention(model, prompt))
     assert first == second == "AttentionPattern"
     # Pages hold four decimals.
     torch.testing.assert_close(torch.tensor(one["attention"]), cache["pattern", 0][0, 0], atol=6e-5, rtol=0)
@@ -117,7 +116,7 @@ def test_the_attention_view_holds_the_models_own_patterns(explanation):
 
 
 def test_the_token_view_adds_up_to_the_margin(explanation):
-    ((element, props),) = props_of(visual.token_paths(explanation.attribution))
+    ((element, props),) = props_of(show.token_paths(explanation.attribution))
     assert element == "ColoredTokensMulti"
     values = torch.tensor(props["values"])
     assert values.shape == (len(explanation.prompt), len(props["labels"]))
@@ -150,12 +149,12 @@ class Balanced(HTMLParser):
 
 def test_the_reports_markup_is_balanced(explanation, nasty_explanation, tmp_path):
     for case in (explanation, nasty_explanation):
-        html = hl.report(case, tmp_path / "report.html").read_text(encoding="utf-8")
+        html = hl.write_report(case, tmp_path / "report.html").read_text(encoding="utf-8")
         assert Balanced(html).open == []
 
 
 def test_the_bars_show_the_margin_and_every_ablation(explanation):
-    (ax,) = visual.margin_bars(explanation).figure.axes
+    (ax,) = show.margin_bars(explanation).figure.axes
     labels = [tick.get_text() for tick in ax.get_yticklabels()]
     assert labels == ["whole model", "previous-token head off", "induction head off", "bigram memory off"]
     totals = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "D"]
@@ -171,7 +170,7 @@ def test_the_bars_show_the_margin_and_every_ablation(explanation):
 
 
 def test_pictures_can_be_saved_and_shown(explanation, tmp_path):
-    picture = visual.margin_bars(explanation)
+    picture = show.margin_bars(explanation)
     picture.save(tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes()[:8] == picture._repr_png_()[:8] == b"\x89PNG\r\n\x1a\n"
     assert picture.svg().startswith("<svg")
@@ -186,24 +185,24 @@ def test_a_report_is_written_whole_or_not_at_all(explanation, tmp_path, monkeypa
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        hl.report(explanation, path)
+        hl.write_report(explanation, path)
     assert path.read_text() == "the old report"
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     with pytest.raises(ValueError, match=r"path must lie in an existing folder, got '/no/such"):
-        hl.report(explanation, Path("/no/such/report.html"))
+        hl.write_report(explanation, Path("/no/such/report.html"))
 
 
 def test_views_refuse_what_they_cannot_draw(explanation, language):
     model = explanation.model
     batch = hl.hijack_prompt(language, "q", "x", 2, 20, n_prompts=2, seed=0)
     with pytest.raises(ValueError, match="prompt must be a single prompt, got a batch of 2"):
-        visual.attention(model, batch)
+        show.attention(model, batch)
     with pytest.raises(TypeError, match="heads must be heads, got"):
-        visual.attention(model, batch, heads=list(model.circuit.bigram))
+        show.attention(model, batch, heads=list(model.circuit.bigram))
     with pytest.raises(ValueError, match="one position"):
-        visual.token_paths(hl.attribute(model, explanation.prompt, "all"))
+        show.token_paths(hl.attribute(model, explanation.prompt, "all"))
     with pytest.raises(ValueError, match="'nope'"):
-        visual.token_paths(explanation.attribution, "nope", "x")
+        show.token_paths(explanation.attribution, "nope", "x")
     broken = hl.LogitAttribution(
         explanation.attribution.values * float("nan"),
         explanation.attribution.logits,
@@ -213,7 +212,7 @@ def test_views_refuse_what_they_cannot_draw(explanation, language):
         candidates=(1, 2),
     )
     with pytest.raises(ValueError, match="NaN"):
-        visual.token_paths(broken)
+        show.token_paths(broken)
 
 
 def test_attention_of_a_bridge_without_tokenizer():
@@ -223,8 +222,8 @@ def test_attention_of_a_bridge_without_tokenizer():
     )  # fmt: skip
     tokens = torch.tensor([3, 1, 4, 1, 5])
     with pytest.raises(ValueError, match="heads must be given"):
-        visual.attention(bridge, tokens)
-    ((_, props),) = props_of(visual.attention(bridge, tokens, heads=[hl.Component(1, "head", 1)]))
+        show.attention(bridge, tokens)
+    ((_, props),) = props_of(show.attention(bridge, tokens, heads=[hl.Component(1, "head", 1)]))
     _, cache = bridge.run_with_cache(tokens[None])
     torch.testing.assert_close(
         torch.tensor(props["attention"]), cache["blocks.1.attn.hook_pattern"][0, 1], atol=6e-5, rtol=0

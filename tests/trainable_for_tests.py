@@ -13,7 +13,7 @@ TRIGGERS = [token for token in range(8) if int(LANGUAGE.pi_b[token].argmax()) !=
 def build(positions="relative", language=LANGUAGE, **options):
     """A freshly initialised model."""
     sizes = {"d_model": 16, "n_ctx": 32, "n_offsets": 3, "dtype": torch.float64, "device": "cpu"}
-    return hl.two_layer_transformer(language, positions, **{**sizes, **options})
+    return hl.trainable_transformer(language, positions, **{**sizes, **options})
 
 
 def shaken(model, scale=0.3, seed=1):

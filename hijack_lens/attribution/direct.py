@@ -15,14 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from hijack_lens._runs import rows_at_once
-from hijack_lens.attribution.paths import Path, Source
-from hijack_lens.attribution.readout import Readout
+from hijack_lens.attribution.logit_attribution import Path, Source
 from hijack_lens.attribution.terms import gate
-from hijack_lens.circuit import Circuit, Component
+from hijack_lens.core.circuit import Circuit, Component
+from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.hooks.edges import all_components, embeddings, precedes, read_stream
 from hijack_lens.hooks.intervention import Intervention
-from hijack_lens.norm import linear_norm
+from hijack_lens.models.linear_maps import Readout, linear_norm
 
 _DEFAULT_ANSWERS = 10
 _ROUNDING = 2e-4

@@ -7,26 +7,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens._checks import as_int
-from hijack_lens._inputs import is_single, model_tokens
-from hijack_lens.attribution.answers import answer_ids, texts_of, whole_vocab
 from hijack_lens.attribution.direct import check_additive, direct_paths
-from hijack_lens.attribution.paths import Path, Source
-from hijack_lens.attribution.result import LogitAttribution
-from hijack_lens.attribution.terms import (
-    FirstBlock,
-    FrozenBlock,
-    LastBlock,
-    Local,
-    SummedBlock,
-    Unembedding,
-)
-from hijack_lens.circuit import Circuit, Component
+from hijack_lens.attribution.logit_attribution import LogitAttribution, Path, Source
+from hijack_lens.attribution.terms import FirstBlock, FrozenBlock, LastBlock, Local, SummedBlock, Unembedding
+from hijack_lens.core.checks import as_int
+from hijack_lens.core.circuit import Circuit, Component
+from hijack_lens.core.hook_points import check_model, sites
+from hijack_lens.core.inputs import answer_ids, is_single, model_tokens, texts_of, whole_vocab
 from hijack_lens.hooks.edges import all_components, embeddings
-from hijack_lens.hooks.intervention import check_model, record
-from hijack_lens.hooks.site import sites
-from hijack_lens.norm import linear_norm
-from hijack_lens.prompts import HijackPrompt
+from hijack_lens.hooks.intervention import record
+from hijack_lens.language.prompts import HijackPrompt
+from hijack_lens.models.linear_maps import linear_norm
 
 Term = tuple[Source, tuple[Component, ...], Any]
 

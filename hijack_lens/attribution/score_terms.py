@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.blocks import Block, OpenModel
-from hijack_lens.circuit import Circuit, Component
+from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.hooks.edges import Sender, all_components, embeddings, sender_site
-from hijack_lens.norm import LinearNorm, linear_norm
+from hijack_lens.models.linear_maps import LinearNorm, linear_norm
+from hijack_lens.models.opened import Block, OpenModel
 
 Term = Sender | Literal["biases", "offset"]
 """What writes into the residual stream; every bias together; and, of keys alone, what an offset adds to them."""

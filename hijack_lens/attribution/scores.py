@@ -8,16 +8,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from hijack_lens._checks import as_int, check_position
-from hijack_lens._inputs import model_tokens
-from hijack_lens.attribution.score_result import ScoreAttribution
+from hijack_lens.attribution.score_attribution import ScoreAttribution
 from hijack_lens.attribution.score_terms import Reading, Term, offset_keys, senders, stream_terms, tolerance
-from hijack_lens.blocks import Block, open_model
-from hijack_lens.circuit import Circuit, Component
+from hijack_lens.core.checks import as_int, check_position
+from hijack_lens.core.circuit import Circuit, Component
+from hijack_lens.core.hook_points import check_model
+from hijack_lens.core.inputs import model_tokens, one_head
+from hijack_lens.core.texts import visible
 from hijack_lens.hooks.edges import sender_site
-from hijack_lens.hooks.intervention import check_model, record
-from hijack_lens.hooks.site import sites
-from hijack_lens.language import visible
+from hijack_lens.hooks.intervention import record
+from hijack_lens.models.opened import Block, open_model
 
 _MOST_CELLS = 2**27
 """Numbers in a result: 1 GiB in float64."""
@@ -178,29 +178,6 @@ def _check_values(
             f"head {head}: its scores are not the sum over terms of its query and keys (off by {error:.2g}): the "
             "model, or a hook on it, does something that is not taken apart here"
         )
-
-
-def one_head(model: Any, head: Any, circuit: Circuit | None) -> Component:
-    """The head that a user names, alone or in a role; by default the circuit's induction head.
-
-    Raises:
-        TypeError, ValueError: where that is not one head of the model.
-    """
-    if head is None:
-        named = () if circuit is None else circuit.induction
-        if len(named) != 1:
-            raise ValueError(f"head must be given, since the circuit names {len(named)} induction heads")
-        (head,) = named
-    elif isinstance(head, (tuple, list)):
-        if len(head) != 1:
-            raise ValueError(f"head must be one head, got {len(head)}: {', '.join(map(str, head))}")
-        (head,) = head
-    if not isinstance(head, Component):
-        raise TypeError(f"head must be a Component, got {head!r:.80}")
-    if head.kind != "head":
-        raise ValueError(f"head must be an attention head, got {head}")
-    sites(model, head)  # refuses what the model lacks
-    return head
 
 
 def _keys(key: Any, length: int, query: int) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.norm import LinearNorm, linear_norm
+from hijack_lens.models.linear_maps import LinearNorm, linear_norm
 
 
 @dataclass(frozen=True)

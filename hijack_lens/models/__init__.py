@@ -1,15 +1,16 @@
-"""The two-layer model as a HookedTransformer: written by hand, or to be trained."""
+"""The two-layer model as a HookedTransformer, written by hand or to be trained; and any model opened."""
 
-from hijack_lens.models.architecture import Architecture
+from hijack_lens.models.architecture import Architecture, RelativeAttention
 from hijack_lens.models.associative import associative_transformer
-from hijack_lens.models.relative_attention import RelativeAttention
-from hijack_lens.models.trainable import two_layer_transformer
-from hijack_lens.models.two_layer import TwoLayerTransformer
+from hijack_lens.models.loading import load_model
+from hijack_lens.models.trainable import trainable_transformer
+from hijack_lens.models.transformer import BigramTransformer
 
 __all__ = [
     "Architecture",
+    "BigramTransformer",
     "RelativeAttention",
-    "TwoLayerTransformer",
     "associative_transformer",
-    "two_layer_transformer",
+    "load_model",
+    "trainable_transformer",
 ]

@@ -4,12 +4,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens._checks import as_generator, check_choice, check_count, check_type
-from hijack_lens.language import BigramLanguage
+from hijack_lens.core.checks import as_generator, check_choice, check_count, check_type
+from hijack_lens.core.circuit import Positions, Strengths
+from hijack_lens.language.bigrams import BigramLanguage, Triggers
 from hijack_lens.models.architecture import Architecture
-from hijack_lens.models.two_layer import TwoLayerTransformer
-from hijack_lens.theory import Strengths
-from hijack_lens.theory.closed_form import Positions, Triggers
+from hijack_lens.models.transformer import BigramTransformer
 
 
 def associative_transformer(
@@ -24,7 +23,7 @@ def associative_transformer(
     seed: int | torch.Generator = 0,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
-) -> TwoLayerTransformer:
+) -> BigramTransformer:
     """A two-layer HookedTransformer whose context memory and weight memory are known exactly.
 
     The construction of Wang & Sato (arXiv 2412.11459) after Bietti et al. 2023 (arXiv 2306.00802). With
@@ -90,7 +89,7 @@ def associative_transformer(
         positions=positions,
         scale_attention=False,
     )
-    model = TwoLayerTransformer(
+    model = BigramTransformer(
         architecture,
         language,
         strengths=strengths,

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save
 
-from hijack_lens._checks import check_count, check_type
-from hijack_lens._files import read_safetensors, write_atomically
-from hijack_lens.language import BigramLanguage
+from hijack_lens.core.checks import check_count, check_type
+from hijack_lens.core.circuit import Strengths
+from hijack_lens.core.files import read_safetensors, write_atomically
+from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.models.architecture import Architecture
-from hijack_lens.theory import Strengths
 
 if TYPE_CHECKING:
-    from hijack_lens.models.two_layer import TwoLayerTransformer
+    from hijack_lens.models.transformer import BigramTransformer
 
 _FORMAT = "hijack_lens.TwoLayerTransformer.1"
 
 
-def write_model(model: "TwoLayerTransformer", folder: Path) -> None:
+def write_model(model: "BigramTransformer", folder: Path) -> None:
     """Writes a model's folder. The weights' file holds all there is to know; it alone is read back."""
     header = {
         "format": _FORMAT,
@@ -40,9 +40,7 @@ def write_model(model: "TwoLayerTransformer", folder: Path) -> None:
     write_atomically(folder / "config.json", json.dumps(header, indent=2, ensure_ascii=False).encode())
 
 
-def read_model(
-    kind: type["TwoLayerTransformer"], folder: Path, device: str | torch.device | None
-) -> "TwoLayerTransformer":
+def read_model(kind: type["BigramTransformer"], folder: Path, device: str | torch.device | None) -> "BigramTransformer":
     """Reads what `write_model` wrote.
 
     Raises:

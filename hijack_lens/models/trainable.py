@@ -7,15 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hijack_lens._checks import as_generator, check_choice
-from hijack_lens.language import BigramLanguage
+from hijack_lens.core.checks import as_generator, check_choice
+from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.models.architecture import Architecture
-from hijack_lens.models.two_layer import TwoLayerTransformer
+from hijack_lens.models.transformer import BigramTransformer
 
 Init = Literal["normal", "identity", "zeros"]
 
 
-def two_layer_transformer(
+def trainable_transformer(
     language: BigramLanguage,
     positions: Literal["relative", "absolute", "rotary", "none"] = "relative",
     d_model: int = 128,
@@ -33,14 +33,14 @@ def two_layer_transformer(
     n_offsets: int = 8,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
-) -> TwoLayerTransformer:
+) -> BigramTransformer:
     """A randomly initialised HookedTransformer of the architecture that `associative_transformer` writes by hand.
 
     Weights are drawn from N(0, 1/fan_in), embeddings have rows of norm about 1; biases, offset keys and all MLPs
     but the last block's are 0, the last of these for good. With relative positions, layer 0's query bias is drawn
     from N(0, 1). The simplifications of Bietti et al. 2023 (arXiv 2306.00802, section 4) are options:
 
-        two_layer_transformer(
+        trainable_transformer(
             language, "absolute", mlp="linear",
             init={"W_Q": "identity", "W_O": "identity"},     # merged W_OV = W_V
             freeze=("W_E", "W_U", "W_pos", "W_Q", "W_O"),
@@ -82,7 +82,7 @@ def two_layer_transformer(
         norm=norm,
         n_offsets=n_offsets,
     )
-    model = TwoLayerTransformer(architecture, language, dtype=dtype, device=device)
+    model = BigramTransformer(architecture, language, dtype=dtype, device=device)
     generator = as_generator(seed)
     chosen: dict[str, Init] = {} if init is None else dict(init)
     for choice in chosen.values():

@@ -1,8 +1,6 @@
 """Conflict probes: facts that a context denies, and how often it must do so to be believed."""
 
-from hijack_lens.probing.curve import DoseTheory
-from hijack_lens.probing.dose import dose_response
-from hijack_lens.probing.facts import Bigram, Conflict, Fact, conflict, counterfactuals
-from hijack_lens.probing.result import DoseResponse
+from hijack_lens.probing.doses import DoseResponse, DoseTheory, dose_response
+from hijack_lens.probing.fact_prompts import FactPrompts, fact_prompts
 
-__all__ = ["Bigram", "Conflict", "DoseResponse", "DoseTheory", "Fact", "conflict", "counterfactuals", "dose_response"]
+__all__ = ["DoseResponse", "DoseTheory", "FactPrompts", "dose_response", "fact_prompts"]

@@ -1,35 +1,50 @@
-"""Attention, logits and margins of the associative-memory transformer, from counts alone.
-
-The setting is that of Wang & Sato (arXiv 2412.11459). With positions t, s from 1, q = z_t, and
-
-    m_s(q)     how strongly position s remembers that q came before it
-    A2[t, s]   = softmax over s <= t of  b2 * [q is a trigger] * m_s(q)
-
-the logits are
-
-    logit[t, v] = b3 * sum_{s <= t} A2[t, s] [z_s == v]  +  g * log pi_b(v | q)
-                  the context                               the weights
-"""
+"""A logit difference, and what each memory contributes to it."""
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from hijack_lens._checks import check_choice, check_count, check_tokens, check_type
-from hijack_lens.language import BigramLanguage, Token
-from hijack_lens.theory.margin import Margin
-from hijack_lens.theory.strengths import Strengths
+from hijack_lens.core.checks import check_choice, check_count, check_tokens, check_type
+from hijack_lens.core.circuit import Positions, Strengths
+from hijack_lens.language.bigrams import BigramLanguage, Token, Triggers
 
 if TYPE_CHECKING:
-    from hijack_lens.prompts import HijackPrompt
+    from hijack_lens.language.prompts import HijackPrompt
 
-Positions = Literal["relative", "absolute"]
-Triggers = Token | Sequence[Token] | None
+
+@dataclass(frozen=True)
+class Margin:
+    """`logit[a] - logit[b]`, split by memory; in logits.
+
+    Attributes:
+        context: written through the induction head.
+        weights: written by the bigram memory, the direct path and the biases.
+        rest: written any other way.
+    """
+
+    context: Float[Tensor, "*batch"]
+    weights: Float[Tensor, "*batch"]
+    rest: Float[Tensor, "*batch"]
+
+    @property
+    def total(self) -> Float[Tensor, "*batch"]:
+        """The hijack margin: positive where a wins, negative where b does."""
+        return self.context + self.weights + self.rest
+
+    def __repr__(self) -> str:
+        parts = {"context": self.context, "weights": self.weights, "rest": self.rest, "total": self.total}
+        shown = (
+            f"{name}={value.item():+.4f}"
+            if value.numel() == 1
+            else f"{name}={[round(x, 4) for x in value.flatten().tolist()]}"
+            for name, value in parts.items()
+        )
+        return f"Margin({', '.join(shown)})"
 
 
 def attention(

@@ -1,11 +1,10 @@
 """Train a two-layer model, and watch what it memorises."""
 
-from hijack_lens.training.config import TrainConfig
 from hijack_lens.training.fit import FittedStrengths, TheoryAgreement, fit_strengths, theory_agreement
-from hijack_lens.training.gradient_steps import gradient_steps
 from hijack_lens.training.loop import train
-from hijack_lens.training.probes import behaviour, memory_recall
-from hijack_lens.training.run import TrainingRun
+from hijack_lens.training.one_step import gradient_steps
+from hijack_lens.training.recall import behaviour, memory_recall
+from hijack_lens.training.run import TrainConfig, TrainingRun
 
 __all__ = [
     "FittedStrengths",

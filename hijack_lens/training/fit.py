@@ -9,14 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hijack_lens import theory
-from hijack_lens._checks import check_count
-from hijack_lens.language import BigramLanguage, Token
-from hijack_lens.models import TwoLayerTransformer
-from hijack_lens.prompts import HijackPrompt, hijack_prompt
-from hijack_lens.theory import Strengths
-from hijack_lens.theory.closed_form import Positions
+from hijack_lens.core.checks import check_count
+from hijack_lens.core.circuit import Positions, Strengths
+from hijack_lens.language.bigrams import BigramLanguage, Token
+from hijack_lens.language.prompts import HijackPrompt, hijack_prompt
+from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.training.forward import PlainForward
-from hijack_lens.training.probes import context_free_logits, effective_copy_scores, match_scores, previous_token_scores
+from hijack_lens.training.recall import context_free_logits, effective_copy_scores, match_scores, previous_token_scores
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class FittedStrengths:
 
 
 @torch.no_grad()
-def fit_strengths(model: TwoLayerTransformer, triggers: Sequence[Token] | None = None) -> FittedStrengths:
+def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = None) -> FittedStrengths:
     """Reads effective strengths off a model's weights; its predictions are not asked.
 
     Each memory is a table of scores, key by value, and the strength is how far the own value's score lies above the
@@ -149,7 +148,7 @@ def conflict_prompts(
 
 
 def theory_agreement(
-    model: TwoLayerTransformer, fit: FittedStrengths, *, n_prompts: int = 300, length: int = 64, seed: int = 0
+    model: BigramTransformer, fit: FittedStrengths, *, n_prompts: int = 300, length: int = 64, seed: int = 0
 ) -> TheoryAgreement:
     """Compares a model with the theory at fitted strengths, on conflict prompts that neither has seen.
 
@@ -169,7 +168,7 @@ def theory_agreement(
 
 
 @torch.no_grad()
-def agreement_on(model: TwoLayerTransformer, fit: FittedStrengths, prompts: Sequence[HijackPrompt]) -> TheoryAgreement:
+def agreement_on(model: BigramTransformer, fit: FittedStrengths, prompts: Sequence[HijackPrompt]) -> TheoryAgreement:
     """The same on given prompts, all equally long."""
     language = model.language
     positions: Positions = "absolute" if model.positions == "absolute" else "relative"

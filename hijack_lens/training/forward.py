@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.models import RelativeAttention, TwoLayerTransformer
-from hijack_lens.norm import linear_norm
+from hijack_lens.models.architecture import RelativeAttention
+from hijack_lens.models.linear_maps import linear_norm
+from hijack_lens.models.transformer import BigramTransformer
 
 Stream = Float[Tensor, "batch pos d_model"]
 
@@ -27,7 +28,7 @@ class PlainForward:
             embeddings) is left out.
     """
 
-    def __init__(self, model: TwoLayerTransformer):
+    def __init__(self, model: BigramTransformer):
         self.model = model
         mlps: list[Any] = [getattr(block, "mlp", None) for block in model.blocks]
         self._mlps = [None if mlp is None or _is_frozen_at_zero(mlp) else mlp for mlp in mlps]

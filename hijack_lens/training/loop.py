@@ -17,20 +17,26 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from hijack_lens.language import BigramLanguage, SampledSequences
-from hijack_lens.models import TwoLayerTransformer
+from hijack_lens.language.bigrams import BigramLanguage, SampledSequences
 from hijack_lens.models.storage import latest_checkpoint
-from hijack_lens.training.config import TrainConfig
+from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.training.forward import PlainForward
-from hijack_lens.training.probes import behaviour, memory_recall
-from hijack_lens.training.run import TrainingRun, fingerprint, read_checkpoint, restore_optimizer, write_checkpoint
+from hijack_lens.training.recall import behaviour, memory_recall
+from hijack_lens.training.run import (
+    TrainConfig,
+    TrainingRun,
+    fingerprint,
+    read_checkpoint,
+    restore_optimizer,
+    write_checkpoint,
+)
 
 _BLOCK = 16
 """Steps whose sequences are sampled together: the sampler's cost is per time step, hardly per sequence."""
 
 
 def train(
-    model: TwoLayerTransformer,
+    model: BigramTransformer,
     language: BigramLanguage,
     config: TrainConfig,
     out: str | os.PathLike[str] | None = None,
@@ -43,7 +49,7 @@ def train(
     what has been trained is returned.
 
     Args:
-        model: from `two_layer_transformer`, on any device; at least one parameter must not be frozen.
+        model: from `trainable_transformer`, on any device; at least one parameter must not be frozen.
         language: whose sequences to train on; of the model's tokens.
         config: what to do.
         out: folder for checkpoints.
@@ -112,9 +118,9 @@ def train(
     return so_far()
 
 
-def _check(model: TwoLayerTransformer, language: BigramLanguage, config: TrainConfig) -> None:
-    if not isinstance(model, TwoLayerTransformer):
-        raise TypeError(f"model must be a TwoLayerTransformer, got {type(model).__name__}")
+def _check(model: BigramTransformer, language: BigramLanguage, config: TrainConfig) -> None:
+    if not isinstance(model, BigramTransformer):
+        raise TypeError(f"model must be a BigramTransformer, got {type(model).__name__}")
     if not isinstance(language, BigramLanguage):
         raise TypeError(f"language must be a BigramLanguage, got {type(language).__name__}")
     if not isinstance(config, TrainConfig):
@@ -139,7 +145,7 @@ def _optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> tor
 
 
 def _resume(
-    model: TwoLayerTransformer,
+    model: BigramTransformer,
     language: BigramLanguage,
     config: TrainConfig,
     optimizer: torch.optim.Optimizer,
@@ -190,7 +196,7 @@ def _sequences(language: BigramLanguage, config: TrainConfig, block: int) -> Sam
 
 
 def _held_out(
-    model: TwoLayerTransformer, language: BigramLanguage, config: TrainConfig
+    model: BigramTransformer, language: BigramLanguage, config: TrainConfig
 ) -> dict[tuple[str, int], SampledSequences]:
     """Sequences for the probes, by continuations (as trained, and the other kind) and length."""
     lengths = [config.length * multiple for multiple in config.eval_lengths]
@@ -210,7 +216,7 @@ def _held_out(
 
 
 def _evaluate(
-    model: TwoLayerTransformer,
+    model: BigramTransformer,
     config: TrainConfig,
     held_out: dict[tuple[str, int], SampledSequences],
     step: int,

@@ -1,25 +1,125 @@
-"""A training run: the model, its probes over time, and its checkpoints."""
+"""A training run: how the model is trained, its probes over time, and its checkpoints."""
 
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 import torch
 from safetensors.torch import save
 
-from hijack_lens._checks import check_count
-from hijack_lens._files import read_safetensors, write_atomically
-from hijack_lens.language import BigramLanguage
-from hijack_lens.models import TwoLayerTransformer
+from hijack_lens.core.checks import as_int, check_choice, check_count, check_number
+from hijack_lens.core.files import read_safetensors, write_atomically
+from hijack_lens.language.bigrams import BigramLanguage, Token
 from hijack_lens.models.storage import checkpoints, latest_checkpoint
-from hijack_lens.training.config import TrainConfig
-from hijack_lens.visual.figures import Picture
+from hijack_lens.models.transformer import BigramTransformer
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What the training loop does; the same config, model and language give the same run.
+
+    Attributes:
+        triggers: tokens whose continuation is fixed per sequence; `()` with `n_triggers`.
+        length: tokens per training sequence.
+        seed: of the data.
+        steps: of the optimizer, each on `batch_size` fresh sequences.
+        batch_size: sequences per step.
+        n_triggers: instead of `triggers`, this many drawn per sequence.
+        continuations: of the triggers, drawn "uniform" or from "bigram" (their own row of pi_b).
+        loss: over "all" tokens, or over the in-context "predictable" ones only (Bietti et al. 2023).
+        optimizer: "adamw", or "sgd" with momentum.
+        lr: peak learning rate; reached after `warmup` steps, and lowered along a cosine to `final_lr` times itself.
+        warmup: steps of linear warm-up.
+        final_lr: as a fraction of `lr`.
+        momentum: of SGD.
+        betas: of AdamW.
+        weight_decay: of either.
+        evaluate_every: steps between probes.
+        eval_sequences: how many held-out sequences the probes see, at each length.
+        eval_lengths: lengths they see, as multiples of `length`; those beyond the model's n_ctx are left out.
+        checkpoint_every: steps between checkpoints.
+        compile: run the forward pass through torch.compile.
+        bf16: compute in bfloat16 where autocast does (CUDA), weights staying as they are.
+    """
+
+    triggers: Token | Sequence[Token]
+    length: int
+    seed: int
+    steps: int = 300
+    batch_size: int = 64
+    n_triggers: int | None = None
+    continuations: Literal["uniform", "bigram"] = "uniform"
+    loss: Literal["all", "predictable"] = "all"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-2
+    warmup: int = 20
+    final_lr: float = 0.05
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    evaluate_every: int = 25
+    eval_sequences: int = 64
+    eval_lengths: tuple[int, ...] = (1, 2, 4)
+    checkpoint_every: int = 100
+    compile: bool = False
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        listed = (
+            [self.triggers] if isinstance(self.triggers, str) or as_int(self.triggers) is not None else self.triggers
+        )
+        if not isinstance(listed, Iterable):
+            raise TypeError(f"triggers must be a token or several, got {self.triggers!r}")
+        triggers = tuple(token if isinstance(token, str) else check_count("triggers", token) for token in listed)
+        object.__setattr__(self, "triggers", triggers)
+        for name in ("betas", "eval_lengths"):
+            if not isinstance(getattr(self, name), Sequence):
+                raise TypeError(f"{name} must be several numbers, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {self.betas!r}")
+        if 1 not in self.eval_lengths:
+            raise ValueError(f"eval_lengths must include 1, the training length itself, got {self.eval_lengths!r}")
+        if bool(triggers) == (self.n_triggers is not None):
+            raise ValueError(f"give either triggers or n_triggers, got {triggers!r} and {self.n_triggers!r}")
+        check_count("length", self.length, minimum=2)
+        check_count("seed", self.seed)
+        for name in ("steps", "batch_size", "evaluate_every", "eval_sequences", "checkpoint_every"):
+            check_count(name, getattr(self, name), minimum=1)
+        check_count("warmup", self.warmup)
+        if self.n_triggers is not None:
+            check_count("n_triggers", self.n_triggers, minimum=1)
+        for multiple in self.eval_lengths:
+            check_count("eval_lengths", multiple, minimum=1)
+        check_choice("continuations", self.continuations, ("uniform", "bigram"))
+        check_choice("loss", self.loss, ("all", "predictable"))
+        check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
+        check_number("lr", self.lr, positive=True)
+        bounded = {"final_lr": self.final_lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+        for name, value in [*bounded.items(), *(("betas", beta) for beta in self.betas)]:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        rising = min(1.0, (step + 1) / max(self.warmup, 1))
+        falling = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.lr * rising * (self.final_lr + (1 - self.final_lr) * falling)
+
 
 _FORMAT = "hijack_lens.TrainingRun.1"
+if TYPE_CHECKING:
+    from hijack_lens.show.style import Picture
+
 COLUMNS = ["step", "seconds", "probe", "continuations", "length", "value"]
 """Of a run's table."""
 
@@ -36,7 +136,7 @@ class TrainingRun:
             have no continuations and no length.
     """
 
-    model: TwoLayerTransformer
+    model: BigramTransformer
     config: TrainConfig
     step: int
     table: pd.DataFrame
@@ -62,8 +162,10 @@ class TrainingRun:
             )
         return rows.set_index("step")["value"].rename(name)
 
-    def plot(self) -> Picture:
+    def plot(self) -> "Picture":
         """The birth of the two memories: the bigram memory's excess loss, and in-context accuracy, over training."""
+        from hijack_lens.show.birth import birth_of_memories
+
         return birth_of_memories(self)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -128,7 +230,7 @@ def read_checkpoint(folder: Path) -> tuple[TrainingRun, dict[str, torch.Tensor],
     """A checkpoint's run, its optimizer's state, and the fingerprint of the language it was trained on."""
     path = folder / "training.safetensors"
     state, header = read_safetensors(path, _FORMAT)
-    model = TwoLayerTransformer.from_pretrained(folder)
+    model = BigramTransformer.from_pretrained(folder)
     try:
         fields = header["config"]
         tuples = {name: tuple(fields[name]) for name in ("triggers", "betas", "eval_lengths")}
@@ -165,27 +267,3 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, torch.T
     if bool(nested) != bool(kind) or any(set(values) != kind for values in nested.values()):
         raise ValueError(f"{path} lacks part of its optimizer's state")
     optimizer.load_state_dict({"state": nested, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def birth_of_memories(run: TrainingRun) -> Picture:
-    """Draws both memories on one axis of steps: how much of each has been learned."""
-    from hijack_lens.attribution.table import COLOURS
-
-    picture = Picture(8.0, 4.2)
-    ax = picture.figure.add_subplot()
-    excess = run.probe("bigram_excess")
-    ax.plot(
-        excess.index, 1 - excess / excess.iloc[0], "o-", color=COLOURS["weights"], label="weights: bigram loss learned"
-    )
-    accuracy = run.probe("in_context_accuracy")
-    ax.plot(accuracy.index, accuracy, "s-", color=COLOURS["context"], label="context: in-context accuracy")
-    for name, style in (("previous_token_attention", ":"), ("induction_attention", "--")):
-        series = run.probe(name)
-        ax.plot(series.index, series, style, color=COLOURS["context"], label=name.replace("_", " "), alpha=0.8)
-    ax.set_xlabel("training step")
-    ax.set_ylabel("fraction (1 = fully learned)")
-    ax.set_ylim(-0.03, 1.06)
-    ax.grid(alpha=0.3)
-    ax.legend(loc="lower right", frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    return picture

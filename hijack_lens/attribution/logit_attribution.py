@@ -1,0 +1,282 @@
+"""Logits by path: the paths, the labelled tensor that sums to the logits, and views of it."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import save
+from torch import Tensor
+
+from hijack_lens.core.checks import as_int, check_count
+from hijack_lens.core.circuit import Circuit, Component
+from hijack_lens.core.files import read_safetensors, write_atomically
+from hijack_lens.core.texts import visible
+from hijack_lens.theory.closed_form import Margin
+
+Memory = Literal["context", "weights", "rest"]
+MEMORIES: tuple[Memory, ...] = ("context", "weights", "rest")
+
+Source = Literal["embed", "pos_embed", "stream", "biases"]
+_SOURCE_NAMES: dict[Source, str] = {
+    "embed": "embed",
+    "pos_embed": "positional embed",
+    "stream": "stream",
+    "biases": "biases",
+}
+
+
+@dataclass(frozen=True)
+class Path:
+    """A route from where a term enters the residual stream to the unembedding.
+
+    Attributes:
+        source: "embed", "pos_embed", or "biases": every bias, by whichever route. In a deep model also "stream": all
+            that `through[0]` reads from the residual stream and that no longer path beside this one carries.
+        through: the heads and MLPs on the way, in order.
+        label: the path in words, by the roles of the circuit's components.
+        memory: "context" through an induction head; "weights" from the embedding through MLPs alone, from the stream
+            through bigram memories alone, or biases; else "rest".
+    """
+
+    source: Source
+    through: tuple[Component, ...]
+    label: str
+    memory: Memory
+
+    def __str__(self) -> str:
+        return self.label
+
+    @classmethod
+    def of(cls, source: Source, through: tuple[Component, ...], circuit: Circuit) -> "Path":
+        """A path in the words of a circuit."""
+        words = [_SOURCE_NAMES[source], *(circuit.label(component) for component in through)]
+        label = words[0] if source == "biases" else " → ".join([*words, "unembed"])
+        if any(component in circuit.induction for component in through):
+            memory: Memory = "context"
+        elif source != "pos_embed" and all(
+            component in circuit.bigram if source == "stream" else component.kind == "mlp" for component in through
+        ):
+            memory = "weights"
+        else:
+            memory = "rest"
+        return cls(source, through, label, memory)
+
+
+_FORMAT = "hijack_lens.LogitAttribution.1"
+
+
+@dataclass(frozen=True, repr=False)
+class LogitAttribution:
+    """What each path wrote into each logit, exactly.
+
+    Attributes:
+        values: in logits; summed over paths and sources they give `logits`. With position="all" the third
+            axis from the end is still the path, and the next the position, summed over sources.
+        logits: of the run.
+        tokens: the prompts.
+        paths: what the path axis holds.
+        position: whose logits these are, or "all".
+        vocab: text of each vocabulary entry, where the model has a tokenizer; of a deep model, of the tokens that occur
+            here, by their ids.
+        candidates: two token ids that the prompt sets against each other, (in-context, global).
+        joiner: what stands between two tokens in a text.
+        answers: ids of the tokens on the last axis; `None` where that is the whole vocabulary.
+    """
+
+    values: Float[Tensor, "*batch path source d_vocab"]
+    logits: Float[Tensor, "... d_vocab"]
+    tokens: Int[Tensor, "*batch pos"]
+    paths: tuple[Path, ...]
+    position: int | Literal["all"]
+    vocab: tuple[str, ...] | Mapping[int, str] | None = None
+    candidates: tuple[int, int] | None = None
+    joiner: str = ""
+    answers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        *batch, n_paths, n_sources, d_vocab = self.values.shape
+        expected = (*batch, n_sources, d_vocab) if self.position == "all" else (*batch, d_vocab)
+        if n_paths != len(self.paths):
+            raise ValueError(f"paths must label all {n_paths} entries of values, got {len(self.paths)}")
+        if tuple(self.logits.shape) != expected:
+            raise ValueError(f"logits must have shape {expected}, got {tuple(self.logits.shape)}")
+        if tuple(self.tokens.shape) != (*batch, n_sources):
+            raise ValueError(f"tokens must have shape {(*batch, n_sources)}, got {tuple(self.tokens.shape)}")
+        if self.answers is not None and len(self.answers) != d_vocab:
+            raise ValueError(f"answers must name all {d_vocab} tokens of the last axis, got {len(self.answers)}")
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes of `values`."""
+        middle = "position" if self.position == "all" else "source"
+        last = "d_vocab" if self.answers is None else "answer"
+        return (*(("batch",) if self.tokens.ndim > 1 else ()), "path", middle, last)
+
+    @property
+    def completeness_error(self) -> float:
+        """The largest |sum over paths and sources - logit|; rounding alone, for an untouched model."""
+        return float((self._summed(self.values.sum(-3)) - self.logits).abs().max())
+
+    def __getitem__(self, index: int) -> "LogitAttribution":
+        """One prompt of a batch."""
+        if self.tokens.ndim == 1:
+            raise TypeError("this attribution is of a single prompt, without a batch axis to index")
+        return replace(self, values=self.values[index], logits=self.logits[index], tokens=self.tokens[index])
+
+    def by_path(self) -> Float[Tensor, "... path d_vocab"]:
+        """Each path's logits: [*batch, path, d_vocab], or [*batch, path, position, d_vocab] for "all"."""
+        return self.values if self.position == "all" else self.values.sum(-2)
+
+    def by_memory(self) -> dict[Memory, Float[Tensor, "... d_vocab"]]:
+        """What context, weights and rest add to the logits; shaped like `logits`."""
+        return {memory: self._summed(self._of(memory).sum(-3)) for memory in MEMORIES}
+
+    def by_source(self) -> dict[Memory, Float[Tensor, "*batch source d_vocab"]]:
+        """What each source position adds through each memory; for one position's logits only."""
+        if self.position == "all":
+            raise ValueError("by_source needs an attribution of one position; this one, of 'all', sums over sources")
+        return {memory: self._of(memory).sum(-3) for memory in MEMORIES}
+
+    def margin(self, a: str | int | None = None, b: str | int | None = None) -> Margin:
+        """`logit[a] - logit[b]`, split by memory; by default of the prompt's two candidates."""
+        first, second = self.pair(a, b)
+        context, weights, rest = (part[..., first] - part[..., second] for part in self.by_memory().values())
+        return Margin(context, weights, rest)
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The k largest logits, each split by memory; for one prompt and one position."""
+        self._check_single("top")
+        chosen = self.logits.topk(min(check_count("k", k, minimum=1), len(self.logits)))
+        table = pd.DataFrame({"token": [self.token_text(int(index)) for index in chosen.indices]})
+        table["logit"] = chosen.values.tolist()
+        for memory, part in self.by_memory().items():
+            table[memory] = part[chosen.indices].tolist()
+        return table
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A tidy table, one row per value: path, memory, source (or position), token, logit."""
+        index = pd.MultiIndex.from_product([range(size) for size in self.values.shape], names=self.axes)
+        table = pd.Series(
+            self.values.detach().cpu().double().flatten().numpy(), index=index, name="logit"
+        ).reset_index()
+        texts = [self.token_text(index) for index in range(self.values.shape[-1])]
+        table["memory"] = [self.paths[i].memory for i in table["path"]]
+        table["path"] = [self.paths[i].label for i in table["path"]]
+        table["token"] = [texts[i] for i in table[self.axes[-1]]]
+        kept = [axis for axis in self.axes if axis in ("batch", "source", "position")]
+        return table[[*kept[:-1], "path", "memory", kept[-1], "token", "logit"]]
+
+    def token_text(self, index: int) -> str:
+        """The text of a token on the last axis with white space visible; its id where there is no tokenizer."""
+        return self._text(self._ids[index])
+
+    def source_texts(self) -> list[str]:
+        """The prompt's tokens, with white space visible; for one prompt."""
+        if self.tokens.ndim > 1:
+            raise ValueError("source_texts is for one prompt; index the batch first")
+        return [self._text(int(token)) for token in self.tokens]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file; either whole or not at all."""
+        header = {
+            "format": _FORMAT,
+            "paths": [asdict(path) for path in self.paths],
+            "position": self.position,
+            "vocab": self.vocab,
+            "candidates": self.candidates,
+            "joiner": self.joiner,
+            "answers": self.answers,
+        }
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in ("values", "logits", "tokens")}
+        write_atomically(path, save(tensors, {"hijack_lens": json.dumps(header)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "LogitAttribution":
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: for any other file.
+        """
+        tensors, header = read_safetensors(path, _FORMAT)
+        try:
+            paths = tuple(
+                Path(**{**fields, "through": tuple(Component(**component) for component in fields["through"])})
+                for fields in header["paths"]
+            )
+            vocab, candidates, answers = header["vocab"], header["candidates"], header.get("answers")
+            if isinstance(vocab, dict):  # whose keys JSON has made strings
+                vocab = {int(token): text for token, text in vocab.items()}
+            return cls(
+                values=tensors["values"],
+                logits=tensors["logits"],
+                tokens=tensors["tokens"],
+                paths=paths,
+                position=header["position"],
+                vocab=tuple(vocab) if isinstance(vocab, list) else vocab,
+                candidates=None if candidates is None else (candidates[0], candidates[1]),
+                joiner=header["joiner"],
+                answers=None if answers is None else tuple(answers),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a saved LogitAttribution: {error!r}") from error
+
+    def __repr__(self) -> str:
+        from hijack_lens.show.logits import as_text
+
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from hijack_lens.show.logits import as_html
+
+        return as_html(self)
+
+    def pair(self, a: str | int | None = None, b: str | int | None = None) -> tuple[int, int]:
+        """Where two tokens to compare are on the last axis; by default the prompt's candidates, else the two largest.
+
+        Raises:
+            TypeError, ValueError: for tokens that are not on it, and where there is no default.
+        """
+        if a is not None or b is not None:
+            return self._index(a, "a"), self._index(b, "b")
+        if self.candidates is not None and all(token in self._ids for token in self.candidates):
+            return self._ids.index(self.candidates[0]), self._ids.index(self.candidates[1])
+        self._check_single("a default for a and b")
+        first, second = self.logits.topk(2).indices.tolist()
+        return first, second
+
+    @property
+    def _ids(self) -> Sequence[int]:
+        return range(self.values.shape[-1]) if self.answers is None else self.answers
+
+    def _text(self, token: int) -> str:
+        return str(token) if self.vocab is None else visible(self.vocab[token])
+
+    def _index(self, token: str | int | None, name: str) -> int:
+        ids, among = self._ids, "" if self.answers is None else " among the answers"
+        if isinstance(token, str):
+            texts = [] if self.vocab is None else [self.vocab[i] for i in ids]
+            if token not in texts:
+                raise ValueError(f"{name} must be a token of the model's vocabulary{among}, got {token!r}")
+            return texts.index(token)
+        number = as_int(token)
+        if number is None:
+            raise TypeError(f"{name} must be a token's text or its id, got {token!r}")
+        if number not in ids:
+            raise ValueError(f"{name} must be a token id{among or f' from 0 to {len(ids) - 1}'}, got {token}")
+        return ids.index(number)
+
+    def _of(self, memory: Memory) -> Float[Tensor, "*batch path source d_vocab"]:
+        chosen = [index for index, path in enumerate(self.paths) if path.memory == memory]
+        return self.values.index_select(-3, torch.tensor(chosen, dtype=torch.long, device=self.values.device))
+
+    def _summed(self, values: Tensor) -> Tensor:
+        return values if self.position == "all" else values.sum(-2)
+
+    def _check_single(self, name: str) -> None:
+        if self.tokens.ndim > 1 or self.position == "all":
+            raise ValueError(f"{name} is for one prompt and one position, got axes {self.axes}")

@@ -1,0 +1,327 @@
+"""Attention scores by path: a labelled tensor that sums to them, its log-odds, and views of both."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from safetensors.torch import save
+from torch import Tensor
+
+from hijack_lens.attribution.score_terms import Term, term_label
+from hijack_lens.core.checks import as_int
+from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
+from hijack_lens.core.files import read_safetensors, write_atomically
+
+if TYPE_CHECKING:
+    from hijack_lens.show.style import Picture
+
+
+@dataclass(frozen=True, repr=False)
+class LogOdds:
+    """The log-odds of one key against competitors: log of its attention over all of theirs.
+
+    With one competitor this is the difference of two scores, and splits over paths exactly. With several, it is
+
+        score[key] - log sum_i exp(score[i])  =  sum_i w_i (score[key] - score[i])  -  H(w)
+
+    where w are the competitors' shares of the attention that they get together, and H their entropy. This is an
+    identity; the differences split over paths, the entropy does not: it is between 0 and the log of how many they are,
+    and is what it costs to have many competitors. Given w, `values` are also the derivative: what the log-odds lose, to
+    first order, where a path is weakened.
+
+    Attributes:
+        values: of the weighted differences of scores, by path; in nats, as `entropy` and `total`.
+        entropy: of the competitors' shares; 0 for a single one.
+        total: log-odds by the run's scores: the sum of `values`, less `entropy`.
+        key: its position.
+        against: positions of the competitors.
+        shares: of the attention that the competitors get together.
+        query_terms: along the first axis.
+        key_terms: along the second.
+        circuit: names components by their roles.
+    """
+
+    values: Float[Tensor, "query_term key_term"]
+    entropy: float
+    total: float
+    key: int
+    against: tuple[int, ...]
+    shares: Float[Tensor, "competitor"]
+    query_terms: tuple[Term, ...]
+    key_terms: tuple[Term, ...]
+    circuit: Circuit = Circuit()  # noqa: RUF009 (frozen)
+
+    @classmethod
+    def between(
+        cls,
+        values: Float[Tensor, "key query_term key_term"],
+        scores: Float[Tensor, "key"],
+        keys: tuple[int, ...],
+        key: int,
+        against: tuple[int, ...],
+        labels: tuple[tuple[Term, ...], tuple[Term, ...], Circuit],
+    ) -> "LogOdds":
+        """The log-odds of one of some keys against others of them.
+
+        Args:
+            values: of every key's score, by path.
+            scores: of every key.
+            keys: their positions.
+            key: the position of the one.
+            against: the positions of the others.
+            labels: terms of queries, of keys, and the circuit that names them.
+        """
+        own, others = keys.index(key), [keys.index(other) for other in against]
+        shares = scores[others].softmax(0)
+        return cls(
+            values=values[own] - torch.einsum("k,kab->ab", shares, values[others]),
+            entropy=float(-torch.xlogy(shares, shares).sum()),
+            total=float(scores[own] - scores[others].logsumexp(0)),
+            key=key,
+            against=against,
+            shares=shares,
+            query_terms=labels[0],
+            key_terms=labels[1],
+            circuit=labels[2],
+        )
+
+    @property
+    def completeness_error(self) -> float:
+        """|sum over paths - entropy - log-odds|; rounding alone."""
+        return abs(float(self.values.sum()) - self.entropy - self.total)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per path: query_path, key_path, log_odds; the entropy, which belongs to none, is not among them."""
+        names = [[term_label(term, self.circuit) for term in terms] for terms in (self.query_terms, self.key_terms)]
+        index = pd.MultiIndex.from_product(names, names=["query_path", "key_path"])
+        return pd.Series(self.values.cpu().double().flatten().numpy(), index=index, name="log_odds").reset_index()
+
+    def picture(self) -> "Picture":
+        """A heat map: query paths against key paths."""
+        from hijack_lens.show.score_maps import odds_map
+
+        return odds_map(self)
+
+    def _repr_png_(self) -> bytes:
+        return self.picture().png()
+
+    def __repr__(self) -> str:
+        several = f" - entropy {self.entropy:.4g}" if len(self.against) > 1 else ""
+        return (
+            f"LogOdds({self.total:+.4g} = paths {float(self.values.sum()):+.4g}{several}) of key {self.key} against "
+            + (f"key {self.against[0]}" if len(self.against) == 1 else f"{len(self.against)} others")
+        )
+
+
+_FORMAT = "hijack_lens.ScoreAttribution.1"
+
+
+@dataclass(frozen=True, repr=False)
+class ScoreAttribution:
+    """What each pair of paths, into the query and into the key, adds to a head's scores at one query position, exactly.
+
+    A term of a query or key is "embed", "pos_embed", the `Component` that wrote it, "biases" (every bias, by whichever
+    route; of an MLP's output its own is part), or, in keys alone, "offset" (the key of a relative position).
+
+    Attributes:
+        values: in nats (scores, as they enter the softmax); summed over both terms they give `scores`.
+        scores: of the run.
+        attention: that the keys get in the run.
+        head: whose scores.
+        query: position that attends.
+        keys: positions attended to, along the first axis.
+        query_terms: along the second axis.
+        key_terms: along the third.
+        texts: of the prompt's tokens, white space made visible.
+        circuit: names components by their roles.
+    """
+
+    values: Float[Tensor, "key query_term key_term"]
+    scores: Float[Tensor, "key"]
+    attention: Float[Tensor, "key"]
+    head: Component
+    query: int
+    keys: tuple[int, ...]
+    query_terms: tuple[Term, ...]
+    key_terms: tuple[Term, ...]
+    texts: tuple[str, ...]
+    circuit: Circuit = Circuit()  # noqa: RUF009 (frozen)
+
+    def __post_init__(self) -> None:
+        expected = (len(self.keys), len(self.query_terms), len(self.key_terms))
+        if tuple(self.values.shape) != expected:
+            raise ValueError(f"values must have shape {expected}, got {tuple(self.values.shape)}")
+        for name in ("scores", "attention"):
+            if tuple(getattr(self, name).shape) != expected[:1]:
+                raise ValueError(f"{name} must have shape {expected[:1]}, got {tuple(getattr(self, name).shape)}")
+        if not all(0 <= position < len(self.texts) for position in (self.query, *self.keys)):
+            raise ValueError(f"texts must be of all positions, got {len(self.texts)} of them")
+
+    @property
+    def axes(self) -> tuple[str, str, str]:
+        """Names of the axes of `values`."""
+        return ("key", "query_term", "key_term")
+
+    @property
+    def completeness_error(self) -> float:
+        """The largest |sum over paths - score|; rounding alone."""
+        return float((self.values.sum((1, 2)) - self.scores).abs().max())
+
+    @property
+    def query_labels(self) -> tuple[str, ...]:
+        """What to call each query term."""
+        return tuple(term_label(term, self.circuit) for term in self.query_terms)
+
+    @property
+    def key_labels(self) -> tuple[str, ...]:
+        """What to call each key term."""
+        return tuple(term_label(term, self.circuit) for term in self.key_terms)
+
+    @property
+    def top_key(self) -> int:
+        """The position, of those in `keys`, that gets most attention."""
+        return self.keys[int(self.scores.argmax())]
+
+    def cell(self, query_term: Term, key_term: Term | tuple[Component, ...]) -> Float[Tensor, "key"]:
+        """What one pair of paths adds to each key's score.
+
+        Args:
+            query_term: one of `query_terms`, or a role of a `Circuit` that just one component plays.
+            key_term: one of `key_terms`, likewise.
+
+        Raises:
+            ValueError: for a term that is not among them.
+        """
+        row = _index("query_term", query_term, self.query_terms)
+        return self.values[:, row, _index("key_term", key_term, self.key_terms)]
+
+    def log_odds(self, key: int | None = None, against: int | Iterable[int] | None = None) -> LogOdds:
+        """Why the head preferred a key to others: log of its attention over all of theirs, by path.
+
+        A part of the score that all keys share drops out here, as it does in the softmax.
+
+        Args:
+            key: a position in `keys`; by default the one that gets most attention.
+            against: a competitor or several; by default every other key up to the query.
+
+        Raises:
+            TypeError, ValueError: for positions that are not among `keys`.
+        """
+        own = self.top_key if key is None else self._position(key)
+        if against is None:
+            missing = sorted(set(range(self.query + 1)) - set(self.keys))
+            if missing:
+                raise ValueError(f"against must be given, since this attribution lacks the keys {missing}")
+            others = tuple(other for other in self.keys if other != own)
+        else:
+            listed = list(against) if isinstance(against, Iterable) and not isinstance(against, str) else [against]
+            others = tuple(self._position(other, "against") for other in listed)
+        if not others or own in others or len(set(others)) < len(others):
+            raise ValueError(f"against must be one or several different keys other than {own}, got {against!r}")
+        labels = (self.query_terms, self.key_terms, self.circuit)
+        return LogOdds.between(self.values, self.scores, self.keys, own, others, labels)
+
+    def _position(self, key: Any, name: str = "key") -> int:
+        """The position of a key of this attribution; negative ones count from the end of the prompt."""
+        number = as_int(key)
+        if number is None:
+            raise TypeError(f"{name} must be a position (an int), got {key!r}")
+        position = number + len(self.texts) if number < 0 else number
+        if position not in self.keys:
+            raise ValueError(f"{name} must be among this attribution's keys, got {number}")
+        return position
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per value: key, token, query_path, key_path, score."""
+        names = [self.keys, self.query_labels, self.key_labels]
+        index = pd.MultiIndex.from_product(names, names=["key", "query_path", "key_path"])
+        flat = self.values.detach().cpu().double().flatten().numpy()
+        frame = pd.Series(flat, index=index, name="score").reset_index()
+        frame.insert(1, "token", [self.texts[key] for key in frame["key"]])
+        return frame
+
+    def picture(self, key: int | Iterable[int] | None = None) -> "Picture":
+        """Query paths against key paths, one heat map per key position.
+
+        Args:
+            key: a position in `keys`, or several; by default the one that gets most attention.
+
+        Raises:
+            TypeError, ValueError: for positions that are not among `keys`.
+        """
+        from hijack_lens.show.score_maps import score_maps
+
+        listed = [self.top_key] if key is None else list(key) if isinstance(key, Iterable) else [key]
+        if not listed:
+            raise ValueError("key must be one position or several, got none")
+        return score_maps(self, tuple(self._position(one) for one in listed))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        header = {
+            "format": _FORMAT,
+            "head": asdict(self.head),
+            "query": self.query,
+            "keys": self.keys,
+            "query_terms": [_saved(term) for term in self.query_terms],
+            "key_terms": [_saved(term) for term in self.key_terms],
+            "texts": self.texts,
+            "circuit": {role: [asdict(member) for member in getattr(self.circuit, role)] for role in ROLE_NAMES},
+        }
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in ("values", "scores", "attention")}
+        write_atomically(path, save(tensors, {"hijack_lens": json.dumps(header)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "ScoreAttribution":
+        """Reads what `save` wrote; nothing in it is executed. The evidence for the circuit is not kept.
+
+        Raises:
+            ValueError: for any other file.
+        """
+        tensors, header = read_safetensors(path, _FORMAT)
+        try:
+            roles = {role: tuple(Component(**member) for member in header["circuit"][role]) for role in ROLE_NAMES}
+            return cls(
+                values=tensors["values"],
+                scores=tensors["scores"],
+                attention=tensors["attention"],
+                head=Component(**header["head"]),
+                query=header["query"],
+                keys=tuple(header["keys"]),
+                query_terms=tuple(_loaded(term) for term in header["query_terms"]),
+                key_terms=tuple(_loaded(term) for term in header["key_terms"]),
+                texts=tuple(header["texts"]),
+                circuit=Circuit(**roles),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a saved ScoreAttribution: {error!r}") from error
+
+    def __repr__(self) -> str:
+        from hijack_lens.show.score_table import as_text
+
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from hijack_lens.show.score_table import as_html
+
+        return as_html(self)
+
+
+def _index(name: str, term: Any, terms: tuple[Term, ...]) -> int:
+    (term,) = term if isinstance(term, tuple) and len(term) == 1 else (term,)
+    if term not in terms:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, terms))}; got {term!s:.80}")
+    return terms.index(term)
+
+
+def _saved(term: Term) -> Any:
+    return asdict(term) if isinstance(term, Component) else term
+
+
+def _loaded(saved: Any) -> Any:
+    return Component(**saved) if isinstance(saved, dict) else saved

@@ -1,0 +1,305 @@
+"""The game whose Shapley values are asked for: what coalitions are worth, and how it is shared out."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hijack_lens.core.hook_points import Site
+from hijack_lens.hooks.intervention import HookFunction, Intervention, read_source
+from hijack_lens.hooks.patched_runs import BoundMetric, runs_at_once
+
+How = Literal["zero", "mean", "resample", "patch"]
+Outputs = Mapping[Site, Tensor | None]
+"""What is written where a component is absent, [batch or 1, pos, ...]; `None` for zeros."""
+
+
+def outputs_when_absent(
+    model: Any,
+    present: Mapping[Site, Tensor],
+    how: How,
+    reference: object,
+    generator: torch.Generator,
+) -> Outputs:
+    """What is written where a component is absent.
+
+    Args:
+        model: whose components they are.
+        present: what the components write in the run itself, [batch, pos, ...].
+        how: as for `shapley`.
+        reference: prompts or a cache; `None` for zeros.
+        generator: for the draws of "resample".
+
+    Raises:
+        ValueError: for a reference of another length; and with "patch" of another number of prompts.
+    """
+    if how == "zero":
+        return dict.fromkeys(present)
+    stored = read_source(model, reference, list(dict.fromkeys(site.name for site in present)), "reference")
+    drawn: Tensor | None = None
+    outputs = {}
+    for site, current in present.items():
+        values = site.read(stored[site.name])
+        if values.shape[1:] != current.shape[1:]:
+            raise ValueError(
+                f"reference must be as long as the prompt: at {site.name!r} it has shape {tuple(values.shape)}, "
+                f"the prompt's run {tuple(current.shape)}"
+            )
+        if how == "patch" and len(values) not in (1, len(current)):
+            raise ValueError(
+                f"reference must hold one prompt, or one for each of the {len(current)}, got {len(values)}"
+            )
+        if how == "mean":
+            values = values.mean(0, keepdim=True)
+        elif how == "resample":
+            if drawn is None:  # the same for all components and coalitions
+                drawn = torch.randint(len(values), (len(current),), generator=generator)
+            values = values[drawn.to(values.device)]
+        outputs[site] = values
+    return outputs
+
+
+class CoalitionRuns:
+    """Runs of a model with some of its components absent, many in one forward pass.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        tokens: of the prompts, the same in all runs.
+        players: where each player's outputs are, by its label.
+        outputs: what is written there while it is absent.
+        reader: of the metric.
+        memory: in bytes; `None` for one run at a time, since hooks of the user's must see no batch but theirs.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokens: Int[Tensor, "batch pos"],
+        players: Mapping[str, Sequence[Site]],
+        outputs: Outputs,
+        reader: BoundMetric,
+        memory: float | None,
+    ):
+        self.model = model
+        self.tokens = tokens
+        self.players = players
+        self.outputs = outputs
+        self.reader = reader
+        self.at_once = 1 if memory is None else runs_at_once(model, tokens, memory)
+
+    def worth(self, coalitions: Bool[Tensor, "coalition player"]) -> Float[Tensor, "coalition"]:
+        """The metric's mean over prompts with only these players present; in float64, on the CPU.
+
+        Raises:
+            ValueError: where the metric is not finite, since nothing could be shared out.
+        """
+        worth = []
+        with tqdm(total=len(coalitions), disable=None, unit="run") as bar:
+            for chunk in coalitions.split(self.at_once):
+                with Intervention(self.model, edit=self._edits(chunk)):
+                    logits = self.model(self.tokens.repeat(len(chunk), 1))
+                worth.append(self.reader.each(logits.unflatten(0, (len(chunk), -1))).double().cpu())
+                bar.update(len(chunk))
+        found = torch.cat(worth)
+        if not bool(found.isfinite().all()):
+            first = int((~found.isfinite()).nonzero()[0])
+            absent = [label for label, here in zip(self.players, coalitions[first].tolist(), strict=True) if not here]
+            raise ValueError(
+                f"metric must be finite whichever components are absent, got {float(found[first])} without "
+                f"{', '.join(absent) or 'any absent'}"
+            )
+        return found
+
+    def _edits(self, coalitions: Bool[Tensor, "coalition player"]) -> list[tuple[str, HookFunction]]:
+        """Hooks that write over absent players, where any are absent. The model's order makes later ones see it."""
+        absent: dict[str, list[tuple[Site, Tensor]]] = {}
+        for sites, present in zip(self.players.values(), coalitions.T, strict=True):
+            for site in sites:
+                if not bool(present.all()):
+                    absent.setdefault(site.name, []).append((site, ~present))
+        return [(name, self._overwrite(at, len(coalitions))) for name, at in absent.items()]
+
+    def _overwrite(self, absent: list[tuple[Site, Tensor]], count: int) -> HookFunction:
+        n_rows = count * len(self.tokens)
+
+        def overwrite(activation: Tensor, hook: Any) -> Tensor:
+            edited = activation.clone()
+            for site, runs in absent:
+                # Rotary angles, say: with one copy for all prompts, they cannot be absent from some.
+                if len(edited) != n_rows:
+                    raise ValueError(
+                        f"components must have an output for each prompt; {site.name!r} has {len(edited)} for {n_rows}"
+                    )
+                view, value = site.read(edited).unflatten(0, (count, -1)), self.outputs[site]
+                view[runs.to(view.device)] = 0 if value is None else value.to(view)
+            return edited
+
+        return overwrite
+
+
+def all_coalitions(n_players: int) -> Bool[Tensor, "coalition player"]:
+    """Every coalition, who is in it; their order is that of a tensor with an axis (absent, present) per player."""
+    axes = [torch.tensor([False, True])] * n_players
+    return torch.cartesian_prod(*axes).reshape(-1, n_players)
+
+
+def shapley_values(worth: Float[Tensor, "coalition"]) -> Float[Tensor, "player"]:
+    """Each player's Shapley value (Shapley 1953): what it adds to those who came before it, averaged over all orders.
+
+        value_i = Σ_{S without i}  |S|! (n - |S| - 1)! / n!  ·  ( worth(S + i) - worth(S) )
+
+    Args:
+        worth: of every coalition, in the order of `all_coalitions`.
+    """
+    n, sizes = _sizes(worth)
+    weights = torch.tensor([1 / (n * comb(n - 1, size)) for size in range(n)], dtype=worth.dtype)
+    values = []
+    for player in range(n):
+        without, joined = _split(worth, player).unbind(1)
+        values.append((weights[_split(sizes, player)[:, 0]] * (joined - without)).sum())
+    return torch.stack(values)
+
+
+def shapley_interactions(worth: Float[Tensor, "coalition"]) -> Float[Tensor, "player player"]:
+    """The Shapley interaction index of each pair (Grabisch & Roubens 1999): what two add together beyond what each adds
+    alone, averaged over all orders in which they come one after the other.
+
+        I_ij = Σ_{S without i, j}  |S|! (n - |S| - 2)! / (n - 1)!  ·  ( worth(S + i + j) - worth(S + i) - worth(S + j)
+                                                                        + worth(S) )
+
+    Args:
+        worth: of every coalition, in the order of `all_coalitions`.
+
+    Returns:
+        A symmetric matrix; NaN on its diagonal, where there is no pair.
+    """
+    n, sizes = _sizes(worth)
+    weights = torch.tensor([1 / ((n - 1) * comb(n - 2, size)) for size in range(n - 1)], dtype=worth.dtype)
+    indices = worth.new_full((n, n), torch.nan)
+    for first in range(n):
+        # Without the first player's axis, the second's is one further to the front.
+        without, joined = _split(worth, first).unbind(1)
+        gain, others = (joined - without).flatten(), _split(sizes, first)[:, 0].flatten()
+        for second in range(first + 1, n):
+            alone, beside = _split(gain, second - 1).unbind(1)
+            index = (weights[_split(others, second - 1)[:, 0]] * (beside - alone)).sum()
+            indices[first, second] = indices[second, first] = index
+    return indices
+
+
+def _sizes(worth: Float[Tensor, "coalition"]) -> tuple[int, Int[Tensor, "coalition"]]:
+    n = len(worth).bit_length() - 1
+    return n, all_coalitions(n).sum(1)
+
+
+def _split(values: Tensor, player: int) -> Tensor:
+    """[those before it, absent or present, those after it]."""
+    return values.reshape(2**player, 2, -1)
+
+
+MIN_SAMPLES = 10
+"""Means of fewer say too little about their own errors: their intervals would hold the truth too rarely."""
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Means over samples, with their standard errors; NaN where there is no pair, or too few samples of it.
+
+    Attributes:
+        values: Shapley values.
+        stderr: theirs.
+        interactions: Shapley interaction indices of pairs.
+        interactions_stderr: theirs.
+        pair_samples: how many samples each interaction is the mean of.
+        full: worth of all players together.
+        empty: worth of none.
+        n_runs: how many different coalitions were run.
+    """
+
+    values: Float[Tensor, "player"]
+    stderr: Float[Tensor, "player"]
+    interactions: Float[Tensor, "player player"]
+    interactions_stderr: Float[Tensor, "player player"]
+    pair_samples: Int[Tensor, "player player"]
+    full: float
+    empty: float
+    n_runs: int
+
+
+def estimate(
+    worth: Callable[[Bool[Tensor, "coalition player"]], Float[Tensor, "coalition"]],
+    n_players: int,
+    n_samples: int,
+    interactions: bool,
+    generator: torch.Generator,
+) -> Estimates:
+    """Estimates from random orders, each together with its reverse, without bias.
+
+    Whoever comes early in an order comes late in its reverse, so that errors of the two cancel in part (antithetic
+    sampling: Mitchell, Cooper, Frank & Holmes, JMLR 2022, arXiv 2104.12199). In every order the gains telescope, so the
+    values sum to full − empty exactly, as they should. For interactions, each two neighbours in an order are swapped as
+    well, which doubles the runs: without, whatever two players add alone would stay in the difference as noise. A pair
+    is neighbours in a share 2 / n_players of the orders.
+
+    Args:
+        worth: of coalitions; asked once, for each coalition once.
+        n_players: how many.
+        n_samples: how many orders, each of them run in reverse, too.
+        interactions: whether to estimate these.
+        generator: of the orders.
+    """
+    n = n_players
+    ranks = torch.rand(n_samples, n, generator=generator, dtype=torch.float64).argsort(-1)
+    # Who has come after k players, k = 0 ... n; the complements are who has come in the reverse order after n - k.
+    come = ranks[:, None] < torch.arange(n + 1)[:, None]
+    # The k-th and the one after it swapped: who has come in between.
+    k = torch.arange(n - 1 if interactions else 0)[:, None]
+    swapped = (ranks[:, None] < k) | (ranks[:, None] == k + 1)
+    forward = torch.cat([come, swapped], 1)
+    visited, where = torch.stack([forward, ~forward]).flatten(0, 2).unique(dim=0, return_inverse=True)
+    found = worth(visited)[where].reshape(2, n_samples, -1)
+    come_worth, swapped_worth = found[..., : n + 1], found[..., n + 1 :]
+
+    ahead, behind = come_worth.diff(dim=-1)
+    gains = ((ahead - behind) / 2).gather(1, ranks)
+    stderr = gains.std(0) / math.sqrt(n_samples)
+    if interactions and n > 1:
+        # Both ways round it is the same difference of differences.
+        beyond = come_worth[..., 2:] - come_worth[..., 1:-1] - swapped_worth + come_worth[..., :-2]
+        mean, spread, counts = _by_pair(beyond.mean(0), ranks.argsort(-1).unfold(1, 2, 1), n)
+    else:
+        mean = spread = gains.new_full((n, n), torch.nan)
+        counts = torch.zeros(n, n, dtype=torch.long)
+    return Estimates(
+        values=gains.mean(0),
+        stderr=stderr,
+        interactions=mean,
+        interactions_stderr=spread,
+        pair_samples=counts,
+        full=float(come_worth[0, 0, -1]),
+        empty=float(come_worth[0, 0, 0]),
+        n_runs=len(visited),
+    )
+
+
+def _by_pair(
+    samples: Float[Tensor, "sample neighbours"], pairs: Int[Tensor, "sample neighbours 2"], n: int
+) -> tuple[Float[Tensor, "player player"], Float[Tensor, "player player"], Int[Tensor, "player player"]]:
+    """Mean, standard error and number of each pair's samples."""
+    low, high = pairs.amin(-1), pairs.amax(-1)
+    cell, flat = (low * n + high).flatten(), samples.flatten()
+    counts = torch.bincount(cell, minlength=n * n)
+    mean = flat.new_zeros(n * n).index_add_(0, cell, flat) / counts
+    squares = flat.new_zeros(n * n).index_add_(0, cell, (flat - mean[cell]).square())
+    stderr = (squares / (counts - 1).clamp(min=1) / counts).sqrt()
+    too_few = counts < MIN_SAMPLES
+    mean, stderr = mean.masked_fill(too_few, torch.nan), stderr.masked_fill(too_few, torch.nan)
+    upper = torch.ones(n, n).triu(1).bool()
+    mean, stderr, counts = mean.reshape(n, n), stderr.reshape(n, n), counts.reshape(n, n)
+    return torch.where(upper, mean, mean.T), torch.where(upper, stderr, stderr.T), counts + counts.T

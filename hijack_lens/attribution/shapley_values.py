@@ -1,0 +1,335 @@
+"""The result of sharing out a metric among components: Shapley values, interactions, and views of them."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import save
+from torch import Tensor
+
+from hijack_lens.attribution.shapley_games import (
+    MIN_SAMPLES,
+    CoalitionRuns,
+    How,
+    all_coalitions,
+    estimate,
+    outputs_when_absent,
+    shapley_interactions,
+    shapley_values,
+)
+from hijack_lens.core.checks import as_generator, check_choice, check_count, check_number
+from hijack_lens.core.circuit import Circuit, Component
+from hijack_lens.core.files import read_safetensors, write_atomically
+from hijack_lens.core.hook_points import check_model, evaluating, is_hooked
+from hijack_lens.core.inputs import Player, model_tokens, players_of, sites_of
+from hijack_lens.core.statistics import student_quantile
+from hijack_lens.hooks.intervention import record
+from hijack_lens.hooks.patched_runs import BoundMetric
+from hijack_lens.hooks.sweeps import check_metric
+from hijack_lens.metrics import Metric
+
+if TYPE_CHECKING:
+    from hijack_lens.show.style import Picture
+
+
+_FORMAT = "hijack_lens.ShapleyValues.1"
+_EXACT = ("values", "interactions", "worth")
+_SAMPLED = ("values", "interactions", "stderr", "interactions_stderr", "pair_samples")
+
+
+@dataclass(frozen=True, repr=False)
+class ShapleyValues:
+    """What each component is worth, in the metric's unit; in float64, on the CPU.
+
+    Attributes:
+        values: each player's Shapley value; they sum to `full - empty`.
+        interactions: each pair's Shapley interaction index: positive where two need each other, negative where one
+            does for the other. NaN on the diagonal, and where a pair was not scored.
+        players: what the axes hold.
+        metric: its name.
+        how: what absent components wrote.
+        full: the metric with all players present, that is, of the run itself.
+        empty: the metric with none present.
+        n_runs: how many coalitions were run.
+        worth: the metric of every coalition, with an axis (absent, present) for each player: `worth[1, 0, 1]` is that
+            with the second of three absent. `None` where values were sampled.
+        stderr: standard errors of the values; `None` where they are exact, and likewise what follows.
+        interactions_stderr: those of the interactions.
+        n_samples: how many samples a value is the mean of, each an order of the players and its reverse.
+        pair_samples: how many an interaction is the mean of.
+    """
+
+    values: Float[Tensor, "player"]
+    interactions: Float[Tensor, "player player"]
+    players: tuple[Player, ...]
+    metric: str
+    how: How
+    full: float
+    empty: float
+    n_runs: int
+    worth: Float[Tensor, "*present"] | None = None
+    stderr: Float[Tensor, "player"] | None = None
+    interactions_stderr: Float[Tensor, "player player"] | None = None
+    n_samples: int | None = None
+    pair_samples: Int[Tensor, "player player"] | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.players)
+        shapes = {"values": (n,), "interactions": (n, n), "worth": (2,) * n, "stderr": (n,)}
+        shapes |= dict.fromkeys(("interactions_stderr", "pair_samples"), (n, n))
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is None and name in (_EXACT if self.exact else _SAMPLED):
+                raise ValueError(f"{name} must be there, got None")
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+
+    @property
+    def exact(self) -> bool:
+        """Whether every coalition was run."""
+        return self.n_samples is None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the players are called."""
+        return tuple(player.label for player in self.players)
+
+    @property
+    def efficiency_error(self) -> float:
+        """|sum of the values - (full - empty)|; rounding alone, sampled or not."""
+        return abs(float(self.values.sum()) - (self.full - self.empty))
+
+    @property
+    def alone(self) -> Float[Tensor, "player"]:
+        """What each player adds where no other is present; NaN where values were sampled."""
+        return self._single(present=1) - self.empty
+
+    @property
+    def last(self) -> Float[Tensor, "player"]:
+        """What each player adds where all others are present, which is what its ablation takes away; NaN likewise."""
+        return self.full - self._single(present=0)
+
+    @property
+    def main(self) -> Float[Tensor, "player"]:
+        """Each value without the player's half of its interactions (Lundberg, Erion & Lee 2018, arXiv 1802.03888).
+
+        With the interactions of all pairs they sum to `full - empty`. NaN where some of them were not scored.
+        """
+        return self.values - self.interactions.clone().fill_diagonal_(0.0).sum(1) / 2
+
+    @property
+    def ci(self) -> Float[Tensor, "player 2"]:
+        """Lower and upper ends of 95% confidence intervals of the values, by Student's t; the values, where exact."""
+        width = 0.0 if self.stderr is None or self.n_samples is None else student_quantile(self.n_samples - 1)
+        half = width * (torch.zeros_like(self.values) if self.stderr is None else self.stderr)
+        return torch.stack([self.values - half, self.values + half], -1)
+
+    @property
+    def interactions_ci(self) -> Float[Tensor, "player player 2"]:
+        """The same, of the interactions."""
+        half = torch.zeros_like(self.interactions)
+        if self.interactions_stderr is not None and self.pair_samples is not None:
+            widths = [[student_quantile(max(1, count - 1)) for count in row] for row in self.pair_samples.tolist()]
+            half = torch.tensor(widths).to(half) * self.interactions_stderr
+        return torch.stack([self.interactions - half, self.interactions + half], -1)
+
+    def __getitem__(self, label: str) -> float:
+        """One player's value.
+
+        Raises:
+            KeyError: for a label that no player has.
+        """
+        if label not in self.labels:
+            raise KeyError(f"{label!r} is no player; there are {', '.join(self.labels)}")
+        return float(self.values[self.labels.index(label)])
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per player: its label and parts, value, standard error and confidence interval, `alone` and `last`."""
+        frame = pd.DataFrame({"player": self.labels, "parts": [", ".join(map(str, p.parts)) for p in self.players]})
+        frame["value"] = self.values.numpy()
+        frame["stderr"] = 0.0 if self.stderr is None else self.stderr.numpy()
+        frame["low"], frame["high"] = (end.numpy() for end in self.ci.unbind(-1))
+        return frame.assign(alone=self.alone.numpy(), last=self.last.numpy())
+
+    def interactions_to_pandas(self) -> pd.DataFrame:
+        """A row per pair: `first`, `second`, the `interaction`, its standard error and confidence interval."""
+        errors = torch.zeros_like(self.interactions) if self.interactions_stderr is None else self.interactions_stderr
+        rows = [
+            (self.labels[i], self.labels[j], *(float(x) for x in (self.interactions[i, j], errors[i, j], *ends[i, j])))
+            for ends in [self.interactions_ci]
+            for i, j in combinations(range(len(self.players)), 2)
+        ]
+        return pd.DataFrame(rows, columns=["first", "second", "interaction", "stderr", "low", "high"])
+
+    def picture(self) -> "Picture":
+        """Values as bars, with their confidence intervals, and interactions as a heat map."""
+        from hijack_lens.show.shapley_bars import shapley_bars
+
+        return shapley_bars(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        header = {
+            "format": _FORMAT,
+            "players": [asdict(player) for player in self.players],
+            "metric": self.metric,
+            "how": self.how,
+            "full": self.full,
+            "empty": self.empty,
+            "n_runs": self.n_runs,
+            "n_samples": self.n_samples,
+        }
+        tensors = {name: getattr(self, name).contiguous() for name in (_EXACT if self.exact else _SAMPLED)}
+        write_atomically(path, save(tensors, {"hijack_lens": json.dumps(header)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "ShapleyValues":
+        """Reads what `save` wrote; nothing in it is executed.
+
+        Raises:
+            ValueError: for any other file.
+        """
+        tensors, header = read_safetensors(path, _FORMAT)
+        try:
+            players = tuple(Player(p["label"], tuple(map(_part, p["parts"]))) for p in header.pop("players"))
+            rest: dict[str, Any] = {**header, **tensors}
+            rest.pop("format")
+            return cls(players=players, **rest)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a saved ShapleyValues: {error!r}") from error
+
+    def __repr__(self) -> str:
+        from hijack_lens.show.shapley_table import as_text
+
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from hijack_lens.show.shapley_table import as_html
+
+        return as_html(self)
+
+    def _single(self, present: int) -> Float[Tensor, "player"]:
+        """The metric where each player alone is present, or alone absent."""
+        if self.worth is None:
+            return torch.full_like(self.values, torch.nan)
+        n = len(self.players)
+        at = (torch.eye(n, dtype=torch.long) if present else 1 - torch.eye(n, dtype=torch.long)).unbind(1)
+        return self.worth[at]
+
+
+def _part(saved: object) -> "Component | str":
+    return Component(**saved) if isinstance(saved, dict) else str(saved)
+
+
+_MOST_EXACT = 20
+
+
+def shapley(
+    model: Any,
+    prompt: object,
+    metric: Metric | Callable[[Tensor], Any],
+    components: Circuit | Component | str | Iterable[Component | str] | Mapping[str, Any] | None = None,
+    how: How = "zero",
+    reference: object = None,
+    *,
+    max_exact: int = 10,
+    n_samples: int = 100,
+    interactions: bool = True,
+    seed: int | torch.Generator = 0,
+    memory_gb: float = 0.25,
+) -> ShapleyValues:
+    """Shares out what components do for a metric: each one's Shapley value, and each pair's interaction.
+
+    The components play a game. A coalition is worth the metric of a run in which all others are absent, that is,
+    ablated as `hooks.ablate` does it; what runs through no player is always there. A player's value is what its arrival
+    adds to the metric, averaged over all orders in which they could arrive. So the values sum to the metric of the run
+    itself, less that of the run without any player; two players that do the same get the same, and one that never does
+    anything gets nothing (Shapley 1953).
+
+    Up to `max_exact` players every coalition is run, and the values are exact; many runs share a forward pass. Beyond,
+    they are estimated from random orders, without bias and with 95% confidence intervals.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge, run without dropout. Hooks on it take part in all runs.
+        prompt: one, or a batch, over which the metric is averaged: text, tokens, or a `HijackPrompt`.
+        metric: one of `hijack_lens.metrics`, whose "clean" run is the run itself; or a function from the logits
+            [batch, pos, d_vocab] of one run to a number.
+        components: the players: heads, MLPs and names of hook points, or a `Circuit`; by default the model's own. With
+            a mapping from names to these, each name is one player: a role, or a memory, as a whole.
+        how: what an absent component writes: "zero"; "mean", over the reference prompts, position by position;
+            "resample", what a reference prompt has there, drawn for each prompt once; "patch", what the reference has
+            there, prompt by prompt: a corrupted prompt's, say. A head's output is its `z`, an MLP's its whole
+            `mlp_out`.
+        reference: prompts or a cache, as long as `prompt`; for all but "zero".
+        max_exact: up to how many players to run all 2^n coalitions.
+        n_samples: how many random orders to estimate from otherwise, each with its reverse; n_samples · 2 (n - 1) runs
+            at most.
+        interactions: whether to estimate these as well, which doubles the runs; where values are exact, they are free.
+            A pair is scored on about n_samples · 2 / n samples, and not at all (NaN) on fewer than 10.
+        seed: of draws and orders.
+        memory_gb: how much memory runs may take at a time, roughly.
+
+    Raises:
+        TypeError, ValueError: for what the model lacks or would ignore, players that overlap, a `reference` that is
+            missing, unused or of another length, and a metric that gives no finite number.
+    """
+    check_choice("how", how, ("zero", "mean", "resample", "patch"))
+    if (reference is None) != (how == "zero"):
+        need = "takes no reference" if how == "zero" else "needs reference="
+        raise ValueError(f"how={how!r} {need}, got reference={reference!r:.60}")
+    if check_count("max_exact", max_exact) > _MOST_EXACT:
+        raise ValueError(f"max_exact must be at most {_MOST_EXACT}, a million runs, got {max_exact}")
+    check_count("n_samples", n_samples, minimum=MIN_SAMPLES)
+    if not isinstance(interactions, bool):
+        raise TypeError(f"interactions must be True or False, got {interactions!r}")
+    generator = as_generator(seed)
+    memory = check_number("memory_gb", memory_gb, positive=True) * 2**30
+    check_model(model)
+    tokens = model_tokens(model, prompt, "prompt")
+    players = players_of(model, components)
+    sites = sites_of(model, players)
+    check_metric(metric, tokens.shape[1])
+
+    with evaluating(model):
+        every_site = [site for at in sites.values() for site in at]
+        logits, run = record(model, tokens, list(dict.fromkeys(site.name for site in every_site)))
+        reader = BoundMetric.of(
+            metric.on(model, clean=logits) if isinstance(metric, Metric) else metric, tokens.shape[1]
+        )
+        present = {site: site.read(run[site.name]) for site in every_site}
+        outputs = outputs_when_absent(model, present, how, reference, generator)
+        runs = CoalitionRuns(model, tokens, sites, outputs, reader, None if is_hooked(model) else memory)
+        if len(players) <= max_exact:
+            worth = runs.worth(all_coalitions(len(players)))
+            return ShapleyValues(
+                values=shapley_values(worth),
+                interactions=shapley_interactions(worth),
+                players=players,
+                metric=reader.name,
+                how=how,
+                full=float(worth[-1]),
+                empty=float(worth[0]),
+                n_runs=len(worth),
+                worth=worth.reshape((2,) * len(players)),
+            )
+        found = estimate(runs.worth, len(players), n_samples, interactions, generator)
+        return ShapleyValues(
+            values=found.values,
+            interactions=found.interactions,
+            players=players,
+            metric=reader.name,
+            how=how,
+            full=found.full,
+            empty=found.empty,
+            n_runs=found.n_runs,
+            stderr=found.stderr,
+            interactions_stderr=found.interactions_stderr,
+            n_samples=n_samples,
+            pair_samples=found.pair_samples,
+        )

@@ -1,0 +1,238 @@
+"""What speaks for each component of a circuit that was found, and why others were not named."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
+
+if TYPE_CHECKING:
+    from hijack_lens.show.style import Picture
+
+
+MIN_ATTENTION = 0.1
+"""Heads whose score is lower are not named, however surely it differs from chance: in random models that are tiny or
+have very large weights, some head reaches 0.05."""
+
+MIN_GAIN = 0.05
+"""Nats: a model whose in-context gain is lower has no induction circuit."""
+
+MIN_EFFECT = 0.02
+"""Heads that carry a smaller part of the in-context gain are not named."""
+
+MIN_INFORMATION = 0.1
+"""Nats: a model whose context-free predictions tell less about the current token has no bigram memory."""
+
+MIN_SHARE = 0.1
+"""MLPs that carry a smaller part of the context-free prediction are not named."""
+
+
+@dataclass(frozen=True)
+class HeadEvidence:
+    """Every head's scores for one role. NaN: not measured, since the head's attention had ruled it out.
+
+    Attributes:
+        score: attention to where the role looks. For previous-token heads, to the position before; for induction
+            heads, to the token after the current one's previous occurrence, minus what the same positions get when
+            the tokens before are in another order.
+        null: what the score must exceed.
+        lost: nats of in-context gain lost when this head alone is switched off.
+        regained: nats of it that come back when, of all the role's candidates switched off, this head is on again;
+            heads that back one another up show here.
+        effect_null: what one of these two must exceed.
+        lost_together: nats lost with all the role's candidates switched off.
+    """
+
+    score: Float[Tensor, "layer head"]
+    null: Float[Tensor, "layer head"]
+    lost: Float[Tensor, "layer head"]
+    regained: Float[Tensor, "layer head"]
+    effect_null: float
+    lost_together: float
+
+    @property
+    def candidates(self) -> list[Component]:
+        """Heads whose effect was measured."""
+        return [Component(layer, "head", head) for layer, head in (~self.lost.isnan()).nonzero().tolist()]
+
+    @property
+    def best(self) -> Component:
+        """The head with the largest score."""
+        layer, head = divmod(int(self.score.argmax()), self.score.shape[1])
+        return Component(layer, "head", head)
+
+
+@dataclass(frozen=True)
+class MLPEvidence:
+    """Every MLP's part in the context-free prediction: P(v), what follows token v in the mean over random contexts.
+
+    Attributes:
+        information: nats that P tells about v, the mean of KL(P(v) || mean over v of P). With Q in place of P inside
+            the logarithms, this is what another model's predictions Q tell of P: never more.
+        share: of the information, the part that is lost once the MLP's output no longer depends on the token; from
+            0 to 1, also where the loss is larger (Q is then worse than no prediction). NaN: there is no MLP. Shares
+            need not add up to 1: MLPs in a row each carry what passes through all of them.
+        direct_share: the part that is left when no head's or MLP's output depends on the token: what the
+            embedding tells the unembedding directly; from 0 to 1.
+        effect: root mean square, in logits, of what the MLP's output changes in the log-probabilities, beyond what
+            it changes for all v or all predicted tokens alike. NaN: not measured, the share had ruled the MLP out.
+        null: what the effect must exceed: the largest effect of the same output with the residual stream's
+            coordinates shuffled and their signs flipped, as 499 random draws have it; or the first that is as large.
+    """
+
+    information: float
+    share: Float[Tensor, "layer"]
+    direct_share: float
+    effect: Float[Tensor, "layer"]
+    null: Float[Tensor, "layer"]
+
+
+@dataclass(frozen=True)
+class CircuitEvidence:
+    """What `find_circuit` measured, and what it concluded; a table where it is displayed.
+
+    Attributes:
+        circuit: the components named (without evidence).
+        previous_token: of every head.
+        induction: of every head.
+        bigram: of every MLP.
+        gain: the in-context gain, in nats: how much likelier the right next token is on repeated random tokens than
+            after the same tokens in another order.
+        gain_null: what the gain must exceed.
+        n_prompts: prompts scored; as many others were ablated.
+        period: tokens that each prompt repeats.
+    """
+
+    circuit: Circuit
+    previous_token: HeadEvidence
+    induction: HeadEvidence
+    bigram: MLPEvidence
+    gain: float
+    gain_null: float
+    n_prompts: int
+    period: int
+
+    def verdict(self, role: str) -> str:
+        """What was found for a role, or why nothing was, in a sentence.
+
+        Raises:
+            ValueError: for a role that circuits do not have.
+        """
+        if role not in ROLE_NAMES:
+            raise ValueError(f"role must be one of {', '.join(map(repr, ROLE_NAMES))}, got {role!r}")
+        named = getattr(self.circuit, role)
+        if named:
+            return f"{ROLE_NAMES[role]}: {', '.join(f'{part} ({self._why(role, part)})' for part in named)}"
+        return f"no {ROLE_NAMES[role]}: {self._why_no_mlp() if role == 'bigram' else self._why_no_head(role)}"
+
+    @property
+    def verdicts(self) -> str:
+        """The verdicts on all roles, a line each."""
+        return "\n".join(map(self.verdict, ROLE_NAMES))
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per role and component that might have it.
+
+        Columns: role, component, layer, head (missing for MLPs), score (attention or share), null (what it must
+        exceed), effect (nats lost, or the MLP's effect in logits), regained (nats), effect_null, named.
+        """
+        rows: list[dict[str, Any]] = []
+        for role in ("previous_token", "induction"):
+            heads = getattr(self, role)
+            for layer, head in torch.cartesian_prod(*map(torch.arange, heads.score.shape)).tolist():
+                part = Component(layer, "head", head)
+                score, null, lost, regained = (
+                    float(getattr(heads, name)[layer, head]) for name in ("score", "null", "lost", "regained")
+                )
+                rows.append(self._row(role, part, score, null, lost, regained, heads.effect_null))
+        for layer, share in enumerate(self.bigram.share.tolist()):
+            effect, null = float(self.bigram.effect[layer]), float(self.bigram.null[layer])
+            rows.append(self._row("bigram", Component(layer, "mlp"), share, MIN_SHARE, effect, torch.nan, null))
+        return pd.DataFrame(rows).astype({"head": "Int64"})
+
+    def picture(self) -> "Picture":
+        """Heat maps of the heads' scores by layer, the named ones framed, and the MLPs' shares beside them."""
+        from hijack_lens.show.circuit_map import circuit_map
+
+        return circuit_map(self)
+
+    def __repr__(self) -> str:
+        from hijack_lens.show.evidence_table import as_text
+
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from hijack_lens.show.evidence_table import as_html
+
+        return as_html(self)
+
+    def _row(
+        self,
+        role: str,
+        part: Component,
+        score: float,
+        null: float,
+        effect: float,
+        regained: float,
+        effect_null: float,
+    ) -> dict[str, Any]:
+        return {
+            "role": role,
+            "component": str(part),
+            "layer": part.layer,
+            "head": part.head,
+            "score": score,
+            "null": null,
+            "effect": effect,
+            "regained": regained,
+            "effect_null": effect_null,
+            "named": part in getattr(self.circuit, role),
+        }
+
+    def _why(self, role: str, part: Component) -> str:
+        if role == "bigram":
+            return f"{float(self.bigram.share[part.layer]):.0%} of the context-free prediction"
+        heads, at = getattr(self, role), (part.layer, part.head)
+        lost, regained = (float(values[at]) / self.gain for values in (heads.lost, heads.regained))
+        back = f", {regained:.0%} back with it alone" if len(heads.candidates) > 1 else ""
+        return f"attention {float(heads.score[at]):.2f}; {lost:.0%} of the in-context gain lost without it{back}"
+
+    def _why_no_head(self, role: str) -> str:
+        heads = getattr(self, role)
+        score, null = float(heads.score.max()), float(heads.null[heads.best.layer, heads.best.head])
+        if not bool((heads.score > heads.null).any()):
+            return f"the best score {score:.2f} ({heads.best}) is below the null's {null:.2f}"
+        if self.gain <= self.gain_null:
+            return (
+                f"the order of the tokens before changes the right token's log-probability by {self.gain:+.2f} nats, "
+                f"not above the null's {self.gain_null:.2f}"
+            )
+        if not heads.candidates:
+            return "no head that looks there comes before an induction head"
+        largest = float(torch.maximum(heads.lost, heads.regained).nan_to_num(-torch.inf).max())
+        return (
+            f"{', '.join(map(str, heads.candidates))} look there, but carry at most {largest:.2f} nats of the "
+            f"in-context gain of {self.gain:.2f}, not above the null's {heads.effect_null:.2f}"
+        )
+
+    def _why_no_mlp(self) -> str:
+        share, effect, null = self.bigram.share, self.bigram.effect, self.bigram.null
+        if bool(share.isnan().all()):
+            return "the model has no MLP"
+        if self.bigram.information < MIN_INFORMATION:
+            return (
+                f"without context, predictions tell {self.bigram.information:.2f} nats about the current token, below "
+                f"{MIN_INFORMATION:.2f}"
+            )
+        best = int(share.nan_to_num(-1).argmax())
+        if bool(effect.isnan().all()):
+            return f"the best share {float(share[best]):.0%} ({Component(best, 'mlp')}) is below {MIN_SHARE:.0%}"
+        best = int((effect - null).nan_to_num(-torch.inf).argmax())
+        return (
+            f"{Component(best, 'mlp')} moves logits by {float(effect[best]):.2f}, but up to {float(null[best]):.2f} "
+            "where it writes in random directions"
+        )

@@ -1,0 +1,235 @@
+"""How much each head attends where previous-token and induction heads do, and what ablating it costs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hijack_lens.core.circuit import Component
+from hijack_lens.core.hook_points import rows_at_once
+from hijack_lens.hooks.ablate_and_patch import patch
+from hijack_lens.hooks.intervention import Intervention, record
+
+_TRIES = 8
+"""Orders drawn per twin, of which the one that keeps fewest pairs is taken."""
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Prompts whose second half is predictable from their first, and twins of them in which it is not.
+
+    A prompt is one first token, then `period` distinct tokens, then the same again from another starting point: so
+    where a query's successor stood differs from prompt to prompt, and a head that looks back a fixed distance finds
+    it no more often than chance. A twin has the first half's tokens in another order; all that the two halves share
+    but the order is in both. Of the first half's pairs (token, successor), numbered by `pair`:
+
+    Attributes:
+        tokens: the prompts.
+        twins: the same prompts, their first half in another order.
+        query: where the pair's first token stands the second time.
+        target: where its second token stood the first time.
+        answer: its second token, which the context predicts at the query.
+        scored: whether the pair counts: whether its first token is a trigger.
+    """
+
+    tokens: Int[Tensor, "prompt pos"]
+    twins: Int[Tensor, "prompt pos"]
+    query: Int[Tensor, "prompt pair"]
+    target: Int[Tensor, "prompt pair"]
+    answer: Int[Tensor, "prompt pair"]
+    scored: Bool[Tensor, "prompt pair"]
+
+    @property
+    def period(self) -> int:
+        """How many tokens are said twice."""
+        return self.query.shape[1] + 1
+
+    def __getitem__(self, rows: slice) -> "Repeats":
+        return Repeats(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def to(self, device: torch.device | str | None) -> "Repeats":
+        """The same on another device."""
+        return Repeats(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def mean(self, values: Float[Tensor, "... prompt pair"]) -> Float[Tensor, "... prompt"]:
+        """The mean over a prompt's scored pairs."""
+        counts = self.scored.to(values)
+        return (values * counts).sum(-1) / counts.sum(-1)
+
+
+def draw_repeats(
+    vocabulary: Int[Tensor, "token"],
+    triggers: Int[Tensor, "trigger"] | None,
+    first: int | None,
+    n_prompts: int,
+    period: int,
+    generator: torch.Generator,
+) -> Repeats:
+    """Draws prompts and their twins.
+
+    Args:
+        vocabulary: ids to draw from; more than `period`.
+        triggers: ids whose pairs are scored, drawn into every prompt first; `None` scores all pairs.
+        first: every prompt's first token; by default one that the prompt does not hold.
+        n_prompts: how many.
+        period: distinct tokens per prompt.
+        generator: of the draws.
+    """
+    said = _distinct(vocabulary, triggers, n_prompts, period + 1, generator)
+    opening, said = said[:, :1], said[:, 1:]
+    if first is not None:
+        opening = torch.full_like(opening, first)
+    start = torch.randint(period, (n_prompts, 1), generator=generator)
+    again = said.gather(1, (torch.arange(period) + start) % period)
+    orders = torch.rand(_TRIES, n_prompts, period, generator=generator).argsort(-1)
+    kept = (orders.diff(dim=-1) == 1).sum(-1)
+    order = orders[kept.argmin(0), torch.arange(n_prompts)]
+    pair = torch.arange(period - 1).expand(n_prompts, -1)
+    scored = torch.ones_like(pair, dtype=torch.bool) if triggers is None else torch.isin(said[:, :-1], triggers)
+    return Repeats(
+        tokens=torch.cat([opening, said, again], 1),
+        twins=torch.cat([opening, said.gather(1, order), again], 1),
+        query=1 + period + (pair - start) % period,
+        target=2 + pair,
+        answer=said[:, 1:],
+        scored=scored,
+    )
+
+
+def _distinct(
+    vocabulary: Tensor, triggers: Tensor | None, n_prompts: int, count: int, generator: torch.Generator
+) -> Int[Tensor, "prompt count"]:
+    """Distinct tokens per prompt: triggers first, as many as there are, but none at either end if others are left."""
+    weight = torch.rand(n_prompts, len(vocabulary), generator=generator)
+    if triggers is None:
+        return vocabulary[weight.topk(count).indices]
+    order = (weight + torch.isin(vocabulary, triggers).to(weight)).argsort(1)
+    ends, middle = order[:, :2], order[:, 2:].flip(1)[:, : count - 2]
+    middle = middle.gather(1, torch.rand(middle.shape, generator=generator).argsort(1))
+    return vocabulary[torch.cat([ends[:, :1], middle, ends[:, 1:]], 1)]
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """Of each prompt.
+
+    Attributes:
+        previous: mean attention to the position before.
+        elsewhere: the largest mean attention to any one other distance, of 2 to the period; the mean over prompts.
+        target: mean attention to the targets, minus that on the twins.
+        gain: mean log-probability of the answers, in nats, minus that on the twins.
+    """
+
+    previous: Float[Tensor, "prompt layer head"]
+    elsewhere: Float[Tensor, "layer head"]
+    target: Float[Tensor, "prompt layer head"]
+    gain: Float[Tensor, "prompt"]
+
+
+def head_scores(model: Any, prompts: Repeats, tick: Callable[[], object]) -> HeadScores:
+    """Attention on the prompts and their twins, without keeping any pattern."""
+    step = rows_at_once(model, prompts.tokens.shape[1])
+    parts = []
+    for start in range(0, len(prompts.tokens), step):
+        part = prompts[start : start + step]
+        said, shuffled = _AttentionProbe(model, part), _AttentionProbe(model, part)
+        answers = said.run(part.tokens)
+        tick()
+        twins = shuffled.run(part.twins)
+        tick()
+        distances = torch.stack(said.distances, 2)
+        target = torch.stack(said.targets, 1) - torch.stack(shuffled.targets, 1)
+        parts.append((distances, target, answers - twins))
+    distances, target, gain = (torch.cat(values).double().cpu() for values in zip(*parts, strict=True))
+    return HeadScores(
+        previous=distances[:, 0],
+        elsewhere=distances[:, 1:].mean(0).amax(0),
+        target=target,
+        gain=gain,
+    )
+
+
+class _AttentionProbe:
+    """Reads attention while the model runs."""
+
+    def __init__(self, model: Any, prompts: Repeats):
+        self.model = model
+        self.prompts = prompts
+        self.distances: list[Float[Tensor, "prompt distance head"]] = []
+        self.targets: list[Float[Tensor, "prompt head"]] = []
+
+    def run(self, tokens: Tensor) -> Float[Tensor, "prompt"]:
+        """The mean log-probability of each prompt's answers."""
+        names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(self.model.cfg.n_layers)]
+        with Intervention(self.model, look=[(name, self.read) for name in names]):
+            return answer_log_prob(self.model, tokens, self.prompts)
+
+    def read(self, pattern: Tensor, hook: Any) -> None:
+        first = 1 + self.prompts.period  # the second half's first position
+        late = pattern[:, :, first:].float()
+        distances = [late.diagonal(first - distance, 2, 3).mean(-1) for distance in range(1, self.prompts.period + 1)]
+        self.distances.append(torch.stack(distances, 1))
+        rows = torch.arange(len(pattern), device=pattern.device)[:, None]
+        # Indices on both sides of a slice come out first: [prompt, pair, head].
+        at_targets = pattern[rows, :, self.prompts.query, self.prompts.target].float()
+        self.targets.append(self.prompts.mean(at_targets.movedim(-1, 0)).T)
+
+
+def answer_log_prob(model: Any, tokens: Tensor, prompts: Repeats) -> Float[Tensor, "prompt"]:
+    """The mean log-probability of each prompt's scored answers, in nats."""
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+    logits = model(tokens)[rows, prompts.query]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    picked = logits.gather(-1, prompts.answer[..., None])[..., 0] - logits.logsumexp(-1)
+    return prompts.mean(picked)
+
+
+@dataclass(frozen=True)
+class AblationEffects:
+    """Nats of log-probability of the right answers, of each prompt.
+
+    Attributes:
+        lost: without one candidate.
+        regained: with that candidate alone, above having none.
+        lost_together: without all candidates.
+    """
+
+    lost: Float[Tensor, "prompt candidate"]
+    regained: Float[Tensor, "prompt candidate"]
+    lost_together: Float[Tensor, "prompt"]
+
+
+def ablation_effects(
+    model: Any, prompts: Repeats, candidates: Sequence[Component], tick: Callable[[], object]
+) -> AblationEffects:
+    """Ablates candidates one by one, and all but one.
+
+    A head that is off writes what it writes on the prompt's twin: the tokens are the same and only their order
+    differs, so what is lost is what the head knew of that order, and nothing else (resample ablation).
+    """
+    names = [f"blocks.{layer}.attn.hook_z" for layer in sorted({head.layer for head in candidates})]
+    step = rows_at_once(model, prompts.tokens.shape[1])
+    parts = []
+    for start in range(0, len(prompts.tokens), step):
+        part = prompts[start : start + step]
+        _, twins = record(model, part.twins, names)
+
+        def log_prob(off: Sequence[Component], part: Repeats = part, twins: dict[str, Tensor] = twins) -> Tensor:
+            tick()
+            if not off:
+                return answer_log_prob(model, part.tokens, part)
+            with patch(model, off, twins):
+                return answer_log_prob(model, part.tokens, part)
+
+        intact, none = log_prob([]), log_prob(candidates)
+        without = [log_prob([head]) if len(candidates) > 1 else none for head in candidates]
+        alone = [
+            log_prob([other for other in candidates if other != head]) if len(candidates) > 1 else intact
+            for head in candidates
+        ]
+        lost = intact[:, None] - torch.stack(without, 1)
+        parts.append((lost, torch.stack(alone, 1) - none[:, None], intact - none))
+    return AblationEffects(*(torch.cat(values).double().cpu() for values in zip(*parts, strict=True)))

@@ -1,0 +1,1 @@
+"""What all rooms share: checks, inputs, files, tables, statistics, and a circuit's words."""

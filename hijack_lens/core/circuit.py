@@ -1,0 +1,106 @@
+"""Which component of a model carries which memory, and how strongly each is written."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from hijack_lens.core.checks import check_choice, check_count, check_number
+
+
+@dataclass(frozen=True, order=True)
+class Component:
+    """An attention head or an MLP.
+
+    Attributes:
+        layer: its block, from 0.
+        kind: "head" or "mlp".
+        head: the head's index in its block; `None` for an MLP.
+    """
+
+    layer: int
+    kind: Literal["head", "mlp"]
+    head: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("layer", self.layer)
+        check_choice("kind", self.kind, ("head", "mlp"))
+        if self.kind == "head":
+            check_count("head", self.head)
+        elif self.head is not None:
+            raise ValueError(f"head must be None for an MLP, got {self.head!r}")
+
+    def __str__(self) -> str:
+        return f"L{self.layer}H{self.head}" if self.kind == "head" else f"L{self.layer}MLP"
+
+
+ROLE_NAMES = {
+    "previous_token": "previous-token head",
+    "induction": "induction head",
+    "bigram": "bigram memory",
+}
+"""What a person calls each role of a `Circuit`."""
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """The components that carry the two memories; a role may have several or none.
+
+    Attributes:
+        previous_token: heads that write into each position the token before it.
+        induction: heads that attend to where the current token's successor stands, and copy it.
+        bigram: MLPs that hold the global bigrams.
+        evidence: the `CircuitEvidence` of a circuit that `find_circuit` found, else `None`; equality ignores it.
+    """
+
+    previous_token: tuple[Component, ...] = ()
+    induction: tuple[Component, ...] = ()
+    bigram: tuple[Component, ...] = ()
+    evidence: Any = field(default=None, compare=False, repr=False)
+
+    def __iter__(self) -> Iterator[tuple[str, Component]]:
+        for role in ROLE_NAMES:
+            for component in getattr(self, role):
+                yield role, component
+
+    def __str__(self) -> str:
+        named = ((name, getattr(self, role)) for role, name in ROLE_NAMES.items())
+        return "; ".join(f"{name}: {', '.join(map(str, components)) or 'none'}" for name, components in named)
+
+    def role(self, component: Component) -> str | None:
+        """The role that a component plays, if any."""
+        return next((role for role, member in self if member == component), None)
+
+    def label(self, component: Component) -> str:
+        """What to call a component: by its role where that names just one, else by its place."""
+        role = self.role(component)
+        return ROLE_NAMES[role] if role is not None and len(getattr(self, role)) == 1 else str(component)
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """Strengths of the memories of the associative-memory transformer; pure numbers, all >= 0.
+
+    Attributes:
+        previous_token: b1, the previous-token head's attention score for the token before. Holds over
+            contexts of up to about e^b1 tokens. `math.inf` in theory only.
+        match: b2, the induction head's score where a position remembers the current token. One match
+            outweighs about e^b2 other positions.
+        copy: b3, the logit that the induction head writes for a token it attends to fully.
+        bigram: g, the bigram memory's scale: it writes g * log pi_b.
+    """
+
+    previous_token: float = 20.0
+    match: float = 6.0
+    copy: float = 10.0
+    bigram: float = 1.0
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name == "previous_token" and isinstance(value, float) and value == math.inf:
+                continue
+            object.__setattr__(self, one.name, check_number(one.name, value))
+
+
+Positions = Literal["relative", "absolute"]

@@ -1,0 +1,234 @@
+"""A model's hook points: which there are, which can be edited, and where a component's slice lies."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import (
+    JointQKVAttentionBridge,
+    JointQKVPositionEmbeddingsAttentionBridge,
+    PositionEmbeddingsAttentionBridge,
+)
+
+from hijack_lens.core.checks import check_choice
+from hijack_lens.core.circuit import Component
+
+_NEEDS_FLAG = {
+    "hook_result": "use_attn_result",
+    "hook_attn_in": "use_attn_in",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_mlp_in": "use_hook_mlp_in",
+}
+# Bridges with attention of these kinds compute it step by step; others hand it to the wrapped model, patterns and all.
+_REBUILT_ATTENTION = (
+    JointQKVAttentionBridge,
+    JointQKVPositionEmbeddingsAttentionBridge,
+    PositionEmbeddingsAttentionBridge,
+)
+_FORKED_INPUTS = ("ln1.hook_in", "ln1.hook_out", "ln1.hook_scale", "ln1.hook_normalized", "attn.hook_in")
+
+
+def check_model(model: Any) -> None:
+    """`model` is one of TransformerLens's, with hook points."""
+    # A bridge is not asked for them: it would put them together anew.
+    if not isinstance(model, TransformerBridge) and not hasattr(model, "hook_dict"):
+        raise TypeError(f"model must be a HookedTransformer or TransformerBridge, got {model!r:.80}")
+
+
+def check_hook_points(model: Any, names: Iterable[str]) -> None:
+    """The model has the hook points, they fire, and the model honours edits there.
+
+    Raises:
+        TypeError, ValueError: saying what to do instead.
+    """
+    check_model(model)
+    known = model.hook_dict
+    for name in names:
+        _check_hook_point(model, known, name, edits=True)
+
+
+def _check_hook_point(model: Any, known: Mapping[str, Any], name: str, edits: bool) -> None:
+    """`known` is `model.hook_dict`, read once for many names."""
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"; close to it: {', '.join(close)}" if close else ""
+        raise ValueError(f"component {name!r} is not a hook point of this {type(model).__name__}{hint}")
+    leaf = name.rsplit(".", 1)[-1]
+    flag = _NEEDS_FLAG.get(leaf)
+    if flag is not None and not getattr(model.cfg, flag):
+        raise ValueError(f"{name!r} never fires while cfg.{flag} is False; call model.set_{flag}(True) first")
+    if leaf in ("hook_mlp_out", "hook_resid_mid") and getattr(model.cfg, "attn_only", False):
+        raise ValueError(f"component {name!r} never fires: this model's blocks have no MLPs")
+    if not isinstance(model, TransformerBridge):
+        return
+    if leaf == "hook_pos_embed" and model.cfg.positional_embedding_type == "rotary":
+        raise ValueError(f"{name!r} never fires: this model's positions are rotary, and not added to the stream")
+    reason = _why_ignored(model, name) if edits else None
+    if reason is not None:
+        raise ValueError(f"this TransformerBridge does not honour edits at {name!r}: {reason}")
+
+
+def _why_ignored(model: TransformerBridge, name: str) -> str | None:
+    """Why an edit at a bridge's hook point would have no effect, or less than one would think."""
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf in ("hook_pattern", "hook_attn_scores"):
+        attn = model.blocks[int(name.split(".")[1])].attn
+        return None if type(attn) in _REBUILT_ATTENTION else "it computes the head's output without them"
+    if leaf == "hook_resid_mid":
+        return "only the MLP would see them, not the residual stream"
+    if name == "rotary_emb.hook_in":
+        return "the angles depend on positions alone"
+    if name.endswith(_FORKED_INPUTS) and (model.cfg.use_split_qkv_input or model.cfg.use_attn_in):
+        return "with cfg.use_split_qkv_input or cfg.use_attn_in, queries, keys and values are computed without them"
+    if leaf == "hook_attn_in" and getattr(model.cfg, "n_key_value_heads", None) not in (None, model.cfg.n_heads):
+        return "heads that share keys and values would not read their own copy"
+    return None
+
+
+def every_module(model: Any) -> set[nn.Module]:
+    """The model's modules; a bridge's own leave out parts of the model that it wraps, dropout of embeddings say."""
+    wrapped = getattr(model, "original_model", None)
+    return {*model.modules(), *(wrapped.modules() if isinstance(wrapped, nn.Module) else ())}
+
+
+def is_hooked(model: Any) -> bool:
+    """Whether running a part of the model alone would run someone's hook."""
+    if any(point.fwd_hooks for point in model.hook_dict.values()):
+        return True
+    # A bridge's modules bear hooks of its own and of transformers', which are not the user's.
+    of_torch = [
+        hook for m in every_module(model) for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+    ]
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith(("transformer_lens.", "transformers.")) for hook in of_torch
+    )
+
+
+Part = Literal["output", "pattern"]
+Components = Component | str | Sequence[Component | str]
+"""One or several heads, MLPs, or names of TransformerLens hook points."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A hook point, and the slice of it that belongs to one component.
+
+    Attributes:
+        name: of the hook point.
+        head: index on the head axis, where the component is a head.
+        head_dim: which axis that is.
+        pos_dim: the axis of (query) positions, once the head is picked.
+    """
+
+    name: str
+    head: int | None = None
+    head_dim: int = 2
+    pos_dim: int = 1
+
+    def read(self, activation: Tensor) -> Tensor:
+        """The component's slice of the activation."""
+        return activation if self.head is None else activation.select(self.head_dim, self.head)
+
+    def write(self, activation: Tensor, value: Tensor, positions: Sequence[int] | None) -> Tensor:
+        """A copy of the activation with the component's slice replaced, at some or all positions.
+
+        Raises:
+            ValueError: where `value` does not fit, or a position lies outside the run.
+        """
+        edited = activation.clone()
+        view = self.read(edited)
+        if value.shape[1:] != view.shape[1:] or value.shape[0] not in (1, view.shape[0]):
+            raise ValueError(
+                f"the source for {self.name!r} has shape {tuple(value.shape)}, the run {tuple(view.shape)}: "
+                "their prompts must be equally long, and of one batch size unless the source is one prompt"
+            )
+        value = value.to(view).expand_as(view)
+        if positions is None:
+            view.copy_(value)
+        else:
+            index = position_index(positions, view.shape[self.pos_dim]).to(view.device)
+            view.index_copy_(self.pos_dim, index, value.index_select(self.pos_dim, index))
+        return edited
+
+
+def position_index(positions: Sequence[int], length: int) -> Tensor:
+    """Positions counted from the front; negative ones count from the end."""
+    for position in positions:
+        if not -length <= position < length:
+            raise ValueError(f"positions holds {position}; the run has {length} tokens")
+    return torch.tensor([position % length for position in positions], dtype=torch.long)
+
+
+def sites(model: Any, components: Components, part: Part = "output") -> list[Site]:
+    """Where the components' outputs or attention patterns are.
+
+    Raises:
+        TypeError, ValueError: for components that the model lacks, and the pattern of an MLP.
+    """
+    check_model(model)
+    check_choice("part", part, ("output", "pattern"))
+    if not isinstance(components, (Component, str, Iterable)):
+        raise TypeError(f"component must be a Component, the name of a hook point, or several, got {components!r}")
+    listed = [components] if isinstance(components, (Component, str)) else list(components)
+    return [_site(model, component, part) for component in listed]
+
+
+def some_sites(model: Any, components: Components, part: Part) -> list[Site]:
+    """The same, of one component at least."""
+    found = sites(model, components, part)
+    if not found:
+        raise ValueError("component must name at least one component, got none")
+    return found
+
+
+def _site(model: Any, component: object, part: str) -> Site:
+    if isinstance(component, str):
+        if part != "output":
+            raise ValueError(f"part={part!r} goes with a head, got the hook point {component!r}")
+        over_keys = component.endswith(("hook_pattern", "hook_attn_scores", "hook_rel_scores"))
+        return Site(component, pos_dim=2 if over_keys else 1)
+    if not isinstance(component, Component):
+        raise TypeError(f"component must be a Component or the name of a hook point, got {component!r}")
+    if component.layer >= model.cfg.n_layers:
+        raise ValueError(f"component {component} is in layer {component.layer}; the model has {model.cfg.n_layers}")
+    block = f"blocks.{component.layer}"
+    if component.kind == "mlp":
+        if part == "pattern":
+            raise ValueError(f"part='pattern' goes with a head, got {component}")
+        return Site(f"{block}.hook_mlp_out")
+    assert component.head is not None
+    if component.head >= model.cfg.n_heads:
+        raise ValueError(f"component {component} is head {component.head}; the model has {model.cfg.n_heads} per layer")
+    if part == "pattern":
+        return Site(f"{block}.attn.hook_pattern", component.head, head_dim=1)
+    return Site(f"{block}.attn.hook_z", component.head)
+
+
+_CELLS = 2**25
+"""Logits per run: 128 MiB in float32."""
+
+
+def rows_at_once(model: Any, length: int) -> int:
+    """How many prompts to run together."""
+    return max(1, _CELLS // (length * max(model.cfg.d_vocab, model.cfg.n_heads * length)))
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """No dropout and no gradients meanwhile; every module's training flag is what it was afterwards."""
+    training = [module for module in every_module(model) if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,41 @@
+"""How uncertain a mean of few samples is, and what chance alone would give."""
+
+import functools
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_CONFIDENCE = 0.95
+
+
+@functools.cache
+def student_quantile(dof: int) -> float:
+    """How many standard errors the 95% interval of a mean reaches to either side (Student 1908).
+
+    Args:
+        dof: degrees of freedom, one less than there are samples.
+    """
+    # With t = √dof · tan(angle), the density is proportional to cos(angle)^(dof - 1).
+    angles = np.linspace(0.0, np.pi / 2, 200_001)
+    density = np.cos(angles) ** (dof - 1)
+    mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    return math.sqrt(dof) * math.tan(float(np.interp(_CONFIDENCE * mass[-1], mass, angles)))
+
+
+_DRAWS = 1000
+_LEVEL = 0.99
+
+
+def chance(values: Float[Tensor, "prompt statistic"], generator: torch.Generator) -> float:
+    """What the largest of several means over prompts reaches by chance in one of 100 cases, if all are truly 0.
+
+    Each prompt's deviations from the means keep or change their signs together, at random (a wild bootstrap): so
+    however the statistics hang together, the number accounts for how many there are.
+    """
+    n_prompts = len(values)
+    signs = torch.randint(2, (_DRAWS, n_prompts), generator=generator).to(values) * 2 - 1
+    means = signs @ (values - values.mean(0)) / (n_prompts * (n_prompts - 1)) ** 0.5
+    return float(means.max(1).values.quantile(_LEVEL))

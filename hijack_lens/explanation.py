@@ -1,0 +1,180 @@
+"""The main job in one call: a prompt's verdict, its attribution, its ablations and the theory beside it."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hijack_lens import hooks, theory
+from hijack_lens.attribution.logit_attribution import LogitAttribution
+from hijack_lens.attribution.logits import attribute
+from hijack_lens.circuits.finding import find_circuit
+from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Positions
+from hijack_lens.core.hook_points import check_model, evaluating
+from hijack_lens.core.inputs import answer_ids, model_tokens, text_tokens
+from hijack_lens.language.prompts import HijackPrompt
+from hijack_lens.models.transformer import BigramTransformer
+from hijack_lens.theory.closed_form import Margin
+from hijack_lens.theory.flips import Flip
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which memory wrote the last position's logits, and how that is known.
+
+    All margins are `logit[in_context] - logit[global_]` at the last position, in logits; for prompts other than a
+    `HijackPrompt`, `logit[answer] - logit[foil]`, the answer standing for what the context says.
+
+    Attributes:
+        model: that was explained.
+        prompt: it was asked; token ids, where that was no `HijackPrompt`.
+        attribution: of the last position's logits.
+        circuit: the roles of the model's components.
+        ablated: the margin with each role of the circuit switched off (zeroed), by what it is called.
+        theory: the closed form's margin, where the model was written by hand.
+        flip: the least number of repeats that wins at the prompt's length, likewise.
+    """
+
+    model: Any
+    prompt: HijackPrompt | Int[Tensor, "pos"]
+    attribution: LogitAttribution
+    circuit: Circuit
+    ablated: dict[str, float]
+    theory: Margin | None = None
+    flip: Flip | None = None
+
+    @property
+    def margin(self) -> Margin:
+        """The model's own margin, split by memory."""
+        return self.attribution.margin()
+
+    def theory_beside_model(self) -> dict[str, tuple[float, float]]:
+        """The margin and its parts, as (theory, model); empty for a model that was not written by hand."""
+        if self.theory is None:
+            return {}
+        parts = ("context", "weights", "rest", "total")
+        return {part: (float(getattr(self.theory, part)), float(getattr(self.margin, part))) for part in parts}
+
+    @property
+    def winner(self) -> str:
+        """ "context" or "weights": whose candidate has the larger logit; "neither" on a tie."""
+        total = float(self.margin.total)
+        return "neither" if total == 0 else "context" if total > 0 else "weights"
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The texts of the two candidates, with white space visible."""
+        first, second = (self.attribution.token_text(index) for index in self.attribution.pair())
+        return first, second
+
+    @property
+    def verdict(self) -> str:
+        """The answer in a sentence or two."""
+        (c, g), q = map(repr, self.names), repr(self.attribution.source_texts()[-1])
+        parts = ("context", "weights", "rest", "total")
+        context, weights, rest, total = (float(getattr(self.margin, part)) for part in parts)
+        if total == 0:
+            return f"Neither memory wins: after {q}, {c} and {g} have the same logit."
+        preferred, other = (c, g) if total > 0 else (g, c)
+        if rest * total > 0 and abs(rest) >= abs(context + weights):
+            said = "Neither memory decides, but the rest of the model"
+        elif context * total > 0 and weights * total > 0:
+            said = "Both memories agree"
+        elif not self.circuit.induction:
+            said = "The weights decide"
+        elif total > 0:
+            said = "The context hijacks the weights" if context > 0 else "The weights speak for the context's candidate"
+        else:
+            said = "The weights overrule the context" if weights < 0 else "The context speaks against its own candidate"
+        sentence = f"{said}: after {q} the model prefers {preferred} to {other}, by {abs(total):.2f} logits."
+        first = int(self.attribution.logits.argmax())
+        if first not in self.attribution.pair():
+            sentence += f" (Its first choice is neither, but {self.attribution.token_text(first)!r}.)"
+        return sentence
+
+
+def explain(
+    model: Any,
+    prompt: object,
+    answer: str | int | None = None,
+    foil: str | int | None = None,
+    *,
+    circuit: Circuit | None = None,
+) -> Explanation:
+    """Explains what a model predicts at the end of a prompt that sets its memories against each other.
+
+    Args:
+        model: a `BigramTransformer`; for other prompts than `HijackPrompt`s, any HookedTransformer or
+            TransformerBridge.
+        prompt: one `HijackPrompt`, of the model's language; or a text or tokens.
+        answer: with a text or tokens, the token that the context says, by its text or id.
+        foil: likewise, the one that the weights say.
+        circuit: the roles of the components; by default the model's own, else what `find_circuit` finds.
+
+    Raises:
+        TypeError, ValueError: for other models and prompts, for batches of prompts, and for answers that are no single
+            tokens.
+    """
+    if isinstance(prompt, HijackPrompt):
+        if answer is not None or foil is not None:
+            raise ValueError(f"answer and foil come with a HijackPrompt, got answer={answer!r}, foil={foil!r}")
+        return _of_hijack_prompt(model, prompt, circuit)
+    if answer is None or foil is None:
+        raise TypeError(f"prompt must be a HijackPrompt, got {type(prompt).__name__}; others need answer= and foil=")
+    check_model(model)
+    tokens = text_tokens(model, prompt, "prompt")[None] if isinstance(prompt, str) else model_tokens(model, prompt)
+    if len(tokens) != 1:
+        raise ValueError(f"prompt must be a single prompt, got a batch of {len(tokens)}")
+    pair = answer_ids(model, [answer, foil]).tolist()
+    with evaluating(model):
+        circuit = getattr(model, "circuit", None) if circuit is None else circuit
+        circuit = find_circuit(model) if circuit is None else circuit
+        first = int(model(tokens)[0, -1].argmax())
+        attribution = attribute(model, tokens[0], circuit=circuit, answers=list(dict.fromkeys([*pair, first])))
+        ablated = _ablated(model, tokens, circuit, pair)
+    attribution = replace(attribution, candidates=(pair[0], pair[1]), joiner=_joiner(model, tokens[0]))
+    return Explanation(model, tokens[0], attribution, circuit, ablated)
+
+
+def _of_hijack_prompt(model: Any, prompt: HijackPrompt, circuit: Circuit | None) -> Explanation:
+    if not isinstance(model, BigramTransformer):
+        raise TypeError(f"model must be a BigramTransformer, got {type(model).__name__}")
+    if prompt.tokens.ndim != 1:
+        raise ValueError(f"prompt must be a single prompt, got a batch of {len(prompt.tokens)}")
+    if prompt.language.tokens != model.language.tokens:
+        raise ValueError("prompt must be of the model's language, got one with other tokens")
+    circuit = model.circuit if circuit is None else circuit
+    attribution = attribute(model, prompt, circuit=circuit)
+    ablated = _ablated(model, prompt.tokens[None], circuit, [prompt.in_context, prompt.global_])
+    predicted = flip = None
+    if model.strengths is not None:
+        positions: Positions = "absolute" if model.positions == "absolute" else "relative"
+        setting = (model.strengths, model.triggers, positions, model.n_ctx_train)
+        predicted = theory.margin(prompt, model.language, *setting)
+        flip = theory.min_repeats(
+            model.language, prompt.trigger, prompt.in_context, prompt.global_, *setting, length=len(prompt)
+        )
+    return Explanation(model, prompt, attribution, circuit, ablated, predicted, flip)
+
+
+def _joiner(model: Any, tokens: Int[Tensor, "pos"]) -> str:
+    """What to show between tokens: nothing, where they bring their own spaces."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        return " "
+    ids = tokens.tolist()
+    return "" if "".join(tokenizer.decode([i]) for i in ids) == tokenizer.decode(ids) else " "
+
+
+def _ablated(model: Any, tokens: Int[Tensor, "1 pos"], circuit: Circuit, pair: list[int]) -> dict[str, float]:
+    """The margin with each role that has components switched off."""
+    found = {}
+    for role, name in ROLE_NAMES.items():
+        if components := getattr(circuit, role):
+            with hooks.ablate(model, components), torch.no_grad():
+                logits = model(tokens)[0, -1]
+            several = f" ({', '.join(map(str, components))})" if len(components) > 1 else ""
+            found[name + several] = float(logits[pair[0]] - logits[pair[1]])
+    return found

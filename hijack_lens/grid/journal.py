@@ -1,0 +1,141 @@
+"""What a sweep has found so far, on disk: JSON lines that only grow, each written whole."""
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hijack_lens.core.files import write_atomically
+
+_FORMAT = "hijack_lens.sweep.1"
+
+Outcome = dict[str, Any]
+"""Of a point: its "result" or its "error", and the "seconds" it took."""
+
+COLUMNS = ("seconds", "error", "traceback")
+"""Of a table, beside the points' arguments and results."""
+
+
+def identity(arguments: dict[str, Any]) -> str:
+    """What tells a point from another: its arguments as JSON, sorted by name."""
+    return json.dumps(arguments, sort_keys=True)
+
+
+class Journal:
+    """The outcomes of one function's points.
+
+    The file's first line names the function and the seed, every other one a point and its outcome; a later line on the
+    same point counts. With a Parquet file for `out` the lines lie beside it, and it is made from them.
+    """
+
+    def __init__(self, out: str | os.PathLike[str] | None, function: Callable[..., Any], seed: int) -> None:
+        self.header = {"format": _FORMAT, "function": _name(function, kept=out is not None), "seed": seed}
+        self.records: dict[str, dict[str, Any]] = {}
+        self.parquet: Path | None = None
+        self.path = None if out is None else Path(out)
+        if self.path is None:
+            return
+        if self.path.suffix not in (".jsonl", ".parquet"):
+            raise ValueError(f"out must end in .jsonl or .parquet, got {str(out)!r}")
+        if self.path.suffix == ".parquet":
+            if importlib.util.find_spec("pyarrow") is None:
+                raise ImportError("out is a Parquet file, which needs pyarrow: pip install 'hijack-lens[parquet]'")
+            self.parquet, self.path = self.path, self.path.with_name(f"{self.path.name}.jsonl")
+            if self.parquet.exists() and not self.path.exists():
+                raise ValueError(f"out={str(out)!r} exists without the {self.path.name} that it was made from")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._read()
+
+    def _read(self) -> None:
+        assert self.path is not None
+        data = self.path.read_bytes() if self.path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        header, *lines = whole.decode(errors="replace").splitlines() or [""]
+        if whole:
+            self._check_header(header)
+        elif data and not json.dumps(self.header).startswith(data.decode(errors="replace")):
+            raise ValueError(f"{self.path} is not a sweep's file")
+        for number, line in enumerate(lines, start=2):
+            try:
+                record = json.loads(line)
+                self.records[identity(record["arguments"])] = record
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{self.path} holds no outcome of a point in line {number}: {line!r:.80}") from error
+        if len(whole) < len(data):  # a line cut short, by a kill or a full disk
+            os.truncate(self.path, len(whole))
+        if not whole:
+            self._append(self.header)
+
+    def _check_header(self, line: str) -> None:
+        try:
+            header = json.loads(line)
+            ours = header["format"] == _FORMAT
+        except (ValueError, KeyError, TypeError):
+            ours = False
+        if not ours:
+            raise ValueError(f"{self.path} is not a sweep's file")
+        for name in ("function", "seed"):
+            if header.get(name) != self.header[name]:
+                raise ValueError(
+                    f"{self.path} holds a sweep of {name}={header.get(name)!r}, not of {name}={self.header[name]!r}: "
+                    "give each its own file"
+                )
+
+    def _append(self, record: dict[str, Any]) -> None:
+        if self.path is not None:
+            with open(self.path, "ab") as file:
+                file.write(json.dumps(record).encode() + b"\n")
+
+    def add(self, arguments: dict[str, Any], outcome: Outcome) -> None:
+        """Notes a point's outcome, on disk first."""
+        record = {"arguments": arguments, **outcome}
+        self._append(record)
+        self.records[identity(arguments)] = record
+
+    def table(self, points: list[dict[str, Any]] | None = None) -> pd.DataFrame:
+        """A row for each of these points that has an outcome, in their order; by default for all there are."""
+        keys = list(self.records) if points is None else [identity(point) for point in points]
+        rows, arguments, results = [], dict[str, None](), dict[str, None]()
+        for record in (self.records[key] for key in keys if key in self.records):
+            result, error = record.get("result", {}), record.get("error")
+            arguments.update(dict.fromkeys(record["arguments"]))
+            results.update(dict.fromkeys(result))
+            rows.append(
+                {
+                    **record["arguments"],
+                    **result,
+                    "seconds": record.get("seconds"),
+                    "error": error and f"{error['type']}: {error['message']}",
+                    "traceback": error and error["traceback"],
+                }
+            )
+        table = pd.DataFrame(rows, columns=[*arguments, *results, *COLUMNS])
+        table.attrs = {name: self.header[name] for name in ("function", "seed")}
+        return table
+
+    def close(self) -> None:
+        """Makes the Parquet file, where that was asked for, of all that is known."""
+        if self.parquet is None:
+            return
+        try:
+            data = self.table().to_parquet(None, engine="pyarrow", index=False)
+        except (TypeError, ValueError) as error:  # pyarrow's own errors are these
+            raise ValueError(
+                f"{self.parquet} cannot be written, since a column mixes types ({error}); {self.path} holds all results"
+            ) from error
+        write_atomically(self.parquet, data)
+
+
+def _name(function: Any, kept: bool) -> str:
+    """What a file knows the function by."""
+    name = getattr(function, "__qualname__", None)
+    if kept and (name is None or "<lambda>" in name):
+        raise ValueError(
+            f"function must have a name for out to know it by, got {function!r:.80}; what it fixes can be an axis of "
+            "the grid with one value"
+        )
+    return f"{function.__module__}.{name}" if name else repr(function)

@@ -1,0 +1,404 @@
+"""The bigram language: a Markov chain over tokens, estimated from text or drawn, and sampled in batches."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hijack_lens.core.checks import (
+    as_generator,
+    as_int,
+    check_choice,
+    check_count,
+    check_distribution,
+    check_number,
+    check_tokens,
+)
+from hijack_lens.core.texts import visible
+
+UNKNOWN = "<unk>"
+_WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+
+Token = str | int
+"""A token as a user writes it: its text, or its id."""
+
+
+@dataclass(frozen=True)
+class SampledSequences:
+    """Sequences of a triggered bigram language (Bietti et al. 2023, section 3).
+
+    Attributes:
+        tokens: token ids.
+        predictable: true at t where the token at t+1 follows from the context: z_t is a trigger that
+            has occurred before.
+        triggers: each sequence's trigger tokens.
+        continuations: what follows each trigger in its sequence, every time.
+    """
+
+    tokens: Int[Tensor, "sequence length"]
+    predictable: Bool[Tensor, "sequence length"]
+    triggers: Int[Tensor, "sequence trigger"]
+    continuations: Int[Tensor, "sequence trigger"]
+
+
+class BigramLanguage:
+    """A Markov chain over `d_vocab` tokens: `pi_b[v, u]` is the probability of u after v.
+
+    The world of Bietti et al. 2023 (arXiv 2306.00802, section 3) and Wang & Sato (arXiv 2412.11459). All
+    probabilities are float64, on the CPU.
+
+    Args:
+        pi_b: transition probabilities, [d_vocab, d_vocab]; every row sums to 1 (to 1e-6).
+        pi_u: probabilities of the first token, [d_vocab]; by default the chain's long-run frequencies.
+        tokens: the text of each token, distinct; by default "0", "1", ...
+        level: how text is cut into tokens, "char" (every character one token) or "word" (at white
+            space); by default "char" where every token is one character.
+
+    Raises:
+        TypeError, ValueError: for probabilities or token texts that are none.
+    """
+
+    def __init__(
+        self,
+        pi_b: Any,
+        pi_u: object = None,
+        tokens: Sequence[str] | None = None,
+        *,
+        level: Literal["char", "word"] | None = None,
+    ):
+        shape = np.shape(pi_b)
+        size = shape[0] if len(shape) == 2 else 0
+        if size == 0:
+            raise ValueError(f"pi_b must be a [d_vocab, d_vocab] matrix, got {pi_b!r}")
+        self.pi_b: Float[Tensor, "d_vocab d_vocab"] = check_distribution("pi_b", pi_b, (size, size))
+        if tokens is not None and not isinstance(tokens, Iterable):
+            raise TypeError(f"tokens must be the texts of the tokens, got {tokens!r}")
+        names = [str(index) for index in range(size)] if tokens is None else list(tokens)
+        if len(names) != size:
+            raise ValueError(f"tokens must name all {size} rows of pi_b, got {len(names)} names")
+        if not all(isinstance(name, str) and name for name in names):
+            raise TypeError("tokens must be non-empty strings")
+        if len(set(names)) != size:
+            raise ValueError(f"tokens must be distinct, got {Counter(names).most_common(1)[0][0]!r} twice")
+        if level is None:
+            level = "char" if all(len(name) == 1 for name in names) else "word"
+        check_choice("level", level, ("char", "word"))
+        # <unk> stands for many characters, so it alone may be longer than one.
+        if level == "char" and (bad := [name for name in names if len(name) != 1 and name != UNKNOWN]):
+            raise ValueError(f"tokens of a character-level language are single characters, got {bad[0]!r}")
+        if level == "word" and (bad := [name for name in names if name.split() != [name]]):
+            raise ValueError(f"tokens of a word-level language hold no white space, got {bad[0]!r}")
+        self.tokens: tuple[str, ...] = tuple(names)
+        self.level: Literal["char", "word"] = level
+        self._ids = {name: index for index, name in enumerate(names)}
+        start = torch.full((size,), 1 / size, dtype=torch.float64)
+        self.pi_u: Float[Tensor, d_vocab] = (
+            self._long_run(start) if pi_u is None else check_distribution("pi_u", pi_u, (size,))
+        )
+
+    @classmethod
+    def from_text(
+        cls,
+        text: str,
+        level: Literal["char", "word"] = "char",
+        max_vocab: int | None = None,
+        smoothing: float = 0.1,
+    ) -> "BigramLanguage":
+        """The bigram language of a text, by counting.
+
+        Args:
+            text: any text of two tokens or more.
+            level: tokens are characters, or words and punctuation marks.
+            max_vocab: keep this many tokens, the most frequent; the rest become one token, "<unk>".
+            smoothing: added to every bigram's count, so that no `log_pi_b` is -inf. With 0, bigrams
+                that the text lacks have probability 0, and a model of the language must be built from
+                `language.floored(...)`.
+
+        Raises:
+            ValueError: for a text of fewer than two tokens, or a negative smoothing.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string, got {type(text).__name__}")
+        check_choice("level", level, ("char", "word"))
+        check_number("smoothing", smoothing)
+        pieces = list(text) if level == "char" else _WORD.findall(text)
+        if len(pieces) < 2:
+            raise ValueError(f"text must hold at least two tokens, got {text!r}")
+        counts = Counter(pieces)
+        if max_vocab is not None and len(counts) > check_count("max_vocab", max_vocab, minimum=2):
+            kept = {token for token, _ in counts.most_common(max_vocab - 1)} - {UNKNOWN}
+            pieces = [piece if piece in kept else UNKNOWN for piece in pieces]
+        tokens = sorted(set(pieces))
+        size = len(tokens)
+        index = {token: i for i, token in enumerate(tokens)}
+        ids = torch.tensor([index[piece] for piece in pieces])
+        bigrams = torch.bincount(ids[:-1] * size + ids[1:], minlength=size * size).double()
+        bigrams = bigrams.reshape(size, size) + smoothing
+        unigrams = torch.bincount(ids, minlength=size).double() + smoothing
+        # The text's last token may be followed by nothing at all: then by anything, as often as it occurs.
+        bigrams = torch.where(bigrams.sum(-1, keepdim=True) > 0, bigrams, unigrams)
+        return cls(bigrams / bigrams.sum(-1, keepdim=True), unigrams / unigrams.sum(), tokens=tokens, level=level)
+
+    @classmethod
+    def dirichlet(cls, d_vocab: int, concentration: float = 1.0, seed: int | torch.Generator = 0) -> "BigramLanguage":
+        """A random language: each row of `pi_b` drawn from a symmetric Dirichlet distribution.
+
+        Args:
+            d_vocab: number of tokens, named "0", "1", ...
+            concentration: below 1, few likely continuations per token; above, many.
+            seed: of the draw.
+        """
+        check_count("d_vocab", d_vocab, minimum=2)
+        check_number("concentration", concentration, positive=True)
+        draw = int(torch.randint(2**63 - 1, (), generator=as_generator(seed)))
+        rows = np.random.default_rng(draw).dirichlet([concentration] * d_vocab, size=d_vocab)
+        return cls(rows, level="word")
+
+    def floored(self, floor: float) -> "BigramLanguage":
+        """The same language, mixed with just enough of a uniform one that every probability is at least `floor`."""
+        if check_number("floor", floor, positive=True) >= 1 / self.d_vocab:
+            raise ValueError(f"floor must lie between 0 and 1/d_vocab = {1 / self.d_vocab:g}, got {floor!r}")
+        mixed = self.pi_b * (1 - self.d_vocab * floor) + floor
+        return BigramLanguage(mixed, self.pi_u, tokens=self.tokens, level=self.level)
+
+    def __repr__(self) -> str:
+        return f"BigramLanguage(d_vocab={self.d_vocab}, level={self.level!r}, entropy_rate={self.entropy_rate:.3f})"
+
+    @property
+    def d_vocab(self) -> int:
+        """Number of tokens."""
+        return len(self.tokens)
+
+    @cached_property
+    def log_pi_b(self) -> Float[Tensor, "d_vocab d_vocab"]:
+        """Natural logarithm of `pi_b`; -inf where a bigram never occurs."""
+        return self.pi_b.log()
+
+    def finite_log_pi_b(self) -> Float[Tensor, "d_vocab d_vocab"]:
+        """`log_pi_b`, for what cannot work with -inf.
+
+        Raises:
+            ValueError: where a bigram has probability 0.
+        """
+        if bool((self.pi_b == 0).any()):
+            v, u = (self.pi_b == 0).nonzero()[0].tolist()
+            raise ValueError(
+                f"language.pi_b holds zeros (first: {self.tokens[u]!r} after {self.tokens[v]!r}), whose logarithm "
+                "no memory can hold; use language.floored(1e-6), or smoothing > 0 in from_text"
+            )
+        return self.log_pi_b
+
+    @cached_property
+    def entropy_rate(self) -> float:
+        """Nats per token of a long sequence: the least loss that any predictor without context can reach."""
+        per_token = -torch.special.xlogy(self.pi_b, self.pi_b).sum(-1)
+        return float(self.long_run @ per_token)
+
+    @cached_property
+    def long_run(self) -> Float[Tensor, "d_vocab"]:
+        """How often each token occurs in a long sequence that starts from `pi_u`."""
+        return self._long_run(self.pi_u)
+
+    def index(self, token: Token, name: str = "token") -> int:
+        """The id of a token given as text or as id.
+
+        Raises:
+            ValueError: naming `name`, where the vocabulary has no such token.
+        """
+        if isinstance(token, str):
+            if token not in self._ids:
+                raise ValueError(f"{name} {token!r} is not one of the language's {self.d_vocab} tokens")
+            return self._ids[token]
+        number = as_int(token)
+        if number is None:
+            raise TypeError(f"{name} must be a token's text or its id, got {token!r}")
+        if not 0 <= number < self.d_vocab:
+            raise ValueError(f"{name} {number} is not a token id; ids run from 0 to {self.d_vocab - 1}")
+        return number
+
+    def trigger_ids(self, triggers: Any) -> Int[Tensor, "trigger"]:
+        """Ids of the triggers; `None` means every token. A string is one token."""
+        if triggers is None:
+            return torch.arange(self.d_vocab)
+        if isinstance(triggers, Tensor):
+            triggers = triggers.tolist()
+        if isinstance(triggers, str) or as_int(triggers) is not None:
+            triggers = [triggers]
+        if not isinstance(triggers, Iterable):
+            raise TypeError(f"triggers must be a token or several, got {triggers!r}")
+        listed = list(triggers)
+        ids = [self.index(token, "trigger") for token in listed]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"triggers must be distinct, got {listed!r}")
+        return torch.tensor(ids, dtype=torch.long)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Cuts a text into the language's tokens.
+
+        Words are cut at white space; one that the vocabulary lacks is then parted from its punctuation.
+
+        Raises:
+            ValueError: for a piece outside the vocabulary, unless the language has "<unk>" for it.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string, got {type(text).__name__}")
+        if self.level == "char":
+            pieces = list(text)
+        else:
+            pieces = []
+            for chunk in text.split():
+                pieces += [chunk] if chunk in self._ids else _WORD.findall(chunk)
+        known = [piece if piece in self._ids or UNKNOWN not in self._ids else UNKNOWN for piece in pieces]
+        for piece in known:
+            if piece not in self._ids:
+                raise ValueError(f"text holds {piece!r}, which is not one of the language's {self.d_vocab} tokens")
+        return known
+
+    def encode(self, text: str) -> Int[Tensor, "pos"]:
+        """Token ids of a text; `ValueError` for a piece outside the vocabulary."""
+        return torch.tensor([self._ids[piece] for piece in self.tokenize(text)], dtype=torch.long)
+
+    def decode(self, tokens: object) -> str:
+        """The text of token ids: characters run together, words with spaces between."""
+        if isinstance(tokens, Tensor) and tokens.numel() == 0:
+            return ""
+        return self.joiner.join(self.tokens[i] for i in check_tokens("tokens", tokens, self.d_vocab).flatten())
+
+    @property
+    def joiner(self) -> str:
+        """What stands between two tokens in a text."""
+        return "" if self.level == "char" else " "
+
+    def display(self, token: Token) -> str:
+        """A token's text with white space made visible, for tables and pictures."""
+        return visible(self.tokens[self.index(token)])
+
+    def global_candidate(self, trigger: Token) -> int:
+        """What the weights say after a trigger: the id of its most likely successor, other than itself."""
+        q = self.index(trigger, "trigger")
+        others = self.pi_b[q].clone()
+        others[q] = -1.0
+        return int(others.argmax())
+
+    def sample(
+        self,
+        n_sequences: int,
+        length: int,
+        triggers: Token | Sequence[Token] | None = (),
+        *,
+        n_triggers: int | None = None,
+        continuations: Literal["uniform", "bigram"] | Sequence[float] | Float[Tensor, "d_vocab"] = "uniform",
+        seed: int | torch.Generator,
+    ) -> SampledSequences:
+        """Sequences in which each trigger has a continuation of its own, drawn anew per sequence.
+
+        A sequence is the chain's, except that a trigger is always followed by its continuation
+        (Bietti et al. 2023, section 3). A whole batch is drawn per time step.
+
+        Args:
+            n_sequences: how many.
+            length: tokens in each.
+            triggers: the triggers, the same in every sequence; `None` means every token, `()` none.
+            n_triggers: instead, this many triggers drawn per sequence, without repeats, as frequent
+                first tokens are (`pi_u`).
+            continuations: drawn uniformly from the vocabulary, from the trigger's own row of `pi_b`
+                ("bigram"), or from a given distribution over the vocabulary.
+            seed: of all draws.
+
+        Raises:
+            ValueError: for counts, triggers or distributions that are none.
+        """
+        check_count("n_sequences", n_sequences, minimum=1)
+        check_count("length", length, minimum=1)
+        generator = as_generator(seed)
+        if n_triggers is not None and (triggers is None or not isinstance(triggers, Sequence) or len(triggers)):
+            raise ValueError(f"give either triggers or n_triggers, got {triggers!r} and {n_triggers!r}")
+        if n_triggers is None:
+            chosen = self.trigger_ids(triggers).expand(n_sequences, -1)
+        else:
+            check_count("n_triggers", n_triggers)
+            possible = int((self.pi_u > 0).sum())
+            if n_triggers > possible:
+                raise ValueError(f"n_triggers is {n_triggers}; only {possible} tokens can be drawn from pi_u")
+            # Exponential races: the n smallest arrival times are a draw without replacement.
+            arrivals = -torch.rand(n_sequences, self.d_vocab, generator=generator, dtype=torch.float64).log()
+            chosen = (arrivals / self.pi_u).topk(n_triggers, largest=False).indices
+        follow = self._draw_continuations(chosen, continuations, generator)
+
+        # What must follow each token, sequence by sequence; -1 where the chain decides.
+        forced = torch.full((n_sequences, self.d_vocab), -1).scatter_(1, chosen, follow)
+        forced_flat, row_start = forced.flatten(), torch.arange(n_sequences) * self.d_vocab
+        uniform = torch.rand(length, n_sequences, generator=generator, dtype=torch.float64)
+        first_cdf = (self.pi_u.cumsum(0) / self.pi_u.sum()).clamp(max=1)
+        current = torch.searchsorted(first_cdf, uniform[0], right=True)
+        columns = [current]
+        for t in range(1, length):
+            must = forced_flat.index_select(0, row_start + current)
+            current = torch.where(must >= 0, must, self.step(current, uniform[t]))
+            columns.append(current)
+        tokens = torch.stack(columns, 1)
+
+        position = torch.arange(length).expand(n_sequences, -1)
+        first_seen = torch.full_like(forced, length).scatter_reduce_(1, tokens, position, "amin")
+        predictable = (forced.gather(1, tokens) >= 0) & (position > first_seen.gather(1, tokens))
+        return SampledSequences(tokens, predictable, chosen.clone(), follow)
+
+    def step(self, tokens: Int[Tensor, "sequence"], uniform: Float[Tensor, "sequence"]) -> Int[Tensor, "sequence"]:
+        """One step of the chain: the successor of each token, by inverting its row's distribution at `uniform`."""
+        # Kept clear of 1, lest tokens + uniform round up into the next token's row.
+        drawn = tokens + uniform.clamp(max=1 - 2**-32)
+        return torch.searchsorted(self._stacked_cdf, drawn, right=True) - tokens * self.d_vocab
+
+    @cached_property
+    def _stacked_cdf(self) -> Float[Tensor, "cells"]:
+        # Row v of the cumulative distribution, shifted to (v, v+1]: one sorted array that serves every row.
+        cdf = self.pi_b.cumsum(-1)
+        return (cdf / cdf[:, -1:] + torch.arange(self.d_vocab)[:, None]).flatten()
+
+    def _draw_continuations(
+        self, triggers: Int[Tensor, "sequence trigger"], how: object, generator: torch.Generator
+    ) -> Int[Tensor, "sequence trigger"]:
+        if isinstance(how, str):
+            check_choice("continuations", how, ("uniform", "bigram"))
+            if how == "uniform":
+                return torch.randint(self.d_vocab, triggers.shape, generator=generator)
+            uniform = torch.rand(triggers.shape, generator=generator, dtype=torch.float64)
+            return self.step(triggers.flatten(), uniform.flatten()).reshape(triggers.shape)
+        weights = check_distribution("continuations", how, (self.d_vocab,))
+        if triggers.numel() == 0:
+            return triggers.clone()
+        draws = torch.multinomial(weights, triggers.numel(), replacement=True, generator=generator)
+        return draws.reshape(triggers.shape)
+
+    def _long_run(self, start: Float[Tensor, "d_vocab"]) -> Float[Tensor, "d_vocab"]:
+        # The lazy chain (P + I) / 2 has P's long-run frequencies and no periods; squaring it converges fast.
+        chain = (self.pi_b + torch.eye(self.d_vocab, dtype=torch.float64)) / 2
+        for _ in range(64):
+            squared = chain @ chain
+            squared /= squared.sum(-1, keepdim=True)
+            if torch.allclose(squared, chain, rtol=0, atol=1e-15):
+                break
+            chain = squared
+        return start @ chain
+
+
+def default_text() -> str:
+    """Real English that is always at hand: the Python documentation that CPython's own help() prints."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions strip pydoc_data
+        import builtins
+        import inspect
+
+        return "\n\n".join(inspect.getdoc(thing) or "" for _, thing in sorted(vars(builtins).items()))
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+Triggers = Token | Sequence[Token] | None

@@ -1,0 +1,180 @@
+"""Prompts that set the two memories against each other."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hijack_lens.core.checks import as_generator, check_choice, check_count, check_type
+from hijack_lens.language.bigrams import BigramLanguage, Token
+
+
+@dataclass(frozen=True)
+class HijackPrompt:
+    """A prompt, or a batch of them, whose context says one thing and whose language says another.
+
+    It ends with the trigger. In its context the trigger is always followed by `in_context`; the language
+    says `global_`. `clean` and `corrupted` differ only in what followed the trigger.
+
+    Attributes:
+        tokens: token ids; the clean prompt.
+        corrupted: the same, with `alternative` in place of `in_context` after each trigger.
+        trigger: q, the last token.
+        in_context: c, what the context says.
+        global_: g, what the weights say.
+        alternative: what the corrupted context says; by default g.
+        language: whose tokens these are.
+    """
+
+    tokens: Int[Tensor, "*batch pos"]
+    corrupted: Int[Tensor, "*batch pos"]
+    trigger: int
+    in_context: int
+    global_: int
+    alternative: int
+    language: BigramLanguage
+
+    @property
+    def clean(self) -> Int[Tensor, "*batch pos"]:
+        """The prompt itself, by its name in activation patching."""
+        return self.tokens
+
+    @property
+    def text(self) -> str | list[str]:
+        """The prompt as text; a list of texts for a batch."""
+        if self.tokens.ndim == 1:
+            return self.language.decode(self.tokens)
+        return [self.language.decode(row) for row in self.tokens]
+
+    def __len__(self) -> int:
+        return self.tokens.shape[-1]
+
+    def __repr__(self) -> str:
+        names = [repr(self.language.tokens[i]) for i in (self.trigger, self.in_context, self.global_)]
+        return "HijackPrompt({!r}, trigger={}, in_context={}, global_={})".format(self.text, *names)
+
+
+def hijack_prompt(
+    language: BigramLanguage,
+    trigger: Token,
+    in_context: Token,
+    repeats: int,
+    length: int,
+    distance: int | None = None,
+    filler: Literal["sample", "avoid"] = "sample",
+    *,
+    global_: Token | None = None,
+    alternative: Token | None = None,
+    n_prompts: int | None = None,
+    seed: int | torch.Generator,
+) -> HijackPrompt:
+    """A prompt in which `trigger` is followed by `in_context`, `repeats` times, and which ends with `trigger`.
+
+    What stands between is drawn from the language, without the trigger, so that `repeats` is exact. A filler
+    token always comes first, since position 1 has no token before it to remember.
+
+    Args:
+        language: of the prompt.
+        trigger: q.
+        in_context: c, what follows q in the context.
+        repeats: how often it does; 0 for a prompt without evidence.
+        length: tokens in the prompt, the final trigger included.
+        distance: how far before the final trigger the last repeat's trigger stands; by default all repeats
+            stand at random places.
+        filler: "sample" draws any token but the trigger; "avoid" keeps both candidates out as well, so
+            that they occur nowhere but in the repeats.
+        global_: g, what the weights say; by default the most likely successor of q.
+        alternative: what follows q in the corrupted prompt; by default g.
+        n_prompts: for a batch of prompts, how many; by default one prompt, without a batch axis.
+        seed: of places and filler.
+
+    Raises:
+        TypeError, ValueError: for unknown tokens, candidates that do not conflict, and repeats that do not fit.
+    """
+    check_type("language", language, BigramLanguage)
+    q, c = language.index(trigger, "trigger"), language.index(in_context, "in_context")
+    g = language.global_candidate(q) if global_ is None else language.index(global_, "global_")
+    other = g if alternative is None else language.index(alternative, "alternative")
+    name = language.tokens
+    if c == g:
+        raise ValueError(
+            f"in_context {name[c]!r} is also what the weights say after {name[q]!r}: choose another, or give global_="
+        )
+    for role, token in (("in_context", c), ("global_", g), ("alternative", other)):
+        if token == q:
+            raise ValueError(f"{role} must not be the trigger itself, {name[q]!r}")
+    if other == c:
+        raise ValueError(f"alternative must differ from in_context, got {name[c]!r} for both")
+    check_count("repeats", repeats)
+    check_choice("filler", filler, ("sample", "avoid"))
+    if check_count("length", length, minimum=1) < 2 * repeats + 2:
+        raise ValueError(
+            f"repeats={repeats} do not fit: length must be at least 2 * repeats + 2 = {2 * repeats + 2}, got {length}"
+        )
+    latest = length - 3
+    if distance is not None:
+        if repeats == 0:
+            raise ValueError("distance needs repeats of at least 1, got 0")
+        furthest = length - 2 * repeats
+        if not 2 <= check_count("distance", distance) <= furthest:
+            raise ValueError(
+                f"distance must lie between 2 and {furthest} for {repeats} repeats in {length} tokens, got {distance}"
+            )
+        latest = length - 1 - distance
+    count = 1 if n_prompts is None else check_count("n_prompts", n_prompts, minimum=1)
+    generator = as_generator(seed)
+
+    starts = _pair_starts(count, repeats, latest, distance is not None, generator)
+    kept_out = [q] if filler == "sample" else [q, c, g, other]
+    tokens = _fill(language, kept_out, starts, q, c, length, generator)
+    corrupted = tokens.clone().scatter_(1, starts + 1, other)
+    if n_prompts is None:
+        tokens, corrupted = tokens[0], corrupted[0]
+    return HijackPrompt(tokens, corrupted, q, c, g, other, language)
+
+
+def _pair_starts(
+    count: int, repeats: int, latest: int, at_latest: bool, generator: torch.Generator
+) -> Int[Tensor, "prompt repeat"]:
+    """Where the pairs begin: apart from one another, between 1 and `latest`, the last at `latest` if asked."""
+    # Pairs apart from one another are distinct places once each pair before is counted as one token.
+    free = repeats - 1 if at_latest else repeats
+    places = latest - (repeats - 1) - (1 if at_latest else 0)
+    chosen = torch.rand(count, max(places, 0), generator=generator).argsort(1)[:, :free].sort(1).values + 1
+    if at_latest:
+        chosen = torch.cat([chosen, torch.full((count, 1), latest - (repeats - 1))], 1)
+    return chosen + torch.arange(repeats)
+
+
+def _fill(
+    language: BigramLanguage,
+    kept_out: list[int],
+    starts: Int[Tensor, "prompt repeat"],
+    q: int,
+    c: int,
+    length: int,
+    generator: torch.Generator,
+) -> Int[Tensor, "prompt length"]:
+    """Prompts with the pairs in place and the rest drawn from the language without the tokens kept out."""
+    allowed = torch.ones(language.d_vocab, dtype=torch.float64)
+    allowed[kept_out] = 0
+    if not bool(allowed.any()):
+        raise ValueError(f"language has {language.d_vocab} tokens, none of them left to fill the prompt with")
+    start = language.pi_u * allowed
+    start = start / start.sum() if start.sum() > 0 else allowed / allowed.sum()
+    rows = language.pi_b * allowed
+    rows = torch.where(rows.sum(-1, keepdim=True) > 0, rows, start)
+    filler = BigramLanguage(rows / rows.sum(-1, keepdim=True), start)
+
+    fixed = torch.full((len(starts), length), -1)
+    fixed.scatter_(1, starts, q).scatter_(1, starts + 1, c)
+    fixed[:, -1] = q
+    uniform = torch.rand(length, len(starts), generator=generator, dtype=torch.float64)
+    tokens = filler.sample(len(starts), 1, seed=generator).tokens
+    columns = [tokens[:, 0]]
+    for t in range(1, length):
+        drawn = filler.step(columns[-1], uniform[t])
+        columns.append(torch.where(fixed[:, t] >= 0, fixed[:, t], drawn))
+    return torch.stack(columns, 1)

@@ -1,0 +1,328 @@
+"""A model opened into plain functions of the residual stream, for work that needs few positions of few layers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.components import Attention, GroupedQueryAttention
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import (
+    AttentionBridge,
+    BlockBridge,
+    JointQKVAttentionBridge,
+    JointQKVPositionEmbeddingsAttentionBridge,
+    ParallelBlockBridge,
+    PositionEmbeddingsAttentionBridge,
+)
+
+from hijack_lens.models.architecture import RelativeAttention
+
+Pointwise = Callable[[Tensor], Tensor]
+"""A module that treats every position by itself, [batch, pos, d_model] in and out."""
+
+
+# Settings whose effect a comparison at one position, or on one prompt, could overlook; beside None and False.
+_PLAIN: dict[str, tuple] = {
+    "attention_dir": ("causal",),
+    "positional_embedding_type": ("standard", "rotary", "none"),
+    "use_local_attn": (),
+    "attn_scores_soft_cap": (-1.0, 0.0),
+    "output_logits_soft_cap": (-1.0, 0.0),
+    "num_experts": (),
+    "use_qk_norm": (),
+    "use_attention_sinks": (),
+    "use_logn_attn": (),
+    "use_dynamic_ntk_rope": (),
+    "clip_qkv": (),
+    "use_normalization_before_and_after": (),
+    "load_in_4bit": (),
+}
+
+
+class UnknownArchitectureError(TypeError):
+    """A model that `open_blocks` cannot take apart."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A transformer block's parts. Keys and values may be shared by groups of query heads.
+
+    Attributes:
+        W_Q: with b_Q: queries of a normalised residual stream, as one matrix whose rows are head by head.
+        W_K: with b_K: keys; of every key-value head.
+        W_V: with b_V: values.
+        W_O: by head.
+        scale: what scores are divided by.
+        ln1: the norm before attention.
+        mlp: the norm before the MLP and the MLP; `None` where there is none.
+        W_out: a neuron's direction each, where there is an MLP.
+        parallel: whether the MLP reads what attention reads.
+        rotate: turns queries or keys, [*rows, head, d_head], by their positions, [*rows].
+        W_R: keys per offset, in a `RelativeAttention`.
+        softmax_dtype: what the softmax is computed in, where that is not the scores' own dtype.
+    """
+
+    W_Q: Float[Tensor, "queries d_model"]
+    b_Q: Float[Tensor, "head d_head"]
+    W_K: Float[Tensor, "keys d_model"]
+    b_K: Float[Tensor, "kv_head d_head"]
+    W_V: Float[Tensor, "keys d_model"]
+    b_V: Float[Tensor, "kv_head d_head"]
+    W_O: Float[Tensor, "head d_head d_model"]
+    b_O: Float[Tensor, "d_model"]
+    scale: float
+    ln1: Pointwise
+    mlp: Pointwise | None
+    W_out: Float[Tensor, "d_mlp d_model"] | None
+    parallel: bool = False
+    rotate: Callable[[Tensor, Tensor], Tensor] | None = None
+    W_R: Float[Tensor, "head offset d_head"] | None = None
+    softmax_dtype: torch.dtype | None = None
+
+    @property
+    def n_groups(self) -> int:
+        """Query heads per key-value head."""
+        return len(self.b_Q) // len(self.b_K)
+
+    def group(self, index: int) -> "Block":
+        """The block with one key-value head, and the query heads that read it, alone."""
+        heads = slice(index * self.n_groups, (index + 1) * self.n_groups)
+        one, d_head = slice(index, index + 1), self.b_Q.shape[1]
+        return replace(
+            self,
+            W_Q=self.W_Q[heads.start * d_head : heads.stop * d_head],
+            b_Q=self.b_Q[heads],
+            W_K=self.W_K[index * d_head : (index + 1) * d_head],
+            b_K=self.b_K[one],
+            W_V=self.W_V[index * d_head : (index + 1) * d_head],
+            b_V=self.b_V[one],
+            W_O=self.W_O[heads],
+            W_R=None if self.W_R is None else self.W_R[heads],
+        )
+
+    def normed(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """What attention reads of a residual stream."""
+        return _pointwise(self.ln1, x)
+
+    def q(
+        self, normed: Float[Tensor, "*rows d_model"], positions: Int[Tensor, "..."]
+    ) -> Float[Tensor, "*rows head d_head"]:
+        """Queries, turned by their positions (broadcast against the rows)."""
+        return self.turned(_heads(normed, self.W_Q, self.b_Q), positions)
+
+    def k(
+        self, normed: Float[Tensor, "*rows d_model"], positions: Int[Tensor, "..."]
+    ) -> Float[Tensor, "*rows kv_head d_head"]:
+        """Keys, turned by their positions."""
+        return self.turned(_heads(normed, self.W_K, self.b_K), positions)
+
+    def v(self, normed: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows kv_head d_head"]:
+        """Values."""
+        return _heads(normed, self.W_V, self.b_V)
+
+    def turned(
+        self, x: Float[Tensor, "*rows heads d_head"], positions: Int[Tensor, "..."]
+    ) -> Float[Tensor, "*rows heads d_head"]:
+        """Queries or keys as they enter the scores."""
+        return x if self.rotate is None else self.rotate(x, positions)
+
+    def scores(
+        self,
+        q: Float[Tensor, "*#rows query head d_head"],
+        k: Float[Tensor, "*#rows key kv_head d_head"],
+        q_positions: Int[Tensor, "*#rows query"],
+        k_positions: Int[Tensor, "*#rows key"],
+    ) -> Float[Tensor, "*rows head query key"]:
+        """Attention scores; -inf where the key comes after the query."""
+        grouped = q.unflatten(-2, (len(self.b_K), self.n_groups))
+        scores = torch.einsum("...qkgd,...skd->...kgqs", grouped, k).flatten(-4, -3) / self.scale
+        offsets = q_positions[..., :, None] - k_positions[..., None, :]
+        if self.W_R is not None:
+            n_offsets = self.W_R.shape[1]
+            by_offset = torch.einsum("...qhd,hod->...hqo", q, self.W_R) / self.scale
+            index = offsets.clamp(0, n_offsets - 1)[..., None, :, :].expand_as(scores)
+            near = (offsets >= 0) & (offsets < n_offsets)
+            relative = by_offset.expand(*scores.shape[:-1], n_offsets).gather(-1, index)
+            scores = scores + relative * near[..., None, :, :]
+        return scores.masked_fill((offsets < 0)[..., None, :, :], -torch.inf)
+
+    def pattern(self, scores: Float[Tensor, "*rows head query key"]) -> Float[Tensor, "*rows head query key"]:
+        """Attention patterns of scores."""
+        return scores.softmax(-1, dtype=self.softmax_dtype).to(scores.dtype)
+
+    def mixed(
+        self, pattern: Float[Tensor, "*#rows head query key"], v: Float[Tensor, "*#rows key kv_head d_head"]
+    ) -> Float[Tensor, "*rows query head d_head"]:
+        """Values mixed by an attention pattern: z."""
+        grouped = pattern.unflatten(-3, (len(self.b_K), self.n_groups))
+        return torch.einsum("...kgqs,...skd->...qkgd", grouped, v).flatten(-3, -2)
+
+    def attn_out(self, z: Float[Tensor, "*rows head d_head"]) -> Float[Tensor, "*rows d_model"]:
+        """What attention adds to the residual stream."""
+        return F.linear(z.flatten(-2), self.W_O.flatten(0, 1).T, self.b_O)
+
+    def mlp_out(
+        self, resid_pre: Float[Tensor, "*rows d_model"], attn_out: Float[Tensor, "*rows d_model"]
+    ) -> Float[Tensor, "*rows d_model"]:
+        """What the MLP adds to it."""
+        if self.mlp is None:
+            return torch.zeros_like(attn_out)
+        return _pointwise(self.mlp, resid_pre if self.parallel else resid_pre + attn_out)
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model's blocks, and what follows them.
+
+    Attributes:
+        blocks: in order.
+        unembed: final norm and unembedding.
+    """
+
+    blocks: tuple[Block, ...]
+    unembed: Pointwise
+
+    def logits(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+        """Logits of the last block's residual stream."""
+        return _pointwise(self.unembed, x)
+
+
+def check_plain(model: Any) -> None:
+    """Nothing that the model is known for lies outside what `OpenModel` computes.
+
+    Raises:
+        UnknownArchitectureError: where it has such a setting.
+    """
+    for flag, plain in _PLAIN.items():
+        if getattr(model.cfg, flag, None) not in (None, False, *plain):
+            raise UnknownArchitectureError(f"cfg.{flag}={getattr(model.cfg, flag)!r} is not taken apart")
+    window = getattr(getattr(getattr(model, "original_model", None), "config", None), "sliding_window", None)
+    if window:
+        raise UnknownArchitectureError(f"a sliding window of {window} is not taken apart")
+
+
+def open_model(model: Any) -> OpenModel:
+    """The parts of a model. Their hook points fire when they are used: see first that no hooks are on them.
+
+    What is opened need not be the whole of what the model computes: `check_plain` first, or compare with a run of the
+    model before relying on it.
+
+    Raises:
+        UnknownArchitectureError: for a model whose parts are not known.
+    """
+    cfg = model.cfg
+    hooked = isinstance(model, HookedTransformer)
+    normed = cfg.normalization_type is not None if hooked else hasattr(model, "ln_final")
+
+    def unembed(x: Tensor) -> Tensor:
+        return model.unembed(model.ln_final(x) if normed else x)
+
+    return OpenModel(
+        tuple((_hooked_block if hooked else _bridge_block)(model, block) for block in model.blocks), unembed
+    )
+
+
+def _hooked_block(model: HookedTransformer, block: Any) -> Block:
+    attn, cfg = block.attn, model.cfg
+    _check_known(attn, Attention, GroupedQueryAttention, RelativeAttention)
+
+    def rotate(x: Tensor, positions: Tensor) -> Tensor:
+        return _rotated(x, attn.rotary_cos[positions], attn.rotary_sin[positions], attn.rotate_every_two)
+
+    shared = isinstance(attn, GroupedQueryAttention) and not cfg.ungroup_grouped_query_attention
+    return _block(
+        block,
+        every=attn.repeat_kv_heads if shared else 1,
+        scale=float(attn.attn_scale),
+        mlp=None if cfg.attn_only else block.mlp,
+        parallel=cfg.parallel_attn_mlp,
+        rotate=rotate if cfg.positional_embedding_type == "rotary" else None,
+        W_R=getattr(attn, "W_R", None),
+    )
+
+
+def _bridge_block(model: TransformerBridge, block: Any) -> Block:
+    _check_known(block, BlockBridge, ParallelBlockBridge)
+    attn, cfg = block.attn, model.cfg
+    rotary = getattr(model, "rotary_emb", None)
+    _check_known(
+        attn,
+        *((AttentionBridge, JointQKVAttentionBridge) if rotary is None else ()),
+        *(() if rotary is None else (PositionEmbeddingsAttentionBridge, JointQKVPositionEmbeddingsAttentionBridge)),
+    )
+
+    def rotate(x: Tensor, positions: Tensor) -> Tensor:
+        assert rotary is not None
+        cos, sin = (table[0].view(*positions.shape, -1) for table in rotary(x, positions.reshape(1, -1)))
+        return _rotated(x, cos, sin, _half_turned)
+
+    return _block(
+        block,
+        every=1,
+        scale=cfg.d_head**0.5,
+        mlp=getattr(block, "mlp", None),
+        parallel=cfg.parallel_attn_mlp,
+        rotate=None if rotary is None else rotate,
+        softmax_dtype=torch.float32 if type(attn) is PositionEmbeddingsAttentionBridge else None,
+    )
+
+
+def _check_known(module: Any, *kinds: type) -> None:
+    # Not isinstance: what a subclass does differently is not known.
+    if type(module) not in kinds:
+        raise UnknownArchitectureError(f"a part of type {type(module).__name__} is not taken apart")
+
+
+def _block(block: Any, every: int, mlp: Any, **rest: Any) -> Block:
+    """A block of either family; its W_K and W_V repeat each key-value head `every` times."""
+    attn = block.attn
+    W_Q, W_K, W_V, W_O = attn.W_Q, attn.W_K[::every], attn.W_V[::every], attn.W_O
+
+    def bias(given: Tensor | None, *shape: int) -> Tensor:
+        return W_Q.new_zeros(shape) if given is None else given
+
+    n_kv_heads, _, d_head = W_K.shape
+    ln2 = getattr(block, "ln2", block.ln1)  # GPT-J's attention and MLP share a norm
+    return Block(
+        W_Q=_matrix(W_Q),
+        b_Q=bias(attn.b_Q, len(W_Q), d_head),
+        W_K=_matrix(W_K),
+        b_K=bias(attn.b_K, n_kv_heads * every, d_head)[::every],
+        W_V=_matrix(W_V),
+        b_V=bias(attn.b_V, n_kv_heads * every, d_head)[::every],
+        W_O=W_O,
+        b_O=bias(attn.b_O, W_O.shape[-1]),
+        ln1=block.ln1,
+        mlp=None if mlp is None else lambda x: mlp(ln2(x)),
+        W_out=getattr(mlp, "W_out", None),  # mixtures of experts have none of their own
+        **rest,
+    )
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, turn: Pointwise) -> Tensor:
+    """Rotary positions on the first dimensions of each head, as many as `cos` has."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    return torch.cat([turned * cos[..., None, :] + turn(turned) * sin[..., None, :], rest], -1)
+
+
+def _half_turned(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
+def _matrix(weight: Float[Tensor, "heads d_model d_head"]) -> Float[Tensor, "heads_times_d_head d_model"]:
+    return weight.transpose(1, 2).flatten(0, 1)
+
+
+def _heads(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, weight, bias.flatten()).unflatten(-1, bias.shape)
+
+
+def _pointwise(module: Pointwise, x: Tensor) -> Tensor:
+    # Modules expect [batch, pos, d_model]; to them all rows are positions of one prompt.
+    return module(x.reshape(1, -1, x.shape[-1])).view(*x.shape[:-1], -1)

@@ -1,0 +1,168 @@
+"""Claim: what attribution credits a memory with is what the memory is worth by ablation."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from hijack_lens.attribution.logits import attribute
+from hijack_lens.attribution.shapley_values import shapley
+from hijack_lens.metrics import margin as hijack_margin
+from hijack_lens.models.transformer import BigramTransformer
+from hijack_lens.reproduction.experiment import RANDOM_TRIGGERS, Finding, Recipe, Result, Train, over_seeds, trained
+from hijack_lens.show.style import COLOURS, Picture
+from hijack_lens.training.fit import conflict_prompts
+
+STATEMENT = (
+    "What attribution credits the context and the weights with, from one run, agrees with what their components are "
+    "worth when ablated in all combinations; the two part by what one memory writes through the other."
+)
+SOURCE = "beyond the papers; Shapley 1953, and attribution as in the README"
+
+CORRELATION = 0.9
+"""Over a model's prompts, of each memory's part of the margin by attribution and by Shapley values."""
+ROUNDING = 1e-4
+"""Differences whose mean square is below this squared, in logits, are float32's: there is nothing to explain."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured at.
+
+    Attributes:
+        recipe: of the trained models, for all seeds.
+        seeds: of these.
+        length: of the prompts.
+        n_prompts: for each model.
+    """
+
+    recipe: Recipe = RANDOM_TRIGGERS
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    length: int = 32
+    n_prompts: int = 300
+
+
+QUICK = Settings(seeds=(0, 1, 2), n_prompts=60)
+
+
+def causal_agreement(settings: Settings = Settings(), train: Train = trained) -> Result:
+    """Attribution's split by memory against Shapley values by ablation, on conflict prompts.
+
+    `attribute` splits the margin, given the attention and the MLP's gates of the run, into context (through the
+    induction head), weights (embeddings, biases and the MLP's reading of them) and rest. `shapley` shares the same
+    margin among two players, the heads of the circuit and its bigram memory, from the 4 runs in which each is there or
+    ablated (zero). The context is worth the heads' value; the weights, the bigram memory's and the run without either,
+    which is the direct path. In a model whose memories act side by side, as in a hand-written one, both splits are one.
+
+    Elsewhere they part, because the heads' output passes through the bigram memory's MLP. Attribution takes the neurons
+    that are on as given: what the heads write through them is theirs, and what they read of the embedding is the
+    weights'. Shapley values credit the MLP with half of what the heads' arrival changes in it. So without a norm, and
+    but for the heads' own biases, the weights' parts differ by exactly
+
+        (what the heads write through the MLP  +  what the MLP alone writes  -  what its embedding path does) / 2
+
+    Holds where, by the 95% interval over seeds, both parts correlate over prompts by at least `CORRELATION`. How much
+    of their difference this explains is no finding, for only norms and the heads' biases could make it less than all;
+    it says why they part.
+    """
+    tables = []
+    for seed in tqdm(settings.seeds, disable=None, unit="seed"):
+        model = train(replace(settings.recipe, seed=seed)).model
+        tables.append(_ask(model, settings, seed).assign(seed=seed))
+    table = pd.concat(tables, ignore_index=True)
+    return Result(_findings(table, settings), table, _picture(table), _note(table))
+
+
+@torch.no_grad()
+def _ask(model: BigramTransformer, settings: Settings, seed: int) -> pd.DataFrame:
+    """A row per prompt: the parts of the margin by attribution and by ablation, and what they should differ by."""
+    circuit = model.circuit
+    players = {"context": (*circuit.previous_token, *circuit.induction), "weights": circuit.bigram}
+    triggers = range(model.cfg.d_vocab) if model.triggers is None else model.triggers
+    rows = []
+    for prompt in conflict_prompts(model.language, triggers, settings.n_prompts, settings.length, seed):
+        found = attribute(model, prompt, answers=[prompt.in_context, prompt.global_])
+        split = found.margin()
+        by_path = found.by_path()[:, 0] - found.by_path()[:, 1]
+        through_mlp = [p.memory != "weights" and any(c in circuit.bigram for c in p.through) for p in found.paths]
+        values = shapley(model, prompt, hijack_margin(prompt), players)
+        assert values.worth is not None  # two players are never sampled
+        rows.append(
+            (
+                *(float(part) for part in (split.context, split.weights, split.rest)),
+                values["context"],
+                values["weights"] + values.empty,
+                float(by_path[torch.tensor(through_mlp)].sum()),
+                float(values.worth[0, 1] - split.weights),
+            )
+        )
+    ablated = ["context_ablated", "weights_ablated"]
+    table = pd.DataFrame(rows, columns=["context", "weights", "rest", *ablated, "heads_through_mlp", "mlp_alone"])
+    return table.assign(
+        difference=table["weights_ablated"] - table["weights"],
+        predicted_difference=(table["heads_through_mlp"] + table["mlp_alone"]) / 2,
+    )
+
+
+def _findings(table: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
+    by_seed = table.groupby("seed")
+    setting = f"{by_seed.ngroups} trained models, random triggers; {settings.n_prompts} prompts of {settings.length} "
+    setting += "tokens for each"
+    findings = []
+    for memory in ("context", "weights"):
+        correlations = [float(part[memory].corr(part[f"{memory}_ablated"])) for _, part in by_seed]
+        correlation = over_seeds(correlations)
+        findings.append(
+            Finding(
+                setting,
+                f"the part of {memory} by attribution and by ablation correlate by at least {CORRELATION:g}",
+                f"{correlation:.3f}",
+                correlation.low >= CORRELATION,
+            )
+        )
+    return tuple(findings)
+
+
+def _explained(table: pd.DataFrame) -> float:
+    """The share of the mean square difference that its prediction accounts for; 1 where there is none."""
+    difference = float((table["difference"] ** 2).mean())
+    if difference < ROUNDING**2:
+        return 1.0
+    return 1 - float(((table["difference"] - table["predicted_difference"]) ** 2).mean()) / difference
+
+
+def _note(table: pd.DataFrame) -> str:
+    mean = table[["heads_through_mlp", "mlp_alone", "rest", "difference"]].abs().mean()
+    explained = over_seeds([_explained(part) for _, part in table.groupby("seed")])
+    return (
+        f"In the weights' part the two differ by {mean['difference']:.2f} logits on average, of which half of what the "
+        f"heads change in the MLP explains {explained:.2%}. "
+        f"On average the heads write {mean['heads_through_mlp']:.2f} logits of the margin through the MLP, which "
+        "attribution counts as theirs and ablation shares with the bigram memory; which neurons are on without them "
+        f"makes {mean['mlp_alone']:.2f}, and attribution's rest is {mean['rest']:.2f}."
+    )
+
+
+def _picture(table: pd.DataFrame) -> Picture:
+    """A prompt a dot: each memory's part by ablation against attribution; and the difference against its prediction."""
+    picture = Picture(13.0, 4.8)
+    axes = picture.figure.subplots(1, 3)
+    for ax, memory in zip(axes, ("context", "weights"), strict=False):
+        _dots(ax, table[memory], table[f"{memory}_ablated"], COLOURS[memory])
+        ax.set_xlabel(f"{memory}: attribution (logits)")
+        ax.set_ylabel(f"{memory}: Shapley value by ablation (logits)")
+    _dots(axes[2], table["predicted_difference"], table["difference"], COLOURS["rest"])
+    axes[2].set_xlabel("half of what the heads change in the MLP (logits)")
+    axes[2].set_ylabel("weights' part: Shapley value − attribution (logits)")
+    return picture
+
+
+def _dots(ax: Any, x: "pd.Series[float]", y: "pd.Series[float]", colour: str) -> None:
+    """A scatter plot with the line on which both are the same."""
+    ax.scatter(x, y, 14, colour, alpha=0.5, linewidths=0)
+    ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+    ax.plot(ends, ends, color="black", linestyle="--", linewidth=1, label="the same")
+    ax.legend(frameon=False, loc="lower right")
+    ax.spines[["top", "right"]].set_visible(False)

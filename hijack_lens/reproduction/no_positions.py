@@ -1,0 +1,455 @@
+"""Claim: three layers without positional encoding can run the induction mechanism; derived in docs/no_positions.md."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import one_hot
+from tqdm.auto import tqdm
+
+from hijack_lens.circuits.finding import find_circuit
+from hijack_lens.core.circuit import Circuit, Component, Strengths
+from hijack_lens.hooks.ablate_and_patch import ablate
+from hijack_lens.hooks.intervention import record
+from hijack_lens.language.bigrams import BigramLanguage
+from hijack_lens.language.prompts import hijack_prompt
+from hijack_lens.models.architecture import Architecture
+from hijack_lens.models.transformer import BigramTransformer
+from hijack_lens.reproduction.experiment import Finding, Make, Recipe, Result, Train, over_seeds, trained
+from hijack_lens.show.style import COLOURS, Picture
+from hijack_lens.training.recall import behaviour
+
+STATEMENT = "No positions: a transformer of three layers without positional encoding can run the induction mechanism."
+SOURCE = "Wang & Sato, arXiv 2412.11459v2: three-layer transformer without positional encoding"
+
+TOLERANCE = 1e-7
+"""Logits by which formula and hand-written model may differ in float64: the scores cancel to about reach^3 eps b1."""
+LOST = 0.1
+"""In-context accuracy that the hand-written model may keep without one of its heads, at most."""
+SHARE = 0.5
+"""Of a trained model's in-context gain, what it must lose at least without the candidates for either role."""
+
+_CODES = 3
+"""Position codes, each written by a head of the first layer."""
+
+_ROLES = ("previous_token", "induction")
+
+_RARE = 1e-6
+"""The probability, in the sequences of training, of what never happens by their bigrams."""
+
+
+@dataclass(frozen=True)
+class BegunRecipe(Recipe):
+    """A `Recipe` for models without positions whose sequences begin with a token of their own, to count from.
+
+    Elsewhere that token is as rare as can be, but may be drawn as a trigger's continuation like any other: it is in
+    every fifth sequence or so.
+    """
+
+    positions: Literal["relative", "absolute", "none"] = "none"
+    d_vocab: int = 12
+    triggers: int = 3
+    n_layers: int = 3
+    length: int = 32
+    steps: int = 1000
+    evaluate_every: int = 1000
+
+    @property
+    def plain(self) -> BigramLanguage:
+        """Of the sequences, but for the token that begins them."""
+        return super().language
+
+    @property
+    def language(self) -> BigramLanguage:
+        """Of the sequences."""
+        return with_beginning(self.plain, _RARE)
+
+    def untrained(self) -> BigramTransformer:
+        """The model before its first step."""
+        return _begun(super().untrained())
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured at.
+
+    Attributes:
+        recipe: of the trained models, for all seeds, with three layers and with two; the hand-written model is of its
+            language (its own seed's) and triggers.
+        seeds: of the trained models.
+        reach: up to which length the hand-written previous-token head is as strong as it is meant to be.
+        multiples: lengths of its prompts, as multiples of the reach.
+        repeats: of the evidence.
+        candidates: per trigger, tokens that follow it in context.
+        n_prompts: per trigger and candidate; a hundred times as many sequences are asked of each trained model.
+        strengths: of the hand-written model.
+        floor: least probability in its bigram memory.
+    """
+
+    recipe: BegunRecipe = BegunRecipe(0)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    reach: int = 64
+    multiples: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+    repeats: int = 3
+    candidates: int = 4
+    n_prompts: int = 4
+    strengths: Strengths = Strengths()
+    floor: float = 1e-3
+
+
+QUICK = Settings(
+    recipe=BegunRecipe(0, steps=800, evaluate_every=800), seeds=(0, 1, 2), reach=32, multiples=(0.5, 1.0, 2.0, 4.0)
+)
+
+
+def with_beginning(language: BigramLanguage, floor: float) -> BigramLanguage:
+    """The language with one more token, the last, which begins every text and occurs nowhere else."""
+    size = language.d_vocab
+    rows = torch.zeros(size + 1, size + 1, dtype=torch.float64)
+    rows[:size, :size], rows[size, :size] = language.pi_b, language.pi_u
+    # No memory holds log 0.
+    pi_b = rows * (1 - (size + 1) * floor) + floor
+    return BigramLanguage(pi_b, one_hot(torch.tensor(size), size + 1).double(), [*language.tokens, "<begin>"])
+
+
+def _begun(model: BigramTransformer) -> BigramTransformer:
+    """The model, with prompts that begin with its language's last token where others make them, as `find_circuit`."""
+    model.cfg.default_prepend_bos = True
+    model.tokenizer.bos_token = model.language.tokens[-1]
+    return model
+
+
+def unpositioned_transformer(
+    language: BigramLanguage,
+    triggers: Sequence[int],
+    strengths: Strengths,
+    *,
+    reach: int,
+    n_ctx: int,
+    dtype: torch.dtype = torch.float64,
+) -> BigramTransformer:
+    """An associative-memory transformer of three layers, without positional encoding.
+
+    With the directions of `associative_transformer`, "v was the previous token" being Phi(v), three more for codes
+    c_0, c_1, c_2, and B the token that begins the text:
+
+        block 0, head j   scores log(1 + j) for B, 0 for others; writes c_j / (1 + j) for B: in all, c_j / (t + j)
+        block 1, head 0   query (u_1 - 1, u_0 + 1), key scale * (u_1, u_2), with u_j what c_j holds; E(v) -> Phi(v)
+        block 2           the induction head and the bigram memory of `associative_transformer`
+
+    so that block 1's scores are, up to what all keys share, `previous_token_scores`.
+
+    Args:
+        language: from `with_beginning`; prompts must begin with its last token, and not hold it again.
+        triggers: tokens the induction head matches.
+        strengths: of the memories; `previous_token` at least, for prompts up to `reach`.
+        reach: in tokens.
+        n_ctx: the longest prompt.
+        dtype: of the weights.
+    """
+    size = language.d_vocab
+    begin = size - 1
+    ids = language.trigger_ids(triggers)
+    model = BigramTransformer(
+        Architecture(
+            d_model=3 * size + _CODES,
+            d_head=size,
+            d_mlp=size,
+            n_ctx=n_ctx,
+            positions="none",
+            n_layers=3,
+            n_heads=_CODES,
+            scale_attention=False,
+        ),
+        language,
+        strengths=strengths,
+        triggers=ids.tolist(),
+        dtype=dtype,
+        device="cpu",
+    )
+    model.circuit = Circuit((Component(1, "head", 0),), (Component(2, "head", 0),), (Component(2, "mlp"),))
+    embed, previous, unembed, codes = torch.eye(3 * size + _CODES, dtype=dtype).split([size, size, size, _CODES])
+    matched = torch.zeros(size, 1, dtype=dtype)
+    matched[ids] = 1.0
+    scale = previous_token_scale(strengths.previous_token, reach)
+    counter, shift, induction = (model.blocks[layer].attn for layer in range(3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.embed.W_E.copy_(embed)
+        model.unembed.W_U.copy_(unembed.T)
+        for j in range(_CODES):
+            counter.b_Q[j, 0] = math.log(1 + j)
+            counter.W_K[j, :, 0] = embed[begin]
+            counter.W_V[j, :, 0] = embed[begin]
+            counter.W_O[j, 0] = codes[j] / (1 + j)
+        shift.W_Q[0, :, :2] = torch.stack([codes[1], codes[0]], 1)
+        shift.b_Q[0, :2] = torch.tensor([-1.0, 1.0], dtype=dtype)
+        shift.W_K[0, :, :2] = scale * torch.stack([codes[1], codes[2]], 1)
+        shift.W_V[0] = embed.T
+        shift.W_O[0] = previous
+        induction.W_Q[0] = (matched * embed).T
+        induction.W_K[0] = strengths.match * (matched * previous).T
+        induction.W_V[0] = embed.T
+        induction.W_O[0] = strengths.copy * unembed
+        model.blocks[2].mlp.W_in.copy_(embed.T)
+        model.blocks[2].mlp.W_out.copy_(strengths.bigram * language.finite_log_pi_b().to(dtype) @ unembed)
+    return _begun(model)
+
+
+def previous_token_scale(strength: float, reach: int) -> float:
+    """The scale at which the position before leads all others by `strength` or more, at positions up to `reach`."""
+    return strength * reach * (reach + 1) ** 2 * (reach + 2)
+
+
+def previous_token_scores(length: int, scale: float) -> Float[Tensor, "query key"]:
+    """-scale * (t - 1 - s)^2 / ((s + 1)(s + 2) t (t + 1)), positions from 1: largest, and 0, at s = t - 1."""
+    key = torch.arange(1, length + 1, dtype=torch.float64)
+    query = key[:, None]
+    return -scale * (query - 1 - key) ** 2 / ((key + 1) * (key + 2) * query * (query + 1))
+
+
+def unpositioned_logits(
+    tokens: Int[Tensor, "prompt pos"],
+    language: BigramLanguage,
+    triggers: Sequence[int],
+    strengths: Strengths,
+    reach: int,
+) -> Float[Tensor, "prompt pos d_vocab"]:
+    """What `unpositioned_transformer` says, from the formula and no weights: `theory.logits`, for its positions."""
+    length = tokens.shape[1]
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    scores = previous_token_scores(length, previous_token_scale(strengths.previous_token, reach))
+    seen = one_hot(tokens, language.d_vocab).double()
+    remembered = scores.masked_fill(future, -torch.inf).softmax(-1) @ seen
+    matches = seen * torch.isin(tokens, language.trigger_ids(triggers))[..., None]
+    attended = (strengths.match * matches @ remembered.mT).masked_fill(future, -torch.inf).softmax(-1)
+    return strengths.copy * attended @ seen + strengths.bigram * language.finite_log_pi_b()[tokens]
+
+
+def no_positions(
+    settings: Settings = Settings(), make: Make = unpositioned_transformer, train: Train = trained
+) -> Result:
+    """Three layers without positional encoding can run the induction mechanism.
+
+    Wang & Sato (arXiv 2412.11459v2). By construction (docs/no_positions.md): a first layer that tells positions apart
+    by what share of the attention the first token gets, then a previous-token head, then the induction head. Holds
+    where the float64 logits are the formula's to `TOLERANCE` at all lengths, and in-context accuracy (how often the
+    likeliest token is c) on conflict prompts is 1 up to the reach; and where `find_circuit` names these components, and
+    without either head an accuracy of at most `LOST` is left, on the longest of these prompts: in shorter ones, c is so
+    frequent that counting tokens often gives it away.
+
+    Trained, on sequences that begin with a token of their own, as the construction needs it: the mechanism is there if,
+    in every seed, `find_circuit` names an induction head in the last layer and a previous-token head below, and
+    ablating either role's candidates costs `SHARE` or more of the in-context gain, what the order of the context's
+    tokens is worth in nats (`find_circuit` ablates on prompts of its own, by resampling). And the third layer must be
+    what it takes: in models of two layers, trained alike, `find_circuit` names an induction head, but no previous-token
+    head.
+    """
+    language = with_beginning(settings.recipe.plain, settings.floor)
+    triggers = range(settings.recipe.triggers)
+    longest = int(max(settings.multiples) * settings.reach)
+    written = make(language, triggers, settings.strengths, reach=settings.reach, n_ctx=longest)
+    hand_written = pd.DataFrame(_ask_hand_written(written, language, settings))
+    rows = []
+    for n_layers in (3, 2):
+        for seed in tqdm(settings.seeds, desc=f"{n_layers} layers", disable=None, unit="seed"):
+            rows.append(
+                _ask_trained(train(replace(settings.recipe, n_layers=n_layers, seed=seed)).model, settings, seed)
+            )
+    own = pd.DataFrame(rows)
+    findings = (*_by_construction(hand_written, written, language, settings), *_in_training(own, settings))
+    return Result(findings, pd.concat([hand_written, own]), _picture(hand_written, own, settings), _note(own))
+
+
+def _conflicts(
+    language: BigramLanguage, settings: Settings, length: int
+) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt"]]:
+    """Conflict prompts that begin with the language's last token, and what the context of each says."""
+    generator = torch.Generator().manual_seed(0)
+    plain = settings.recipe.plain
+    prompts, answers = [], []
+    for q in range(settings.recipe.triggers):
+        order = torch.randperm(plain.d_vocab, generator=generator).tolist()
+        for c in [token for token in order if token not in (q, plain.global_candidate(q))][: settings.candidates]:
+            options: dict[str, Any] = {"filler": "avoid", "n_prompts": settings.n_prompts, "seed": generator}
+            prompts.append(hijack_prompt(plain, q, c, settings.repeats, length - 1, **options).tokens)
+            answers += [c] * settings.n_prompts
+    tokens = torch.cat(prompts)
+    return torch.cat([torch.full_like(tokens[:, :1], language.d_vocab - 1), tokens], 1), torch.tensor(answers)
+
+
+def _accuracy(logits: Float[Tensor, "prompt pos d_vocab"], answers: Int[Tensor, "prompt"]) -> float:
+    return float((logits[:, -1].argmax(-1) == answers).double().mean())
+
+
+@torch.no_grad()
+def _ask_hand_written(
+    model: BigramTransformer, language: BigramLanguage, settings: Settings
+) -> list[dict[str, object]]:
+    rows = []
+    pattern = "blocks.1.attn.hook_pattern"
+    for multiple in settings.multiples:
+        length = int(multiple * settings.reach)
+        tokens, answers = _conflicts(language, settings, length)
+        logits, run = record(model, tokens, [pattern])
+        expected = unpositioned_logits(
+            tokens, language, range(settings.recipe.triggers), settings.strengths, settings.reach
+        )
+        row: dict[str, object] = {
+            "model": "hand-written",
+            "n_layers": 3,
+            "length": length,
+            "formula_error": float((logits - expected).abs().max()),
+            "in_context_accuracy": _accuracy(logits, answers),
+            "previous_token_attention": float(run[pattern][:, 0, -1, -2].mean()),
+        }
+        for role in _ROLES:
+            with ablate(model, getattr(model.circuit, role)):
+                row[f"accuracy_without_{role}"] = _accuracy(model(tokens), answers)
+        rows.append(row)
+    return rows
+
+
+def _ask_trained(model: BigramTransformer, settings: Settings, seed: int) -> dict[str, object]:
+    """The model's in-context accuracy, and its circuit with what that is worth."""
+    recipe = settings.recipe
+    # Other sequences than the run's: those of training are drawn from seeds of their own.
+    sequences = model.language.sample(
+        100 * settings.n_prompts, recipe.length, range(recipe.triggers), seed=1_000_000 + seed
+    )
+    circuit = find_circuit(model)
+    evidence, last = circuit.evidence, model.cfg.n_layers - 1
+    row: dict[str, object] = {
+        "model": "trained",
+        "n_layers": model.cfg.n_layers,
+        "seed": seed,
+        "length": recipe.length,
+        "in_context_accuracy": behaviour(model, sequences)["in_context_accuracy"],
+        # The induction head is the last layer's, and reads what a previous-token head below it has written.
+        "previous_token_heads": sum(head.layer < last for head in circuit.previous_token),
+        "induction_heads": sum(head.layer == last for head in circuit.induction),
+        "previous_token_attention": float(evidence.previous_token.score[:last].max()),
+        "induction_attention": float(evidence.induction.score[last].max()),
+    }
+    for role in _ROLES:
+        lost = getattr(evidence, role).lost_together
+        # Without candidates for the role, and without a gain, there is nothing to lose.
+        row[f"gain_lost_without_{role}"] = 0.0 if math.isnan(lost) or evidence.gain <= 0 else lost / evidence.gain
+    return row
+
+
+def _by_construction(
+    table: pd.DataFrame, model: BigramTransformer, language: BigramLanguage, settings: Settings
+) -> list[Finding]:
+    within = table[table["length"] <= settings.reach]
+    found = find_circuit(model)
+    setting = "hand-written, three layers, float64, prompts of"
+    longest = within.sort_values("length").iloc[-1]
+    without = longest[["accuracy_without_previous_token", "accuracy_without_induction"]]
+    return [
+        Finding(
+            f"{setting} {table['length'].min()} to {table['length'].max()} tokens, reach {settings.reach}",
+            f"logits are the formula's to {TOLERANCE:g}; in-context accuracy is 1 up to the reach",
+            f"largest error {table['formula_error'].max():.1e}; accuracy {within['in_context_accuracy'].min():.2f}",
+            bool((table["formula_error"] <= TOLERANCE).all() and (within["in_context_accuracy"] == 1).all()),
+        ),
+        Finding(
+            f"{setting} {longest['length']} tokens",
+            f"find_circuit names L1H0, L2H0 and L2MLP; without either head in-context accuracy is at most {LOST:g}",
+            f"{found}; accuracy {without.iloc[0]:.2f} without L1H0, {without.iloc[1]:.2f} without L2H0",
+            found == model.circuit and bool((without <= LOST).all()),
+        ),
+    ]
+
+
+def _in_training(table: pd.DataFrame, settings: Settings) -> list[Finding]:
+    three, two = (table[table["n_layers"] == n] for n in (3, 2))
+    setting = (
+        f"{len(three)} trained models, no positions; {settings.recipe.steps} steps on sequences of "
+        f"{settings.recipe.length} tokens, the first of which begins them"
+    )
+    found, measured = pd.Series(True, three.index), []
+    for role in _ROLES:
+        named, lost = three[f"{role}_heads"] > 0, three[f"gain_lost_without_{role}"]
+        found &= named & (lost >= SHARE)
+        measured.append(
+            f"{role.replace('_', '-')} heads in {named.sum()} of {len(three)} (attention "
+            f"{over_seeds(three[f'{role}_attention']):.2f}), without which {over_seeds(lost):.1%} is lost, at least "
+            f"{lost.min():.1%}"
+        )
+    return [
+        Finding(
+            f"three layers: {setting}",
+            "find_circuit names a previous-token head and, in the last layer, an induction head; without either, "
+            f"{SHARE:.0%} or more of the in-context gain is lost; in every seed",
+            "; ".join(measured),
+            bool(found.all()),
+        ),
+        Finding(
+            f"two layers: {setting}",
+            "find_circuit names an induction head, but no previous-token head below; in every seed",
+            f"an induction head in {(two['induction_heads'] > 0).sum()} of {len(two)}, a previous-token head in "
+            f"{(two['previous_token_heads'] > 0).sum()}; best attention to the position before "
+            f"{over_seeds(two['previous_token_attention']):.2f}",
+            bool(((two["induction_heads"] > 0) & (two["previous_token_heads"] == 0)).all()),
+        ),
+    ]
+
+
+def _note(table: pd.DataFrame) -> str:
+    accuracy = {n: f"{over_seeds(part['in_context_accuracy']):.2f}" for n, part in table.groupby("n_layers")}
+    return (
+        f"In-context accuracy of trained models: three layers {accuracy[3]}, two layers {accuracy[2]}. What an "
+        "induction head can follow without a previous-token head is how often the trigger has occurred so far, a "
+        "frequency that is highest just after it (docs/no_positions.md)."
+    )
+
+
+def _picture(written: pd.DataFrame, own: pd.DataFrame, settings: Settings) -> Picture:
+    """The hand-written head's attention by length, over the formula; what trained models have of the circuit."""
+    picture = Picture(14.0, 4.6)
+    left, right = picture.figure.subplots(1, 2, width_ratios=[1, 1.5])
+    blue, orange, grey = COLOURS["context"], COLOURS["weights"], COLOURS["rest"]
+
+    scale = previous_token_scale(settings.strengths.previous_token, settings.reach)
+    lengths = range(2, int(written["length"].max()) + 1)
+    curve = [float(previous_token_scores(n, scale)[-1].softmax(-1)[-2]) for n in lengths]
+    left.plot(lengths, curve, color=blue, label="attention to the position before, formula")
+    left.plot(written["length"], written["previous_token_attention"], "o", color=blue, markersize=8, label="measured")
+    left.plot(written["length"], written["in_context_accuracy"], "s--", color=orange, label="in-context accuracy")
+    left.axvline(settings.reach, color="black", linestyle=":", linewidth=1)
+    left.annotate("reach", (settings.reach, 0.02), xytext=(4, 0), textcoords="offset points")
+    left.set_xlabel("length of the prompt (tokens)")
+    left.set_ylabel("attention, or accuracy")
+    left.set_ylim(-0.03, 1.06)
+    left.set_title("hand-written, three layers")
+    left.legend(loc="lower left", bbox_to_anchor=(0.0, 0.08), framealpha=1, edgecolor="none")
+
+    bars = {
+        "attention to\nthe position before": "previous_token_attention",
+        "gain lost without\nprevious-token heads": "gain_lost_without_previous_token",
+        "attention to what\nfollowed the token before": "induction_attention",
+        "gain lost without\ninduction heads": "gain_lost_without_induction",
+    }
+    for n_layers, colour, shift in ((3, blue, -0.19), (2, grey, 0.19)):
+        part = own[own["n_layers"] == n_layers]
+        for place, column in enumerate(bars.values()):
+            label = f"{n_layers} layers" if place == 0 else None
+            right.bar(place + shift, part[column].mean(), 0.36, color=colour, alpha=0.75, label=label)
+            right.plot([place + shift] * len(part), part[column], "o", color="black", markersize=3)
+    right.set_xticks(range(len(bars)), list(bars), fontsize=9)
+    right.set_ylabel("attention, or fraction of the in-context gain")
+    right.hlines([SHARE] * 2, [0.6, 2.6], [1.4, 3.4], "black", "--", linewidth=1, label="three layers lose at least")
+    right.set_title("trained: best head of each role, a dot per seed")
+    right.legend(frameon=False, loc="upper left")
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    return picture

@@ -1,0 +1,127 @@
+"""Claims and what became of them, as one HTML file that opens offline."""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+from operator import itemgetter
+from typing import Any
+
+from hijack_lens.show.page import STYLE
+
+_MOST_ROWS = 60
+"""Of a claim's measurements; the JSON file has them all."""
+
+_COLOURS = {"reproduced": "#00664B", "in part": "#7A5200", "not reproduced": "#A33C00", "failed": "#222"}
+"""Dark enough to be read on white."""
+
+_UNBROKEN = re.compile(r"[\d.]+%? ± [\d.]+%?|[\d.]+e-\d+")
+"""Numbers that a browser would break into two lines."""
+
+
+def page(outcomes: Sequence[dict[str, Any]], heading: str) -> str:
+    """The report on some claims, each as in `Reproduction`."""
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>hijack-lens: the papers' claims</title>
+<style>{STYLE}
+body {{ max-width: 1240px }} .wide {{ overflow-x: auto }}
+td, th {{ text-align: left; vertical-align: top }} td {{ border-bottom: 1px solid #ddd }}
+.summary table {{ min-width: 960px }} .summary th:nth-child(4), .summary th:nth-child(5) {{ width: 20% }}
+.verdict-of {{ font-weight: 600; white-space: nowrap }} .number {{ white-space: nowrap }}
+.missed {{ color: {_COLOURS["not reproduced"]}; font-weight: 600 }}
+details table {{ font-size: 85%; font-variant-numeric: tabular-nums }} pre {{ overflow-x: auto }}</style></head><body>
+<h1>The papers' claims, put to the test</h1>
+<p><strong>{_tally(outcomes)}</strong></p>
+<p>{escape(heading)} Verdicts follow from the measurements; what counts as seen stands beside each prediction. Of
+trained models, means over seeds are given with their 95% intervals (Student's t). A threshold is met where all of the
+interval meets it; or where every seed does, where that is said. Each seed has its own language (that of facts aside),
+weights and sequences.</p>
+{_summary(outcomes)}
+{"".join(map(_section, outcomes))}
+</body></html>
+"""
+
+
+def unmeasured(outcome: dict[str, Any]) -> dict[str, Any]:
+    """What stands for the findings of a claim that failed."""
+    return {"setting": "", "predicted": "", "measured": outcome["error"], "holds": None}
+
+
+def _tally(outcomes: Sequence[dict[str, Any]]) -> str:
+    counts = Counter(outcome["verdict"] for outcome in outcomes)
+    parts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in _COLOURS if counts[verdict])
+    return f"{len(outcomes)} claim{'s' if len(outcomes) > 1 else ''}: {parts}."
+
+
+def _summary(outcomes: Sequence[dict[str, Any]]) -> str:
+    columns = "".join(f"<th>{name}</th>" for name in ("claim", "source", "setting", "predicted", "measured", "verdict"))
+    bodies = "".join(f"<tbody>{_rows(outcome)}</tbody>" for outcome in outcomes)
+    return f"<div class='wide summary'><table><thead><tr>{columns}</tr></thead>{bodies}</table></div>"
+
+
+def _rows(outcome: dict[str, Any]) -> str:
+    """A row per finding; what several share stands once."""
+    findings = outcome["findings"] or [unmeasured(outcome)]
+    every = f"rowspan='{len(findings)}'"
+    rows = []
+    for setting, group in itertools.groupby(findings, key=itemgetter("setting")):
+        alike = list(group)
+        for index, finding in enumerate(alike):
+            shared = f"<td rowspan='{len(alike)}'>{_text(setting)}</td>" if index == 0 else ""
+            rows.append(f"{shared}<td>{_text(finding['predicted'])}</td><td>{_measured(finding)}</td>")
+    link = f"<a href='#{outcome['claim']}'>{escape(outcome['statement'])}</a>"
+    rows[0] = (
+        f"<td {every}>{link}</td><td {every}>{escape(outcome['source'])}</td>{rows[0]}"
+        f"<td {every}>{_verdict(outcome)}</td>"
+    )
+    return "".join(f"<tr>{row}</tr>" for row in rows)
+
+
+def _measured(finding: dict[str, Any]) -> str:
+    mark = {True: "✓ ", False: "<span class='missed'>✗</span> ", None: ""}[finding["holds"]]
+    return f"{mark}{_text(finding['measured'])}"
+
+
+def _text(text: str) -> str:
+    return _UNBROKEN.sub(lambda match: f"<span class='number'>{match[0]}</span>", escape(text))
+
+
+def _section(outcome: dict[str, Any]) -> str:
+    took = "" if outcome["seconds"] is None else f" · {outcome['seconds']:.0f} s"
+    head = (
+        f"<h2 id='{outcome['claim']}'>{escape(outcome['statement'])}</h2>"
+        f"<p>{_verdict(outcome)} · {escape(outcome['source'])}{took}</p>"
+    )
+    settings = f"<details><summary>settings</summary><code>{escape(outcome['settings'])}</code></details>"
+    if outcome["error"]:
+        trace = f"<details><summary>traceback</summary><pre>{escape(outcome['traceback'])}</pre></details>"
+        return f"{head}<p>{escape(outcome['error'])}</p>{settings}{trace}"
+    note = f"<p>{escape(outcome['note'])}</p>" if outcome["note"] else ""
+    return f"{head}{outcome['figure']}{note}{settings}{_table(outcome['table'])}"
+
+
+def _verdict(outcome: dict[str, Any]) -> str:
+    verdict = outcome["verdict"]
+    return f"<span class='verdict-of' style='color:{_COLOURS[verdict]}'>{verdict}</span>"
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    columns = list(rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(_shown(row[column]))}</td>" for column in columns) + "</tr>"
+        for row in rows[:_MOST_ROWS]
+    )
+    more = f"<p>{len(rows) - _MOST_ROWS} more rows are in the JSON file.</p>" if len(rows) > _MOST_ROWS else ""
+    head = "".join(f"<th>{escape(str(column))}</th>" for column in columns)
+    return (
+        f"<details><summary>{len(rows)} measurements</summary>"
+        f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{more}</details>"
+    )
+
+
+def _shown(value: object) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

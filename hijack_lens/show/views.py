@@ -1,0 +1,226 @@
+"""Interactive circuitsvis views that need no network."""
+
+import base64
+import json
+from dataclasses import dataclass
+from functools import cache
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hijack_lens.attribution.logit_attribution import LogitAttribution
+from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
+from hijack_lens.core.hook_points import sites
+from hijack_lens.core.inputs import model_tokens
+from hijack_lens.core.texts import visible
+from hijack_lens.hooks.intervention import record
+from hijack_lens.show.logits import attention_maps, shaded_prompt
+from hijack_lens.show.style import COLOURS, Picture
+
+if TYPE_CHECKING:
+    from hijack_lens.language.prompts import HijackPrompt
+
+
+_PATHS_SHOWN = 24
+
+
+@cache
+def circuitsvis_script() -> str:
+    """The script that the circuitsvis wheel carries, fit to stand inside a <script> element; it defines CircuitsVis."""
+    import circuitsvis
+
+    script = (Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
+    # The source map beside it would be looked for on the network.
+    return script.replace("</script", r"<\/script").rsplit("//# sourceMappingURL", 1)[0]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One React element of circuitsvis.
+
+    Attributes:
+        element: its name.
+        props: its properties, in JSON's types.
+        title: stands above it; may be empty.
+        still: a static picture of the same, as HTML, for where scripts do not run.
+    """
+
+    element: str
+    props: dict[str, Any]
+    title: str
+    still: str
+
+
+@dataclass(frozen=True, repr=False)
+class View:
+    """circuitsvis panels side by side. In a notebook it draws itself, offline.
+
+    circuitsvis's own notebook form probes the network and loads from a CDN where it finds one; this one
+    carries the script with it.
+
+    Attributes:
+        panels: what to draw.
+        caption: says what is shown, and what the axes mean.
+    """
+
+    panels: tuple[Panel, ...]
+    caption: str
+
+    def __repr__(self) -> str:
+        return f"View({', '.join(panel.title or panel.element for panel in self.panels)})"
+
+    def fragment(self) -> str:
+        """HTML for a page that has loaded `circuitsvis_script()` once."""
+        return self._html("")
+
+    def _repr_html_(self) -> str:
+        return self._html(f"if (!window.CircuitsVis) {{ {circuitsvis_script()}; window.CircuitsVis = CircuitsVis; }}")
+
+    def _html(self, before: str) -> str:
+        boxes, calls = [], []
+        for panel in self.panels:
+            name = f"hijack-lens-{uuid4().hex[:12]}"
+            props = json.dumps(panel.props, allow_nan=False).replace("</", r"<\/")
+            calls.append(f'lens.render("{name}", lens.{panel.element}, {props});')
+            title = f'<div style="text-align:center;font-weight:600">{escape(panel.title)}</div>' if panel.title else ""
+            boxes.append(f'<div style="flex:1 1 400px;min-width:0">{title}<div id="{name}">{panel.still}</div></div>')
+        return (
+            '<figure class="hijack-lens-view" style="max-width:1000px;margin:1em 0">'
+            f'<figcaption style="font-size:90%">{escape(self.caption)}</figcaption>'
+            f'<div style="display:flex;flex-wrap:wrap;gap:1em;margin-top:0.5em">{"".join(boxes)}</div></figure>'
+            f"<script>(function () {{ {before} const lens = window.CircuitsVis || CircuitsVis; {''.join(calls)} }})();"
+            "</script>"
+        )
+
+
+def attention(
+    model: Any,
+    prompt: "HijackPrompt | str | Tensor",
+    heads: list[Component] | None = None,
+    circuit: Circuit | None = None,
+) -> View:
+    """Attention patterns of heads on one prompt; by default of the circuit's previous-token and induction heads.
+
+    The circuit, by which heads are called, is by default the model's own.
+
+    Raises:
+        TypeError, ValueError: for prompts the model cannot take, batches, and heads that it lacks.
+    """
+    patterns = attention_patterns(model, prompt, heads, circuit)
+    texts = [visible(text) for text in _str_tokens(model, prompt)]
+    panels = [
+        Panel(
+            "AttentionPattern",
+            {
+                "attention": _rounded(pattern, 4),
+                "tokens": texts,
+                "maxValue": 1.0,
+                "minValue": -1.0,
+                "positiveColor": COLOURS["context"],
+                "maskUpperTri": True,
+                "showAxisLabels": True,
+            },
+            name,
+            _png(attention_maps({name: pattern}, texts, width=5.0)),
+        )
+        for name, pattern in patterns.items()
+    ]
+    return View(
+        tuple(panels),
+        "Attention patterns, from 0 (white) to 1 (blue): each row is a destination token, which attends, each column a "
+        "source token, which is attended to. Hover over a cell for its number.",
+    )
+
+
+def attention_patterns(
+    model: Any,
+    prompt: "HijackPrompt | str | Tensor",
+    heads: list[Component] | None = None,
+    circuit: Circuit | None = None,
+) -> dict[str, Float[Tensor, "query key"]]:
+    """The patterns that `attention` shows, by the heads' names."""
+    circuit = getattr(model, "circuit", None) if circuit is None else circuit
+    if isinstance(heads, Component):
+        heads = [heads]
+    if heads is None:
+        if circuit is None:
+            raise ValueError("heads must be given, since the model has no circuit of its own")
+        heads = [component for _, component in circuit if component.kind == "head"]
+    for head in heads:
+        if not isinstance(head, Component) or head.kind != "head":
+            raise TypeError(f"heads must be heads, got {head!r}")
+    if not heads:
+        raise ValueError("heads must name at least one head, got none")
+    sites(model, heads, "pattern")  # refuses heads that the model lacks
+    tokens = model_tokens(model, prompt, "prompt")
+    if len(tokens) != 1:
+        raise ValueError(f"prompt must be a single prompt, got a batch of {len(tokens)}")
+    name = "blocks.{}.attn.hook_pattern".format
+    run = record(model, tokens, [name(layer) for layer in sorted({head.layer for head in heads})])[1]
+    patterns = {}
+    for head in heads:
+        role = None if circuit is None else circuit.role(head)
+        label = str(head) if role is None else f"{ROLE_NAMES[role]} ({head})"
+        patterns[label] = run[name(head.layer)][0, head.head]
+    return patterns
+
+
+def token_paths(result: LogitAttribution, a: str | int | None = None, b: str | int | None = None) -> View:
+    """The prompt, each token shaded by what its paths add to `logit[a] - logit[b]`; one button per path.
+
+    All paths share one colour scale, so that shades compare. Paths that add nothing are left out, and of a deep model's
+    hundreds all but those that add most.
+
+    Raises:
+        ValueError: for a batch, or an attribution of all positions.
+    """
+    first, second = result.pair(a, b)
+    by_source = result.by_source()  # refuses what has no source axis
+    texts = result.source_texts()
+    difference = result.values[..., first] - result.values[..., second]  # [path, source]
+    columns = {"all paths": difference.sum(0)}
+    columns |= {memory: part[:, first] - part[:, second] for memory, part in by_source.items()}
+    kept = sorted(difference.abs().sum(-1).topk(min(_PATHS_SHOWN, len(difference))).indices.tolist())
+    columns |= {result.paths[i].label: difference[i] for i in kept}
+    columns = {label: column for label, column in columns.items() if label == "all paths" or bool(column.any())}
+    values = torch.stack(list(columns.values()), -1)
+    if not bool(values.isfinite().all()):
+        raise ValueError("result holds NaN or infinite values, which no shade can show")
+    bound = max(float(values.abs().max()), 1e-6)
+    names = [repr(result.token_text(token)) for token in (first, second)]
+    props = {
+        # This element takes its tokens for HTML.
+        "tokens": [escape(text + result.joiner) for text in texts],
+        "values": _rounded(values, 6),
+        "labels": list(columns),
+        "positiveBounds": [bound] * len(columns),
+        "negativeBounds": [-bound] * len(columns),
+    }
+    return View(
+        (Panel("ColoredTokensMulti", props, "", shaded_prompt(result, first, second)),),
+        f"What each source token adds to logit {names[0]} − logit {names[1]} at position {result.position}, by path: "
+        f"bluer towards {names[0]}, redder towards {names[1]}, up to the bounds given. "
+        "Pick a path above the text; hover over a token for its numbers.",
+    )
+
+
+def _rounded(values: Tensor, decimals: int) -> list[Any]:
+    """Nested lists of short numbers: a page holds many, and shows few digits."""
+    return values.double().round(decimals=decimals).tolist()
+
+
+def _str_tokens(model: Any, prompt: object) -> list[str]:
+    tokens = model_tokens(model, prompt, "prompt")[0]
+    if getattr(model, "tokenizer", None) is None:
+        return [str(int(token)) for token in tokens]
+    return list(model.to_str_tokens(tokens))
+
+
+def _png(picture: Picture) -> str:
+    data = picture.png(dpi=80)
+    return f'<img style="max-width:100%" alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}">'

@@ -1,0 +1,202 @@
+"""What a two-layer model has memorised, read off its weights, its attention and its predictions.
+
+The memory recalls are those of Bietti et al. 2023 (arXiv 2306.00802, section 4): with W_E(v), the previous-token
+head's output Phi(v) and the unembedding as the directions, each associative memory should map its key to its value.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from hijack_lens.core.checks import check_count
+from hijack_lens.core.circuit import Component
+from hijack_lens.hooks.intervention import record
+from hijack_lens.language.bigrams import SampledSequences, Token
+from hijack_lens.models.architecture import RelativeAttention
+from hijack_lens.models.linear_maps import LinearNorm, linear_norm
+from hijack_lens.models.transformer import BigramTransformer
+
+Scores = dict[str, float]
+
+
+@torch.no_grad()
+def memory_recall(model: BigramTransformer, length: int, triggers: Sequence[Token] | None = None) -> Scores:
+    """How well each associative memory recalls: the fraction of keys whose own value scores highest, and by how much.
+
+    Norms act by their weights alone. Where a role has several heads, the best one counts for each memory.
+
+    Args:
+        model: with a circuit.
+        length: up to which positions the previous-token memory is asked.
+        triggers: keys of the match memory; by default every token.
+
+    Returns:
+        "previous_token_recall", "match_recall" and "copy_recall", fractions in [0, 1], each with its "..._margin",
+        the mean of (own score - best other) in units of attention score or logit; and "bigram_kl", the mean KL
+        divergence in nats of the token's own prediction (no attention) from pi_b, over tokens other than `triggers`.
+        NaN where a memory is not there to be asked: without a head in that role, or without positions.
+    """
+    check_count("length", length, minimum=2)
+    if model.positions == "absolute" and length > model.cfg.n_ctx:
+        raise ValueError(f"length must be at most the model's n_ctx={model.cfg.n_ctx}, got {length}")
+    scores: Scores = {}
+    previous = [previous_token_scores(model, head, length) for head in model.circuit.previous_token]
+    scores |= _best("previous_token", [table for table in previous if table is not None])
+    chosen = model.language.trigger_ids(triggers)
+    match = [match_scores(model, head)[chosen.to(model.W_E.device)] for head in model.circuit.induction]
+    scores |= _best("match", [(table, chosen.to(table.device)) for table in match if model.circuit.previous_token])
+    everything = torch.arange(model.cfg.d_vocab, device=model.W_E.device)
+    scores |= _best("copy", [(copy_scores(model, head), everything) for head in model.circuit.induction])
+    log_pi_b = model.language.pi_b.clamp_min(1e-12).log().to(model.W_E)
+    predicted = context_free_logits(model).log_softmax(-1)
+    kl = (log_pi_b.exp() * (log_pi_b - predicted)).sum(-1)
+    weight = model.language.long_run.to(kl).clone()
+    if triggers is not None:
+        weight[chosen.to(weight.device)] = 0.0
+    scores["bigram_kl"] = float((weight * kl).sum() / weight.sum())
+    return scores
+
+
+def match_scores(model: BigramTransformer, head: Component) -> Float[Tensor, "query_token key_token"]:
+    """The head's attention score from token k to a position that remembers k', through all previous-token heads."""
+    attn = model.blocks[head.layer].attn
+    norm = _norm_weights(model.blocks[head.layer].ln1)
+    queries = norm.linear(model.W_E) @ attn.W_Q[head.head] + attn.b_Q[head.head]
+    remembered = sum(
+        (
+            _norm_weights(model.blocks[sender.layer].ln1).linear(model.W_E)
+            @ model.blocks[sender.layer].attn.W_V[sender.head]
+            @ model.blocks[sender.layer].attn.W_O[sender.head]
+            for sender in model.circuit.previous_token
+        ),
+        torch.zeros_like(model.W_E),
+    )
+    return queries @ (norm.linear(remembered) @ attn.W_K[head.head]).T / attn.attn_scale
+
+
+def copy_scores(model: BigramTransformer, head: Component) -> Float[Tensor, "token d_vocab"]:
+    """The logits that a head writes for each token that it attends to fully."""
+    attn = model.blocks[head.layer].attn
+    read = _norm_weights(model.blocks[head.layer].ln1).linear(model.W_E)
+    written = read @ attn.W_V[head.head] @ attn.W_O[head.head]
+    return _norm_weights(getattr(model, "ln_final", None)).linear(written) @ model.W_U
+
+
+def context_free_logits(
+    model: BigramTransformer, added: Float[Tensor, "... d_model"] | None = None
+) -> Float[Tensor, "... token d_vocab"]:
+    """What the model predicts after each token by its embedding and MLPs alone, all attention off.
+
+    With `added`, the last block's heads write that into the residual stream.
+    """
+    x = model.W_E
+    for layer, block in enumerate(model.blocks):
+        if added is not None and layer == len(model.blocks) - 1:
+            x = x + added[..., None, :]
+        if hasattr(block, "mlp"):
+            x = x + block.mlp.act_fn(linear_norm(block.ln2, x)(x) @ block.mlp.W_in + block.mlp.b_in) @ block.mlp.W_out
+            x = x + block.mlp.b_out
+    final = getattr(model, "ln_final", None)
+    return linear_norm(final, x)(x) @ model.W_U + model.b_U
+
+
+def effective_copy_scores(
+    model: BigramTransformer, head: Component, weight: Float[Tensor, "token"]
+) -> Float[Tensor, "token d_vocab"]:
+    """What full attention to each token adds to the logits, MLP included, in the mean over current tokens."""
+    attn = model.blocks[head.layer].attn
+    read = _norm_weights(model.blocks[head.layer].ln1).linear(model.W_E)
+    written = read @ attn.W_V[head.head] @ attn.W_O[head.head]
+    alone = context_free_logits(model)
+    rows = [weight @ (context_free_logits(model, row) - alone) for row in written]
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def behaviour(model: BigramTransformer, sequences: SampledSequences) -> Scores:
+    """What the model attends to and predicts on sequences with triggers.
+
+    Returns:
+        "in_context_accuracy" and "in_context_loss" (nats) where the next token follows from the context;
+        "bigram_loss" and "bigram_excess" (nats), the loss after other tokens than triggers and how far it lies above
+        that of the true bigrams on the same tokens; "previous_token_attention", the mean attention to the position
+        before; "induction_attention", the induction heads' attention, where the next token is predictable, to
+        positions whose previous token is the current one; "attended_correct", how often the position they attend to
+        most holds the right answer. For roles of several heads, the best head's. NaN where there is nothing to score.
+    """
+    device = model.W_E.device
+    tokens, predictable = sequences.tokens.to(device), sequences.predictable.to(device)
+    heads = [*model.circuit.previous_token, *model.circuit.induction]
+    names = {f"blocks.{head.layer}.attn.hook_pattern" for head in heads}
+    logits, run = record(model, tokens, sorted(names))
+    log_probs = logits.log_softmax(-1)
+    known = predictable[:, :-1]  # at the last position there is no next token to compare with
+    answers = tokens[:, 1:]
+    loss = -log_probs[:, :-1].gather(-1, answers[..., None])[..., 0]
+    right = log_probs[:, :-1].argmax(-1) == answers
+    is_trigger = (tokens[:, :, None] == sequences.triggers.to(device)[:, None, :]).any(-1)[:, :-1]
+    true_loss = -model.language.log_pi_b.to(loss)[tokens[:, :-1], answers]
+    scores = {
+        "in_context_accuracy": _mean(right[known]),
+        "in_context_loss": _mean(loss[known]),
+        "bigram_loss": _mean(loss[~is_trigger]),
+        "bigram_excess": _mean((loss - true_loss)[~is_trigger]),
+    }
+
+    def pattern(head: Component) -> Float[Tensor, "sequence query key"]:
+        return run[f"blocks.{head.layer}.attn.hook_pattern"][:, head.head]
+
+    remembers = torch.zeros_like(pattern(heads[0]), dtype=torch.bool)
+    remembers[:, :, 1:] = tokens[:, :, None] == tokens[:, None, :-1]
+    previous = [_mean(pattern(head).diagonal(-1, 1, 2)) for head in model.circuit.previous_token]
+    induction = [_mean((pattern(head) * remembers).sum(-1)[:, :-1][known]) for head in model.circuit.induction]
+    attended = [tokens.gather(1, pattern(head).argmax(-1))[:, :-1] == answers for head in model.circuit.induction]
+    scores["previous_token_attention"] = max(previous, default=torch.nan)
+    scores["induction_attention"] = max(induction, default=torch.nan)
+    scores["attended_correct"] = max((_mean(right_place[known]) for right_place in attended), default=torch.nan)
+    return scores
+
+
+def previous_token_scores(
+    model: BigramTransformer, head: Component, length: int
+) -> tuple[Float[Tensor, "query key"], Tensor] | None:
+    """Scores of positions (or offsets) as keys, and which key is right, for the head's positional part alone."""
+    attn = model.blocks[head.layer].attn
+    norm = _norm_weights(model.blocks[head.layer].ln1)
+    if isinstance(attn, RelativeAttention):
+        # For each query token, the scores of the offsets with a key, and of all others, which is 0.
+        queries = norm.linear(model.W_E) @ attn.W_Q[head.head] + attn.b_Q[head.head]
+        by_offset = F.pad(queries @ attn.W_R[head.head].T / attn.attn_scale, (0, 1))
+        return by_offset, torch.ones(len(by_offset), dtype=torch.long, device=by_offset.device)
+    if model.positions != "absolute":
+        return None
+    positions = norm.linear(model.W_pos[:length])
+    queries = positions @ attn.W_Q[head.head] + attn.b_Q[head.head]
+    scores = queries @ (positions @ attn.W_K[head.head]).T / attn.attn_scale
+    # Only keys at or before the query can be attended to; position 0 has none before it.
+    causal = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)[1:]
+    return causal, torch.arange(length - 1, device=scores.device)
+
+
+def _best(name: str, tables: Sequence[tuple[Tensor, Tensor]]) -> Scores:
+    """Recall and margin of the head that recalls most."""
+    found = [(torch.nan, torch.nan)]
+    for scores, right in tables:
+        own = scores.gather(1, right[:, None])[:, 0]
+        others = scores.scatter(1, right[:, None], -torch.inf).max(-1).values
+        found.append((_mean(own > others), _mean(own - others)))
+    recall, margin = max(found[1:], default=found[0])
+    return {f"{name}_recall": recall, f"{name}_margin": margin}
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean()) if values.numel() else torch.nan
+
+
+def _norm_weights(norm: torch.nn.Module | None) -> LinearNorm:
+    """A norm whose scale is taken to be 1."""
+    known = linear_norm(norm, torch.ones(1, 1))
+    return LinearNorm(known.centred, None if known.scale is None else torch.ones(1), known.w, None)

@@ -1,0 +1,378 @@
+"""The results of sweeps: labelled numbers, a patch or an edge each, and what they have in common."""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from safetensors.torch import save
+from torch import Tensor
+
+from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
+from hijack_lens.core.files import read_safetensors, write_atomically
+from hijack_lens.hooks.edges import Edge, name_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hijack_lens.show.style import Picture
+
+
+class PatchEffects:
+    """Arithmetic of a sweep's values.
+
+    Its subclasses have the fields `values`, `metric` (its name), `base` (the metric on the unpatched run), `source` (on
+    the run that patches come from, or `None`) and `direction`.
+    """
+
+    values: "Tensor"
+    metric: str
+    base: float
+    source: Any
+    direction: str
+
+    @property
+    def clean(self) -> float:
+        """The metric on the clean run; of ablations, on the intact one."""
+        return self.source if self.direction == "denoise" else self.base
+
+    @property
+    def corrupted(self) -> float:
+        """The metric on the corrupted run.
+
+        Raises:
+            ValueError: for ablations, which have none.
+        """
+        if self.source is None:
+            raise ValueError("ablations have no corrupted run")
+        return self.base if self.direction == "denoise" else self.source
+
+    @property
+    def effect(self) -> "Tensor":
+        """What each patch changed: values - base; of the shape of `values`."""
+        return self.values - self.base
+
+    @property
+    def normalised(self) -> "Tensor":
+        """Values shifted and scaled: 0 is the corrupted run, 1 the clean one; of the shape of `values`.
+
+        Raises:
+            ValueError: for ablations, and where the metric is the same on both runs.
+        """
+        if self.clean == self.corrupted:
+            raise ValueError(f"metric {self.metric!r} is {self.clean:g} on the clean and on the corrupted run alike")
+        return (self.values - self.corrupted) / (self.clean - self.corrupted)
+
+
+_SWEEP_FORMAT = "hijack_lens.Sweep.1"
+
+
+@dataclass(frozen=True, repr=False)
+class Sweep(PatchEffects):
+    """A metric under many patches (or ablations), each alone.
+
+    Attributes:
+        values: the metric with the patch in place. The last axis is there for heads and neurons only.
+        components: names of activations, along the first axis.
+        layers: along the second.
+        positions: along the third; a single `None` where each patch covers all positions at once.
+        unit: "head", "neuron" or `None`.
+        units: heads or neurons, along the last axis.
+        metric: its name.
+        base: the metric on the unpatched run.
+        source: the metric on the run that patches come from; `None` for ablations.
+        direction: "denoise" (clean into corrupted), "noise" (corrupted into clean) or "ablate".
+        method: how it was computed: "incremental"; "forward" for whole runs of the model; "gradient" for an estimate.
+        texts: of the tokens at the positions, where the sweep is of one prompt.
+    """
+
+    values: Float[Tensor, "component layer position *unit"]
+    components: tuple[str, ...]
+    layers: tuple[int, ...]
+    positions: tuple[int | None, ...]
+    unit: Literal["head", "neuron"] | None
+    units: tuple[int, ...]
+    metric: str
+    base: float
+    source: float | None
+    direction: Literal["denoise", "noise", "ablate"]
+    method: Literal["incremental", "forward", "gradient"]
+    texts: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        expected = tuple(len(labels) for labels in self._labels.values())
+        if tuple(self.values.shape) != expected:
+            raise ValueError(f"values must have shape {expected}, got {tuple(self.values.shape)}")
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes of `values`."""
+        return tuple(self._labels)
+
+    @property
+    def _labels(self) -> dict[str, tuple]:
+        labels: dict[str, tuple] = {"component": self.components, "layer": self.layers, "position": self.positions}
+        return labels if self.unit is None else {**labels, self.unit: self.units}
+
+    def __getitem__(self, component: str) -> "Sweep":
+        """One component's part.
+
+        Raises:
+            KeyError: for a component that was not swept.
+        """
+        if component not in self.components:
+            raise KeyError(f"{component!r} was not swept; there are {', '.join(self.components)}")
+        at = self.components.index(component)
+        return replace(self, values=self.values[at : at + 1], components=(component,))
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per patch: its labels, `value` and `effect`."""
+        index = pd.MultiIndex.from_product(list(self._labels.values()), names=self.axes)
+        values = self.values.detach().cpu().flatten().numpy()
+        frame = pd.DataFrame({"value": values, "effect": values - self.base}, index=index).reset_index()
+        if self.texts is not None and None not in self.positions:
+            after = list(frame.columns).index("position") + 1
+            frame.insert(after, "token", [self._text(position) for position in frame["position"]])
+        return frame
+
+    def picture(self, normalised: bool | None = None) -> "Picture":
+        """A heat map per component: layers (with heads) against positions.
+
+        Args:
+            normalised: on the scale from 0 (corrupted) to 1 (clean), rather than as the metric's change; by default
+                where there is such a scale.
+
+        Raises:
+            ValueError: where `normalised` is asked for and there is no such scale.
+        """
+        from hijack_lens.show.sweep_maps import sweep_maps
+
+        return sweep_maps(self, normalised)
+
+    def _repr_png_(self) -> bytes:
+        return self.picture().png()
+
+    def __repr__(self) -> str:
+        shape = ", ".join(f"{axis}={len(labels)}" for axis, labels in self._labels.items())
+        lines = [
+            f"Sweep({shape}) of {self.metric}, {self.direction}, by {self.method} runs; unpatched: {self.base:.4g}"
+        ]
+        if self.source is not None:
+            lines[0] += f", source run: {self.source:.4g}"
+        effect = self.effect.detach().flatten()
+        for flat in effect.nan_to_num().abs().argsort(descending=True, stable=True)[:5].tolist():
+            lines.append(
+                f"  {self._describe(flat)}: {float(self.values.flatten()[flat]):.4g} ({float(effect[flat]):+.4g})"
+            )
+        return "\n".join(lines)
+
+    def _describe(self, flat: int) -> str:
+        index = torch.unravel_index(torch.tensor(flat), self.values.shape)
+        at = {axis: labels[int(i)] for (axis, labels), i in zip(self._labels.items(), index, strict=True)}
+        unit = "" if self.unit is None else f" {self.unit} {at[self.unit]}"
+        position = at["position"]
+        where = "all positions" if position is None else f"position {position}"
+        text = "" if position is None or self.texts is None else f" {self._text(position)!r}"
+        return f"{at['component']} layer {at['layer']}{unit}, {where}{text}"
+
+    def _text(self, position: int) -> str:
+        assert self.texts is not None
+        return self.texts[self.positions.index(position)]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        header = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "values"}
+        metadata = {"hijack_lens": json.dumps({"format": _SWEEP_FORMAT, **header})}
+        write_atomically(path, save({"values": self.values.detach().cpu().contiguous()}, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Sweep":
+        """Reads what `save` wrote; nothing in it is executed.
+
+        Raises:
+            ValueError: for any other file.
+        """
+        tensors, header = read_safetensors(path, _SWEEP_FORMAT)
+        wanted = {field.name for field in fields(cls)} - {"values"}
+        if set(tensors) != {"values"} or set(header) - {"format"} != wanted:
+            raise ValueError(f"{path} is damaged: it lacks a part of a sweep, or has another")
+        labels: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in header.items() if name in wanted
+        }
+        return cls(values=tensors["values"], **labels)
+
+
+_PATH_FORMAT = "hijack_lens.PathSweep.1"
+
+
+@dataclass(frozen=True, repr=False)
+class PathSweep(PatchEffects):
+    """A metric with each edge patched, alone.
+
+    Attributes:
+        values: the metric with the edge's message replaced, in the metric's unit.
+        edges: what the axis holds.
+        metric: its name.
+        base: the metric on the unpatched run.
+        source: the metric on the run that the messages come from.
+        direction: "denoise" (clean messages, corrupted run) or "noise" (corrupted messages, clean run).
+        method: "forward" for patched runs of the model, "gradient" for an estimate.
+        circuit: names components by their roles.
+    """
+
+    values: Float[Tensor, "edge"]
+    edges: tuple[Edge, ...]
+    metric: str
+    base: float
+    source: float
+    direction: Literal["denoise", "noise"]
+    method: Literal["forward", "gradient"]
+    circuit: Circuit = Circuit()  # noqa: RUF009 (frozen)
+
+    def __post_init__(self) -> None:
+        if tuple(self.values.shape) != (len(self.edges),):
+            raise ValueError(f"values must have shape {(len(self.edges),)}, got {tuple(self.values.shape)}")
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per edge: sender, receiver and via, `value` and `effect`; and `normalised`, where it is defined."""
+        frame = pd.DataFrame(
+            {
+                "sender": [name_of(edge.sender, self.circuit) for edge in self.edges],
+                "receiver": [name_of(edge.receiver, self.circuit) for edge in self.edges],
+                "via": [edge.via for edge in self.edges],
+                "value": self.values.cpu().numpy(),
+                "effect": self.effect.cpu().numpy(),
+            }
+        )
+        return frame if self.clean == self.corrupted else frame.assign(normalised=self.normalised.cpu().numpy())
+
+    def picture(self) -> "Picture":
+        """A heat map of effects: senders against the inputs of receivers."""
+        from hijack_lens.show.edge_map import edge_map
+
+        return edge_map(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        header = {
+            "format": _PATH_FORMAT,
+            "edges": [asdict(edge) for edge in self.edges],
+            "metric": self.metric,
+            "base": self.base,
+            "source": self.source,
+            "direction": self.direction,
+            "method": self.method,
+            "circuit": {role: [asdict(member) for member in getattr(self.circuit, role)] for role in ROLE_NAMES},
+        }
+        metadata = {"hijack_lens": json.dumps(header)}
+        write_atomically(path, save({"values": self.values.cpu().contiguous()}, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PathSweep":
+        """Reads what `save` wrote; nothing in it is executed. The evidence for the circuit is not kept.
+
+        Raises:
+            ValueError: for any other file.
+        """
+        tensors, header = read_safetensors(path, _PATH_FORMAT)
+        try:
+            edges = tuple(Edge(_end(e["sender"]), _end(e["receiver"]), e["via"]) for e in header["edges"])
+            roles: dict[str, Any] = {
+                role: tuple(Component(**member) for member in header["circuit"][role]) for role in ROLE_NAMES
+            }
+            return cls(
+                values=tensors["values"],
+                edges=edges,
+                metric=header["metric"],
+                base=header["base"],
+                source=header["source"],
+                direction=header["direction"],
+                method=header["method"],
+                circuit=Circuit(**roles),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a saved PathSweep: {error!r}") from error
+
+    def __repr__(self) -> str:
+        from hijack_lens.show.path_table import as_text
+
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from hijack_lens.show.path_table import as_html
+
+        return as_html(self)
+
+
+def _end(saved: Any) -> Any:
+    return Component(**saved) if isinstance(saved, dict) else saved
+
+
+Result = TypeVar("Result", Sweep, PathSweep)
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison(Generic[Result]):
+    """What gradients say of each patch, and what each patch does.
+
+    What was not scored (NaN) in either takes no part in the numbers.
+
+    Attributes:
+        approximate: the estimate.
+        exact: the sweep of the same patches by actual runs.
+    """
+
+    approximate: Result
+    exact: Result
+
+    def __post_init__(self) -> None:
+        shapes = tuple(self.approximate.values.shape), tuple(self.exact.values.shape)
+        if shapes[0] != shapes[1]:
+            raise ValueError("approximate and exact must be of the same patches, got shapes {} and {}".format(*shapes))
+
+    @property
+    def error(self) -> Float[Tensor, "..."]:
+        """The estimate of each patched run's metric, less the metric itself."""
+        return self.approximate.values - self.exact.values
+
+    @property
+    def max_error(self) -> float:
+        """The largest error, without its sign."""
+        return float(self._scored(self.error).abs().max())
+
+    @property
+    def relative_error(self) -> float:
+        """The errors' root mean square over the exact effects'; NaN where no patch has an effect."""
+        size = float(self._scored(self.exact.effect).norm())
+        return float(self._scored(self.error).norm()) / size if size else math.nan
+
+    @property
+    def correlation(self) -> float:
+        """Pearson's, of estimated and exact effects; NaN where either are all alike."""
+        pairs = torch.stack([self._scored(self.approximate.effect), self._scored(self.exact.effect)])
+        return float(torch.corrcoef(pairs)[0, 1])
+
+    def _scored(self, values: Tensor) -> Tensor:
+        values = values.detach().double().flatten()
+        return values[self.error.detach().isfinite().flatten()]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per patch: its labels, then `estimate` and `exact` effect, and the `error`."""
+        frame = self.approximate.to_pandas().drop(columns=["value", "normalised"], errors="ignore")
+        frame = frame.rename(columns={"effect": "estimate"})
+        frame["exact"] = self.exact.to_pandas()["effect"]
+        frame["error"] = frame["estimate"] - frame["exact"]
+        return frame
+
+    def __repr__(self) -> str:
+        frame = self.to_pandas()
+        worst = frame.reindex(frame["error"].abs().sort_values(ascending=False, kind="stable").index)[:5]
+        return (
+            f"Comparison of {len(frame)} effects on {self.exact.metric}: largest error {self.max_error:.3g}, "
+            f"relative error {self.relative_error:.3g}, correlation {self.correlation:.4f}; largest errors:\n"
+            + worst.to_string(index=False, float_format="{:.4g}".format)
+        )
