@@ -1,19 +1,16 @@
 """The results of sweeps: labelled numbers, a patch or an edge each, and what they have in common."""
 
-import json
 import math
-import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors.torch import save
 from torch import Tensor
 
-from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
-from hijack_lens.core.files import read_safetensors, write_atomically
+from hijack_lens.core.circuit import Circuit
+from hijack_lens.core.files import Saved
 from hijack_lens.hooks.edges import Edge, name_of
 
 if TYPE_CHECKING:
@@ -29,7 +26,7 @@ class PatchEffects:
     the run that patches come from, or `None`) and `direction`.
     """
 
-    values: "Tensor"
+    values: Tensor
     metric: str
     base: float
     source: Any
@@ -52,12 +49,12 @@ class PatchEffects:
         return self.base if self.direction == "denoise" else self.source
 
     @property
-    def effect(self) -> "Tensor":
+    def effect(self) -> Tensor:
         """What each patch changed: values - base; of the shape of `values`."""
         return self.values - self.base
 
     @property
-    def normalised(self) -> "Tensor":
+    def normalised(self) -> Tensor:
         """Values shifted and scaled: 0 is the corrupted run, 1 the clean one; of the shape of `values`.
 
         Raises:
@@ -68,11 +65,8 @@ class PatchEffects:
         return (self.values - self.corrupted) / (self.clean - self.corrupted)
 
 
-_SWEEP_FORMAT = "hijack_lens.Sweep.1"
-
-
 @dataclass(frozen=True, repr=False)
-class Sweep(PatchEffects):
+class Sweep(PatchEffects, Saved):
     """A metric under many patches (or ablations), each alone.
 
     Attributes:
@@ -183,34 +177,9 @@ class Sweep(PatchEffects):
         assert self.texts is not None
         return self.texts[self.positions.index(position)]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all."""
-        header = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "values"}
-        metadata = {"hijack_lens": json.dumps({"format": _SWEEP_FORMAT, **header})}
-        write_atomically(path, save({"values": self.values.detach().cpu().contiguous()}, metadata))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Sweep":
-        """Reads what `save` wrote; nothing in it is executed.
-
-        Raises:
-            ValueError: for any other file.
-        """
-        tensors, header = read_safetensors(path, _SWEEP_FORMAT)
-        wanted = {field.name for field in fields(cls)} - {"values"}
-        if set(tensors) != {"values"} or set(header) - {"format"} != wanted:
-            raise ValueError(f"{path} is damaged: it lacks a part of a sweep, or has another")
-        labels: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in header.items() if name in wanted
-        }
-        return cls(values=tensors["values"], **labels)
-
-
-_PATH_FORMAT = "hijack_lens.PathSweep.1"
-
 
 @dataclass(frozen=True, repr=False)
-class PathSweep(PatchEffects):
+class PathSweep(PatchEffects, Saved):
     """A metric with each edge patched, alone.
 
     Attributes:
@@ -256,47 +225,6 @@ class PathSweep(PatchEffects):
 
         return edge_map(self)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all."""
-        header = {
-            "format": _PATH_FORMAT,
-            "edges": [asdict(edge) for edge in self.edges],
-            "metric": self.metric,
-            "base": self.base,
-            "source": self.source,
-            "direction": self.direction,
-            "method": self.method,
-            "circuit": {role: [asdict(member) for member in getattr(self.circuit, role)] for role in ROLE_NAMES},
-        }
-        metadata = {"hijack_lens": json.dumps(header)}
-        write_atomically(path, save({"values": self.values.cpu().contiguous()}, metadata))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "PathSweep":
-        """Reads what `save` wrote; nothing in it is executed. The evidence for the circuit is not kept.
-
-        Raises:
-            ValueError: for any other file.
-        """
-        tensors, header = read_safetensors(path, _PATH_FORMAT)
-        try:
-            edges = tuple(Edge(_end(e["sender"]), _end(e["receiver"]), e["via"]) for e in header["edges"])
-            roles: dict[str, Any] = {
-                role: tuple(Component(**member) for member in header["circuit"][role]) for role in ROLE_NAMES
-            }
-            return cls(
-                values=tensors["values"],
-                edges=edges,
-                metric=header["metric"],
-                base=header["base"],
-                source=header["source"],
-                direction=header["direction"],
-                method=header["method"],
-                circuit=Circuit(**roles),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a saved PathSweep: {error!r}") from error
-
     def __repr__(self) -> str:
         from hijack_lens.show.path_table import as_text
 
@@ -306,10 +234,6 @@ class PathSweep(PatchEffects):
         from hijack_lens.show.path_table import as_html
 
         return as_html(self)
-
-
-def _end(saved: Any) -> Any:
-    return Component(**saved) if isinstance(saved, dict) else saved
 
 
 Result = TypeVar("Result", Sweep, PathSweep)

@@ -1,20 +1,17 @@
 """Logits by path: the paths, the labelled tensor that sums to the logits, and views of it."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save
 from torch import Tensor
 
 from hijack_lens.core.checks import as_int, check_count
 from hijack_lens.core.circuit import Circuit, Component
-from hijack_lens.core.files import read_safetensors, write_atomically
+from hijack_lens.core.files import Saved
 from hijack_lens.core.texts import visible
 from hijack_lens.theory.closed_form import Margin
 
@@ -67,11 +64,8 @@ class Path:
         return cls(source, through, label, memory)
 
 
-_FORMAT = "hijack_lens.LogitAttribution.1"
-
-
 @dataclass(frozen=True, repr=False)
-class LogitAttribution:
+class LogitAttribution(Saved):
     """What each path wrote into each logit, exactly.
 
     Attributes:
@@ -180,50 +174,6 @@ class LogitAttribution:
         if self.tokens.ndim > 1:
             raise ValueError("source_texts is for one prompt; index the batch first")
         return [self._text(int(token)) for token in self.tokens]
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file; either whole or not at all."""
-        header = {
-            "format": _FORMAT,
-            "paths": [asdict(path) for path in self.paths],
-            "position": self.position,
-            "vocab": self.vocab,
-            "candidates": self.candidates,
-            "joiner": self.joiner,
-            "answers": self.answers,
-        }
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in ("values", "logits", "tokens")}
-        write_atomically(path, save(tensors, {"hijack_lens": json.dumps(header)}))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "LogitAttribution":
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: for any other file.
-        """
-        tensors, header = read_safetensors(path, _FORMAT)
-        try:
-            paths = tuple(
-                Path(**{**fields, "through": tuple(Component(**component) for component in fields["through"])})
-                for fields in header["paths"]
-            )
-            vocab, candidates, answers = header["vocab"], header["candidates"], header.get("answers")
-            if isinstance(vocab, dict):  # whose keys JSON has made strings
-                vocab = {int(token): text for token, text in vocab.items()}
-            return cls(
-                values=tensors["values"],
-                logits=tensors["logits"],
-                tokens=tensors["tokens"],
-                paths=paths,
-                position=header["position"],
-                vocab=tuple(vocab) if isinstance(vocab, list) else vocab,
-                candidates=None if candidates is None else (candidates[0], candidates[1]),
-                joiner=header["joiner"],
-                answers=None if answers is None else tuple(answers),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a saved LogitAttribution: {error!r}") from error
 
     def __repr__(self) -> str:
         from hijack_lens.show.logits import as_text

@@ -1,21 +1,18 @@
 """Attention scores by path: a labelled tensor that sums to them, its log-odds, and views of both."""
 
-import json
-import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors.torch import save
 from torch import Tensor
 
 from hijack_lens.attribution.score_terms import Term, term_label
 from hijack_lens.core.checks import as_int
-from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
-from hijack_lens.core.files import read_safetensors, write_atomically
+from hijack_lens.core.circuit import Circuit, Component
+from hijack_lens.core.files import Saved
 
 if TYPE_CHECKING:
     from hijack_lens.show.style import Picture
@@ -118,11 +115,8 @@ class LogOdds:
         )
 
 
-_FORMAT = "hijack_lens.ScoreAttribution.1"
-
-
 @dataclass(frozen=True, repr=False)
-class ScoreAttribution:
+class ScoreAttribution(Saved):
     """What each pair of paths, into the query and into the key, adds to a head's scores at one query position, exactly.
 
     A term of a query or key is "embed", "pos_embed", the `Component` that wrote it, "biases" (every bias, by whichever
@@ -261,46 +255,6 @@ class ScoreAttribution:
             raise ValueError("key must be one position or several, got none")
         return score_maps(self, tuple(self._position(one) for one in listed))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all."""
-        header = {
-            "format": _FORMAT,
-            "head": asdict(self.head),
-            "query": self.query,
-            "keys": self.keys,
-            "query_terms": [_saved(term) for term in self.query_terms],
-            "key_terms": [_saved(term) for term in self.key_terms],
-            "texts": self.texts,
-            "circuit": {role: [asdict(member) for member in getattr(self.circuit, role)] for role in ROLE_NAMES},
-        }
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in ("values", "scores", "attention")}
-        write_atomically(path, save(tensors, {"hijack_lens": json.dumps(header)}))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "ScoreAttribution":
-        """Reads what `save` wrote; nothing in it is executed. The evidence for the circuit is not kept.
-
-        Raises:
-            ValueError: for any other file.
-        """
-        tensors, header = read_safetensors(path, _FORMAT)
-        try:
-            roles = {role: tuple(Component(**member) for member in header["circuit"][role]) for role in ROLE_NAMES}
-            return cls(
-                values=tensors["values"],
-                scores=tensors["scores"],
-                attention=tensors["attention"],
-                head=Component(**header["head"]),
-                query=header["query"],
-                keys=tuple(header["keys"]),
-                query_terms=tuple(_loaded(term) for term in header["query_terms"]),
-                key_terms=tuple(_loaded(term) for term in header["key_terms"]),
-                texts=tuple(header["texts"]),
-                circuit=Circuit(**roles),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a saved ScoreAttribution: {error!r}") from error
-
     def __repr__(self) -> str:
         from hijack_lens.show.score_table import as_text
 
@@ -317,11 +271,3 @@ def _index(name: str, term: Any, terms: tuple[Term, ...]) -> int:
     if term not in terms:
         raise ValueError(f"{name} must be one of {', '.join(map(str, terms))}; got {term!s:.80}")
     return terms.index(term)
-
-
-def _saved(term: Term) -> Any:
-    return asdict(term) if isinstance(term, Component) else term
-
-
-def _loaded(saved: Any) -> Any:
-    return Component(**saved) if isinstance(saved, dict) else saved

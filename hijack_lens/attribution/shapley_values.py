@@ -1,16 +1,13 @@
 """The result of sharing out a metric among components: Shapley values, interactions, and views of them."""
 
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save
 from torch import Tensor
 
 from hijack_lens.attribution.shapley_games import (
@@ -25,7 +22,7 @@ from hijack_lens.attribution.shapley_games import (
 )
 from hijack_lens.core.checks import as_generator, check_choice, check_count, check_number
 from hijack_lens.core.circuit import Circuit, Component
-from hijack_lens.core.files import read_safetensors, write_atomically
+from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import check_model, evaluating, is_hooked
 from hijack_lens.core.inputs import Player, model_tokens, players_of, sites_of
 from hijack_lens.core.statistics import student_quantile
@@ -38,13 +35,12 @@ if TYPE_CHECKING:
     from hijack_lens.show.style import Picture
 
 
-_FORMAT = "hijack_lens.ShapleyValues.1"
 _EXACT = ("values", "interactions", "worth")
 _SAMPLED = ("values", "interactions", "stderr", "interactions_stderr", "pair_samples")
 
 
 @dataclass(frozen=True, repr=False)
-class ShapleyValues:
+class ShapleyValues(Saved):
     """What each component is worth, in the metric's unit; in float64, on the CPU.
 
     Attributes:
@@ -173,37 +169,6 @@ class ShapleyValues:
 
         return shapley_bars(self)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all."""
-        header = {
-            "format": _FORMAT,
-            "players": [asdict(player) for player in self.players],
-            "metric": self.metric,
-            "how": self.how,
-            "full": self.full,
-            "empty": self.empty,
-            "n_runs": self.n_runs,
-            "n_samples": self.n_samples,
-        }
-        tensors = {name: getattr(self, name).contiguous() for name in (_EXACT if self.exact else _SAMPLED)}
-        write_atomically(path, save(tensors, {"hijack_lens": json.dumps(header)}))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "ShapleyValues":
-        """Reads what `save` wrote; nothing in it is executed.
-
-        Raises:
-            ValueError: for any other file.
-        """
-        tensors, header = read_safetensors(path, _FORMAT)
-        try:
-            players = tuple(Player(p["label"], tuple(map(_part, p["parts"]))) for p in header.pop("players"))
-            rest: dict[str, Any] = {**header, **tensors}
-            rest.pop("format")
-            return cls(players=players, **rest)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a saved ShapleyValues: {error!r}") from error
-
     def __repr__(self) -> str:
         from hijack_lens.show.shapley_table import as_text
 
@@ -221,10 +186,6 @@ class ShapleyValues:
         n = len(self.players)
         at = (torch.eye(n, dtype=torch.long) if present else 1 - torch.eye(n, dtype=torch.long)).unbind(1)
         return self.worth[at]
-
-
-def _part(saved: object) -> "Component | str":
-    return Component(**saved) if isinstance(saved, dict) else str(saved)
 
 
 _MOST_EXACT = 20

@@ -1,12 +1,18 @@
-"""Files that are written whole or not at all, and read without trusting them."""
+"""Files that are written whole or not at all, and read without trusting them; results that are kept in one."""
 
 import json
 import os
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
+from jaxtyping import AbstractArray
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
@@ -39,3 +45,164 @@ def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str,
     if not ours:
         raise ValueError(f"{path} is not a {kind} file")
     return tensors, header
+
+
+Kept = TypeVar("Kept", bound="Saved")
+Tensors = dict[str, torch.Tensor]
+
+
+class Saved:
+    """A dataclass that is kept in a safetensors file: its tensors as such, all else as JSON in the file's header.
+
+    What becomes of a field follows from its annotation; a dataclass in a field is kept likewise, its tensors named
+    "field.part". Fields that equality ignores are not kept.
+
+    Attributes:
+        older_names: fields by the names that they had in files of earlier versions.
+    """
+
+    older_names: ClassVar[Mapping[str, str]] = {}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        tensors: Tensors = {}
+        header = {"format": _format(type(self)), **_plain_fields(self, "", tensors)}
+        write_atomically(path, save(tensors, {"hijack_lens": json.dumps(header)}))
+
+    @classmethod
+    def load(cls: type[Kept], path: str | os.PathLike[str]) -> Kept:
+        """Reads what `save` wrote; nothing in it is executed.
+
+        Raises:
+            ValueError: for any other file.
+        """
+        tensors, header = read_safetensors(path, _format(cls))
+        del header["format"]
+        try:
+            tensors, header = cls._from_older(
+                *(
+                    {cls.older_names.get(name, name): value for name, value in part.items()}
+                    for part in (tensors, header)
+                )
+            )
+            return _restored_fields(cls, header, tensors, "")
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise ValueError(f"{path} is not a saved {cls.__name__}: {error!r}") from error
+
+    @classmethod
+    def _from_older(cls, tensors: Tensors, header: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+        """Tensors and header as this version writes them; for classes whose layout has changed."""
+        return tensors, header
+
+
+def _format(kind: type) -> str:
+    return f"hijack_lens.{kind.__name__}.1"
+
+
+def _plain_fields(value: Any, prefix: str, tensors: Tensors) -> dict[str, Any]:
+    """A dataclass's fields in JSON's types; its tensors are put aside."""
+    parts = {name: _plain(getattr(value, name), f"{prefix}{name}", tensors) for name in _kept(type(value))}
+    return {name: part for name, part in parts.items() if f"{prefix}{name}" not in tensors}
+
+
+def _plain(value: Any, name: str, tensors: Tensors) -> Any:
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().cpu().contiguous()
+        return None
+    if is_dataclass(value):
+        return _plain_fields(value, f"{name}.", tensors)
+    if isinstance(value, Mapping):
+        return {key: _plain(item, f"{name}.{key}", tensors) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+    return value
+
+
+def _restored_fields(kind: type, header: Mapping[str, Any], tensors: Tensors, prefix: str) -> Any:
+    known = _kept(kind)
+    unknown = set(header) - set(known)
+    unknown |= {name for name in tensors if name.startswith(prefix) and name[len(prefix) :].split(".")[0] not in known}
+    if unknown:
+        raise ValueError(f"it holds {sorted(unknown)}, which a {kind.__name__} has not")
+    values = {}
+    for name, (field, hint) in known.items():
+        if prefix + name in tensors:
+            values[name] = _restored(hint, None, tensors, prefix + name)
+        elif name in header:
+            values[name] = _restored(hint, header[name], tensors, prefix + name)
+        elif field.default is MISSING:
+            # A tensor that may be absent is no part of a file without it.
+            if not any(_is_array(part) for part in get_args(hint)):
+                raise ValueError(f"it lacks {name}")
+            values[name] = None
+    return kind(**values)
+
+
+def _restored(hint: Any, value: Any, tensors: Tensors, name: str) -> Any:
+    """A value of an annotated type from what JSON has made of it."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _restored(_member(arguments, value, name in tensors), value, tensors, name)
+    if _is_array(hint):
+        if not isinstance(tensors.get(name), hint):
+            raise ValueError(f"{name} must be a {hint.__name__}, got {_shape(tensors.get(name))}")
+        return tensors[name]
+    if is_dataclass(hint):
+        return _restored_fields(hint, _checked(value, dict, name), tensors, f"{name}.")
+    if origin is tuple:
+        listed = _checked(value, list, name)
+        kinds = [arguments[0]] * len(listed) if arguments[1:] == (...,) else arguments
+        return tuple(
+            _restored(kind, item, tensors, f"{name}.{index}")
+            for index, (kind, item) in enumerate(zip(kinds, listed, strict=True))
+        )
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        of_key, of_item = arguments
+        pairs = _checked(value, dict, name).items()  # whose keys JSON has made strings
+        return {of_key(key): _restored(of_item, item, tensors, f"{name}.{key}") for key, item in pairs}
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{name} must be one of {arguments}, got {value!r:.80}")
+        return value
+    return value if hint is Any else _checked(value, (float, int) if hint is float else hint, name)
+
+
+def _member(arguments: tuple[Any, ...], value: Any, is_tensor: bool) -> Any:
+    """The one of several annotated types that a value in JSON's types is of."""
+
+    def fits(hint: Any) -> bool:
+        origin = get_origin(hint)
+        if _is_array(hint):
+            return is_tensor
+        if is_tensor or value is None:
+            return hint is type(None) and not is_tensor
+        if origin is Literal:
+            return value in get_args(hint)
+        if isinstance(value, dict):
+            return is_dataclass(hint) or (isinstance(origin, type) and issubclass(origin, Mapping))
+        return origin is tuple if isinstance(value, list) else isinstance(hint, type) and isinstance(value, hint)
+
+    found = next((hint for hint in arguments if fits(hint)), None)
+    if found is None:
+        raise ValueError(f"it holds {value!r:.80}, which is none of {arguments}")
+    return found
+
+
+def _is_array(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, AbstractArray)
+
+
+def _checked(value: Any, kind: Any, name: str) -> Any:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{name} is {value!r:.80}, of another type")
+    return value
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "nothing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+
+
+@cache
+def _kept(kind: type) -> dict[str, tuple[Field, Any]]:
+    hints = get_type_hints(kind)
+    return {field.name: (field, hints[field.name]) for field in fields(kind) if field.compare}

@@ -16,9 +16,7 @@ For k one-hot pairs and c^2 = 1/d that is about 2/d + k/d^2. The vector that all
 of order sqrt(k/d); each value's direction picks up one part in sqrt(d) of it.
 """
 
-import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,13 +27,12 @@ import torch
 from jaxtyping import Float
 from numpy.polynomial.hermite_e import hermegauss
 from numpy.polynomial.legendre import leggauss
-from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hijack_lens.core.checks import check_count
 from hijack_lens.core.circuit import Strengths
-from hijack_lens.core.files import read_safetensors, write_atomically
+from hijack_lens.core.files import Saved
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.memories.matrix import memory_matrix
 from hijack_lens.memories.token_tables import centred
@@ -125,7 +122,6 @@ def expected_recall(table: Float[Tensor, "key value"], c2: float, neuron: Moment
     return float(by_key.mean())
 
 
-_FORMAT = "hijack_lens.MemoryCapacity.1"
 _MEASURED = ("recall", "crosstalk")
 _EXPECTED = ("expected_recall", "expected_crosstalk")
 
@@ -133,7 +129,7 @@ MEMORIES = ("linear memory", "hand-written model")
 
 
 @dataclass(frozen=True, repr=False)
-class MemoryCapacity:
+class MemoryCapacity(Saved):
     """Recall and cross-talk against d_model, of the two `MEMORIES` in that order; in float64, on the CPU.
 
     Attributes:
@@ -189,30 +185,6 @@ class MemoryCapacity:
         from hijack_lens.show.capacity_curves import capacity_curves
 
         return capacity_curves(self)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all."""
-        header = {"format": _FORMAT, "d_models": self.d_models, "seeds": self.seeds, "d_vocab": self.d_vocab}
-        tensors = {name: getattr(self, name).contiguous() for name in (*_MEASURED, *_EXPECTED)}
-        write_atomically(path, save(tensors, {"hijack_lens": json.dumps(header)}))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "MemoryCapacity":
-        """Reads what `save` wrote; nothing in it is executed.
-
-        Raises:
-            ValueError: for any other file.
-        """
-        tensors, header = read_safetensors(path, _FORMAT)
-        try:
-            return cls(
-                d_models=tuple(header["d_models"]),
-                seeds=tuple(header["seeds"]),
-                d_vocab=header["d_vocab"],
-                **{name: tensors[name] for name in (*_MEASURED, *_EXPECTED)},
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a saved MemoryCapacity: {error!r}") from error
 
     def __repr__(self) -> str:
         from hijack_lens.show.weights_report import capacity_report

@@ -1,21 +1,18 @@
 """The result of setting the two memories side by side: tables that sum to the logits, and who wins where."""
 
-import json
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.core.circuit import Circuit
-from hijack_lens.core.files import read_safetensors, write_atomically
-from hijack_lens.memories.token_tables import Tokens, TokenTables, labels_of, replaced, token_tables
+from hijack_lens.core.files import Saved
+from hijack_lens.memories.token_tables import Tokens, TokenTables, replaced, token_tables
 from hijack_lens.theory.closed_form import Margin
 
 if TYPE_CHECKING:
@@ -24,12 +21,11 @@ if TYPE_CHECKING:
 
 Winner = Literal["context", "weights", "both", "neither"]
 
-_FORMAT = "hijack_lens.MemoryConflict.1"
 _TENSORS = ("tokens", "context", "weights", "rest", "logits")
 
 
 @dataclass(frozen=True, repr=False)
-class MemoryConflict(TokenTables):
+class MemoryConflict(TokenTables, Saved):
     """What each memory adds to the logits, for every token that may stand last.
 
     What the memories say, and who wins, is among the `answers`.
@@ -119,26 +115,6 @@ class MemoryConflict(TokenTables):
         from hijack_lens.show.memory_maps import conflict_maps
 
         return conflict_maps(self, queries, answers)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all."""
-        header = {"format": _FORMAT, "queries": self.queries, "answers": self.answers, "vocab": self.vocab}
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
-        write_atomically(path, save(tensors, {"hijack_lens": json.dumps(header)}))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "MemoryConflict":
-        """Reads what `save` wrote; nothing in it is executed.
-
-        Raises:
-            ValueError: for any other file.
-        """
-        tensors, header = read_safetensors(path, _FORMAT)
-        try:
-            rest: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
-            return cls(**labels_of(header), **rest)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a saved MemoryConflict: {error!r}") from error
 
     def __repr__(self) -> str:
         from hijack_lens.show.conflict_report import conflict_text

@@ -1,28 +1,25 @@
 """The result of reading a context as a memory: a table of logits, what it is the sum of, and views of it."""
 
-import json
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hijack_lens.attribution.direct import check_additive, check_unembedded
 from hijack_lens.attribution.score_terms import offset_keys, tolerance
-from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
-from hijack_lens.core.files import read_safetensors, write_atomically
+from hijack_lens.core.circuit import Circuit, Component
+from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.core.inputs import one_head
 from hijack_lens.hooks.edges import changes_attn_out
 from hijack_lens.hooks.intervention import Intervention
-from hijack_lens.memories.token_tables import Tokens, TokenTables, labels_of, replaced, token_tables
+from hijack_lens.memories.token_tables import Tokens, TokenTables, replaced, token_tables
 from hijack_lens.models.linear_maps import Readout, linear_norm
 from hijack_lens.models.opened import UnknownArchitectureError, open_model
 
@@ -30,13 +27,8 @@ if TYPE_CHECKING:
     from hijack_lens.show.style import Picture
 
 
-_FORMAT = "hijack_lens.ContextMemory.1"
-_TENSORS = ("tokens", "attention", "value_logits", "own_logits", "scale")
-_OPTIONAL = ("fast_weights", "query_vectors")
-
-
 @dataclass(frozen=True, repr=False)
-class ContextMemory(TokenTables):
+class ContextMemory(TokenTables, Saved):
     """What an attention head makes of a context, for every token that may ask.
 
     Attributes:
@@ -112,36 +104,6 @@ class ContextMemory(TokenTables):
         from hijack_lens.show.memory_maps import context_map
 
         return context_map(self, queries, answers)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all."""
-        header = {
-            "format": _FORMAT,
-            "queries": self.queries,
-            "answers": self.answers,
-            "vocab": self.vocab,
-            "head": asdict(self.head),
-            "circuit": {role: [asdict(member) for member in getattr(self.circuit, role)] for role in ROLE_NAMES},
-        }
-        given = {name: getattr(self, name) for name in (*_TENSORS, *_OPTIONAL)}
-        tensors = {name: x.detach().cpu().contiguous() for name, x in given.items() if x is not None}
-        write_atomically(path, save(tensors, {"hijack_lens": json.dumps(header)}))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "ContextMemory":
-        """Reads what `save` wrote; nothing in it is executed. The evidence for the circuit is not kept.
-
-        Raises:
-            ValueError: for any other file.
-        """
-        tensors, header = read_safetensors(path, _FORMAT)
-        try:
-            roles = {role: tuple(Component(**member) for member in header["circuit"][role]) for role in ROLE_NAMES}
-            rest: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
-            rest |= {name: tensors.get(name) for name in _OPTIONAL}
-            return cls(**labels_of(header), head=Component(**header["head"]), circuit=Circuit(**roles), **rest)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a saved ContextMemory: {error!r}") from error
 
     def __repr__(self) -> str:
         from hijack_lens.show.context_report import memory_text

@@ -1,22 +1,19 @@
 """The result of reading the weights' memory as a table: how well it recalls, its rank, its cross-talk; and views."""
 
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors.torch import save
 from torch import Tensor
 
 from hijack_lens.attribution.direct import check_additive
 from hijack_lens.core.checks import check_choice, check_count, check_type
 from hijack_lens.core.circuit import Component
-from hijack_lens.core.files import read_safetensors, write_atomically
+from hijack_lens.core.files import Saved
 from hijack_lens.core.inputs import texts_of
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.memories.token_tables import (
@@ -27,7 +24,6 @@ from hijack_lens.memories.token_tables import (
     chosen_tokens,
     context_free,
     memory_mlps,
-    vocab_of,
 )
 from hijack_lens.models.linear_maps import linear_norm
 
@@ -35,11 +31,8 @@ if TYPE_CHECKING:
     from hijack_lens.show.style import Picture
 
 
-_FORMAT = "hijack_lens.MemoryMatrix.1"
-
-
 @dataclass(frozen=True, repr=False)
-class MemoryMatrix(NamedTokens):
+class MemoryMatrix(NamedTokens, Saved):
     """What the weights say of each token, in logits; beside it the bigrams' log-probabilities.
 
     Both tables are in float64, on the CPU, each row relative to its mean over the columns. Every cell counts alike,
@@ -138,41 +131,6 @@ class MemoryMatrix(NamedTokens):
         from hijack_lens.show.matrix_maps import matrix_maps
 
         return matrix_maps(self)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all."""
-        header = {
-            "format": _FORMAT,
-            "vocab": self.vocab,
-            "key_tokens": self.key_tokens,
-            "value_tokens": self.value_tokens,
-            "part": self.part,
-            "components": [asdict(component) for component in self.components],
-        }
-        tables = {name: getattr(self, name) for name in ("values", "log_pi_b")}
-        tensors = {name: table.contiguous() for name, table in tables.items() if table is not None}
-        write_atomically(path, save(tensors, {"hijack_lens": json.dumps(header)}))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "MemoryMatrix":
-        """Reads what `save` wrote; nothing in it is executed.
-
-        Raises:
-            ValueError: for any other file.
-        """
-        tensors, header = read_safetensors(path, _FORMAT)
-        try:
-            return cls(
-                vocab_of(header),
-                values=tensors["values"],
-                log_pi_b=tensors.get("log_pi_b"),
-                key_tokens=tuple(header["key_tokens"]),
-                value_tokens=tuple(header["value_tokens"]),
-                part=header["part"],
-                components=tuple(Component(**component) for component in header["components"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a saved MemoryMatrix: {error!r}") from error
 
     def __repr__(self) -> str:
         from hijack_lens.show.weights_report import matrix_report

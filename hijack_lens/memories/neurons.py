@@ -1,22 +1,19 @@
 """The result of reading an MLP as a key-value memory, and views of it."""
 
-import json
-import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save
 from torch import Tensor
 
 from hijack_lens.attribution.direct import check_additive
 from hijack_lens.attribution.score_terms import tolerance
 from hijack_lens.core.checks import check_count
 from hijack_lens.core.circuit import Component
-from hijack_lens.core.files import read_safetensors, write_atomically
+from hijack_lens.core.files import Saved
 from hijack_lens.core.inputs import texts_of
 from hijack_lens.memories.token_tables import (
     NamedTokens,
@@ -25,7 +22,6 @@ from hijack_lens.memories.token_tables import (
     chosen_tokens,
     context_free,
     memory_mlps,
-    vocab_of,
 )
 from hijack_lens.models.linear_maps import linear_norm
 
@@ -33,14 +29,12 @@ if TYPE_CHECKING:
     from hijack_lens.show.style import Picture
 
 
-_FORMAT = "hijack_lens.MemoryNeurons.1"
 _BY_KEY = ("keys", "pre", "post")
 _BY_VALUE = ("promoted", "promoted_logits", "suppressed", "suppressed_logits")
-_TENSORS = ("neurons", *_BY_KEY, "on", *_BY_VALUE, "spread")
 
 
 @dataclass(frozen=True, repr=False)
-class MemoryNeurons(NamedTokens):
+class MemoryNeurons(NamedTokens, Saved):
     """Neurons as key-value pairs; activations and logits in float64, all on the CPU.
 
     Attributes:
@@ -124,35 +118,6 @@ class MemoryNeurons(NamedTokens):
         from hijack_lens.show.neuron_map import neuron_map
 
         return neuron_map(self, most)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all."""
-        header = {
-            "format": _FORMAT,
-            "vocab": self.vocab,
-            "component": asdict(self.component),
-            "n_keys": self.n_keys,
-        }
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        write_atomically(path, save(tensors, {"hijack_lens": json.dumps(header)}))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "MemoryNeurons":
-        """Reads what `save` wrote; nothing in it is executed.
-
-        Raises:
-            ValueError: for any other file.
-        """
-        tensors, header = read_safetensors(path, _FORMAT)
-        try:
-            return cls(
-                vocab_of(header),
-                component=Component(**header["component"]),
-                n_keys=header["n_keys"],
-                **{name: tensors[name] for name in _TENSORS},
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a saved MemoryNeurons: {error!r}") from error
 
     def __repr__(self) -> str:
         from hijack_lens.show.weights_report import neurons_report

@@ -263,22 +263,6 @@ def context_free(
             bar.update(len(rows))
 
 
-def labels_of(header: dict[str, Any]) -> dict[str, Any]:
-    """Queries, answers and vocabulary as JSON has kept them."""
-    vocab = header["vocab"]  # whose keys JSON has made strings
-    return {
-        "queries": tuple(header["queries"]),
-        "answers": tuple(header["answers"]),
-        "vocab": None if vocab is None else {int(token): text for token, text in vocab.items()},
-    }
-
-
-def vocab_of(header: dict) -> dict[int, str] | None:
-    """The vocabulary, whose keys JSON has made strings."""
-    vocab = header["vocab"]
-    return None if vocab is None else {int(token): text for token, text in vocab.items()}
-
-
 def centred(table: Float[Tensor, "key value"]) -> Float[Tensor, "key value"]:
     """Each row relative to its mean: what all columns share decides nothing."""
     return table - table.mean(1, keepdim=True)

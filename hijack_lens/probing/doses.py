@@ -1,16 +1,13 @@
 """How a model's margin moves as the context denies a fact again and again, and the theory beside it."""
 
-import json
 import math
-import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -18,8 +15,8 @@ from hijack_lens import theory
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
 from hijack_lens.core.checks import check_count
-from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component, Positions, Strengths
-from hijack_lens.core.files import read_safetensors, write_atomically
+from hijack_lens.core.circuit import Circuit, Positions, Strengths
+from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import check_model, evaluating
 from hijack_lens.language.facts import Bigram, Fact
 from hijack_lens.models.transformer import BigramTransformer
@@ -142,12 +139,11 @@ def _r2(measured: Float[Tensor, "fact dose"], predicted: Float[Tensor, "fact dos
     return 1 - float(((measured - predicted) ** 2).sum()) / spread if spread > 0 else math.nan
 
 
-_FORMAT = "hijack_lens.DoseResponse.1"
 _PARTS = ("context", "weights", "rest")
 
 
 @dataclass(frozen=True, repr=False)
-class DoseResponse:
+class DoseResponse(Saved):
     """`logit[context's answer] - logit[weights' answer]` by fact and number of repeats; in float64, on the CPU.
 
     Attributes:
@@ -169,6 +165,17 @@ class DoseResponse:
         for part in (*(getattr(self.margin, name) for name in _PARTS), self.theory.margin):
             if tuple(part.shape) != shape:
                 raise ValueError(f"margin must have shape {shape}, got {tuple(part.shape)}")
+
+    @classmethod
+    def _from_older(
+        cls, tensors: dict[str, Tensor], header: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if "theory" in header:
+            return tensors, header
+        # Once, margin and theory lay side by side with the rest.
+        of_theory = {name: header.pop(name) for name in ("source", "strengths", "flips", "r2")}
+        names = {"ahead": "theory.ahead", "theory": "theory.margin"} | {part: f"margin.{part}" for part in _PARTS}
+        return {names[name]: tensor for name, tensor in tensors.items()}, {**header, "margin": {}, "theory": of_theory}
 
     @property
     def repeats(self) -> range:
@@ -239,58 +246,6 @@ class DoseResponse:
         from hijack_lens.show.dose_curves import dose_curves
 
         return dose_curves(self)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all."""
-        theory = self.theory
-        header = {
-            "format": _FORMAT,
-            "conflicts": [asdict(one) for one in self.conflicts],
-            "circuit": {role: [asdict(part) for part in getattr(self.circuit, role)] for role in ROLE_NAMES},
-            "source": theory.source,
-            "strengths": asdict(theory.strengths),
-            "flips": [asdict(flip) for flip in theory.flips],
-            "r2": theory.r2,
-            "completeness_error": self.completeness_error,
-        }
-        tensors = {part: getattr(self.margin, part).contiguous() for part in _PARTS}
-        tensors |= {"ahead": theory.ahead.contiguous(), "theory": theory.margin.contiguous()}
-        write_atomically(path, save(tensors, {"hijack_lens": json.dumps(header)}))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "DoseResponse":
-        """Reads what `save` wrote; nothing in it is executed.
-
-        Raises:
-            ValueError: for any other file.
-        """
-        tensors, header = read_safetensors(path, _FORMAT)
-        try:
-            conflicts = tuple(
-                FactPrompts(
-                    **{
-                        **one,
-                        "prompts": tuple(map(tuple, one["prompts"])),
-                        "texts": tuple(one["texts"]),
-                        "whole": tuple(one["whole"]),
-                    }
-                )
-                for one in header["conflicts"]
-            )
-            roles = {role: tuple(Component(**part) for part in parts) for role, parts in header["circuit"].items()}
-            source: Literal["weights", "margins"] = header["source"]
-            theory = DoseTheory(
-                source,
-                Strengths(**header["strengths"]),
-                tensors["ahead"],
-                tensors["theory"],
-                tuple(Flip(**flip) for flip in header["flips"]),
-                header["r2"],
-            )
-            margin = Margin(**{part: tensors[part] for part in _PARTS})
-            return cls(conflicts, margin, Circuit(**roles), theory, header["completeness_error"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(f"{path} is not a saved DoseResponse: {error!r}") from error
 
     def __repr__(self) -> str:
         from hijack_lens.show.dose_table import as_text
