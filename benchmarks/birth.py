@@ -35,7 +35,7 @@ for seed in range(5):
     relative.append(final)
     print(final, flush=True)
     if seed == 0:
-        run.plot().save(Path(__file__).parents[1] / "docs" / "birth_of_two_memories.png")
+        run.picture().save(Path(__file__).parents[1] / "docs" / "birth_of_two_memories.png")
 absolute, _ = trained(0, positions="absolute")
 one_layer, _ = trained(0, n_layers=1)
 write(

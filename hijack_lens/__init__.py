@@ -13,103 +13,11 @@ except ImportError as _error:
         "Install it with: pip install 'transformer-lens>=3.9,<4'"
     ) from _error
 
-from hijack_lens import grid, hooks, memories, metrics, probing, reproduction, show, theory, training
-from hijack_lens.attribution import (
-    LogitAttribution,
-    LogOdds,
-    Path,
-    ScoreAttribution,
-    ShapleyValues,
-    attribute,
-    attribute_scores,
-    shapley,
-)
-from hijack_lens.circuits import CircuitEvidence, find_circuit
-from hijack_lens.core.circuit import Circuit, Component, Strengths
-from hijack_lens.explanation import Explanation, explain
-from hijack_lens.language import (
-    Bigram,
-    BigramLanguage,
-    Fact,
-    HijackPrompt,
-    SampledSequences,
-    default_text,
-    hijack_prompt,
-)
-from hijack_lens.memories import (
-    ContextMemory,
-    MemoryCapacity,
-    MemoryConflict,
-    MemoryMatrix,
-    MemoryNeurons,
-    context_memory,
-    memory_capacity,
-    memory_conflict,
-    memory_matrix,
-    memory_neurons,
-)
-from hijack_lens.metrics import Metric, logit_diff
-from hijack_lens.models import BigramTransformer, associative_transformer, trainable_transformer
-from hijack_lens.probing import DoseResponse, dose_response
-from hijack_lens.show import write_report
-from hijack_lens.theory import Margin
-from hijack_lens.training import TrainConfig, TrainingRun, fit_strengths, train
+import lazy_loader
+
+from hijack_lens.core.tables import shown_by
 
 __version__ = "0.1.0"
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-__all__ = [
-    "Bigram",
-    "BigramLanguage",
-    "BigramTransformer",
-    "Circuit",
-    "CircuitEvidence",
-    "Component",
-    "ContextMemory",
-    "DoseResponse",
-    "Explanation",
-    "Fact",
-    "HijackPrompt",
-    "LogOdds",
-    "LogitAttribution",
-    "Margin",
-    "MemoryCapacity",
-    "MemoryConflict",
-    "MemoryMatrix",
-    "MemoryNeurons",
-    "Metric",
-    "Path",
-    "SampledSequences",
-    "ScoreAttribution",
-    "ShapleyValues",
-    "Strengths",
-    "TrainConfig",
-    "TrainingRun",
-    "associative_transformer",
-    "attribute",
-    "attribute_scores",
-    "context_memory",
-    "default_text",
-    "dose_response",
-    "explain",
-    "find_circuit",
-    "fit_strengths",
-    "grid",
-    "hijack_prompt",
-    "hooks",
-    "logit_diff",
-    "memories",
-    "memory_capacity",
-    "memory_conflict",
-    "memory_matrix",
-    "memory_neurons",
-    "metrics",
-    "probing",
-    "reproduction",
-    "shapley",
-    "show",
-    "theory",
-    "train",
-    "trainable_transformer",
-    "training",
-    "write_report",
-]
+shown_by("hijack_lens.show")  # of which no result knows

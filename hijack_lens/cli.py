@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 import hijack_lens as hl
 from hijack_lens.core.circuit import ROLE_NAMES
 from hijack_lens.core.inputs import answer_tokens, spaced_instead, text_tokens
+from hijack_lens.core.tables import Report, Table
 from hijack_lens.models.loading import is_hugging_face, load_model
-from hijack_lens.show.logits import rich_table
+from hijack_lens.show import report_of
 
 app = App(
     name="hijack-lens",
@@ -148,15 +148,9 @@ def train(
     model = hl.trainable_transformer(language, positions, d_model, seed=seed, n_ctx=4 * length)
     run = hl.train(model, language, config, out=out)
     run.save(out)
-    run.plot().save(out / "memories.png")
+    run.picture().save(out / "memories.png")
     console = Console(markup=False)  # tokens and paths may hold brackets
-    table = Table(title=f"after {run.step} of {steps} steps")
-    for column in ("probe", "at the start", "now"):
-        table.add_column(column, justify="left" if column == "probe" else "right")
-    for probe in ("in_context_accuracy", "bigram_excess", "previous_token_attention", "induction_attention"):
-        series = run.probe(probe)
-        table.add_row(probe.replace("_", " "), f"{series.iloc[0]:.3f}", f"{series.iloc[-1]:.3f}")
-    console.print(table)
+    _print_tables(console, report_of(run))
     console.print(f"Picture: {(out / 'memories.png').resolve()}", soft_wrap=True)
     console.print(f"Look at it: hijack-lens explain --model {out}", soft_wrap=True)
     if not run.finished:
@@ -186,20 +180,20 @@ def reproduce(
         done = reproduction.reproduce(out, quick, claims or None, workers)
     except RuntimeError as error:  # of the workers; an experiment's own make its claim a failed one
         _fail(str(error), code=1)
-    table = Table(title="the papers' claims")
-    for column in ("claim", "predicted", "measured", "verdict"):
-        table.add_column(column)
     found = done.to_pandas()
     marks = {True: "✓ ", False: "✗ "}
+    rows, ruled = [], []
     for claim in done.verdicts:
-        table.add_section()
         shown = claim, done.verdicts[claim]
         for finding in found[found["claim"] == claim].to_dict(orient="records"):
             measured = marks.get(finding["holds"], "") + finding["measured"]
-            table.add_row(shown[0], "· " * bool(finding["predicted"]) + finding["predicted"], measured, shown[1])
+            rows.append((shown[0], "· " * bool(finding["predicted"]) + finding["predicted"], measured, shown[1]))
             shown = "", ""
+        ruled.append(len(rows) - 1)
+    columns = ("claim", "predicted", "measured", "verdict")
+    table = Table(columns, rows, align="l", title="the papers' claims", ruled=ruled)
     console = Console(markup=False)
-    console.print(table)
+    console.print(table.rich())
     console.print(f"Report: {done.report.resolve()}", soft_wrap=True)
     if "failed" in done.verdicts.values():
         raise SystemExit(1)
@@ -324,32 +318,21 @@ def _print(explanation: hl.Explanation, report: Path) -> None:
     console.print(shown)
     console.print(f"After {q}, the context says {c}; the weights say {g}. ({prompt.language.d_vocab} tokens known.)")
     _print_findings(console, explanation)
-    if explanation.theory is not None and explanation.flip is not None:
-        table = Table(title="theory beside model")
-        for column in ("margin", "theory", "model", "difference"):
-            table.add_column(column, justify="left" if column == "margin" else "right")
-        for part, (predicted, found) in explanation.theory_beside_model().items():
-            table.add_row(part, f"{predicted:+.4f}", f"{found:+.4f}", f"{abs(predicted - found):.1e}")
-        console.print(table)
-        console.print(f"Repeats needed among neutral tokens, at this length: {explanation.flip}.")
     console.print(f"\nReport: {report}", soft_wrap=True)
 
 
 def _print_findings(console: Console, explanation: hl.Explanation) -> None:
-    """The verdict, the paths and the ablations."""
-    console.print(Text(f"\n{explanation.verdict}\n", style="bold"))
-    console.print(rich_table(explanation.attribution))
-    if not explanation.ablated:
-        console.print("The circuit names no component, so that there is none to switch off.")
-        return
-    c, g = map(repr, explanation.names)
-    table = Table(title=f"margin, logit {c} - logit {g}, with a component switched off")
-    table.add_column("switched off")
-    table.add_column("margin", justify="right")
-    table.add_column("change", justify="right")
-    for name, value in explanation.ablated.items():
-        table.add_row(name, f"{value:+.3f}", f"{value - float(explanation.margin.total):+.3f}")
-    console.print(table)
+    """The verdict, the paths and the ablations, and theory beside the model."""
+    found = report_of(explanation)
+    console.print(Text(f"\n{found.title}\n", style="bold"))
+    _print_tables(console, found)
+
+
+def _print_tables(console: Console, found: Report) -> None:
+    for table in found.tables:
+        console.print(table.rich())
+    for note in found.notes:
+        console.print(note)
 
 
 def _as_json(explanation: hl.Explanation, report: Path) -> dict[str, Any]:

@@ -14,14 +14,15 @@ from hijack_lens.circuits.finding import find_circuit
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Positions
 from hijack_lens.core.hook_points import check_model, evaluating
 from hijack_lens.core.inputs import answer_ids, model_tokens, text_tokens
+from hijack_lens.core.tables import Drawn
 from hijack_lens.language.prompts import HijackPrompt
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.theory.closed_form import Margin
 from hijack_lens.theory.flips import Flip
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, repr=False)
+class Explanation(Drawn):
     """Which memory wrote the last position's logits, and how that is known.
 
     All margins are `logit[in_context] - logit[global_]` at the last position, in logits; for prompts other than a

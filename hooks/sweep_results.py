@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import pandas as pd
 import torch
@@ -11,12 +11,8 @@ from torch import Tensor
 
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.files import Saved
+from hijack_lens.core.tables import Drawn, Shown
 from hijack_lens.hooks.edges import Edge, name_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from hijack_lens.show.style import Picture
 
 
 class PatchEffects:
@@ -66,7 +62,7 @@ class PatchEffects:
 
 
 @dataclass(frozen=True, repr=False)
-class Sweep(PatchEffects, Saved):
+class Sweep(PatchEffects, Saved, Drawn):
     """A metric under many patches (or ablations), each alone.
 
     Attributes:
@@ -133,38 +129,11 @@ class Sweep(PatchEffects, Saved):
             frame.insert(after, "token", [self._text(position) for position in frame["position"]])
         return frame
 
-    def picture(self, normalised: bool | None = None) -> "Picture":
-        """A heat map per component: layers (with heads) against positions.
-
-        Args:
-            normalised: on the scale from 0 (corrupted) to 1 (clean), rather than as the metric's change; by default
-                where there is such a scale.
-
-        Raises:
-            ValueError: where `normalised` is asked for and there is no such scale.
-        """
-        from hijack_lens.show.sweep_maps import sweep_maps
-
-        return sweep_maps(self, normalised)
-
     def _repr_png_(self) -> bytes:
         return self.picture().png()
 
-    def __repr__(self) -> str:
-        shape = ", ".join(f"{axis}={len(labels)}" for axis, labels in self._labels.items())
-        lines = [
-            f"Sweep({shape}) of {self.metric}, {self.direction}, by {self.method} runs; unpatched: {self.base:.4g}"
-        ]
-        if self.source is not None:
-            lines[0] += f", source run: {self.source:.4g}"
-        effect = self.effect.detach().flatten()
-        for flat in effect.nan_to_num().abs().argsort(descending=True, stable=True)[:5].tolist():
-            lines.append(
-                f"  {self._describe(flat)}: {float(self.values.flatten()[flat]):.4g} ({float(effect[flat]):+.4g})"
-            )
-        return "\n".join(lines)
-
-    def _describe(self, flat: int) -> str:
+    def describe(self, flat: int) -> str:
+        """One patch in words, by its index in the flattened values."""
         index = torch.unravel_index(torch.tensor(flat), self.values.shape)
         at = {axis: labels[int(i)] for (axis, labels), i in zip(self._labels.items(), index, strict=True)}
         unit = "" if self.unit is None else f" {self.unit} {at[self.unit]}"
@@ -179,7 +148,7 @@ class Sweep(PatchEffects, Saved):
 
 
 @dataclass(frozen=True, repr=False)
-class PathSweep(PatchEffects, Saved):
+class PathSweep(PatchEffects, Saved, Drawn):
     """A metric with each edge patched, alone.
 
     Attributes:
@@ -219,28 +188,12 @@ class PathSweep(PatchEffects, Saved):
         )
         return frame if self.clean == self.corrupted else frame.assign(normalised=self.normalised.cpu().numpy())
 
-    def picture(self) -> "Picture":
-        """A heat map of effects: senders against the inputs of receivers."""
-        from hijack_lens.show.edge_map import edge_map
-
-        return edge_map(self)
-
-    def __repr__(self) -> str:
-        from hijack_lens.show.path_table import as_text
-
-        return as_text(self)
-
-    def _repr_html_(self) -> str:
-        from hijack_lens.show.path_table import as_html
-
-        return as_html(self)
-
 
 Result = TypeVar("Result", Sweep, PathSweep)
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison(Generic[Result]):
+class Comparison(Shown, Generic[Result]):
     """What gradients say of each patch, and what each patch does.
 
     What was not scored (NaN) in either takes no part in the numbers.
@@ -291,12 +244,3 @@ class Comparison(Generic[Result]):
         frame["exact"] = self.exact.to_pandas()["effect"]
         frame["error"] = frame["estimate"] - frame["exact"]
         return frame
-
-    def __repr__(self) -> str:
-        frame = self.to_pandas()
-        worst = frame.reindex(frame["error"].abs().sort_values(ascending=False, kind="stable").index)[:5]
-        return (
-            f"Comparison of {len(frame)} effects on {self.exact.metric}: largest error {self.max_error:.3g}, "
-            f"relative error {self.relative_error:.3g}, correlation {self.correlation:.4f}; largest errors:\n"
-            + worst.to_string(index=False, float_format="{:.4g}".format)
-        )

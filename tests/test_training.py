@@ -780,7 +780,7 @@ def test_a_probe_that_the_table_lacks_is_refused(asked, learned):
 
 
 def test_the_plot_draws_both_memories_on_labelled_axes(learned):
-    picture = learned.plot()
+    picture = learned.picture()
     (ax,) = picture.figure.axes
     assert ax.get_xlabel() == "training step"
     assert ax.get_ylabel()
@@ -797,7 +797,7 @@ def test_the_plot_draws_both_memories_on_labelled_axes(learned):
 
 
 def test_runs_of_models_without_a_role_are_plotted_too():
-    assert fit(short(steps=2), n_layers=1).plot().png()
+    assert fit(short(steps=2), n_layers=1).picture().png()
 
 
 def test_saving_writes_a_model_and_its_table(learned, tmp_path):

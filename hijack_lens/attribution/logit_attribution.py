@@ -12,7 +12,7 @@ from torch import Tensor
 from hijack_lens.core.checks import as_int, check_count
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import Saved
-from hijack_lens.core.texts import visible
+from hijack_lens.core.tables import Shown, visible
 from hijack_lens.theory.closed_form import Margin
 
 Memory = Literal["context", "weights", "rest"]
@@ -65,7 +65,7 @@ class Path:
 
 
 @dataclass(frozen=True, repr=False)
-class LogitAttribution(Saved):
+class LogitAttribution(Saved, Shown):
     """What each path wrote into each logit, exactly.
 
     Attributes:
@@ -174,16 +174,6 @@ class LogitAttribution(Saved):
         if self.tokens.ndim > 1:
             raise ValueError("source_texts is for one prompt; index the batch first")
         return [self._text(int(token)) for token in self.tokens]
-
-    def __repr__(self) -> str:
-        from hijack_lens.show.logits import as_text
-
-        return as_text(self)
-
-    def _repr_html_(self) -> str:
-        from hijack_lens.show.logits import as_html
-
-        return as_html(self)
 
     def pair(self, a: str | int | None = None, b: str | int | None = None) -> tuple[int, int]:
         """Where two tokens to compare are on the last axis; by default the prompt's candidates, else the two largest.

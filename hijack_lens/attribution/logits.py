@@ -19,7 +19,7 @@ from hijack_lens.hooks.intervention import record
 from hijack_lens.language.prompts import HijackPrompt
 from hijack_lens.models.linear_maps import linear_norm
 
-Term = tuple[Source, tuple[Component, ...], Any]
+StreamTerm = tuple[Source, tuple[Component, ...], Any]
 
 _MOST_CELLS = 2**29
 """Numbers in the result for a deep model: 2 GiB in float32."""
@@ -154,17 +154,17 @@ def _whole_paths(
     return values, all_logits[:, position]
 
 
-def _follow(sources: list[tuple[Source, Tensor]], views: list[Any], enter: Any) -> list[Term]:
+def _follow(sources: list[tuple[Source, Tensor]], views: list[Any], enter: Any) -> list[StreamTerm]:
     """All terms of the final residual stream: each block's input passes on, through each head, through the MLP."""
-    terms: list[Term] = [(source, (), enter(x)) for source, x in sources]
+    terms: list[StreamTerm] = [(source, (), enter(x)) for source, x in sources]
     for layer, view in enumerate(views):
         block: FrozenBlock = view.block
-        through_heads: list[Term] = [
+        through_heads: list[StreamTerm] = [
             (source, _via(source, through, Component(layer, "head", head)), view.head(term, head))
             for head in block.heads
             for source, through, term in terms
         ]
-        bias: Term = ("biases", (), view.bias(block.bias()))
+        bias: StreamTerm = ("biases", (), view.bias(block.bias()))
         terms = [(source, through, view.keep(term)) for source, through, term in terms] + through_heads + [bias]
         if block.mlp is not None:
             mlp = Component(layer, "mlp")

@@ -2,24 +2,40 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.attribution.score_terms import Term, term_label
+from hijack_lens.attribution.score_terms import ScoreTerm, term_label
 from hijack_lens.core.checks import as_int
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import Saved
+from hijack_lens.core.tables import Drawn
 
-if TYPE_CHECKING:
-    from hijack_lens.show.style import Picture
+
+class _ByTerms:
+    """Values by query term and key term."""
+
+    query_terms: tuple[ScoreTerm, ...]
+    key_terms: tuple[ScoreTerm, ...]
+    circuit: Circuit
+
+    @property
+    def query_labels(self) -> tuple[str, ...]:
+        """What to call each query term."""
+        return tuple(term_label(term, self.circuit) for term in self.query_terms)
+
+    @property
+    def key_labels(self) -> tuple[str, ...]:
+        """What to call each key term."""
+        return tuple(term_label(term, self.circuit) for term in self.key_terms)
 
 
 @dataclass(frozen=True, repr=False)
-class LogOdds:
+class LogOdds(_ByTerms, Drawn):
     """The log-odds of one key against competitors: log of its attention over all of theirs.
 
     With one competitor this is the difference of two scores, and splits over paths exactly. With several, it is
@@ -49,8 +65,8 @@ class LogOdds:
     key: int
     against: tuple[int, ...]
     shares: Float[Tensor, "competitor"]
-    query_terms: tuple[Term, ...]
-    key_terms: tuple[Term, ...]
+    query_terms: tuple[ScoreTerm, ...]
+    key_terms: tuple[ScoreTerm, ...]
     circuit: Circuit = Circuit()  # noqa: RUF009 (frozen)
 
     @classmethod
@@ -61,7 +77,7 @@ class LogOdds:
         keys: tuple[int, ...],
         key: int,
         against: tuple[int, ...],
-        labels: tuple[tuple[Term, ...], tuple[Term, ...], Circuit],
+        labels: tuple[tuple[ScoreTerm, ...], tuple[ScoreTerm, ...], Circuit],
     ) -> "LogOdds":
         """The log-odds of one of some keys against others of them.
 
@@ -94,29 +110,15 @@ class LogOdds:
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per path: query_path, key_path, log_odds; the entropy, which belongs to none, is not among them."""
-        names = [[term_label(term, self.circuit) for term in terms] for terms in (self.query_terms, self.key_terms)]
-        index = pd.MultiIndex.from_product(names, names=["query_path", "key_path"])
+        index = pd.MultiIndex.from_product([self.query_labels, self.key_labels], names=["query_path", "key_path"])
         return pd.Series(self.values.cpu().double().flatten().numpy(), index=index, name="log_odds").reset_index()
-
-    def picture(self) -> "Picture":
-        """A heat map: query paths against key paths."""
-        from hijack_lens.show.score_maps import odds_map
-
-        return odds_map(self)
 
     def _repr_png_(self) -> bytes:
         return self.picture().png()
 
-    def __repr__(self) -> str:
-        several = f" - entropy {self.entropy:.4g}" if len(self.against) > 1 else ""
-        return (
-            f"LogOdds({self.total:+.4g} = paths {float(self.values.sum()):+.4g}{several}) of key {self.key} against "
-            + (f"key {self.against[0]}" if len(self.against) == 1 else f"{len(self.against)} others")
-        )
-
 
 @dataclass(frozen=True, repr=False)
-class ScoreAttribution(Saved):
+class ScoreAttribution(_ByTerms, Saved, Drawn):
     """What each pair of paths, into the query and into the key, adds to a head's scores at one query position, exactly.
 
     A term of a query or key is "embed", "pos_embed", the `Component` that wrote it, "biases" (every bias, by whichever
@@ -141,8 +143,8 @@ class ScoreAttribution(Saved):
     head: Component
     query: int
     keys: tuple[int, ...]
-    query_terms: tuple[Term, ...]
-    key_terms: tuple[Term, ...]
+    query_terms: tuple[ScoreTerm, ...]
+    key_terms: tuple[ScoreTerm, ...]
     texts: tuple[str, ...]
     circuit: Circuit = Circuit()  # noqa: RUF009 (frozen)
 
@@ -167,21 +169,11 @@ class ScoreAttribution(Saved):
         return float((self.values.sum((1, 2)) - self.scores).abs().max())
 
     @property
-    def query_labels(self) -> tuple[str, ...]:
-        """What to call each query term."""
-        return tuple(term_label(term, self.circuit) for term in self.query_terms)
-
-    @property
-    def key_labels(self) -> tuple[str, ...]:
-        """What to call each key term."""
-        return tuple(term_label(term, self.circuit) for term in self.key_terms)
-
-    @property
     def top_key(self) -> int:
         """The position, of those in `keys`, that gets most attention."""
         return self.keys[int(self.scores.argmax())]
 
-    def cell(self, query_term: Term, key_term: Term | tuple[Component, ...]) -> Float[Tensor, "key"]:
+    def cell(self, query_term: ScoreTerm, key_term: ScoreTerm | tuple[Component, ...]) -> Float[Tensor, "key"]:
         """What one pair of paths adds to each key's score.
 
         Args:
@@ -206,7 +198,7 @@ class ScoreAttribution(Saved):
         Raises:
             TypeError, ValueError: for positions that are not among `keys`.
         """
-        own = self.top_key if key is None else self._position(key)
+        own = self.top_key if key is None else self.position(key)
         if against is None:
             missing = sorted(set(range(self.query + 1)) - set(self.keys))
             if missing:
@@ -214,13 +206,13 @@ class ScoreAttribution(Saved):
             others = tuple(other for other in self.keys if other != own)
         else:
             listed = list(against) if isinstance(against, Iterable) and not isinstance(against, str) else [against]
-            others = tuple(self._position(other, "against") for other in listed)
+            others = tuple(self.position(other, "against") for other in listed)
         if not others or own in others or len(set(others)) < len(others):
             raise ValueError(f"against must be one or several different keys other than {own}, got {against!r}")
         labels = (self.query_terms, self.key_terms, self.circuit)
         return LogOdds.between(self.values, self.scores, self.keys, own, others, labels)
 
-    def _position(self, key: Any, name: str = "key") -> int:
+    def position(self, key: Any, name: str = "key") -> int:
         """The position of a key of this attribution; negative ones count from the end of the prompt."""
         number = as_int(key)
         if number is None:
@@ -239,34 +231,8 @@ class ScoreAttribution(Saved):
         frame.insert(1, "token", [self.texts[key] for key in frame["key"]])
         return frame
 
-    def picture(self, key: int | Iterable[int] | None = None) -> "Picture":
-        """Query paths against key paths, one heat map per key position.
 
-        Args:
-            key: a position in `keys`, or several; by default the one that gets most attention.
-
-        Raises:
-            TypeError, ValueError: for positions that are not among `keys`.
-        """
-        from hijack_lens.show.score_maps import score_maps
-
-        listed = [self.top_key] if key is None else list(key) if isinstance(key, Iterable) else [key]
-        if not listed:
-            raise ValueError("key must be one position or several, got none")
-        return score_maps(self, tuple(self._position(one) for one in listed))
-
-    def __repr__(self) -> str:
-        from hijack_lens.show.score_table import as_text
-
-        return as_text(self)
-
-    def _repr_html_(self) -> str:
-        from hijack_lens.show.score_table import as_html
-
-        return as_html(self)
-
-
-def _index(name: str, term: Any, terms: tuple[Term, ...]) -> int:
+def _index(name: str, term: Any, terms: tuple[ScoreTerm, ...]) -> int:
     (term,) = term if isinstance(term, tuple) and len(term) == 1 else (term,)
     if term not in terms:
         raise ValueError(f"{name} must be one of {', '.join(map(str, terms))}; got {term!s:.80}")

@@ -18,13 +18,13 @@ from hijack_lens.hooks.edges import Sender, all_components, embeddings, sender_s
 from hijack_lens.models.linear_maps import LinearNorm, linear_norm
 from hijack_lens.models.opened import Block, OpenModel
 
-Term = Sender | Literal["biases", "offset"]
+ScoreTerm = Sender | Literal["biases", "offset"]
 """What writes into the residual stream; every bias together; and, of keys alone, what an offset adds to them."""
 
 _NAMES = {"pos_embed": "positional embed", "offset": "offset key"}
 
 
-def term_label(term: Term, circuit: Circuit) -> str:
+def term_label(term: ScoreTerm, circuit: Circuit) -> str:
     """What to call a term: a component by its role, where it has one to itself."""
     return circuit.label(term) if isinstance(term, Component) else _NAMES.get(term, term)
 
@@ -37,7 +37,7 @@ def senders(model: Any, layer: int) -> tuple[Sender, ...]:
 
 def stream_terms(
     model: Any, opened: OpenModel, layer: int, run: Mapping[str, Tensor], positions: Int[Tensor, "pos"]
-) -> dict[Term, Float[Tensor, "pos d_model"]]:
+) -> dict[ScoreTerm, Float[Tensor, "pos d_model"]]:
     """What the residual stream that enters a block is the sum of, at some positions of a run of one prompt.
 
     Heads write without their block's bias b_O, which is among the biases; MLPs with theirs.
@@ -46,7 +46,7 @@ def stream_terms(
         ValueError: where the stream is not that sum.
     """
     stream = run[f"blocks.{layer}.hook_resid_pre"][0, positions]
-    terms: dict[Term, Tensor] = {}
+    terms: dict[ScoreTerm, Tensor] = {}
     for sender in senders(model, layer):
         site = sender_site(model, sender)
         output = site.read(run[site.name])[0, positions]
@@ -72,7 +72,7 @@ def tolerance(*dtypes: torch.dtype) -> float:
 
 
 @dataclass(frozen=True)
-class Reading:
+class HeadInput:
     """How one head makes its queries, or its keys, at some positions of a run.
 
     Attributes:
@@ -98,7 +98,7 @@ class Reading:
         head: int,
         stream: Float[Tensor, "pos d_model"],
         positions: Int[Tensor, "pos"],
-    ) -> "Reading":
+    ) -> "HeadInput":
         """A head's reading of a residual stream at some positions, by its query or its key.
 
         Args:
@@ -114,7 +114,7 @@ class Reading:
         )
         return cls(block, linear_norm(norm, stream), weight.unflatten(0, bias.shape)[index], bias[index], positions)
 
-    def parts(self, terms: Mapping[Term, Float[Tensor, "pos d_model"]]) -> Float[Tensor, "term pos d_head"]:
+    def parts(self, terms: Mapping[ScoreTerm, Float[Tensor, "pos d_model"]]) -> Float[Tensor, "term pos d_head"]:
         """What each term of the stream adds to the queries or keys, as they enter the scores.
 
         The norm's bias and `b` count among the biases. Rotary positions turn every part alike, as they are linear.

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from hijack_lens.attribution.score_attribution import ScoreAttribution
-from hijack_lens.attribution.score_terms import Reading, Term, offset_keys, senders, stream_terms, tolerance
+from hijack_lens.attribution.score_terms import HeadInput, ScoreTerm, offset_keys, senders, stream_terms, tolerance
 from hijack_lens.core.checks import as_int, check_position
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import check_model
 from hijack_lens.core.inputs import model_tokens, one_head
-from hijack_lens.core.texts import visible
+from hijack_lens.core.tables import visible
 from hijack_lens.hooks.edges import sender_site
 from hijack_lens.hooks.intervention import record
 from hijack_lens.models.opened import Block, open_model
@@ -87,11 +87,11 @@ def attribute_scores(
     assert isinstance(stream, Tensor)
 
     def read(via: Any, rows: slice) -> Tensor:
-        reading = Reading.of(block, norm, via, index, stream[rows], where[rows])
+        reading = HeadInput.of(block, norm, via, index, stream[rows], where[rows])
         return reading.parts({term: x[rows] for term, x in terms.items()})
 
     q, k = read("q", slice(0, 1)), read("k", slice(1, None))
-    key_terms: tuple[Term, ...] = tuple(terms)
+    key_terms: tuple[ScoreTerm, ...] = tuple(terms)
     offsets = offset_keys(block, index, at, where[1:])
     if offsets is not None:
         k, key_terms = torch.cat([k, offsets]), (*key_terms, "offset")

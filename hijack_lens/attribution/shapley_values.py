@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -26,21 +26,18 @@ from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import check_model, evaluating, is_hooked
 from hijack_lens.core.inputs import Player, model_tokens, players_of, sites_of
 from hijack_lens.core.statistics import student_quantile
+from hijack_lens.core.tables import Drawn
 from hijack_lens.hooks.intervention import record
 from hijack_lens.hooks.patched_runs import BoundMetric
 from hijack_lens.hooks.sweeps import check_metric
 from hijack_lens.metrics import Metric
-
-if TYPE_CHECKING:
-    from hijack_lens.show.style import Picture
-
 
 _EXACT = ("values", "interactions", "worth")
 _SAMPLED = ("values", "interactions", "stderr", "interactions_stderr", "pair_samples")
 
 
 @dataclass(frozen=True, repr=False)
-class ShapleyValues(Saved):
+class ShapleyValues(Saved, Drawn):
     """What each component is worth, in the metric's unit; in float64, on the CPU.
 
     Attributes:
@@ -162,22 +159,6 @@ class ShapleyValues(Saved):
             for i, j in combinations(range(len(self.players)), 2)
         ]
         return pd.DataFrame(rows, columns=["first", "second", "interaction", "stderr", "low", "high"])
-
-    def picture(self) -> "Picture":
-        """Values as bars, with their confidence intervals, and interactions as a heat map."""
-        from hijack_lens.show.shapley_bars import shapley_bars
-
-        return shapley_bars(self)
-
-    def __repr__(self) -> str:
-        from hijack_lens.show.shapley_table import as_text
-
-        return as_text(self)
-
-    def _repr_html_(self) -> str:
-        from hijack_lens.show.shapley_table import as_html
-
-        return as_html(self)
 
     def _single(self, present: int) -> Float[Tensor, "player"]:
         """The metric where each player alone is present, or alone absent."""

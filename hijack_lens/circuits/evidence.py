@@ -1,7 +1,7 @@
 """What speaks for each component of a circuit that was found, and why others were not named."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -9,10 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
-
-if TYPE_CHECKING:
-    from hijack_lens.show.style import Picture
-
+from hijack_lens.core.tables import Drawn
 
 MIN_ATTENTION = 0.1
 """Heads whose score is lower are not named, however surely it differs from chance: in random models that are tiny or
@@ -92,7 +89,7 @@ class MLPEvidence:
 
 
 @dataclass(frozen=True)
-class CircuitEvidence:
+class CircuitEvidence(Drawn):
     """What `find_circuit` measured, and what it concluded; a table where it is displayed.
 
     Attributes:
@@ -153,22 +150,6 @@ class CircuitEvidence:
             effect, null = float(self.bigram.effect[layer]), float(self.bigram.null[layer])
             rows.append(self._row("bigram", Component(layer, "mlp"), share, MIN_SHARE, effect, torch.nan, null))
         return pd.DataFrame(rows).astype({"head": "Int64"})
-
-    def picture(self) -> "Picture":
-        """Heat maps of the heads' scores by layer, the named ones framed, and the MLPs' shares beside them."""
-        from hijack_lens.show.circuit_map import circuit_map
-
-        return circuit_map(self)
-
-    def __repr__(self) -> str:
-        from hijack_lens.show.evidence_table import as_text
-
-        return as_text(self)
-
-    def _repr_html_(self) -> str:
-        from hijack_lens.show.evidence_table import as_html
-
-        return as_html(self)
 
     def _row(
         self,

@@ -21,7 +21,7 @@ from hijack_lens.core.checks import (
     check_number,
     check_tokens,
 )
-from hijack_lens.core.texts import visible
+from hijack_lens.core.tables import visible
 
 UNKNOWN = "<unk>"
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")

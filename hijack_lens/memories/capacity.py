@@ -19,7 +19,7 @@ of order sqrt(k/d); each value's direction picks up one part in sqrt(d) of it.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -33,14 +33,11 @@ from tqdm.auto import tqdm
 from hijack_lens.core.checks import check_count
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.core.files import Saved
+from hijack_lens.core.tables import Drawn
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.memories.matrix import memory_matrix
 from hijack_lens.memories.token_tables import centred
 from hijack_lens.models.associative import associative_transformer
-
-if TYPE_CHECKING:
-    from hijack_lens.show.style import Picture
-
 
 _NODES = 48
 
@@ -129,7 +126,7 @@ MEMORIES = ("linear memory", "hand-written model")
 
 
 @dataclass(frozen=True, repr=False)
-class MemoryCapacity(Saved):
+class MemoryCapacity(Saved, Drawn):
     """Recall and cross-talk against d_model, of the two `MEMORIES` in that order; in float64, on the CPU.
 
     Attributes:
@@ -179,22 +176,6 @@ class MemoryCapacity(Saved):
             "expected_crosstalk": self.expected_crosstalk,
         }
         return pd.DataFrame({name: x.flatten().numpy() for name, x in columns.items()}, index=index).reset_index()
-
-    def picture(self) -> "Picture":
-        """Recall and cross-talk against d_model: measured points, and theory as lines."""
-        from hijack_lens.show.capacity_curves import capacity_curves
-
-        return capacity_curves(self)
-
-    def __repr__(self) -> str:
-        from hijack_lens.show.weights_report import capacity_report
-
-        return capacity_report(self).text()
-
-    def _repr_html_(self) -> str:
-        from hijack_lens.show.weights_report import capacity_report
-
-        return capacity_report(self).html()
 
 
 _SURE = 0.9

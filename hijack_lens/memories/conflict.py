@@ -1,7 +1,7 @@
 """The result of setting the two memories side by side: tables that sum to the logits, and who wins where."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -12,12 +12,9 @@ from tqdm.auto import tqdm
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.files import Saved
+from hijack_lens.core.tables import Drawn
 from hijack_lens.memories.token_tables import Tokens, TokenTables, replaced, token_tables
 from hijack_lens.theory.closed_form import Margin
-
-if TYPE_CHECKING:
-    from hijack_lens.show.style import Picture
-
 
 Winner = Literal["context", "weights", "both", "neither"]
 
@@ -25,7 +22,7 @@ _TENSORS = ("tokens", "context", "weights", "rest", "logits")
 
 
 @dataclass(frozen=True, repr=False)
-class MemoryConflict(TokenTables, Saved):
+class MemoryConflict(TokenTables, Saved, Drawn):
     """What each memory adds to the logits, for every token that may stand last.
 
     What the memories say, and who wins, is among the `answers`.
@@ -101,30 +98,6 @@ class MemoryConflict(TokenTables, Saved):
         frame["winner"] = self.winners
         frame["predicted"] = [texts[i] for i in self.logits.argmax(1).tolist()]
         return frame
-
-    def picture(self, queries: Tokens = None, answers: Tokens = None) -> "Picture":
-        """Both memories as heat maps side by side, conflicts marked, and beside them the margins.
-
-        Args:
-            queries: rows to show, by id or text; by default tokens that the context holds.
-            answers: columns, likewise; by default these and what either memory says.
-
-        Raises:
-            ValueError: for tokens that are not in the tables.
-        """
-        from hijack_lens.show.memory_maps import conflict_maps
-
-        return conflict_maps(self, queries, answers)
-
-    def __repr__(self) -> str:
-        from hijack_lens.show.conflict_report import conflict_text
-
-        return conflict_text(self)
-
-    def _repr_html_(self) -> str:
-        from hijack_lens.show.conflict_report import conflict_html
-
-        return conflict_html(self)
 
 
 def _winner(top: int, in_context: int, global_: int) -> Winner:

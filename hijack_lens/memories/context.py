@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,18 +17,16 @@ from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.core.inputs import one_head
+from hijack_lens.core.tables import Drawn
 from hijack_lens.hooks.edges import changes_attn_out
 from hijack_lens.hooks.intervention import Intervention
 from hijack_lens.memories.token_tables import Tokens, TokenTables, replaced, token_tables
 from hijack_lens.models.linear_maps import Readout, linear_norm
 from hijack_lens.models.opened import UnknownArchitectureError, open_model
 
-if TYPE_CHECKING:
-    from hijack_lens.show.style import Picture
-
 
 @dataclass(frozen=True, repr=False)
-class ContextMemory(TokenTables, Saved):
+class ContextMemory(TokenTables, Saved, Drawn):
     """What an attention head makes of a context, for every token that may ask.
 
     Attributes:
@@ -90,30 +88,6 @@ class ContextMemory(TokenTables, Saved):
         frame = pd.Series(flat, index=index, name="logit").reset_index()
         frame.insert(1, "occurs", self.occurs.repeat_interleave(len(self.answers)).numpy())
         return frame
-
-    def picture(self, queries: Tokens = None, answers: Tokens = None) -> "Picture":
-        """The memory as a heat map, query tokens against answers.
-
-        Args:
-            queries: rows to show, by id or text; by default tokens that the context holds.
-            answers: columns, likewise.
-
-        Raises:
-            ValueError: for tokens that are not in the table.
-        """
-        from hijack_lens.show.memory_maps import context_map
-
-        return context_map(self, queries, answers)
-
-    def __repr__(self) -> str:
-        from hijack_lens.show.context_report import memory_text
-
-        return memory_text(self)
-
-    def _repr_html_(self) -> str:
-        from hijack_lens.show.context_report import memory_html
-
-        return memory_html(self)
 
 
 _CHECKED = 1000

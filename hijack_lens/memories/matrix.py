@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -15,6 +15,7 @@ from hijack_lens.core.checks import check_choice, check_count, check_type
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.inputs import texts_of
+from hijack_lens.core.tables import Drawn
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.memories.token_tables import (
     NamedTokens,
@@ -27,12 +28,9 @@ from hijack_lens.memories.token_tables import (
 )
 from hijack_lens.models.linear_maps import linear_norm
 
-if TYPE_CHECKING:
-    from hijack_lens.show.style import Picture
-
 
 @dataclass(frozen=True, repr=False)
-class MemoryMatrix(NamedTokens, Saved):
+class MemoryMatrix(NamedTokens, Saved, Drawn):
     """What the weights say of each token, in logits; beside it the bigrams' log-probabilities.
 
     Both tables are in float64, on the CPU, each row relative to its mean over the columns. Every cell counts alike,
@@ -125,22 +123,6 @@ class MemoryMatrix(NamedTokens, Saved):
             "crosstalk": self.crosstalk,
         }
         return pd.DataFrame({name: x.flatten().numpy() for name, x in columns.items()}, index=index).reset_index()
-
-    def picture(self) -> "Picture":
-        """The memory and g * log pi_b as heat maps side by side, and their singular values."""
-        from hijack_lens.show.matrix_maps import matrix_maps
-
-        return matrix_maps(self)
-
-    def __repr__(self) -> str:
-        from hijack_lens.show.weights_report import matrix_report
-
-        return matrix_report(self).text()
-
-    def _repr_html_(self) -> str:
-        from hijack_lens.show.weights_report import matrix_report
-
-        return matrix_report(self).html()
 
 
 _MOST_CELLS = 2**26

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -15,6 +15,7 @@ from hijack_lens.core.checks import check_count
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.inputs import texts_of
+from hijack_lens.core.tables import Drawn
 from hijack_lens.memories.token_tables import (
     NamedTokens,
     SomeTokens,
@@ -25,16 +26,12 @@ from hijack_lens.memories.token_tables import (
 )
 from hijack_lens.models.linear_maps import linear_norm
 
-if TYPE_CHECKING:
-    from hijack_lens.show.style import Picture
-
-
 _BY_KEY = ("keys", "pre", "post")
 _BY_VALUE = ("promoted", "promoted_logits", "suppressed", "suppressed_logits")
 
 
 @dataclass(frozen=True, repr=False)
-class MemoryNeurons(NamedTokens, Saved):
+class MemoryNeurons(NamedTokens, Saved, Drawn):
     """Neurons as key-value pairs; activations and logits in float64, all on the CPU.
 
     Attributes:
@@ -108,26 +105,6 @@ class MemoryNeurons(NamedTokens, Saved):
             by_rank.append(table)
         frame = pd.concat(by_rank).sort_values(["neuron", "rank"], ignore_index=True)
         return frame.rename(columns={"keys": "key"})
-
-    def picture(self, most: int = 12) -> "Picture":
-        """Keys and values of the neurons with the largest `strength`, side by side.
-
-        Args:
-            most: how many neurons to show.
-        """
-        from hijack_lens.show.neuron_map import neuron_map
-
-        return neuron_map(self, most)
-
-    def __repr__(self) -> str:
-        from hijack_lens.show.weights_report import neurons_report
-
-        return neurons_report(self).text()
-
-    def _repr_html_(self) -> str:
-        from hijack_lens.show.weights_report import neurons_report
-
-        return neurons_report(self).html()
 
 
 _CELLS = 2**24

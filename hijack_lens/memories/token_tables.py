@@ -16,7 +16,7 @@ from hijack_lens.core.checks import as_int, check_position
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import check_model, evaluating, rows_at_once, sites
 from hijack_lens.core.inputs import answer_ids, model_tokens, texts_of, token_ids
-from hijack_lens.core.texts import visible
+from hijack_lens.core.tables import visible
 from hijack_lens.hooks.edges import embeddings
 from hijack_lens.hooks.intervention import Intervention, record
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -18,16 +18,13 @@ from hijack_lens.core.checks import check_count
 from hijack_lens.core.circuit import Circuit, Positions, Strengths
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import check_model, evaluating
+from hijack_lens.core.tables import Drawn
 from hijack_lens.language.facts import Bigram, Fact
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.probing.fact_prompts import FactPrompts, fact_prompts
 from hijack_lens.theory.closed_form import Margin
 from hijack_lens.theory.flips import Flip
 from hijack_lens.training.fit import FittedStrengths, fit_strengths
-
-if TYPE_CHECKING:
-    from hijack_lens.show.style import Picture
-
 
 _LARGEST_MATCH = 20.0
 _ZOOMS, _CELLS = 6, 100
@@ -143,7 +140,7 @@ _PARTS = ("context", "weights", "rest")
 
 
 @dataclass(frozen=True, repr=False)
-class DoseResponse(Saved):
+class DoseResponse(Saved, Drawn):
     """`logit[context's answer] - logit[weights' answer]` by fact and number of repeats; in float64, on the CPU.
 
     Attributes:
@@ -240,22 +237,6 @@ class DoseResponse(Saved):
                 "theory_flip": pd.array([flip.repeats for flip in self.theory.flips], dtype="Int64"),
             }
         )
-
-    def picture(self) -> "Picture":
-        """The margin and its parts against the number of repeats, flips marked, and the theory drawn over them."""
-        from hijack_lens.show.dose_curves import dose_curves
-
-        return dose_curves(self)
-
-    def __repr__(self) -> str:
-        from hijack_lens.show.dose_table import as_text
-
-        return as_text(self)
-
-    def _repr_html_(self) -> str:
-        from hijack_lens.show.dose_table import as_html
-
-        return as_html(self)
 
 
 def crossing(margins: list[float]) -> float:

@@ -8,7 +8,7 @@ from html import escape
 from operator import itemgetter
 from typing import Any
 
-from hijack_lens.show.page import STYLE
+from hijack_lens.show.style import PAGE_STYLE
 
 _MOST_ROWS = 60
 """Of a claim's measurements; the JSON file has them all."""
@@ -25,7 +25,7 @@ def page(outcomes: Sequence[dict[str, Any]], heading: str) -> str:
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>hijack-lens: the papers' claims</title>
-<style>{STYLE}
+<style>{PAGE_STYLE}
 body {{ max-width: 1240px }} .wide {{ overflow-x: auto }}
 td, th {{ text-align: left; vertical-align: top }} td {{ border-bottom: 1px solid #ddd }}
 .summary table {{ min-width: 960px }} .summary th:nth-child(4), .summary th:nth-child(5) {{ width: 20% }}

@@ -1,8 +1,24 @@
-"""Pictures: circuitsvis views, figures, and one-file HTML reports."""
+"""How results are shown: reports, pictures, circuitsvis views, and one-file HTML reports.
 
-from hijack_lens.show.logits import attention_maps, margin_bars
-from hijack_lens.show.page import write_report
-from hijack_lens.show.style import Picture
-from hijack_lens.show.views import View, attention, token_paths
+Each file registers what it can show; results know nothing of it.
+"""
 
-__all__ = ["Picture", "View", "attention", "attention_maps", "margin_bars", "token_paths", "write_report"]
+from hijack_lens.show import components, curves, explanations, logits, memories, scores, sweeps, weights  # noqa: F401
+from hijack_lens.show.explanations import margin_bars, write_report
+from hijack_lens.show.registry import html_of, picture_of, report_of
+from hijack_lens.show.style import Picture, heatmap
+from hijack_lens.show.views import View, attention, attention_maps, token_paths
+
+__all__ = [
+    "Picture",
+    "View",
+    "attention",
+    "attention_maps",
+    "heatmap",
+    "html_of",
+    "margin_bars",
+    "picture_of",
+    "report_of",
+    "token_paths",
+    "write_report",
+]

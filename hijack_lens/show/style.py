@@ -1,7 +1,32 @@
-"""Colours, and a finished figure."""
+"""How pictures look: colours, a finished figure, and the one heat map."""
 
 import io
+import math
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+
+# Okabe & Ito's palette, told apart also by colour-blind readers.
+BLUE, ORANGE, GREEN, PURPLE, YELLOW, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#999999"
+COLOURS = {"context": BLUE, "weights": ORANGE, "rest": GREY}
+"""Of the memories."""
+
+PAGE_STYLE = """
+body { font-family: system-ui, sans-serif; max-width: 1040px; margin: 2em auto; padding: 0 1em;
+  line-height: 1.45; color: #222 }
+h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
+table { border-collapse: collapse; margin: 1em 0 } th, td { padding: 0.25em 0.8em; text-align: right }
+thead th { border-bottom: 1px solid #999 } td:first-child, th:first-child { text-align: left }
+.verdict { font-size: 1.15em; padding: 0.8em 1em; background: #f2f5f8; border-left: 4px solid #0072B2 }
+.weights { border-left-color: #D55E00 }
+code { background: #f2f2f2; padding: 0 0.2em } svg { max-width: 100%; height: auto }
+"""
+"""CSS of HTML files."""
+
+_DIVERGING = "PuOr_r"  # purple one way, orange the other
+_ABSENT = "#dcdcdc"
+_NAMES_SHOWN = 60
 
 
 class Picture:
@@ -24,10 +49,11 @@ class Picture:
         self.figure.savefig(path, dpi=150)
 
     def svg(self) -> str:
-        """The picture as an SVG element, its text drawn as outlines."""
+        """The picture as an SVG element, no wider than its page, its text drawn as outlines."""
         buffer = io.StringIO()
         self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-        return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+        element = buffer.getvalue()[buffer.getvalue().index("<svg") :]
+        return element.replace("<svg", "<svg style='max-width:100%;height:auto'", 1)
 
     def png(self, dpi: int = 120) -> bytes:
         """The picture as a PNG file's content."""
@@ -39,5 +65,72 @@ class Picture:
         return self.png()
 
 
-# Okabe & Ito's palette, told apart also by colour-blind readers.
-COLOURS = {"context": "#0072B2", "weights": "#D55E00", "rest": "#999999"}
+def plain(text: str) -> str:
+    """A label that matplotlib does not take for mathematics."""
+    return text.replace("$", r"\$")
+
+
+def frameless(*axes: Any) -> None:
+    """Leaves out the frame where nothing is read off it."""
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+
+
+def spread_of(image: np.ndarray, centre: float = 0.0) -> float:
+    """The largest distance from the centre, where there is any."""
+    return float(np.max(np.abs(image - centre), initial=0.0, where=np.isfinite(image))) or 1.0
+
+
+def heatmap(
+    ax: Any,
+    image: Any,
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    *,
+    centre: float = 0.0,
+    spread: float | None = None,
+    attention: bool = False,
+    numbers: bool = False,
+    texts: Sequence[Sequence[str]] | None = None,
+    named: int = _NAMES_SHOWN,
+    **font: Any,
+) -> Any:
+    """Draws a matrix on some axes; cells that are NaN, where there is nothing, are grey.
+
+    Args:
+        ax: to draw on.
+        image: [row, column], an array or tensor.
+        rows: their names.
+        columns: likewise.
+        centre: the value that is drawn white.
+        spread: how far colours reach to either side of it; by default to the largest value.
+        attention: on a scale of blues from 0 to 1, instead.
+        numbers: whether to write the value into each cell.
+        texts: what to write there, instead.
+        named: how many rows, and how many columns, to name at most.
+        **font: of the names: fontsize, family; and rotation, of the columns' names.
+
+    Returns:
+        What a colour bar is made for.
+    """
+    import matplotlib
+
+    image = np.asarray(image.detach().cpu().double() if hasattr(image, "detach") else image, dtype=float)
+    spread = spread_of(image, centre) if spread is None else spread
+    low, high = (0.0, 1.0) if attention else (centre - spread, centre + spread)
+    colours = matplotlib.colormaps["Blues" if attention else _DIVERGING].with_extremes(bad=_ABSENT)
+    drawn = ax.imshow(image, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    rotation = font.pop("rotation", 0)
+    for names, set_ticks, turn in ((rows, ax.set_yticks, 0), (columns, ax.set_xticks, rotation)):
+        if names is not None:
+            ticks = range(0, len(names), -(-len(names) // named) or 1)
+            set_ticks(ticks, [plain(names[i]) for i in ticks], rotation=turn, **font)
+    if numbers or texts is not None:
+        decimals = max(0, 1 - math.floor(math.log10(spread)))
+        for (row, column), value in np.ndenumerate(image):
+            if np.isfinite(value):
+                number = f"{value:+.{decimals}f}" if round(value, decimals) else "0"
+                text, size = (number, 7) if texts is None else (plain(texts[row][column]), 9)
+                colour = "white" if abs(value - centre) > 0.6 * spread else "black"
+                ax.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+    return drawn

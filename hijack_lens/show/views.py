@@ -17,16 +17,17 @@ from hijack_lens.attribution.logit_attribution import LogitAttribution
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
 from hijack_lens.core.hook_points import sites
 from hijack_lens.core.inputs import model_tokens
-from hijack_lens.core.texts import visible
+from hijack_lens.core.tables import visible
 from hijack_lens.hooks.intervention import record
-from hijack_lens.show.logits import attention_maps, shaded_prompt
-from hijack_lens.show.style import COLOURS, Picture
+from hijack_lens.show.logits import shaded_prompt
+from hijack_lens.show.style import COLOURS, Picture, heatmap
 
 if TYPE_CHECKING:
     from hijack_lens.language.prompts import HijackPrompt
 
 
 _PATHS_SHOWN = 24
+_TOKENS_NAMED = 48
 
 
 @cache
@@ -168,6 +169,27 @@ def attention_patterns(
         label = str(head) if role is None else f"{ROLE_NAMES[role]} ({head})"
         patterns[label] = run[name(head.layer)][0, head.head]
     return patterns
+
+
+def attention_maps(patterns: dict[str, Float[Tensor, "query key"]], tokens: list[str], width: float = 9.0) -> Picture:
+    """Attention patterns side by side, one heat map per head.
+
+    Args:
+        patterns: by the head's name.
+        tokens: texts of the positions.
+        width: of the picture, in inches.
+    """
+    picture = Picture(width, width / len(patterns) + 0.6)
+    axes = picture.figure.subplots(1, len(patterns), squeeze=False)[0]
+    for ax, (name, pattern) in zip(axes, patterns.items(), strict=True):
+        drawn = heatmap(
+            ax, pattern, tokens, tokens, attention=True, named=_TOKENS_NAMED, fontsize=7, family="monospace"
+        )
+        ax.set_title(name)
+        ax.set_xlabel("source token (attended to)")
+        ax.set_ylabel("destination token (attending)")
+    picture.figure.colorbar(drawn, ax=axes, label="attention", shrink=0.8)
+    return picture
 
 
 def token_paths(result: LogitAttribution, a: str | int | None = None, b: str | int | None = None) -> View:

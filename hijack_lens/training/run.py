@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from hijack_lens.core.checks import as_int, check_choice, check_count, check_number
 from hijack_lens.core.files import read_safetensors, write_atomically
+from hijack_lens.core.tables import Drawn
 from hijack_lens.language.bigrams import BigramLanguage, Token
 from hijack_lens.models.storage import checkpoints, latest_checkpoint
 from hijack_lens.models.transformer import BigramTransformer
@@ -117,15 +118,13 @@ class TrainConfig:
 
 
 _FORMAT = "hijack_lens.TrainingRun.1"
-if TYPE_CHECKING:
-    from hijack_lens.show.style import Picture
 
 COLUMNS = ["step", "seconds", "probe", "continuations", "length", "value"]
 """Of a run's table."""
 
 
-@dataclass(frozen=True)
-class TrainingRun:
+@dataclass(frozen=True, repr=False)
+class TrainingRun(Drawn):
     """What training gives back.
 
     Attributes:
@@ -161,12 +160,6 @@ class TrainingRun:
                 f"name must be a probe of the table, got {name!r}; it has {sorted(set(self.table['probe']))}"
             )
         return rows.set_index("step")["value"].rename(name)
-
-    def plot(self) -> "Picture":
-        """The birth of the two memories: the bigram memory's excess loss, and in-context accuracy, over training."""
-        from hijack_lens.show.birth import birth_of_memories
-
-        return birth_of_memories(self)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the model as `save_pretrained` does, and the table as `probes.csv`."""

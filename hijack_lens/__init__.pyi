@@ -1,0 +1,102 @@
+"""The public names, each imported when it is first used; see `__init__.py`."""
+
+from . import grid, hooks, memories, metrics, probing, reproduction, show, theory, training
+from .attribution import (
+    LogitAttribution,
+    LogOdds,
+    Path,
+    ScoreAttribution,
+    ShapleyValues,
+    attribute,
+    attribute_scores,
+    shapley,
+)
+from .circuits import CircuitEvidence, find_circuit
+from .core.circuit import Circuit, Component, Strengths
+from .explanation import Explanation, explain
+from .language import (
+    Bigram,
+    BigramLanguage,
+    Fact,
+    HijackPrompt,
+    SampledSequences,
+    default_text,
+    hijack_prompt,
+)
+from .memories import (
+    ContextMemory,
+    MemoryCapacity,
+    MemoryConflict,
+    MemoryMatrix,
+    MemoryNeurons,
+    context_memory,
+    memory_capacity,
+    memory_conflict,
+    memory_matrix,
+    memory_neurons,
+)
+from .metrics import Metric, logit_diff
+from .models import BigramTransformer, associative_transformer, trainable_transformer
+from .probing import DoseResponse, dose_response
+from .show import write_report
+from .theory import Margin
+from .training import TrainConfig, TrainingRun, fit_strengths, train
+
+__version__: str
+
+__all__ = [
+    "Bigram",
+    "BigramLanguage",
+    "BigramTransformer",
+    "Circuit",
+    "CircuitEvidence",
+    "Component",
+    "ContextMemory",
+    "DoseResponse",
+    "Explanation",
+    "Fact",
+    "HijackPrompt",
+    "LogOdds",
+    "LogitAttribution",
+    "Margin",
+    "MemoryCapacity",
+    "MemoryConflict",
+    "MemoryMatrix",
+    "MemoryNeurons",
+    "Metric",
+    "Path",
+    "SampledSequences",
+    "ScoreAttribution",
+    "ShapleyValues",
+    "Strengths",
+    "TrainConfig",
+    "TrainingRun",
+    "associative_transformer",
+    "attribute",
+    "attribute_scores",
+    "context_memory",
+    "default_text",
+    "dose_response",
+    "explain",
+    "find_circuit",
+    "fit_strengths",
+    "grid",
+    "hijack_prompt",
+    "hooks",
+    "logit_diff",
+    "memories",
+    "memory_capacity",
+    "memory_conflict",
+    "memory_matrix",
+    "memory_neurons",
+    "metrics",
+    "probing",
+    "reproduction",
+    "shapley",
+    "show",
+    "theory",
+    "train",
+    "trainable_transformer",
+    "training",
+    "write_report",
+]

@@ -1,0 +1,149 @@
+"""Tables and reports as data, and as text or HTML; results that show themselves without knowing how."""
+
+import importlib
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import rich.table
+
+_VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍", "Ġ": "␣", "Ċ": "⏎", "▁": "␣"}
+_ALIGN = {"l": "left", "r": "right"}
+
+
+def visible(text: str) -> str:
+    """A token's text with white space made visible, also as byte-level tokenizers write it."""
+    return "".join(_VISIBLE.get(character, character) for character in text)
+
+
+class Markup(str):
+    """A cell that is HTML already."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under named columns.
+
+    Attributes:
+        columns: their names.
+        rows: cells, each a text or `Markup`.
+        align: a letter per column, "l" or "r"; the last one holds for all that follow.
+        title: of the table; may be empty.
+        ruled: rows that a line follows.
+        total: whether the last row is the sum of the others.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    align: str = "lr"
+    title: str = ""
+    ruled: Sequence[int] = ()
+    total: bool = False
+
+    def rich(self) -> "rich.table.Table":
+        """For a terminal."""
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=self.title or None)
+        for column, side in zip(self.columns, self._sides(), strict=True):
+            table.add_column(column, justify=side)
+        for index, row in enumerate(self.rows):
+            table.add_row(*row, end_section=index in self.ruled)
+        return table
+
+    def text(self) -> str:
+        """As plain text, 120 characters wide at most."""
+        from rich.console import Console
+
+        # In a notebook a console would display the table at once, beside returning it.
+        buffer = io.StringIO()
+        Console(file=buffer, width=120, color_system=None, force_jupyter=False, markup=False).print(self.rich())
+        return buffer.getvalue().rstrip()
+
+    def html(self) -> str:
+        """As an HTML table, its title above it."""
+        sides = self._sides()
+
+        def line(cells: Sequence[str], tag: str, weight: str = "") -> str:
+            written = (
+                f"<{tag} style='text-align:{side}{weight}'>{cell if isinstance(cell, Markup) else escape(cell)}</{tag}>"
+                for cell, side in zip(cells, sides, strict=True)
+            )
+            return f"<tr>{''.join(written)}</tr>"
+
+        last = len(self.rows) - 1 if self.total else None
+        body = "".join(line(row, "td", ";font-weight:600" * (index == last)) for index, row in enumerate(self.rows))
+        title = f"<p><b>{escape(self.title)}</b></p>" if self.title else ""
+        return f"{title}<table><thead>{line(self.columns, 'th')}</thead><tbody>{body}</tbody></table>"
+
+    def _sides(self) -> list[Any]:
+        align = self.align + self.align[-1] * (len(self.columns) - len(self.align))
+        return [_ALIGN[letter] for letter in align]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a result says of itself.
+
+    Attributes:
+        title: what it is.
+        lines: what it found, in words.
+        tables: in full.
+        notes: what a reader should know besides.
+        figure: draws it, as an SVG element; drawn only where it is shown.
+    """
+
+    title: str
+    lines: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()
+    figure: Callable[[], str] | None = None
+
+    def text(self) -> str:
+        """For a terminal."""
+        return "\n".join([self.title, *self.lines, *(table.text() for table in self.tables), *self.notes])
+
+    def html(self) -> str:
+        """For a notebook or a page: the figure over the tables."""
+        lines = "".join(f"<br>{escape(line)}" for line in self.lines)
+        figure = "" if self.figure is None else self.figure()
+        notes = "".join(f"<p style='font-size:85%'>{escape(note)}</p>" for note in self.notes)
+        tables = "".join(table.html() for table in self.tables)
+        return f"<div class='hijack-lens'><p><b>{escape(self.title)}</b>{lines}</p>{figure}{tables}{notes}</div>"
+
+
+class Shown:
+    """A result that prints and displays itself by the module that `shown_by` has named."""
+
+    def __repr__(self) -> str:
+        return _shown_by().report_of(self).text()
+
+    def _repr_html_(self) -> str | None:
+        return _shown_by().html_of(self)
+
+
+class Drawn(Shown):
+    """A result that draws itself, too."""
+
+    def picture(self, *chosen: Any, **options: Any) -> Any:
+        """The result drawn: a `show.Picture`.
+
+        What may be chosen differs by result: see `help(hijack_lens.show.picture_of)`.
+        """
+        return _shown_by().picture_of(self, *chosen, **options)
+
+
+_module = ""
+
+
+def shown_by(module: str) -> None:
+    """Names the module that shows results; it is imported when the first one is shown."""
+    global _module
+    _module = module
+
+
+def _shown_by() -> Any:
+    return importlib.import_module(_module)

@@ -1,0 +1,163 @@
+"""Curves: a dose-response with the theory's over it, and the birth of the two memories over training."""
+
+import math
+
+from hijack_lens.core.tables import Report, Table, visible
+from hijack_lens.probing.doses import DoseResponse, crossing
+from hijack_lens.show.registry import picture_of, report_of
+from hijack_lens.show.style import COLOURS, PURPLE, Picture, frameless
+from hijack_lens.training.run import TrainingRun
+
+_FACTS_SHOWN = 30
+
+
+@report_of.register
+def dose_report(result: DoseResponse) -> Report:
+    """Means by number of repeats, and a row per fact."""
+    facts, doses = result.margin.total.shape
+    return Report(
+        f"DoseResponse(fact={facts}, dose={doses}): logit of the context's answer − logit of the weights', in logits; "
+        f"attributions complete within {result.completeness_error:.1e}",
+        tables=[_by_repeats(result), _by_fact(result)],
+        notes=_notes(result),
+        figure=lambda: dose_curves(result).svg(),
+    )
+
+
+def _by_repeats(result: DoseResponse) -> Table:
+    several = len(result.conflicts) > 1
+    columns = ("repeats", "tokens", "context", "weights", "rest", "total", *(("± sd",) if several else ()), "theory")
+    rows = [
+        [
+            str(row["repeats"]),
+            f"{row['length']:.4g}",
+            *(f"{row[part]:+.3f}" for part in ("context", "weights", "rest", "total")),
+            *([f"{row['spread']:.3f}"] if several else []),
+            f"{row['theory']:+.3f}",
+        ]
+        for row in result.by_repeats().to_dict("records")
+    ]
+    return Table(columns, rows, title="mean over facts, by repeats" if several else "by repeats")
+
+
+def _by_fact(result: DoseResponse) -> Table:
+    rows = [
+        [
+            row["fact"],
+            f"{visible(row['context_token'])} / {visible(row['weights_token'])}",
+            f"{row['first']:+.2f}",
+            f"{row['last']:+.2f}",
+            _or_none(flip),
+            "–" if math.isnan(row["crossing"]) else f"{row['crossing']:.2f}",
+            _or_none(predicted.repeats),
+        ]
+        for row, flip, predicted in zip(
+            result.by_fact().head(_FACTS_SHOWN).to_dict("records"), result.flips, result.theory.flips, strict=False
+        )
+    ]
+    if len(result.conflicts) > _FACTS_SHOWN:
+        rows.append([f"{len(result.conflicts) - _FACTS_SHOWN} more", *[""] * 6])
+    columns = ("fact", "tokens scored", "margin at 0", f"at {result.repeats[-1]}", "flip", "crossing", "theory's flip")
+    return Table(columns, rows, title="repeats that flip the prediction")
+
+
+def _notes(result: DoseResponse) -> list[str]:
+    theory, s = result.theory, result.theory.strengths
+    if theory.source == "weights":
+        how = f"predicted at strengths read off the weights: b1 = {s.previous_token:.3g}, "
+    else:
+        how = "fitted to these margins, with b1 = inf: "
+    notes = [f"Theory, {how}b2 = {s.match:.3g}, b3 = {s.copy:.3g}; R² = {theory.r2:.3f} of the change over repeats."]
+    if not result.circuit.induction:
+        notes.append("No induction head is named in the circuit, so that nothing counts as the context's.")
+    if not all(result.known):
+        unknown = [one.name for one, known in zip(result.conflicts, result.known, strict=True) if not known]
+        notes.append(
+            f"The weights do not prefer their answer to begin with: {'; '.join(unknown[:3])}"
+            + (f"; and {len(unknown) - 3} more." if len(unknown) > 3 else ".")
+        )
+    cut = [one for one in result.conflicts if not all(one.whole)]
+    if cut:
+        notes.append(f"Scored by the first token of answers of several tokens: {len(cut)} of the facts.")
+    return notes
+
+
+def _or_none(repeats: int | None) -> str:
+    return "none" if repeats is None else str(repeats)
+
+
+@picture_of.register
+def dose_curves(result: DoseResponse) -> Picture:
+    """Means over facts of the margin and its parts; behind them one standard deviation, and a line per fact."""
+    means, n = result.by_repeats(), list(result.repeats)
+    several = len(result.conflicts) > 1
+    of = f"mean of {len(result.conflicts)} facts" if several else result.conflicts[0].name
+    picture = Picture(8.0, 5.6)
+    ax = picture.figure.add_subplot()
+    ax.axhline(0, color="black", linewidth=0.8)
+    if several:
+        for row in result.margin.total.tolist():
+            ax.plot(n, row, color="black", alpha=0.25, linewidth=0.7)
+        low, high = means["total"] - means["spread"], means["total"] + means["spread"]
+        ax.fill_between(n, low, high, color="black", alpha=0.1, label="± 1 standard deviation")
+    for memory, colour in COLOURS.items():
+        ax.plot(n, means[memory], color=colour, linewidth=2, marker="o", markersize=4, label=memory)
+    ax.plot(n, means["total"], color="black", linewidth=2.5, marker="D", markersize=5, label="total")
+    how = "predicted from weights" if result.theory.source == "weights" else "fitted"
+    label = f"two-layer theory, {how} (R² = {result.theory.r2:.3f})"
+    ax.plot(n, means["theory"], color=PURPLE, linewidth=2.5, linestyle="--", label=label, zorder=4)
+    flip = crossing(means["total"].tolist())
+    if flip > 0:
+        ax.axvline(flip, color="black", linestyle=":", linewidth=1.5)
+        ax.annotate(
+            f"flip at {flip:.2f}",
+            (flip, 1),
+            xycoords=ax.get_xaxis_transform(),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+        )
+    ax.set_xticks(n[:: -(-len(n) // 16)])
+    ax.set_xlabel("how often the context says its answer")
+    ax.set_ylabel("logit of the context's answer\n− logit of the weights'")
+    ax.set_title(of, fontsize=11, pad=18)
+    frameless(ax)
+    picture.figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return picture
+
+
+@report_of.register
+def run_report(run: TrainingRun) -> Report:
+    """What each memory was at the start, and is now."""
+    probes = ("in_context_accuracy", "bigram_excess", "previous_token_attention", "induction_attention")
+    series = {name.replace("_", " "): run.probe(name) for name in probes}
+    rows = [(name, f"{one.iloc[0]:.3f}", f"{one.iloc[-1]:.3f}") for name, one in series.items()]
+    title = f"after {run.step} of {run.config.steps} steps"
+    return Report(
+        f"TrainingRun(step={run.step}) of {run.config.steps}",
+        tables=[Table(("probe", "at the start", "now"), rows, title=title)],
+        figure=lambda: birth_of_memories(run).svg(),
+    )
+
+
+@picture_of.register
+def birth_of_memories(run: TrainingRun) -> Picture:
+    """Both memories on one axis of steps: how much of each has been learned."""
+    picture = Picture(8.0, 4.2)
+    ax = picture.figure.add_subplot()
+    excess = run.probe("bigram_excess")
+    ax.plot(
+        excess.index, 1 - excess / excess.iloc[0], "o-", color=COLOURS["weights"], label="weights: bigram loss learned"
+    )
+    accuracy = run.probe("in_context_accuracy")
+    ax.plot(accuracy.index, accuracy, "s-", color=COLOURS["context"], label="context: in-context accuracy")
+    for name, style in (("previous_token_attention", ":"), ("induction_attention", "--")):
+        series = run.probe(name)
+        ax.plot(series.index, series, style, color=COLOURS["context"], label=name.replace("_", " "), alpha=0.8)
+    ax.set_xlabel("training step")
+    ax.set_ylabel("fraction (1 = fully learned)")
+    ax.set_ylim(-0.03, 1.06)
+    ax.grid(alpha=0.3)
+    ax.legend(loc="lower right", frameon=False)
+    frameless(ax)
+    return picture

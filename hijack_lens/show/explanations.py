@@ -1,0 +1,194 @@
+"""An explanation: tables, the margin as bars, and one self-contained HTML file that opens offline."""
+
+import os
+from html import escape
+from pathlib import Path
+
+from hijack_lens.core.files import write_atomically
+from hijack_lens.core.tables import Report, Table
+from hijack_lens.explanation import Explanation
+from hijack_lens.language import HijackPrompt
+from hijack_lens.show.logits import logit_html, path_table
+from hijack_lens.show.registry import picture_of, report_of
+from hijack_lens.show.style import COLOURS, PAGE_STYLE, Picture, frameless
+from hijack_lens.show.views import attention, circuitsvis_script, token_paths
+
+_NOTHING_NAMED = "The circuit names no component, so that there is none to switch off."
+
+
+@report_of.register
+def explanation_report(explanation: Explanation) -> Report:
+    """The verdict; the paths, the ablations, and theory beside the model."""
+    tables = [path_table(explanation.attribution)]
+    notes = []
+    if explanation.ablated:
+        tables.append(ablation_table(explanation))
+    else:
+        notes.append(_NOTHING_NAMED)
+    if explanation.flip is not None:
+        tables.append(theory_table(explanation))
+        notes.append(f"Repeats needed among neutral tokens, at this length: {explanation.flip}.")
+    return Report(explanation.verdict, [], tables, notes, lambda: margin_bars(explanation).svg())
+
+
+def ablation_table(explanation: Explanation) -> Table:
+    """The margin with each role of the circuit switched off."""
+    c, g = map(repr, explanation.names)
+    total = float(explanation.margin.total)
+    rows = [(name, f"{value:+.3f}", f"{value - total:+.3f}") for name, value in explanation.ablated.items()]
+    title = f"margin, logit {c} - logit {g}, with a component switched off"
+    return Table(("switched off", "margin", "change"), rows, title=title)
+
+
+def theory_table(explanation: Explanation) -> Table:
+    """The closed form's margin beside the model's."""
+    rows = [
+        (part, f"{predicted:+.4f}", f"{found:+.4f}", f"{abs(predicted - found):.1e}")
+        for part, (predicted, found) in explanation.theory_beside_model().items()
+    ]
+    return Table(("margin", "theory", "model", "difference"), rows, title="theory beside model")
+
+
+@picture_of.register
+def margin_bars(explanation: Explanation) -> Picture:
+    """The hijack margin by memory, and what is left of it with each component switched off."""
+    _check(explanation)
+    margin, (c, g) = explanation.margin, explanation.names
+    rows = ["whole model", *(f"{name} off" for name in explanation.ablated)]
+    picture = Picture(8.0, 1.3 + 0.5 * len(rows))
+    ax = picture.figure.add_subplot()
+    ends = {1: 0.0, -1: 0.0}
+    for memory, colour in COLOURS.items():
+        value = float(getattr(margin, memory))
+        side = 1 if value >= 0 else -1
+        ax.barh(0, value, left=ends[side], color=colour, label=memory, height=0.62)
+        ends[side] += value
+    for row, total in enumerate([float(margin.total), *explanation.ablated.values()]):
+        if row:
+            ax.barh(row, total, color="#555555", height=0.62)
+        ax.plot(total, row, "D", color="black", markersize=6, label="total" if row == 0 else None)
+        ax.annotate(
+            f"{total:+.2f}",
+            (total, row),
+            xytext=(9 if total >= 0 else -9, 0),
+            textcoords="offset points",
+            ha="left" if total >= 0 else "right",
+            va="center",
+            bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.85, "edgecolor": "none"},
+        )
+    ax.axvline(0, color="black", linewidth=1)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.invert_yaxis()
+    extent = [*ends.values(), *explanation.ablated.values()]
+    room = 0.15 * ((max(extent) - min(extent)) or 1.0)  # for the numbers beside the bars
+    ax.set_xlim(min(extent) - room, max(extent) + room)
+    ax.set_xlabel(f"weights win: {g!r}   ←   logit {c!r} − logit {g!r}   →   context wins: {c!r}")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
+    frameless(ax)
+    return picture
+
+
+def write_report(explanation: Explanation, path: str | os.PathLike[str]) -> Path:
+    """Writes an explanation as one HTML file, with circuitsvis views that need no network.
+
+    The file is written whole or not at all.
+
+    Args:
+        explanation: from `hijack_lens.explain`.
+        path: of the file; its folder must exist.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ValueError: where the folder does not exist.
+    """
+    _check(explanation)
+    target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"path must be a file, got the folder {str(target)!r}")
+    if not target.parent.is_dir():
+        raise ValueError(f"path must lie in an existing folder, got {str(target)!r}")
+    return write_atomically(target, _page(explanation).encode())
+
+
+def _check(explanation: object) -> None:
+    if not isinstance(explanation, Explanation):
+        raise TypeError(f"explanation must come from hijack_lens.explain, got {type(explanation).__name__}")
+
+
+def _page(explanation: Explanation) -> str:
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>hijack-lens: which memory wrote the logit?</title>
+<style>{PAGE_STYLE}</style><script>{circuitsvis_script()}</script></head><body>
+<h1>Which memory wrote the logit?</h1>
+<p class="verdict {explanation.winner}">{escape(explanation.verdict)}</p>
+{_question(explanation)}
+{margin_bars(explanation).svg()}
+<h2>Which paths wrote it</h2>
+{logit_html(explanation.attribution)}
+<h2>What each component is for</h2>
+{_ablations(explanation)}
+{_theory(explanation)}
+{_heads(explanation)}
+<h2>Which tokens spoke, through which path</h2>
+{token_paths(explanation.attribution).fragment()}
+</body></html>
+"""
+
+
+def _question(explanation: Explanation) -> str:
+    """What was asked; and how the circuit is known, where it was found."""
+    attribution, evidence = explanation.attribution, explanation.circuit.evidence
+    q, c, g = (f"<code>{escape(text)}</code>" for text in (attribution.source_texts()[-1], *explanation.names))
+    if isinstance(explanation.prompt, HijackPrompt):
+        return (
+            f"<p>The prompt ends with {q}. Its context says that {c} follows; the weights, which hold the bigrams of "
+            f"the language, say {g}.</p>"
+        )
+    found = ""
+    if evidence is not None:
+        verdicts = "".join(f"<li>{escape(line)}</li>" for line in evidence.verdicts.splitlines())
+        found = f"<p>The circuit, as found on repeated random tokens:</p><ul>{verdicts}</ul>"
+    return (
+        f"<p>The prompt ends with {q}. The answer {c}, which stands for the context, is compared with the foil {g}, "
+        f"which stands for the weights.</p>{found}"
+    )
+
+
+def _heads(explanation: Explanation) -> str:
+    """The named heads' attention; where none is named, that of the heads which wrote most of the margin."""
+    attribution, title = explanation.attribution, "Where the heads look"
+    heads = [part for _, part in explanation.circuit if part.kind == "head"]
+    if not heads:
+        a, b = attribution.pair()
+        wrote = (attribution.by_path()[:, a] - attribution.by_path()[:, b]).abs().tolist()
+        by_size = sorted(zip(wrote, attribution.paths, strict=True), key=lambda pair: -pair[0])
+        last = [path.through[-1] for _, path in by_size if path.through]
+        heads = list(dict.fromkeys(part for part in last if part.kind == "head"))[:2]
+        title = "Where the heads look that wrote most; the circuit names none"
+    if not heads:
+        return ""
+    view = attention(explanation.model, explanation.prompt, heads, explanation.circuit)
+    return f"<h2>{title}</h2>\n{view.fragment()}"
+
+
+def _ablations(explanation: Explanation) -> str:
+    if not explanation.ablated:
+        return f"<p>{_NOTHING_NAMED}</p>"
+    total = float(explanation.margin.total)
+    return (
+        f"<p>The margin, in logits, with a component's output set to zero; the whole model's is {total:+.3f}.</p>"
+        f"{ablation_table(explanation).html()}"
+    )
+
+
+def _theory(explanation: Explanation) -> str:
+    if explanation.flip is None:
+        return ""
+    return (
+        "<h2>What the theory says</h2>"
+        "<p>The closed form predicts the same margin, from the prompt's counts and the memories' strengths alone.</p>"
+        f"{theory_table(explanation).html()}"
+        f"<p>Repeats needed among neutral tokens, at this length: {escape(str(explanation.flip))}.</p>"
+    )
