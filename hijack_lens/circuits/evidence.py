@@ -88,7 +88,7 @@ class MLPEvidence:
     null: Float[Tensor, "layer"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CircuitEvidence(Drawn):
     """What `find_circuit` measured, and what it concluded; a table where it is displayed.
 
