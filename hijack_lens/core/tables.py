@@ -4,6 +4,7 @@ import importlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import singledispatch
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -115,35 +116,65 @@ class Report:
         return f"<div class='hijack-lens'><p><b>{escape(self.title)}</b>{lines}</p>{figure}{tables}{notes}</div>"
 
 
+@singledispatch
+def report_of(result: Any) -> Report:
+    """What a result says of itself, as lines and tables.
+
+    Raises:
+        TypeError: for what is no result.
+    """
+    raise TypeError(f"result must be a result of hijack_lens, got {type(result).__name__}")
+
+
+@singledispatch
+def picture_of(result: Any) -> Any:
+    """A result drawn: a `show.Picture`.
+
+    What may be chosen differs by result: `normalised=` of a `Sweep`, `key=` of a `ScoreAttribution`, `queries=` and
+    `answers=` of a `ContextMemory` or `MemoryConflict`, `most=` of `MemoryNeurons`.
+
+    Raises:
+        TypeError: for what has no picture.
+    """
+    raise TypeError(f"result must be a result of hijack_lens with a picture, got {type(result).__name__}")
+
+
+@singledispatch
+def html_of(result: Any) -> str | None:
+    """A result for a notebook; `None` where its picture says it all."""
+    return report_of(result).html()
+
+
 class Shown:
-    """A result that prints and displays itself by the module that `shown_by` has named."""
+    """A result that prints and displays itself, by what the module that `shown_by` names has registered for it."""
 
     def __repr__(self) -> str:
-        return _shown_by().report_of(self).text()
+        _registered()
+        return report_of(self).text()
 
     def _repr_html_(self) -> str | None:
-        return _shown_by().html_of(self)
+        _registered()
+        return html_of(self)
 
 
 class Drawn(Shown):
     """A result that draws itself, too."""
 
     def picture(self, *chosen: Any, **options: Any) -> Any:
-        """The result drawn: a `show.Picture`.
-
-        What may be chosen differs by result: see `help(hijack_lens.show.picture_of)`.
-        """
-        return _shown_by().picture_of(self, *chosen, **options)
+        """The result drawn: a `show.Picture`. What may be chosen differs by result: see `show.picture_of`."""
+        _registered()
+        return picture_of(self, *chosen, **options)
 
 
-_module = ""
+_module: str | None = None
 
 
 def shown_by(module: str) -> None:
-    """Names the module that shows results; it is imported when the first one is shown."""
+    """Names the module that registers how results are shown; it is imported when the first one is."""
     global _module
     _module = module
 
 
-def _shown_by() -> Any:
-    return importlib.import_module(_module)
+def _registered() -> None:
+    if _module is not None:
+        importlib.import_module(_module)

@@ -2,9 +2,10 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -15,13 +16,13 @@ from hijack_lens.core.files import read_safetensors, write_atomically
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.models.architecture import Architecture
 
-if TYPE_CHECKING:
-    from hijack_lens.models.transformer import BigramTransformer
+Model = TypeVar("Model")
+"""A `BigramTransformer`, which calls this file."""
 
 _FORMAT = "hijack_lens.TwoLayerTransformer.1"
 
 
-def write_model(model: "BigramTransformer", folder: Path) -> None:
+def write_model(model: Any, folder: Path) -> None:
     """Writes a model's folder. The weights' file holds all there is to know; it alone is read back."""
     header = {
         "format": _FORMAT,
@@ -40,7 +41,7 @@ def write_model(model: "BigramTransformer", folder: Path) -> None:
     write_atomically(folder / "config.json", json.dumps(header, indent=2, ensure_ascii=False).encode())
 
 
-def read_model(kind: type["BigramTransformer"], folder: Path, device: str | torch.device | None) -> "BigramTransformer":
+def read_model(kind: Callable[..., Model], folder: Path, device: str | torch.device | None) -> Model:
     """Reads what `write_model` wrote.
 
     Raises:
@@ -59,7 +60,7 @@ def read_model(kind: type["BigramTransformer"], folder: Path, device: str | torc
             check_count("n_ctx_train", header["n_ctx_train"], minimum=1)
         architecture = Architecture(**header["architecture"])
         _check_shapes(architecture, language, tensors)
-        model = kind(
+        model: Any = kind(
             architecture,
             language,
             strengths=None if header["strengths"] is None else Strengths(**header["strengths"]),

@@ -9,8 +9,7 @@ import numpy as np
 from hijack_lens.attribution.shapley_values import ShapleyValues
 from hijack_lens.circuits.evidence import CircuitEvidence
 from hijack_lens.core.circuit import ROLE_NAMES
-from hijack_lens.core.tables import Report, Table
-from hijack_lens.show.registry import picture_of, report_of
+from hijack_lens.core.tables import Report, Table, picture_of, report_of
 from hijack_lens.show.style import BLUE, GREY, ORANGE, Picture, frameless, heatmap
 
 _LEGEND = (

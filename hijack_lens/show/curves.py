@@ -2,9 +2,8 @@
 
 import math
 
-from hijack_lens.core.tables import Report, Table, visible
+from hijack_lens.core.tables import Report, Table, picture_of, report_of, visible
 from hijack_lens.probing.doses import DoseResponse, crossing
-from hijack_lens.show.registry import picture_of, report_of
 from hijack_lens.show.style import COLOURS, PURPLE, Picture, frameless
 from hijack_lens.training.run import TrainingRun
 

@@ -5,11 +5,10 @@ from html import escape
 from pathlib import Path
 
 from hijack_lens.core.files import write_atomically
-from hijack_lens.core.tables import Report, Table
+from hijack_lens.core.tables import Report, Table, picture_of, report_of
 from hijack_lens.explanation import Explanation
 from hijack_lens.language import HijackPrompt
 from hijack_lens.show.logits import logit_html, path_table
-from hijack_lens.show.registry import picture_of, report_of
 from hijack_lens.show.style import COLOURS, PAGE_STYLE, Picture, frameless
 from hijack_lens.show.views import attention, circuitsvis_script, token_paths
 

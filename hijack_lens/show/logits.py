@@ -3,8 +3,7 @@
 from html import escape
 
 from hijack_lens.attribution.logit_attribution import LogitAttribution
-from hijack_lens.core.tables import Markup, Report, Table
-from hijack_lens.show.registry import html_of, report_of
+from hijack_lens.core.tables import Markup, Report, Table, html_of, report_of
 from hijack_lens.show.style import COLOURS
 
 _NOTHING = 0.0005

@@ -7,11 +7,10 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.core.tables import Report, Table
+from hijack_lens.core.tables import Report, Table, picture_of, report_of
 from hijack_lens.memories.conflict import MemoryConflict
 from hijack_lens.memories.context import ContextMemory
 from hijack_lens.memories.token_tables import Tokens, centred
-from hijack_lens.show.registry import picture_of, report_of
 from hijack_lens.show.style import COLOURS, Picture, frameless, heatmap, spread_of
 
 _ROWS_SHOWN = 20

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from hijack_lens.attribution.score_attribution import LogOdds, ScoreAttribution
-from hijack_lens.core.tables import Report, Table
-from hijack_lens.show.registry import html_of, picture_of, report_of
+from hijack_lens.core.tables import Report, Table, html_of, picture_of, report_of
 from hijack_lens.show.style import Picture, heatmap, spread_of
 
 _SHOWN = 12

@@ -5,10 +5,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hijack_lens.core.tables import Report, Table, visible
+from hijack_lens.core.tables import Report, Table, html_of, picture_of, report_of, visible
 from hijack_lens.hooks.edges import name_of
 from hijack_lens.hooks.sweep_results import Comparison, PathSweep, Sweep
-from hijack_lens.show.registry import html_of, picture_of, report_of
 from hijack_lens.show.style import Picture, heatmap, spread_of
 
 _LARGEST = 5

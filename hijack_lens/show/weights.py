@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 
-from hijack_lens.core.tables import Report, Table
+from hijack_lens.core.tables import Report, Table, picture_of, report_of
 from hijack_lens.memories.capacity import MEMORIES, MemoryCapacity
 from hijack_lens.memories.matrix import MemoryMatrix
 from hijack_lens.memories.neurons import MemoryNeurons
-from hijack_lens.show.registry import picture_of, report_of
 from hijack_lens.show.style import COLOURS, Picture, frameless, heatmap
 
 _ROWS = 20
