@@ -173,7 +173,7 @@ def test_effects_are_those_of_patching_from_the_twin():
 def test_runs_in_parts_give_the_same(monkeypatch):
     model = hooked(d_vocab=20, n_ctx=20)
     whole = hl.find_circuit(model).evidence
-    monkeypatch.setattr("hijack_lens._runs._CELLS", 1300)  # three prompts of 21 tokens
+    monkeypatch.setattr("hijack_lens.core.hook_points._CELLS", 1300)  # three prompts of 21 tokens
     parts = hl.find_circuit(model).evidence
     for role in ("previous_token", "induction"):
         close(getattr(parts, role).score, getattr(whole, role).score, atol=1e-6)

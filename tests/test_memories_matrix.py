@@ -15,7 +15,7 @@ from trainable_for_tests import build, shaken
 
 import hijack_lens as hl
 from hijack_lens.memories import MemoryMatrix, memory_matrix
-from hijack_lens.memories import token_tables as context_free
+from hijack_lens.memories import token_tables
 from hijack_lens.training.recall import context_free_logits
 
 MODELS = {
@@ -157,7 +157,7 @@ def test_without_a_language_nothing_is_compared():
 def test_tokens_may_be_taken_in_parts(monkeypatch):
     model = hooked("LN")
     whole = memory_matrix(model).values
-    monkeypatch.setattr(context_free, "_CELLS", 2 * model.cfg.d_mlp)
+    monkeypatch.setattr(token_tables, "_ACTIVATIONS", 2 * model.cfg.d_mlp)
     close(memory_matrix(model).values, whole, atol=1e-13)
 
 

@@ -14,7 +14,7 @@ from trainable_for_tests import build, shaken
 
 import hijack_lens as hl
 from hijack_lens.memories import MemoryNeurons, memory_matrix, memory_neurons, neurons
-from hijack_lens.memories import token_tables as context_free
+from hijack_lens.memories import token_tables
 
 LLAMA_ROUNDS = 1e-5  # its norms go through float32
 
@@ -143,7 +143,7 @@ def test_neurons_that_no_token_turns_on_name_those_that_come_closest():
 def test_the_vocabulary_and_the_neurons_may_be_taken_in_parts(monkeypatch):
     model = hooked("LN", "silu")
     whole = memory_neurons(model, k=3)
-    monkeypatch.setattr(context_free, "_CELLS", 2 * SHAPE["d_mlp"])
+    monkeypatch.setattr(token_tables, "_ACTIVATIONS", 2 * SHAPE["d_mlp"])
     monkeypatch.setattr(neurons, "_CELLS", 1)
     parts = memory_neurons(model, k=3)
     for name in ("keys", "promoted", "suppressed"):

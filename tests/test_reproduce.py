@@ -10,6 +10,7 @@ import pytest
 from browser_for_tests import Opened
 from refusals import refused
 
+from hijack_lens import reproduction
 from hijack_lens.reproduction import claims
 from hijack_lens.reproduction.experiment import Finding, Result, over_seeds
 from hijack_lens.show.style import Picture

@@ -12,6 +12,7 @@ from browser_for_tests import Opened
 from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
+from hijack_lens import show
 
 NASTY = "</script><b>&"
 
