@@ -14,8 +14,7 @@ from strategies import languages, seeds
 from trainable_for_tests import build, shaken
 
 import hijack_lens as hl
-from hijack_lens.memories import MemoryMatrix, memory_matrix
-from hijack_lens.memories import token_tables
+from hijack_lens.memories import MemoryMatrix, memory_matrix, token_tables
 from hijack_lens.training.recall import context_free_logits
 
 MODELS = {

@@ -13,8 +13,7 @@ from strategies import seeds
 from trainable_for_tests import build, shaken
 
 import hijack_lens as hl
-from hijack_lens.memories import MemoryNeurons, memory_matrix, memory_neurons, neurons
-from hijack_lens.memories import token_tables
+from hijack_lens.memories import MemoryNeurons, memory_matrix, memory_neurons, neurons, token_tables
 
 LLAMA_ROUNDS = 1e-5  # its norms go through float32
 

@@ -118,7 +118,7 @@ def _plain(value: Any, name: str, tensors: Tensors) -> Any:
     return value
 
 
-def _restored_fields(kind: type, header: Mapping[str, Any], tensors: Tensors, prefix: str) -> Any:
+def _restored_fields(kind: Any, header: Mapping[str, Any], tensors: Tensors, prefix: str) -> Any:
     known = _kept(kind)
     unknown = set(header) - set(known)
     unknown |= {name for name in tensors if name.startswith(prefix) and name[len(prefix) :].split(".")[0] not in known}
@@ -203,6 +203,6 @@ def _shape(tensor: torch.Tensor | None) -> str:
 
 
 @cache
-def _kept(kind: type) -> dict[str, tuple[Field, Any]]:
+def _kept(kind: Any) -> dict[str, tuple[Field, Any]]:
     hints = get_type_hints(kind)
     return {field.name: (field, hints[field.name]) for field in fields(kind) if field.compare}
