@@ -1,8 +1,7 @@
 """The bigram language: a Markov chain over tokens, estimated from text or drawn, and sampled in batches."""
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,20 +13,12 @@ from torch import Tensor
 
 from hijack_lens.core.checks import (
     as_generator,
-    as_int,
     check_choice,
     check_count,
     check_distribution,
     check_number,
-    check_tokens,
 )
-from hijack_lens.core.tables import visible
-
-UNKNOWN = "<unk>"
-_WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
-
-Token = str | int
-"""A token as a user writes it: its text, or its id."""
+from hijack_lens.language.vocabulary import UNKNOWN, Token, Vocabulary, cut
 
 
 @dataclass(frozen=True)
@@ -48,7 +39,7 @@ class SampledSequences:
     continuations: Int[Tensor, "sequence trigger"]
 
 
-class BigramLanguage:
+class BigramLanguage(Vocabulary):
     """A Markov chain over `d_vocab` tokens: `pi_b[v, u]` is the probability of u after v.
 
     The world of Bietti et al. 2023 (arXiv 2306.00802, section 3) and Wang & Sato (arXiv 2412.11459). All
@@ -78,26 +69,7 @@ class BigramLanguage:
         if size == 0:
             raise ValueError(f"pi_b must be a [d_vocab, d_vocab] matrix, got {pi_b!r}")
         self.pi_b: Float[Tensor, "d_vocab d_vocab"] = check_distribution("pi_b", pi_b, (size, size))
-        if tokens is not None and not isinstance(tokens, Iterable):
-            raise TypeError(f"tokens must be the texts of the tokens, got {tokens!r}")
-        names = [str(index) for index in range(size)] if tokens is None else list(tokens)
-        if len(names) != size:
-            raise ValueError(f"tokens must name all {size} rows of pi_b, got {len(names)} names")
-        if not all(isinstance(name, str) and name for name in names):
-            raise TypeError("tokens must be non-empty strings")
-        if len(set(names)) != size:
-            raise ValueError(f"tokens must be distinct, got {Counter(names).most_common(1)[0][0]!r} twice")
-        if level is None:
-            level = "char" if all(len(name) == 1 for name in names) else "word"
-        check_choice("level", level, ("char", "word"))
-        # <unk> stands for many characters, so it alone may be longer than one.
-        if level == "char" and (bad := [name for name in names if len(name) != 1 and name != UNKNOWN]):
-            raise ValueError(f"tokens of a character-level language are single characters, got {bad[0]!r}")
-        if level == "word" and (bad := [name for name in names if name.split() != [name]]):
-            raise ValueError(f"tokens of a word-level language hold no white space, got {bad[0]!r}")
-        self.tokens: tuple[str, ...] = tuple(names)
-        self.level: Literal["char", "word"] = level
-        self._ids = {name: index for index, name in enumerate(names)}
+        super().__init__(size, tokens, level)
         start = torch.full((size,), 1 / size, dtype=torch.float64)
         self.pi_u: Float[Tensor, d_vocab] = (
             self._long_run(start) if pi_u is None else check_distribution("pi_u", pi_u, (size,))
@@ -128,7 +100,7 @@ class BigramLanguage:
             raise TypeError(f"text must be a string, got {type(text).__name__}")
         check_choice("level", level, ("char", "word"))
         check_number("smoothing", smoothing)
-        pieces = list(text) if level == "char" else _WORD.findall(text)
+        pieces = cut(text, level)
         if len(pieces) < 2:
             raise ValueError(f"text must hold at least two tokens, got {text!r}")
         counts = Counter(pieces)
@@ -171,11 +143,6 @@ class BigramLanguage:
     def __repr__(self) -> str:
         return f"BigramLanguage(d_vocab={self.d_vocab}, level={self.level!r}, entropy_rate={self.entropy_rate:.3f})"
 
-    @property
-    def d_vocab(self) -> int:
-        """Number of tokens."""
-        return len(self.tokens)
-
     @cached_property
     def log_pi_b(self) -> Float[Tensor, "d_vocab d_vocab"]:
         """Natural logarithm of `pi_b`; -inf where a bigram never occurs."""
@@ -205,80 +172,6 @@ class BigramLanguage:
     def long_run(self) -> Float[Tensor, "d_vocab"]:
         """How often each token occurs in a long sequence that starts from `pi_u`."""
         return self._long_run(self.pi_u)
-
-    def index(self, token: Token, name: str = "token") -> int:
-        """The id of a token given as text or as id.
-
-        Raises:
-            ValueError: naming `name`, where the vocabulary has no such token.
-        """
-        if isinstance(token, str):
-            if token not in self._ids:
-                raise ValueError(f"{name} {token!r} is not one of the language's {self.d_vocab} tokens")
-            return self._ids[token]
-        number = as_int(token)
-        if number is None:
-            raise TypeError(f"{name} must be a token's text or its id, got {token!r}")
-        if not 0 <= number < self.d_vocab:
-            raise ValueError(f"{name} {number} is not a token id; ids run from 0 to {self.d_vocab - 1}")
-        return number
-
-    def trigger_ids(self, triggers: Any) -> Int[Tensor, "trigger"]:
-        """Ids of the triggers; `None` means every token. A string is one token."""
-        if triggers is None:
-            return torch.arange(self.d_vocab)
-        if isinstance(triggers, Tensor):
-            triggers = triggers.tolist()
-        if isinstance(triggers, str) or as_int(triggers) is not None:
-            triggers = [triggers]
-        if not isinstance(triggers, Iterable):
-            raise TypeError(f"triggers must be a token or several, got {triggers!r}")
-        listed = list(triggers)
-        ids = [self.index(token, "trigger") for token in listed]
-        if len(set(ids)) != len(ids):
-            raise ValueError(f"triggers must be distinct, got {listed!r}")
-        return torch.tensor(ids, dtype=torch.long)
-
-    def tokenize(self, text: str) -> list[str]:
-        """Cuts a text into the language's tokens.
-
-        Words are cut at white space; one that the vocabulary lacks is then parted from its punctuation.
-
-        Raises:
-            ValueError: for a piece outside the vocabulary, unless the language has "<unk>" for it.
-        """
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a string, got {type(text).__name__}")
-        if self.level == "char":
-            pieces = list(text)
-        else:
-            pieces = []
-            for chunk in text.split():
-                pieces += [chunk] if chunk in self._ids else _WORD.findall(chunk)
-        known = [piece if piece in self._ids or UNKNOWN not in self._ids else UNKNOWN for piece in pieces]
-        for piece in known:
-            if piece not in self._ids:
-                raise ValueError(f"text holds {piece!r}, which is not one of the language's {self.d_vocab} tokens")
-        return known
-
-    def encode(self, text: str) -> Int[Tensor, "pos"]:
-        """Token ids of a text; `ValueError` for a piece outside the vocabulary."""
-        return torch.tensor([self._ids[piece] for piece in self.tokenize(text)], dtype=torch.long)
-
-    def decode(self, tokens: object) -> str:
-        """The text of token ids: characters run together, words with spaces between."""
-        if isinstance(tokens, Tensor) and tokens.numel() == 0:
-            return ""
-        return self.joiner.join(self.tokens[i] for i in check_tokens("tokens", tokens, self.d_vocab).flatten())
-
-    @property
-    def joiner(self) -> str:
-        """What stands between two tokens in a text."""
-        return "" if self.level == "char" else " "
-
-    def display(self, token: Token) -> str:
-        """A token's text with white space made visible, for tables and pictures."""
-        return visible(self.tokens[self.index(token)])
 
     def global_candidate(self, trigger: Token) -> int:
         """What the weights say after a trigger: the id of its most likely successor, other than itself."""
@@ -399,6 +292,3 @@ def default_text() -> str:
 
         return "\n\n".join(inspect.getdoc(thing) or "" for _, thing in sorted(vars(builtins).items()))
     return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-Triggers = Token | Sequence[Token] | None

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hijack_lens.language.bigrams import Token
+from hijack_lens.language.vocabulary import Token
 
 _TEMPLATE = "{subject}'s capital is {answer}."
 

@@ -8,7 +8,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hijack_lens.core.checks import as_generator, check_choice, check_count, check_type
-from hijack_lens.language.bigrams import BigramLanguage, Token
+from hijack_lens.language.bigrams import BigramLanguage
+from hijack_lens.language.vocabulary import Token
 
 
 @dataclass(frozen=True)

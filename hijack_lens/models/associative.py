@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hijack_lens.core.checks import as_generator, check_choice, check_count, check_type
 from hijack_lens.core.circuit import Positions, Strengths
-from hijack_lens.language.bigrams import BigramLanguage, Triggers
+from hijack_lens.language import BigramLanguage, Triggers
 from hijack_lens.models.architecture import Architecture
 from hijack_lens.models.transformer import BigramTransformer
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hijack_lens.core.checks import check_tokens
 from hijack_lens.core.circuit import Strengths
-from hijack_lens.language.bigrams import UNKNOWN, BigramLanguage, Token
+from hijack_lens.language import UNKNOWN, BigramLanguage, Token
 from hijack_lens.models.architecture import Architecture, RelativeAttention
 from hijack_lens.models.storage import find_model, read_model, write_model
 

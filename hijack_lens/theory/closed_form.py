@@ -11,7 +11,7 @@ from torch.nn.functional import one_hot
 
 from hijack_lens.core.checks import check_choice, check_count, check_tokens, check_type
 from hijack_lens.core.circuit import Positions, Strengths
-from hijack_lens.language.bigrams import BigramLanguage, Token, Triggers
+from hijack_lens.language import BigramLanguage, Token, Triggers
 
 if TYPE_CHECKING:
     from hijack_lens.language.prompts import HijackPrompt

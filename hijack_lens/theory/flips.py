@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hijack_lens.core.checks import check_count, check_type
 from hijack_lens.core.circuit import Positions, Strengths
-from hijack_lens.language.bigrams import BigramLanguage, Token, Triggers
+from hijack_lens.language import BigramLanguage, Token, Triggers
 from hijack_lens.theory.closed_form import learned_positions, previous_token_memory
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hijack_lens import theory
 from hijack_lens.core.checks import check_count
 from hijack_lens.core.circuit import Positions, Strengths
-from hijack_lens.language.bigrams import BigramLanguage, Token
+from hijack_lens.language import BigramLanguage, Token
 from hijack_lens.language.prompts import HijackPrompt, hijack_prompt
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.training.forward import PlainForward

@@ -14,7 +14,7 @@ from torch import Tensor
 from hijack_lens.core.checks import check_count
 from hijack_lens.core.circuit import Component
 from hijack_lens.hooks.intervention import record
-from hijack_lens.language.bigrams import SampledSequences, Token
+from hijack_lens.language import SampledSequences, Token
 from hijack_lens.models.architecture import RelativeAttention
 from hijack_lens.models.linear_maps import LinearNorm, linear_norm
 from hijack_lens.models.transformer import BigramTransformer

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from hijack_lens.core.checks import as_int, check_choice, check_count, check_number
 from hijack_lens.core.files import read_safetensors, write_atomically
 from hijack_lens.core.tables import Drawn
-from hijack_lens.language.bigrams import BigramLanguage, Token
+from hijack_lens.language import BigramLanguage, Token
 from hijack_lens.models.storage import checkpoints, latest_checkpoint
 from hijack_lens.models.transformer import BigramTransformer
 

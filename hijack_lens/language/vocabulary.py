@@ -1,0 +1,131 @@
+"""A vocabulary: what a token is, and from text to token ids and back."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hijack_lens.core.checks import as_int, check_choice, check_tokens
+from hijack_lens.core.tables import visible
+
+UNKNOWN = "<unk>"
+_WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+
+Token = str | int
+"""A token as a user writes it: its text, or its id."""
+
+Triggers = Token | Sequence[Token] | None
+
+
+def cut(text: str, level: str) -> list[str]:
+    """A text's characters, or its words and punctuation marks."""
+    return list(text) if level == "char" else _WORD.findall(text)
+
+
+class Vocabulary:
+    """The texts of `size` tokens, each a character or a word; the arguments are those of `BigramLanguage`."""
+
+    def __init__(self, size: int, tokens: Sequence[str] | None, level: Literal["char", "word"] | None):
+        if tokens is not None and not isinstance(tokens, Iterable):
+            raise TypeError(f"tokens must be the texts of the tokens, got {tokens!r}")
+        names = [str(index) for index in range(size)] if tokens is None else list(tokens)
+        if len(names) != size:
+            raise ValueError(f"tokens must name all {size} rows of pi_b, got {len(names)} names")
+        if not all(isinstance(name, str) and name for name in names):
+            raise TypeError("tokens must be non-empty strings")
+        if len(set(names)) != size:
+            raise ValueError(f"tokens must be distinct, got {Counter(names).most_common(1)[0][0]!r} twice")
+        if level is None:
+            level = "char" if all(len(name) == 1 for name in names) else "word"
+        check_choice("level", level, ("char", "word"))
+        # <unk> stands for many characters, so it alone may be longer than one.
+        if level == "char" and (bad := [name for name in names if len(name) != 1 and name != UNKNOWN]):
+            raise ValueError(f"tokens of a character-level language are single characters, got {bad[0]!r}")
+        if level == "word" and (bad := [name for name in names if name.split() != [name]]):
+            raise ValueError(f"tokens of a word-level language hold no white space, got {bad[0]!r}")
+        self.tokens: tuple[str, ...] = tuple(names)
+        self.level: Literal["char", "word"] = level
+        self._ids = {name: index for index, name in enumerate(names)}
+
+    @property
+    def d_vocab(self) -> int:
+        """Number of tokens."""
+        return len(self.tokens)
+
+    def index(self, token: Token, name: str = "token") -> int:
+        """The id of a token given as text or as id.
+
+        Raises:
+            ValueError: naming `name`, where the vocabulary has no such token.
+        """
+        if isinstance(token, str):
+            if token not in self._ids:
+                raise ValueError(f"{name} {token!r} is not one of the language's {self.d_vocab} tokens")
+            return self._ids[token]
+        number = as_int(token)
+        if number is None:
+            raise TypeError(f"{name} must be a token's text or its id, got {token!r}")
+        if not 0 <= number < self.d_vocab:
+            raise ValueError(f"{name} {number} is not a token id; ids run from 0 to {self.d_vocab - 1}")
+        return number
+
+    def trigger_ids(self, triggers: Any) -> Int[Tensor, "trigger"]:
+        """Ids of the triggers; `None` means every token. A string is one token."""
+        if triggers is None:
+            return torch.arange(self.d_vocab)
+        if isinstance(triggers, Tensor):
+            triggers = triggers.tolist()
+        if isinstance(triggers, str) or as_int(triggers) is not None:
+            triggers = [triggers]
+        if not isinstance(triggers, Iterable):
+            raise TypeError(f"triggers must be a token or several, got {triggers!r}")
+        listed = list(triggers)
+        ids = [self.index(token, "trigger") for token in listed]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"triggers must be distinct, got {listed!r}")
+        return torch.tensor(ids, dtype=torch.long)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Cuts a text into the language's tokens.
+
+        Words are cut at white space; one that the vocabulary lacks is then parted from its punctuation.
+
+        Raises:
+            ValueError: for a piece outside the vocabulary, unless the language has "<unk>" for it.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string, got {type(text).__name__}")
+        if self.level == "char":
+            pieces = cut(text, self.level)
+        else:
+            pieces = []
+            for chunk in text.split():
+                pieces += [chunk] if chunk in self._ids else cut(chunk, self.level)
+        known = [piece if piece in self._ids or UNKNOWN not in self._ids else UNKNOWN for piece in pieces]
+        for piece in known:
+            if piece not in self._ids:
+                raise ValueError(f"text holds {piece!r}, which is not one of the language's {self.d_vocab} tokens")
+        return known
+
+    def encode(self, text: str) -> Int[Tensor, "pos"]:
+        """Token ids of a text; `ValueError` for a piece outside the vocabulary."""
+        return torch.tensor([self._ids[piece] for piece in self.tokenize(text)], dtype=torch.long)
+
+    def decode(self, tokens: object) -> str:
+        """The text of token ids: characters run together, words with spaces between."""
+        if isinstance(tokens, Tensor) and tokens.numel() == 0:
+            return ""
+        return self.joiner.join(self.tokens[i] for i in check_tokens("tokens", tokens, self.d_vocab).flatten())
+
+    @property
+    def joiner(self) -> str:
+        """What stands between two tokens in a text."""
+        return "" if self.level == "char" else " "
+
+    def display(self, token: Token) -> str:
+        """A token's text with white space made visible, for tables and pictures."""
+        return visible(self.tokens[self.index(token)])
