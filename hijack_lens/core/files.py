@@ -106,7 +106,10 @@ def _plain_fields(value: Any, prefix: str, tensors: Tensors) -> dict[str, Any]:
 
 def _plain(value: Any, name: str, tensors: Tensors) -> Any:
     if isinstance(value, torch.Tensor):
-        tensors[name] = value.detach().cpu().contiguous()
+        tensor = value.detach().cpu().contiguous()
+        storages = {other.untyped_storage().data_ptr() for other in tensors.values()}
+        # Two tensors that share memory are none that safetensors would write.
+        tensors[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
         return None
     if is_dataclass(value):
         return _plain_fields(value, f"{name}.", tensors)
