@@ -24,8 +24,8 @@ from hijack_lens.theory.flips import Flip
 class Explanation:
     """Which memory wrote the last position's logits, and how that is known.
 
-    All margins are `logit[in_context] - logit[global_]` at the last position, in logits; for prompts other than a
-    `HijackPrompt`, `logit[answer] - logit[foil]`, the answer standing for what the context says.
+    All margins are `logit[in_context] - logit[global_candidate]` at the last position, in logits; for prompts other
+    than a `HijackPrompt`, `logit[answer] - logit[foil]`, the answer standing for what the context says.
 
     Attributes:
         model: that was explained.
@@ -147,14 +147,14 @@ def _of_hijack_prompt(model: Any, prompt: HijackPrompt, circuit: Circuit | None)
         raise ValueError("prompt must be of the model's language, got one with other tokens")
     circuit = model.circuit if circuit is None else circuit
     attribution = attribute(model, prompt, circuit=circuit)
-    ablated = _ablated(model, prompt.tokens[None], circuit, [prompt.in_context, prompt.global_])
+    ablated = _ablated(model, prompt.tokens[None], circuit, [prompt.in_context, prompt.global_candidate])
     predicted = flip = None
     if model.strengths is not None:
         positions: Positions = "absolute" if model.positions == "absolute" else "relative"
         setting = (model.strengths, model.triggers, positions, model.n_ctx_train)
         predicted = theory.margin(prompt, model.language, *setting)
         flip = theory.min_repeats(
-            model.language, prompt.trigger, prompt.in_context, prompt.global_, *setting, length=len(prompt)
+            model.language, prompt.trigger, prompt.in_context, prompt.global_candidate, *setting, length=len(prompt)
         )
     return Explanation(model, prompt, attribution, circuit, ablated, predicted, flip)
 

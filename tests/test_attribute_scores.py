@@ -317,7 +317,7 @@ def test_the_induction_head_and_the_last_position_are_the_defaults():
     one = attribute_scores(model, tokens, key=3)
     assert one.keys == (3,)
     close(one.values, result.values[3:4], atol=1e-12)
-    prompt = hl.hijack_prompt(model.language, 0, 1, 1, 6, global_=2, seed=0)
+    prompt = hl.hijack_prompt(model.language, 0, 1, 1, 6, global_candidate=2, seed=0)
     again = attribute_scores(model, prompt, circuit=hl.Circuit(induction=(hl.Component(0, "head", 0),)))
     assert again.head.layer == 0
     assert torch.equal(again.values, attribute_scores(model, prompt.tokens, HEADS[0]).values)

@@ -200,7 +200,7 @@ def test_late_prompts_keep_their_evidence_and_move_it_beyond_the_training_length
     assert short.tokens.shape == (18, 16)
     assert long.tokens.shape == (18, 64)
     assert torch.equal(long.tokens[:, 48:], short.tokens)
-    for tokens, c, g in zip(long.tokens, long.in_context, long.global_, strict=True):
+    for tokens, c, g in zip(long.tokens, long.in_context, long.global_candidate, strict=True):
         q = tokens[-1]
         assert int(g) == language.global_candidate(int(q))
         assert not torch.isin(torch.stack([q, c, g]), tokens[:48]).any()

@@ -243,7 +243,7 @@ def test_shapley_values_in_the_table_are_those_of_ablated_runs():
         def margin(*absent, prompt=prompt):
             with hl.hooks.ablate(model, list(absent)) if absent else torch.no_grad():
                 logits = model(prompt.tokens[None])[0, -1]
-            return (logits[prompt.in_context] - logits[prompt.global_]).item()
+            return (logits[prompt.in_context] - logits[prompt.global_candidate]).item()
 
         mlps = list(model.circuit.bigram)
         full, no_mlp, no_heads, neither = margin(), margin(*mlps), margin(*heads), margin(*heads, *mlps)

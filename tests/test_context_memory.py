@@ -244,7 +244,8 @@ def test_the_hijack_is_found_where_it_was_put():
     prompt = hl.hijack_prompt(language, trigger="q", in_context="e", repeats=3, length=64, seed=0)
     conflict = memory_conflict(model, prompt, queries=["q", "e"])
     row = conflict.row("q")
-    assert (conflict.answer_texts[conflict.in_context[row]], conflict.answer_texts[conflict.global_[row]]) == ("e", "u")
+    candidates = (conflict.in_context[row], conflict.global_candidate[row])
+    assert [conflict.answer_texts[i] for i in candidates] == ["e", "u"]
     assert bool(conflict.conflicts[row])
     assert conflict.winners[row] == "context"
     expected = hl.theory.margin(prompt, language)
@@ -391,7 +392,8 @@ def test_pictures_show_the_numbers():
     assert [label.get_text() for label in default.get_yticklabels()] == [memory.token_text(q) for q in seen]
     # By default every candidate has a column.
     columns = [label.get_text() for label in conflict.picture().figure.axes[0].get_xticklabels()]
-    assert {conflict.answer_texts[i] for q in seen for i in (conflict.in_context[q], conflict.global_[q])} <= {*columns}
+    candidates = (*conflict.in_context[seen], *conflict.global_candidate[seen])
+    assert {conflict.answer_texts[i] for i in candidates} <= {*columns}
 
 
 def of(tokens=None, model=None, **options):

@@ -32,7 +32,7 @@ def margins_by_brute_force(language, setting, length, lead, global_count):
     if lead is None:
         most = (length - 1 - global_count) // 2
         prompts = [build(length - 1 - 2 * n, global_count, n) for n in range(most + 1)]
-        return theory.margin(torch.tensor(prompts), language, *setting, in_context=C, global_=G).total
+        return theory.margin(torch.tensor(prompts), language, *setting, in_context=C, global_candidate=G).total
     # Attention is causal: a shorter prompt is the longest one's beginning.
     logits = theory.logits(torch.tensor(build(lead, global_count, GROWS_TO)), language, *setting)[lead::2]
     return logits[:, C] - logits[:, G]
@@ -191,7 +191,9 @@ def check_boundary(setting, layout, data):
         prompt = torch.tensor(build(length - 1 - 2 * n if lead is None else lead, global_count, n))
         for side in (-1, 1):
             language = conflict(ratio + side * 1e-6 * (1 + abs(ratio)))
-            margin = theory.margin(prompt, language, strengths, None, positions, n_ctx_train, in_context=C, global_=G)
+            margin = theory.margin(
+                prompt, language, strengths, None, positions, n_ctx_train, in_context=C, global_candidate=G
+            )
             assert float(margin.total) * side < 0
 
 
@@ -265,8 +267,8 @@ def boundary(repeats=(0, 1), **kwargs):
 VALUE_ERRORS = {
     "trigger 'z' is not one of": lambda: minimal("z", "c"),
     "in_context 'z' is not one of": lambda: minimal("q", "z"),
-    "global_ 'z' is not one of": lambda: minimal("q", "c", "z"),
-    "trigger 'q', in_context 'g' and global_ 'g' must be three different": lambda: minimal("q", "g"),
+    "global_candidate 'z' is not one of": lambda: minimal("q", "c", "z"),
+    "trigger 'q', in_context 'g' and global_candidate 'g' must be three different": lambda: minimal("q", "g"),
     "'q' after 'q'.*floored": lambda: minimal(language=ZEROS),
     "give either length= or lead=, got length=None, lead=None": lambda: minimal(max_repeats=5),
     "give either length= or lead=, got length=5, lead=5": lambda: minimal(length=5, lead=5),

@@ -179,7 +179,7 @@ def test_its_fwd_hooks_do_the_same_as_the_context(model):
 
 def test_a_reference_may_be_tokens_a_prompt_text_or_a_cache():
     model = perturbed()
-    prompt = hl.hijack_prompt(model.language, 0, 1, 1, 5, global_=2, seed=0, n_prompts=3)
+    prompt = hl.hijack_prompt(model.language, 0, 1, 1, 5, global_candidate=2, seed=0, n_prompts=3)
     tokens, component = prompts(), model.circuit.induction
     _, cache = model.run_with_cache(prompt.tokens)
     _, raw = model.run_with_cache(prompt.tokens, return_cache_object=False)

@@ -83,7 +83,7 @@ def test_logits_equal_the_formulas(world):
 def test_the_margin_is_a_logit_difference_split_by_memory(world, data):
     language, strengths, *_ = world.setting
     a, b = data.draw(st.permutations(range(language.d_vocab)))[:2]
-    margin = theory.margin(world.tokens, *world.setting, in_context=a, global_=b)
+    margin = theory.margin(world.tokens, *world.setting, in_context=a, global_candidate=b)
     expected = torch.tensor([rows[-1][a] - rows[-1][b] for rows in literal_logits(world)], dtype=torch.float64)
     torch.testing.assert_close(margin.total, expected, rtol=0, atol=1e-10)
     ratios = (language.pi_b[:, a] / language.pi_b[:, b]).log()[world.tokens[:, -1]]
@@ -122,7 +122,7 @@ def test_a_prompt_worked_by_hand():
     # attends to itself), 1 (position 2) and 0, so A2 = (e, e, 1) / (2e + 1) with b2 = 1.
     language = hl.BigramLanguage([[0.2, 0.3, 0.5]] * 3, tokens=["q", "c", "g"])
     strengths = hl.Strengths(math.inf, 1.0, 10.0, 2.0)
-    margin = theory.margin(torch.tensor([0, 1, 0]), language, strengths, "q", in_context="c", global_="g")
+    margin = theory.margin(torch.tensor([0, 1, 0]), language, strengths, "q", in_context="c", global_candidate="g")
     assert margin.context.item() == pytest.approx(10 * math.e / (2 * math.e + 1), abs=1e-12)
     assert margin.weights.item() == pytest.approx(2 * math.log(0.3 / 0.5), abs=1e-12)
     assert margin.total.item() == pytest.approx(margin.context.item() + margin.weights.item(), abs=1e-12)
@@ -178,11 +178,11 @@ def test_absolute_positions_without_end_are_relative(world, more):
 @settings(max_examples=20)
 @given(languages(max_vocab=8), seeds)
 def test_a_prompt_brings_its_own_candidates(language, seed):
-    prompt = hl.hijack_prompt(language, 0, 1, 2, 12, global_=2, n_prompts=3, seed=seed)
-    expected = theory.margin(prompt.tokens, language, in_context=1, global_=2)
+    prompt = hl.hijack_prompt(language, 0, 1, 2, 12, global_candidate=2, n_prompts=3, seed=seed)
+    expected = theory.margin(prompt.tokens, language, in_context=1, global_candidate=2)
     assert theory.margin(prompt, language).total.equal(expected.total)
-    swapped = theory.margin(prompt, language, in_context=3, global_=1)
-    assert swapped.total.equal(theory.margin(prompt.tokens, language, in_context=3, global_=1).total)
+    swapped = theory.margin(prompt, language, in_context=3, global_candidate=1)
+    assert swapped.total.equal(theory.margin(prompt.tokens, language, in_context=3, global_candidate=1).total)
 
 
 def test_tokens_of_any_integer_type_and_of_a_single_position():
@@ -214,8 +214,8 @@ VALUE_ERRORS = {
     ),
     "trigger 'z' is not one of": lambda: theory.logits(TOKENS, LANGUAGE, triggers="z"),
     "'a' after 'a'.*floored": lambda: theory.logits(TOKENS, ZEROS),
-    "in_context 9 is not a token id": lambda: theory.margin(TOKENS, LANGUAGE, in_context=9, global_=1),
-    "global_ 9 is not a token id": lambda: theory.margin(TOKENS, LANGUAGE, in_context=1, global_=9),
+    "in_context 9 is not a token id": lambda: theory.margin(TOKENS, LANGUAGE, in_context=9, global_candidate=1),
+    "global_candidate 9 is not a token id": lambda: theory.margin(TOKENS, LANGUAGE, in_context=1, global_candidate=9),
     "match must be a finite number >= 0, got inf": lambda: hl.Strengths(match=math.inf),
     "copy must be a finite number >= 0, got nan": lambda: hl.Strengths(copy=math.nan),
     "previous_token must be .* got -1": lambda: hl.Strengths(previous_token=-1),
@@ -227,7 +227,7 @@ TYPE_ERRORS = {
     "n_ctx_train must be an int, got 2.5": lambda: theory.logits(
         TOKENS, LANGUAGE, positions="absolute", n_ctx_train=2.5
     ),
-    "margin needs in_context= and global_=": lambda: theory.margin(TOKENS, LANGUAGE, in_context=1),
+    "margin needs in_context= and global_candidate=": lambda: theory.margin(TOKENS, LANGUAGE, in_context=1),
     "match must be a number, got '6'": lambda: hl.Strengths(match="6"),
     "copy must be a number, got True": lambda: hl.Strengths(copy=True),
 }

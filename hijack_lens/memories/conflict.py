@@ -63,21 +63,21 @@ class MemoryConflict(TokenTables):
         return self.context.argmax(1)
 
     @property
-    def global_(self) -> Int[Tensor, "query"]:
+    def global_candidate(self) -> Int[Tensor, "query"]:
         """The weights' candidate, likewise."""
         return self.weights.argmax(1)
 
     @property
     def conflicts(self) -> Bool[Tensor, "query"]:
         """Where the two differ. Of query tokens that do not occur in the context, it knows nothing in particular."""
-        return self.in_context != self.global_
+        return self.in_context != self.global_candidate
 
     @property
     def margin(self) -> Margin:
         """logit[in-context candidate] - logit[global candidate] of each query token, split by memory."""
 
         def difference(table: Float[Tensor, "query answer"]) -> Float[Tensor, "query"]:
-            a, b = (table.gather(1, candidate[:, None])[:, 0] for candidate in (self.in_context, self.global_))
+            a, b = (table.gather(1, candidate[:, None])[:, 0] for candidate in (self.in_context, self.global_candidate))
             return a - b
 
         return Margin(*map(difference, (self.context, self.weights, self.rest)))
@@ -85,7 +85,7 @@ class MemoryConflict(TokenTables):
     @property
     def winners(self) -> tuple[Winner, ...]:
         """Whose candidate has the largest logit: "both" where they say the same, "neither" for a third answer."""
-        top, c, g = (x.tolist() for x in (self.logits.argmax(1), self.in_context, self.global_))
+        top, c, g = (x.tolist() for x in (self.logits.argmax(1), self.in_context, self.global_candidate))
         return tuple(map(_winner, top, c, g))
 
     def to_pandas(self) -> pd.DataFrame:
@@ -97,7 +97,7 @@ class MemoryConflict(TokenTables):
         texts, margin = self.answer_texts, self.margin
         frame = pd.DataFrame({"query": self.query_texts, "occurs": self.occurs.numpy()})
         frame["in_context"] = [texts[i] for i in self.in_context.tolist()]
-        frame["global"] = [texts[i] for i in self.global_.tolist()]
+        frame["global"] = [texts[i] for i in self.global_candidate.tolist()]
         frame["conflict"] = self.conflicts.cpu().numpy()
         for name in ("context", "weights", "rest"):
             frame[name] = getattr(margin, name).detach().cpu().double().numpy()
@@ -151,10 +151,10 @@ class MemoryConflict(TokenTables):
         return conflict_html(self)
 
 
-def _winner(top: int, in_context: int, global_: int) -> Winner:
-    if in_context == global_:
+def _winner(top: int, in_context: int, global_candidate: int) -> Winner:
+    if in_context == global_candidate:
         return "both" if top == in_context else "neither"
-    return "context" if top == in_context else "weights" if top == global_ else "neither"
+    return "context" if top == in_context else "weights" if top == global_candidate else "neither"
 
 
 _CELLS = 2**24

@@ -71,7 +71,9 @@ def theory_of_weights(
     predicted, ahead, flips = torch.zeros_like(measured), [], []
     for row, one in zip(predicted, conflicts, strict=True):
         for n in range(len(row)):
-            margin = theory.margin(one.tokens(n), fit.language, *setting, in_context=one.context, global_=one.weights)
+            margin = theory.margin(
+                one.tokens(n), fit.language, *setting, in_context=one.context, global_candidate=one.weights
+            )
             row[n] = margin.total
         ahead.append(-float(margin.weights))
         if one.period == 2:  # the trigger and its successor: the layout that the closed form counts

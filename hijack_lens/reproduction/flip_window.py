@@ -203,7 +203,7 @@ def _primacy(settings: Settings, make: Make) -> pd.DataFrame:
         filler = torch.full((1, length - 2), NEUTRAL)
         filler[:, -1] = FIRST_TRIGGER
         tokens = _with_pair(filler, torch.tensor([[FIRST_TRIGGER, IN_CONTEXT]]))
-        predicted = theory.margin(tokens, language, strengths, in_context=IN_CONTEXT, global_=GLOBAL).total
+        predicted = theory.margin(tokens, language, strengths, in_context=IN_CONTEXT, global_candidate=GLOBAL).total
         measured = hijack_margins(model, tokens)[:, -1]
         for place, *margins in zip(_PLACES, predicted.tolist(), measured.tolist(), strict=True):
             rows.append((settings.primacy_focus, place, length, *margins))

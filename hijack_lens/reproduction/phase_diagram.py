@@ -191,7 +191,7 @@ def _ask_hand_written(strengths: Strengths, settings: Settings, make: Make) -> d
         order = torch.randperm(occurrences, generator=generator).tolist()
         follow = tuple(IN_CONTEXT if place < n else GLOBAL for place in order)
         prompt = neutral_then_pairs(FIRST_TRIGGER, follow, length=length)
-        pull = theory.margin(prompt, language, strengths, in_context=IN_CONTEXT, global_=GLOBAL).context
+        pull = theory.margin(prompt, language, strengths, in_context=IN_CONTEXT, global_candidate=GLOBAL).context
         by_share.append(_Context(n / occurrences, follow, float(pull) / strengths.bigram))
 
     # Up to beyond what the context can pull, and between round numbers: without repeats, 0 is a tie.

@@ -123,7 +123,7 @@ def _ask(model: BigramTransformer, length: int, n_prompts: int, seed: int) -> pd
         some = prompts[start : start + _AT_ONCE]
         parts = attribute(model, torch.stack([prompt.tokens for prompt in some])).by_memory()
         for prompt, logits in zip(some, parts["context"] + parts["weights"], strict=True):
-            q, c, g = prompt.trigger, prompt.in_context, prompt.global_
+            q, c, g = prompt.trigger, prompt.in_context, prompt.global_candidate
             after = prompt.tokens[1:][prompt.tokens[:-1] == q]
             counts = [float((tokens == v).sum()) for tokens in (after, prompt.tokens) for v in (c, g)]
             log_ratio = float(language.log_pi_b[q, g] - language.log_pi_b[q, c])

@@ -52,7 +52,7 @@ def conflict_maps(conflict: "MemoryConflict", queries: Tokens = None, answers: T
         answers: columns, likewise; by default these and what either memory says in one of the rows.
     """
     rows, columns = conflict.chosen(queries, answers, _MOST)
-    c, g = (candidate[rows].tolist() for candidate in (conflict.in_context, conflict.global_))
+    c, g = (candidate[rows].tolist() for candidate in (conflict.in_context, conflict.global_candidate))
     if answers is None:
         columns = sorted({*columns, *c, *g})
     images = [_image(table, rows, columns) for table in (conflict.context, conflict.weights)]

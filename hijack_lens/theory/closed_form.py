@@ -120,25 +120,25 @@ def margin(
     n_ctx_train: int | None = None,
     *,
     in_context: Token | None = None,
-    global_: Token | None = None,
+    global_candidate: Token | None = None,
 ) -> Margin:
-    """The hijack margin at the last position, `logit[in_context] - logit[global_]`, split by memory.
+    """The hijack margin at the last position, `logit[in_context] - logit[global_candidate]`, split by memory.
 
     Args:
         prompt: a `HijackPrompt`, which brings its two candidates, or tokens.
         language, strengths, triggers, positions, n_ctx_train: as for `attention`.
         in_context: what the context says. Required where `prompt` is tokens.
-        global_: what the weights say. Required where `prompt` is tokens.
+        global_candidate: what the weights say. Required where `prompt` is tokens.
 
     Raises:
         TypeError: for tokens without their candidates.
     """
     check_type("language", language, BigramLanguage)
     a = getattr(prompt, "in_context", None) if in_context is None else in_context
-    b = getattr(prompt, "global_", None) if global_ is None else global_
+    b = getattr(prompt, "global_candidate", None) if global_candidate is None else global_candidate
     if a is None or b is None:
-        raise TypeError("margin needs in_context= and global_= where prompt is not a HijackPrompt")
-    a, b = language.index(a, "in_context"), language.index(b, "global_")
+        raise TypeError("margin needs in_context= and global_candidate= where prompt is not a HijackPrompt")
+    a, b = language.index(a, "in_context"), language.index(b, "global_candidate")
     context, weights = (
         part[..., -1, a] - part[..., -1, b]
         for part in _memories(prompt, language, strengths, triggers, positions, n_ctx_train)

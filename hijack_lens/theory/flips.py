@@ -40,7 +40,7 @@ def min_repeats(
     language: BigramLanguage,
     trigger: Token,
     in_context: Token,
-    global_: Token | None = None,
+    global_candidate: Token | None = None,
     strengths: Strengths = Strengths(),
     triggers: Triggers = None,
     positions: Positions = "relative",
@@ -61,7 +61,7 @@ def min_repeats(
         language: the weights' bigrams.
         trigger: q.
         in_context: c, what the context says follows q.
-        global_: what the weights say; by default the most likely successor of q.
+        global_candidate: what the weights say; by default the most likely successor of q.
         strengths, triggers, positions, n_ctx_train: as for `theory.attention`.
         length: for a prompt of this many tokens, in which repeats replace neutral tokens.
         lead: instead, for this many neutral tokens and a prompt that grows with the repeats.
@@ -74,12 +74,12 @@ def min_repeats(
     check_type("language", language, BigramLanguage)
     check_type("strengths", strengths, Strengths)
     q, c = language.index(trigger, "trigger"), language.index(in_context, "in_context")
-    g = language.global_candidate(q) if global_ is None else language.index(global_, "global_")
+    weights_say = language.global_candidate(q) if global_candidate is None else global_candidate
+    g = language.index(weights_say, "global_candidate")
     if len({q, c, g}) < 3:
-        raise ValueError(
-            f"trigger {language.tokens[q]!r}, in_context {language.tokens[c]!r} and global_ {language.tokens[g]!r} "
-            "must be three different tokens"
-        )
+        names = (repr(language.tokens[i]) for i in (q, c, g))
+        named = "trigger {}, in_context {} and global_candidate {}".format(*names)
+        raise ValueError(f"{named} must be three different tokens")
     log_pi_b = language.finite_log_pi_b()
     ahead = strengths.bigram * float(log_pi_b[q, g] - log_pi_b[q, c])
     matched = strengths if q in language.trigger_ids(triggers) else _unmatched(strengths)

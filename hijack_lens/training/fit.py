@@ -177,7 +177,7 @@ def agreement_on(model: BigramTransformer, fit: FittedStrengths, prompts: Sequen
     predicted = theory.logits(tokens, fit.language, fit.strengths, fit.triggers, positions, model.n_ctx_train)[:, -1]
     rows = []
     for prompt, theirs, ours in zip(prompts, found, predicted, strict=True):
-        c, g = prompt.in_context, prompt.global_
+        c, g = prompt.in_context, prompt.global_candidate
         repeats = int((prompt.tokens == prompt.trigger).sum()) - 1  # the last is the question
         names = [language.tokens[i] for i in (prompt.trigger, c, g)]
         rows.append((*names, repeats, float(ours[c] - ours[g]), float(theirs[c] - theirs[g])))
