@@ -164,7 +164,8 @@ def test_margins_are_logit_differences_and_those_of_theory(seed, strengths, abso
     margin = attribute(model, tokens).margin(2, 5)
     logits = model(tokens)[:, -1].detach()
     close(margin.total, logits[:, 2] - logits[:, 5])
-    theory = hl.theory.margin(tokens, model.language, strengths, in_context=2, global_candidate=5, **options)
+    setting = hl.theory.Setting(strengths, **options)
+    theory = hl.theory.margin(tokens, model.language, setting, in_context=2, global_candidate=5)
     for part in ("context", "weights", "rest", "total"):
         close(getattr(margin, part), getattr(theory, part))
 

@@ -44,6 +44,14 @@ def untrained(recipe):
 # By construction, without positions
 
 
+def test_the_theory_of_positions_is_not_set_beside_a_model_without(unchecked):
+    model = unpositioned(previous_token=3.0)
+    prompt = hl.hijack_prompt(LANGUAGE, 1, 0, 2, 12, global_candidate=2, seed=0)
+    assert hl.explain(model, prompt).theory_beside_model() == {}
+    with pytest.raises(ValueError, match="positions must be one of 'relative', 'absolute', got 'none'"):
+        hl.theory.Setting.of(model)
+
+
 def by_loops(tokens, strengths, reach):
     """Logits of one prompt, position by position, from the formulas of docs/no_positions.md."""
     b1, b2, b3, g = vars(strengths).values()

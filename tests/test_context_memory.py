@@ -167,19 +167,17 @@ def test_bridges_hold_the_same_memory(family):
 @given(world=worlds(max_vocab=12, max_length=20, max_batch=1))
 @settings(many, max_examples=8)
 def test_memories_of_a_model_written_by_hand_are_the_closed_form(world):
-    language, strengths, triggers, positions, n_ctx_train = world.setting
+    language, strengths = world.language, world.strengths
     tokens, size = world.tokens[0], world.language.d_vocab
-    model = hl.associative_transformer(
-        language, triggers, positions, strengths, n_ctx=40, n_ctx_train=n_ctx_train, dtype=torch.float64, device="cpu"
-    )
+    model = hl.associative_transformer(language, **vars(world.setting), n_ctx=40, dtype=torch.float64, device="cpu")
     memory, conflict = context_memory(model, tokens), memory_conflict(model, tokens)
     every = replacements(tokens, len(tokens) - 1, size)
-    _, attention = hl.theory.attention(every, *world.setting)
+    _, attention = hl.theory.attention(every, language, world.setting)
     mass = (attention[:, -1:] @ torch.nn.functional.one_hot(every, size).double())[:, 0]
     close(memory.values, strengths.copy * mass)
     close(conflict.context, strengths.copy * mass)
     close(conflict.weights, strengths.bigram * language.log_pi_b)
-    close(conflict.logits, hl.theory.logits(every, *world.setting)[:, -1])
+    close(conflict.logits, hl.theory.logits(every, language, world.setting)[:, -1])
     close(conflict.rest, torch.zeros_like(conflict.rest))
 
 

@@ -53,9 +53,8 @@ def test_its_numbers_are_those_of_its_parts(setting, repeats):
     assert explanation.ablated["induction head"] == pytest.approx(weights, abs=1e-10)
     assert explanation.ablated["bigram memory"] == pytest.approx(float(explanation.margin.context), abs=1e-10)
 
-    options = {"triggers": None, "positions": "relative", "n_ctx_train": None, **SETTINGS[setting]}
-    arguments = (model.language, STRENGTHS, *options.values())
-    theory = hl.theory.margin(prompt, *arguments)
+    written = hl.theory.Setting(STRENGTHS, **SETTINGS[setting])
+    theory = hl.theory.margin(prompt, model.language, written)
     beside = explanation.theory_beside_model()
     assert list(beside) == ["context", "weights", "rest", "total"]
     for part, (predicted, measured) in beside.items():
@@ -63,7 +62,7 @@ def test_its_numbers_are_those_of_its_parts(setting, repeats):
         assert measured == float(getattr(explanation.margin, part))
         assert measured == pytest.approx(predicted, abs=1e-10)
     assert beside["rest"] == (0.0, 0.0)
-    flip = hl.theory.min_repeats(model.language, 0, c, g, *arguments[1:], length=14)
+    flip = hl.theory.min_repeats(model.language, 0, c, g, written, length=14)
     assert explanation.flip == flip
 
 

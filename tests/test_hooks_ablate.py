@@ -60,7 +60,7 @@ def test_without_the_bigram_memory_exactly_the_context_term_is_left(setting):
     close(logits.detach(), torch.stack([context_by_hand(row, model) for row in tokens]))
     options = {**setting}
     options.pop("n_ctx", None)
-    theory = hl.theory.logits(tokens, model.language, model.strengths, **options)
+    theory = hl.theory.logits(tokens, model.language, hl.theory.Setting(model.strengths, **options))
     close(logits.detach(), theory - 2.0 * model.language.log_pi_b[tokens])
 
 

@@ -178,9 +178,8 @@ def _predicted(
 ) -> Float[Tensor, "prompt"]:
     """The margins that theory expects of the hand-written model."""
     learned = settings.recipe.length if positions == "absolute" else None
-    triggers = list(range(settings.recipe.triggers))
-    logits = theory.logits(prompts.tokens, language, settings.strengths, triggers, positions, learned)[:, -1]
-    return _margins(logits, prompts)
+    setting = theory.Setting(settings.strengths, range(settings.recipe.triggers), positions, learned)
+    return _margins(theory.logits(prompts.tokens, language, setting)[:, -1], prompts)
 
 
 def _margins(logits: Float[Tensor, "prompt d_vocab"], prompts: LateConflicts) -> Float[Tensor, "prompt"]:

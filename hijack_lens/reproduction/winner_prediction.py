@@ -117,7 +117,7 @@ def _binned(probability: Tensor, won: Tensor) -> list[tuple[Tensor, Tensor]]:
 def _ask(model: BigramTransformer, length: int, n_prompts: int, seed: int) -> pd.DataFrame:
     """A row per prompt: counts, theory's margin, the model's, and what the two memories add to it."""
     fit, language = fit_strengths(model), model.language
-    prompts = conflict_prompts(language, fit.triggers, n_prompts, length, seed)
+    prompts = conflict_prompts(language, fit.setting.triggers, n_prompts, length, seed)
     rows: list[tuple[float, ...]] = []
     for start in range(0, n_prompts, _AT_ONCE):
         some = prompts[start : start + _AT_ONCE]

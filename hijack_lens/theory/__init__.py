@@ -3,5 +3,6 @@
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.theory.closed_form import Margin, attention, logits, margin
 from hijack_lens.theory.flips import Flip, min_repeats, phase_boundary
+from hijack_lens.theory.setting import Setting
 
-__all__ = ["Flip", "Margin", "Strengths", "attention", "logits", "margin", "min_repeats", "phase_boundary"]
+__all__ = ["Flip", "Margin", "Setting", "Strengths", "attention", "logits", "margin", "min_repeats", "phase_boundary"]
