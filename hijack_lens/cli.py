@@ -37,7 +37,7 @@ def explain(
     max_vocab: int | None = None,
     trigger: str | None = None,
     in_context: str | None = None,
-    global_: Annotated[str | None, Parameter(name="--global")] = None,
+    global_candidate: Annotated[str | None, Parameter(name="--global")] = None,
     repeats: int | None = None,
     length: int | None = None,
     previous_token: float | None = None,
@@ -65,7 +65,7 @@ def explain(
         max_vocab: Keep this many tokens, the most frequent. [default: all characters, or 500 words]
         trigger: The token whose successor is predicted. [default: the one whose successor is surest]
         in_context: What follows it in the prompt. [default: a common token that rarely does]
-        global_: What the weights say. [default: its most likely successor]
+        global_candidate: What the weights say. [default: its most likely successor]
         repeats: How often in_context follows the trigger. [default: 3]
         length: Tokens in the prompt. [default: 64]
         previous_token: Strength b1 of the previous-token head. [default: 20]
@@ -83,7 +83,8 @@ def explain(
     written = {"text": text, "level": level, "max-vocab": max_vocab, "positions": positions, **strengths}
     asked = {"prompt": prompt, "answer": answer, "foil": foil}
     if any(value is not None for value in asked.values()):
-        built = {"trigger": trigger, "in-context": in_context, "global": global_, "repeats": repeats, "length": length}
+        built: dict[str, object] = {"trigger": trigger, "in-context": in_context, "global": global_candidate}
+        built |= {"repeats": repeats, "length": length}
         _explain_answers(model, asked, {**written, **built}, seed, as_json, out)
         return
     repeats, length = 3 if repeats is None else repeats, 64 if length is None else length
@@ -98,7 +99,7 @@ def explain(
         trained = hl.BigramTransformer.from_pretrained(model)
         language = trained.language
     q, c = _conflict(language, trigger, in_context, None if model is None else trained.triggers)
-    conflict = hl.hijack_prompt(language, q, c, repeats, length, global_=global_, seed=seed)
+    conflict = hl.hijack_prompt(language, q, c, repeats, length, global_candidate=global_candidate, seed=seed)
     if model is None:
         chosen = hl.Strengths(**{name: value for name, value in strengths.items() if value is not None})
         trained = hl.associative_transformer(
@@ -309,7 +310,7 @@ def _print(explanation: hl.Explanation, report: Path) -> None:
     prompt = explanation.prompt
     assert isinstance(prompt, hl.HijackPrompt)
     show = prompt.language.display
-    q, c, g = (repr(show(token)) for token in (prompt.trigger, prompt.in_context, prompt.global_))
+    q, c, g = (repr(show(token)) for token in (prompt.trigger, prompt.in_context, prompt.global_candidate))
     console = Console(markup=False)  # tokens and paths may hold brackets
     shown = Text("prompt  ", style="bold")
     tokens = prompt.tokens.tolist()
@@ -345,7 +346,7 @@ def _as_json(explanation: hl.Explanation, report: Path) -> dict[str, Any]:
         "prompt": prompt.text,
         "trigger": tokens[prompt.trigger],
         "in_context": tokens[prompt.in_context],
-        "global": tokens[prompt.global_],
+        "global": tokens[prompt.global_candidate],
         "theory": {part: predicted for part, (predicted, _) in explanation.theory_beside_model().items()},
         "repeats_needed": None if explanation.flip is None else explanation.flip.repeats,
         **_common(explanation, report, ("in_context", "global")),

@@ -11,13 +11,12 @@ from hijack_lens import hooks, theory
 from hijack_lens.attribution.logit_attribution import LogitAttribution
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
-from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Positions
+from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Margin
 from hijack_lens.core.hook_points import check_model, evaluating
 from hijack_lens.core.inputs import answer_ids, model_tokens, text_tokens
 from hijack_lens.core.tables import Drawn
 from hijack_lens.language.prompts import HijackPrompt
 from hijack_lens.models.transformer import BigramTransformer
-from hijack_lens.theory.closed_form import Margin
 from hijack_lens.theory.flips import Flip
 
 
@@ -25,8 +24,8 @@ from hijack_lens.theory.flips import Flip
 class Explanation(Drawn):
     """Which memory wrote the last position's logits, and how that is known.
 
-    All margins are `logit[in_context] - logit[global_]` at the last position, in logits; for prompts other than a
-    `HijackPrompt`, `logit[answer] - logit[foil]`, the answer standing for what the context says.
+    All margins are `logit[in_context] - logit[global_candidate]` at the last position, in logits; for prompts other
+    than a `HijackPrompt`, `logit[answer] - logit[foil]`, the answer standing for what the context says.
 
     Attributes:
         model: that was explained.
@@ -34,7 +33,7 @@ class Explanation(Drawn):
         attribution: of the last position's logits.
         circuit: the roles of the model's components.
         ablated: the margin with each role of the circuit switched off (zeroed), by what it is called.
-        theory: the closed form's margin, where the model was written by hand.
+        theory: the closed form's margin, where the model was written by hand, with positions.
         flip: the least number of repeats that wins at the prompt's length, likewise.
     """
 
@@ -148,14 +147,13 @@ def _of_hijack_prompt(model: Any, prompt: HijackPrompt, circuit: Circuit | None)
         raise ValueError("prompt must be of the model's language, got one with other tokens")
     circuit = model.circuit if circuit is None else circuit
     attribution = attribute(model, prompt, circuit=circuit)
-    ablated = _ablated(model, prompt.tokens[None], circuit, [prompt.in_context, prompt.global_])
+    ablated = _ablated(model, prompt.tokens[None], circuit, [prompt.in_context, prompt.global_candidate])
     predicted = flip = None
-    if model.strengths is not None:
-        positions: Positions = "absolute" if model.positions == "absolute" else "relative"
-        setting = (model.strengths, model.triggers, positions, model.n_ctx_train)
-        predicted = theory.margin(prompt, model.language, *setting)
+    if model.strengths is not None and model.positions != "none":  # of which the closed form knows nothing
+        setting = theory.Setting.of(model)
+        predicted = theory.margin(prompt, model.language, setting)
         flip = theory.min_repeats(
-            model.language, prompt.trigger, prompt.in_context, prompt.global_, *setting, length=len(prompt)
+            model.language, prompt.trigger, prompt.in_context, prompt.global_candidate, setting, length=len(prompt)
         )
     return Explanation(model, prompt, attribution, circuit, ablated, predicted, flip)
 

@@ -145,8 +145,8 @@ def margin(prompt: HijackPrompt, position: int = -1) -> Metric:
     """
     if not isinstance(prompt, HijackPrompt):
         raise TypeError(f"prompt must be a HijackPrompt, got {type(prompt).__name__}; logit_diff takes any two tokens")
-    c, g = (prompt.language.display(token) for token in (prompt.in_context, prompt.global_))
-    return replace(logit_diff(prompt.in_context, prompt.global_, position), name=f"margin of {c!r} over {g!r}")
+    c, g = (prompt.language.display(token) for token in (prompt.in_context, prompt.global_candidate))
+    return replace(logit_diff(prompt.in_context, prompt.global_candidate, position), name=f"margin of {c!r} over {g!r}")
 
 
 def log_prob(answer: Answer, position: int = -1) -> Metric:

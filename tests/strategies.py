@@ -31,7 +31,7 @@ class World:
 
     @property
     def setting(self):
-        return self.language, self.strengths, self.triggers, self.positions, self.n_ctx_train
+        return hl.theory.Setting(self.strengths, self.triggers, self.positions, self.n_ctx_train)
 
 
 @st.composite

@@ -244,7 +244,8 @@ def test_the_hand_written_induction_head_composes_with_the_previous_token_head_a
     model = handwritten(seed=seed % 1000, strengths=strengths, triggers=triggers, **options)
     tokens, query = prompts(1, 9, seed), 8
     result = attribute_scores(model, tokens, query=query)
-    first, second = hl.theory.closed_form.attention(tokens[0], model.language, strengths, triggers, **options)
+    setting = hl.theory.Setting(strengths, triggers, **options)
+    first, second = hl.theory.attention(tokens[0], model.language, setting)
     q = tokens[0, query]
     # b2 [q in Q] m_s(q), with m_s(q) = sum_{s' <= s} A1[s, s'] [z_s' == q]: design, section 2
     remembered = first @ (tokens[0] == q).double()
@@ -317,7 +318,7 @@ def test_the_induction_head_and_the_last_position_are_the_defaults():
     one = attribute_scores(model, tokens, key=3)
     assert one.keys == (3,)
     close(one.values, result.values[3:4], atol=1e-12)
-    prompt = hl.hijack_prompt(model.language, 0, 1, 1, 6, global_=2, seed=0)
+    prompt = hl.hijack_prompt(model.language, 0, 1, 1, 6, global_candidate=2, seed=0)
     again = attribute_scores(model, prompt, circuit=hl.Circuit(induction=(hl.Component(0, "head", 0),)))
     assert again.head.layer == 0
     assert torch.equal(again.values, attribute_scores(model, prompt.tokens, HEADS[0]).values)

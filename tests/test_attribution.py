@@ -164,7 +164,8 @@ def test_margins_are_logit_differences_and_those_of_theory(seed, strengths, abso
     margin = attribute(model, tokens).margin(2, 5)
     logits = model(tokens)[:, -1].detach()
     close(margin.total, logits[:, 2] - logits[:, 5])
-    theory = hl.theory.margin(tokens, model.language, strengths, in_context=2, global_=5, **options)
+    setting = hl.theory.Setting(strengths, **options)
+    theory = hl.theory.margin(tokens, model.language, setting, in_context=2, global_candidate=5)
     for part in ("context", "weights", "rest", "total"):
         close(getattr(margin, part), getattr(theory, part))
 
@@ -263,7 +264,7 @@ def assert_same(loaded, result):
 
 def saved_examples():
     model = perturbed()
-    prompt = hl.hijack_prompt(model.language, 0, 1, 1, 6, global_=2, n_prompts=2, seed=0)
+    prompt = hl.hijack_prompt(model.language, 0, 1, 1, 6, global_candidate=2, n_prompts=2, seed=0)
     yield attribute(model, prompt)
     yield attribute(model, prompt, "all")
     yield attribute(model, prompts()[0], 2)
@@ -357,7 +358,7 @@ def test_the_terminals_table_shows_each_path_and_the_sum(build):
 
 def test_the_table_is_about_the_prompts_candidates():
     model = perturbed()
-    prompt = hl.hijack_prompt(model.language, 0, 1, 1, 6, global_=2, seed=0)
+    prompt = hl.hijack_prompt(model.language, 0, 1, 1, 6, global_candidate=2, seed=0)
     result = attribute(model, prompt)
     assert result.candidates == (1, 2) == result.pair()
     assert "logit '1'" in repr(result)

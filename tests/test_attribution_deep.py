@@ -323,7 +323,7 @@ def test_prompts_are_run_in_parts_that_fit(monkeypatch):
 def test_answers_are_by_default_the_candidates_or_the_likeliest(deep_gpt2):
     model = hooked("LN", n_layers=3)
     language = hl.BigramLanguage.dirichlet(7, seed=0)
-    prompt = hl.hijack_prompt(language, 0, 4, 1, 6, global_=2, n_prompts=2, seed=0)
+    prompt = hl.hijack_prompt(language, 0, 4, 1, 6, global_candidate=2, n_prompts=2, seed=0)
     result = attribute(model, prompt)
     assert result.answers == (4, 2) == result.candidates
     assert result.pair() == (0, 1)

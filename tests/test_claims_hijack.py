@@ -333,5 +333,5 @@ def test_theory_in_these_claims_is_the_library_s():
     """The prediction drawn is `theory.phase_boundary`'s, in logits, at the first number of repeats."""
     result = fw.flip_window(WINDOW, train=blurs)
     row = result.table[(result.table["part"] == "window") & (result.table["b1"] == 2)].iloc[5]
-    boundary = theory.phase_boundary(torch.tensor([5]), hl.Strengths(2.0, 6.0, 5.0, 1.0), lead=10)
+    boundary = theory.phase_boundary(torch.tensor([5]), theory.Setting(hl.Strengths(2.0, 6.0, 5.0, 1.0)), lead=10)
     assert row["predicted"] == pytest.approx(float(boundary) - 3)

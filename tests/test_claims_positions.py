@@ -44,6 +44,14 @@ def untrained(recipe):
 # By construction, without positions
 
 
+def test_the_theory_of_positions_is_not_set_beside_a_model_without(unchecked):
+    model = unpositioned(previous_token=3.0)
+    prompt = hl.hijack_prompt(LANGUAGE, 1, 0, 2, 12, global_candidate=2, seed=0)
+    assert hl.explain(model, prompt).theory_beside_model() == {}
+    with pytest.raises(ValueError, match="positions must be one of 'relative', 'absolute', got 'none'"):
+        hl.theory.Setting.of(model)
+
+
 def by_loops(tokens, strengths, reach):
     """Logits of one prompt, position by position, from the formulas of docs/no_positions.md."""
     b1, b2, b3, g = vars(strengths).values()
@@ -200,7 +208,7 @@ def test_late_prompts_keep_their_evidence_and_move_it_beyond_the_training_length
     assert short.tokens.shape == (18, 16)
     assert long.tokens.shape == (18, 64)
     assert torch.equal(long.tokens[:, 48:], short.tokens)
-    for tokens, c, g in zip(long.tokens, long.in_context, long.global_, strict=True):
+    for tokens, c, g in zip(long.tokens, long.in_context, long.global_candidate, strict=True):
         q = tokens[-1]
         assert int(g) == language.global_candidate(int(q))
         assert not torch.isin(torch.stack([q, c, g]), tokens[:48]).any()

@@ -209,11 +209,11 @@ def test_the_baseline_learns_what_counts_can_tell():
 def test_conflict_prompts_are_those_that_agreement_is_measured_on():
     model = handwritten(SMALL).model
     fit = hl.fit_strengths(model)
-    prompts = conflict_prompts(model.language, fit.triggers, 20, 16, 3)
+    prompts = conflict_prompts(model.language, fit.setting.triggers, 20, 16, 3)
     table = hl.training.theory_agreement(model, fit, n_prompts=20, length=16, seed=3).table
     for prompt, (_, row) in zip(prompts, table.iterrows(), strict=True):
         assert model.language.tokens[prompt.trigger] == row["trigger"]
-        margin = theory.margin(prompt, model.language, STRENGTHS).total
+        margin = theory.margin(prompt, model.language, theory.Setting(STRENGTHS)).total
         assert float(margin) == pytest.approx(row["theory_margin"], abs=1e-6)
         after = [int(b) for a, b in zip(prompt.tokens[:-1], prompt.tokens[1:], strict=True) if a == prompt.trigger]
         assert after == [prompt.in_context] * row["repeats"]
@@ -243,7 +243,7 @@ def test_shapley_values_in_the_table_are_those_of_ablated_runs():
         def margin(*absent, prompt=prompt):
             with hl.hooks.ablate(model, list(absent)) if absent else torch.no_grad():
                 logits = model(prompt.tokens[None])[0, -1]
-            return (logits[prompt.in_context] - logits[prompt.global_]).item()
+            return (logits[prompt.in_context] - logits[prompt.global_candidate]).item()
 
         mlps = list(model.circuit.bigram)
         full, no_mlp, no_heads, neither = margin(), margin(*mlps), margin(*heads), margin(*heads, *mlps)

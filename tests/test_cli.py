@@ -61,7 +61,7 @@ def test_json_holds_the_numbers_that_the_library_gives(capsys, monkeypatch, tmp_
     prompt = hl.hijack_prompt(language, "the", "sat", 2, 40, seed=5)
     assert printed["prompt"] == prompt.text
     assert (printed["trigger"], printed["in_context"]) == ("the", "sat")
-    expected = theory.margin(prompt, language, hl.Strengths(match=4.0, copy=7.0, bigram=0.5))
+    expected = theory.margin(prompt, language, theory.Setting(hl.Strengths(match=4.0, copy=7.0, bigram=0.5)))
     assert printed["margin"]["total"] == pytest.approx(float(expected.total), abs=1e-4)
     assert printed["theory"]["context"] == pytest.approx(float(expected.context))
     assert printed["ablated"]["induction head"] == pytest.approx(float(expected.weights), abs=1e-4)

@@ -196,7 +196,9 @@ def test_prompts_of_your_own_go_to_our_models_too(capsys, monkeypatch, own):
     )
     assert (code, err) == (0, "")
     printed = json.loads(out)
-    predicted = hl.theory.margin(language.encode(prompt), language, model.strengths, in_context=answer, global_=foil)
+    predicted = hl.theory.margin(
+        language.encode(prompt), language, hl.theory.Setting(model.strengths), in_context=answer, global_candidate=foil
+    )
     assert printed["margin"]["context"] == pytest.approx(float(predicted.context), abs=1e-9)
     assert printed["margin"]["total"] == pytest.approx(float(predicted.total), abs=1e-9)
     assert printed["evidence"] is None

@@ -167,19 +167,17 @@ def test_bridges_hold_the_same_memory(family):
 @given(world=worlds(max_vocab=12, max_length=20, max_batch=1))
 @settings(many, max_examples=8)
 def test_memories_of_a_model_written_by_hand_are_the_closed_form(world):
-    language, strengths, triggers, positions, n_ctx_train = world.setting
+    language, strengths = world.language, world.strengths
     tokens, size = world.tokens[0], world.language.d_vocab
-    model = hl.associative_transformer(
-        language, triggers, positions, strengths, n_ctx=40, n_ctx_train=n_ctx_train, dtype=torch.float64, device="cpu"
-    )
+    model = hl.associative_transformer(language, **vars(world.setting), n_ctx=40, dtype=torch.float64, device="cpu")
     memory, conflict = context_memory(model, tokens), memory_conflict(model, tokens)
     every = replacements(tokens, len(tokens) - 1, size)
-    _, attention = hl.theory.attention(every, *world.setting)
+    _, attention = hl.theory.attention(every, language, world.setting)
     mass = (attention[:, -1:] @ torch.nn.functional.one_hot(every, size).double())[:, 0]
     close(memory.values, strengths.copy * mass)
     close(conflict.context, strengths.copy * mass)
     close(conflict.weights, strengths.bigram * language.log_pi_b)
-    close(conflict.logits, hl.theory.logits(every, *world.setting)[:, -1])
+    close(conflict.logits, hl.theory.logits(every, language, world.setting)[:, -1])
     close(conflict.rest, torch.zeros_like(conflict.rest))
 
 
@@ -244,7 +242,8 @@ def test_the_hijack_is_found_where_it_was_put():
     prompt = hl.hijack_prompt(language, trigger="q", in_context="e", repeats=3, length=64, seed=0)
     conflict = memory_conflict(model, prompt, queries=["q", "e"])
     row = conflict.row("q")
-    assert (conflict.answer_texts[conflict.in_context[row]], conflict.answer_texts[conflict.global_[row]]) == ("e", "u")
+    candidates = (conflict.in_context[row], conflict.global_candidate[row])
+    assert [conflict.answer_texts[i] for i in candidates] == ["e", "u"]
     assert bool(conflict.conflicts[row])
     assert conflict.winners[row] == "context"
     expected = hl.theory.margin(prompt, language)
@@ -391,7 +390,8 @@ def test_pictures_show_the_numbers():
     assert [label.get_text() for label in default.get_yticklabels()] == [memory.token_text(q) for q in seen]
     # By default every candidate has a column.
     columns = [label.get_text() for label in conflict.picture().figure.axes[0].get_xticklabels()]
-    assert {conflict.answer_texts[i] for q in seen for i in (conflict.in_context[q], conflict.global_[q])} <= {*columns}
+    candidates = (*conflict.in_context[seen], *conflict.global_candidate[seen])
+    assert {conflict.answer_texts[i] for i in candidates} <= {*columns}
 
 
 def of(tokens=None, model=None, **options):

@@ -20,13 +20,13 @@ def prompt_for(model, repeats=2, **options):
     row = model.language.pi_b[0].clone()
     row[0] = row[1:].mean()  # not the trigger itself
     c, g = int(row.argmin()), int(row.argmax())
-    return hl.hijack_prompt(model.language, 0, c, repeats, 14, global_=g, seed=0, **options)
+    return hl.hijack_prompt(model.language, 0, c, repeats, 14, global_candidate=g, seed=0, **options)
 
 
 def margin_with_zeros(model, prompt, name):
     zeros = [(name, lambda x, hook: torch.zeros_like(x))]
     logits = model.run_with_hooks(prompt.tokens[None], fwd_hooks=zeros)[0, -1].detach()
-    return float(logits[prompt.in_context] - logits[prompt.global_])
+    return float(logits[prompt.in_context] - logits[prompt.global_candidate])
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -34,7 +34,7 @@ def margin_with_zeros(model, prompt, name):
 def test_its_numbers_are_those_of_its_parts(setting, repeats):
     model = handwritten(strengths=STRENGTHS, **SETTINGS[setting])
     prompt = prompt_for(model, repeats)
-    c, g = prompt.in_context, prompt.global_
+    c, g = prompt.in_context, prompt.global_candidate
     explanation = hl.explain(model, prompt)
     assert explanation.model is model
     assert explanation.prompt is prompt
@@ -53,9 +53,8 @@ def test_its_numbers_are_those_of_its_parts(setting, repeats):
     assert explanation.ablated["induction head"] == pytest.approx(weights, abs=1e-10)
     assert explanation.ablated["bigram memory"] == pytest.approx(float(explanation.margin.context), abs=1e-10)
 
-    options = {"triggers": None, "positions": "relative", "n_ctx_train": None, **SETTINGS[setting]}
-    arguments = (model.language, STRENGTHS, *options.values())
-    theory = hl.theory.margin(prompt, *arguments)
+    written = hl.theory.Setting(STRENGTHS, **SETTINGS[setting])
+    theory = hl.theory.margin(prompt, model.language, written)
     beside = explanation.theory_beside_model()
     assert list(beside) == ["context", "weights", "rest", "total"]
     for part, (predicted, measured) in beside.items():
@@ -63,7 +62,7 @@ def test_its_numbers_are_those_of_its_parts(setting, repeats):
         assert measured == float(getattr(explanation.margin, part))
         assert measured == pytest.approx(predicted, abs=1e-10)
     assert beside["rest"] == (0.0, 0.0)
-    flip = hl.theory.min_repeats(model.language, 0, c, g, *arguments[1:], length=14)
+    flip = hl.theory.min_repeats(model.language, 0, c, g, written, length=14)
     assert explanation.flip == flip
 
 
@@ -71,7 +70,7 @@ def test_the_verdict_names_the_winner_and_by_how_much():
     language = hl.BigramLanguage.from_text("ab ab ab ac \n", level="char")
     for strengths, winner in ((hl.Strengths(copy=20.0), "context"), (hl.Strengths(copy=0.1), "weights")):
         model = hl.associative_transformer(language, strengths=strengths, dtype=torch.float64, device="cpu")
-        prompt = hl.hijack_prompt(language, "a", " ", 2, 10, global_="b", seed=0)
+        prompt = hl.hijack_prompt(language, "a", " ", 2, 10, global_candidate="b", seed=0)
         explanation = hl.explain(model, prompt)
         logits = model(prompt.tokens)[0, -1].detach()
         margin = float(logits[language.index(" ")] - logits[language.index("b")])
@@ -142,11 +141,11 @@ def test_what_it_cannot_explain_is_refused_with_the_reason(unchecked):
 def test_a_verdict_says_when_both_memories_agree_and_when_neither_candidate_comes_first():
     language = hl.BigramLanguage.from_text(hl.default_text())
     model = hl.associative_transformer(language)
-    agreeing = hl.explain(model, hl.hijack_prompt(language, "q", "_", 3, 64, global_="z", seed=0))
+    agreeing = hl.explain(model, hl.hijack_prompt(language, "q", "_", 3, 64, global_candidate="z", seed=0))
     assert float(agreeing.margin.context) > 0
     assert float(agreeing.margin.weights) > 0
     assert agreeing.verdict.startswith("Both memories agree: after 'q' the model prefers '_' to 'z'")
-    outvoted = hl.explain(model, hl.hijack_prompt(language, "q", "a", 0, 64, global_="b", seed=3))
+    outvoted = hl.explain(model, hl.hijack_prompt(language, "q", "a", 0, 64, global_candidate="b", seed=3))
     first = language.display(int(outvoted.attribution.logits.argmax()))
     assert first not in ("a", "b")
     assert outvoted.verdict.endswith(f"(Its first choice is neither, but {first!r}.)")

@@ -1,6 +1,7 @@
 """How many repeats it takes: against prompts that are built and evaluated, one by one."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,9 +33,9 @@ def margins_by_brute_force(language, setting, length, lead, global_count):
     if lead is None:
         most = (length - 1 - global_count) // 2
         prompts = [build(length - 1 - 2 * n, global_count, n) for n in range(most + 1)]
-        return theory.margin(torch.tensor(prompts), language, *setting, in_context=C, global_=G).total
+        return theory.margin(torch.tensor(prompts), language, setting, in_context=C, global_candidate=G).total
     # Attention is causal: a shorter prompt is the longest one's beginning.
-    logits = theory.logits(torch.tensor(build(lead, global_count, GROWS_TO)), language, *setting)[lead::2]
+    logits = theory.logits(torch.tensor(build(lead, global_count, GROWS_TO)), language, setting)[lead::2]
     return logits[:, C] - logits[:, G]
 
 
@@ -56,20 +57,21 @@ def layouts(draw):
 
 @st.composite
 def settings(draw, match=MODERATE):
-    """Strengths, triggers, positions, n_ctx_train."""
     strengths = hl.Strengths(
         draw(st.floats(0, 12) | st.just(math.inf)), draw(match), draw(st.floats(0, 20)), draw(st.floats(0, 3))
     )
     positions = draw(st.sampled_from(["relative", "absolute"]))
     n_ctx_train = draw(st.none() | st.integers(1, 60)) if positions == "absolute" else None
-    return strengths, draw(st.sampled_from([None, None, [Q], [C, G], []])), positions, n_ctx_train
+    triggers = draw(st.sampled_from([None, None, [Q], [C, G], []]))
+    return theory.Setting(strengths, triggers, positions, n_ctx_train)
 
 
 def check_min_repeats(setting, layout, log_ratio):
     language = conflict(log_ratio)
-    flip = theory.min_repeats(language, "q", "c", "g", *setting, **layout, max_repeats=GROWS_TO)
+    flip = theory.min_repeats(language, "q", "c", "g", setting, **layout, max_repeats=GROWS_TO)
     first = first_win(margins_by_brute_force(language, setting, **layout))
-    unbounded = setting[0].previous_token == math.inf and setting[2] == "relative" and layout["lead"] is not None
+    perfect = setting.strengths.previous_token == math.inf and setting.positions == "relative"
+    unbounded = perfect and layout["lead"] is not None
     if unbounded and flip.repeats is not None and flip.repeats > GROWS_TO:
         assert first is None
     else:
@@ -102,8 +104,8 @@ def test_the_floor_formula_for_a_fixed_length(b2, b3, ahead, half, m):
     assume(abs(tie - round(tie)) > 1e-9)
     n = math.floor(tie) + 1
     expected = n if gain > 0 and n <= (length - 1 - m) // 2 else None
-    strengths = hl.Strengths(math.inf, b2, b3, 1.0)
-    flip = theory.min_repeats(conflict(ahead), "q", "c", strengths=strengths, length=length, global_count=m)
+    setting = theory.Setting(hl.Strengths(math.inf, b2, b3, 1.0))
+    flip = theory.min_repeats(conflict(ahead), "q", "c", setting=setting, length=length, global_count=m)
     assert flip.repeats == expected
 
 
@@ -114,8 +116,8 @@ def test_the_floor_formula_for_a_growing_prompt(b2, b3, ahead, lead):
     assume(abs(gain) > 1e-6)
     tie = ahead * (lead + 1) / gain
     assume(abs(tie - round(tie)) > 1e-9)
-    strengths = hl.Strengths(math.inf, b2, b3, 1.0)
-    flip = theory.min_repeats(conflict(ahead), "q", "c", strengths=strengths, lead=lead)
+    setting = theory.Setting(hl.Strengths(math.inf, b2, b3, 1.0))
+    flip = theory.min_repeats(conflict(ahead), "q", "c", setting=setting, lead=lead)
     assert flip.repeats == (math.floor(tie) + 1 if gain > 0 else None)
 
 
@@ -126,15 +128,15 @@ def test_the_floor_formula_for_a_prompt_that_begins_with_the_trigger(b2, b3, ahe
     gain = b3 - ahead * (1 + math.exp(-b2))
     assume(abs(gain) > 1e-6)
     assume(abs(ahead / gain - round(ahead / gain)) > 1e-9)
-    strengths = hl.Strengths(math.inf, b2, b3, 1.0)
-    flip = theory.min_repeats(conflict(ahead), "q", "c", strengths=strengths, lead=0)
+    setting = theory.Setting(hl.Strengths(math.inf, b2, b3, 1.0))
+    flip = theory.min_repeats(conflict(ahead), "q", "c", setting=setting, lead=0)
     assert flip.repeats == (math.floor(ahead / gain) + 1 if gain > 0 else None)
 
 
 @pytest.mark.parametrize("b2", [0.0, 6.0, 50.0, 1e3])
 @pytest.mark.parametrize("lead", [0, 1, 5])
 def test_a_candidate_that_the_weights_prefer_needs_no_repeats(b2, lead):
-    setting = {"strengths": hl.Strengths(math.inf, b2, 5.0, 1.0), "lead": lead}
+    setting = {"setting": theory.Setting(hl.Strengths(math.inf, b2, 5.0, 1.0)), "lead": lead}
     assert theory.min_repeats(conflict(-1.0), "q", "c", "g", **setting).repeats == 0
     # With one global candidate among N neutral tokens, 0 repeats leave the margin at 1 - 5 / (N + 1).
     if lead:
@@ -154,7 +156,9 @@ def test_the_answer_at_the_edge_of_the_possible_is_finite_or_none():
             math.nextafter(copy, 9),
             math.nextafter(copy * (1 + 2**-52), 9),
         ):
-            flip = theory.min_repeats(language, "q", "c", strengths=hl.Strengths(math.inf, b2, b3, 1.0), lead=5)
+            flip = theory.min_repeats(
+                language, "q", "c", setting=theory.Setting(hl.Strengths(math.inf, b2, b3, 1.0)), lead=5
+            )
             assert flip.repeats is None or flip.repeats > 10**12
 
 
@@ -165,13 +169,13 @@ WINDOWS = [(1.0, range(0)), (2.0, range(3, 81)), (3.0, range(1, 410))]
 
 @pytest.mark.parametrize(("focus", "window"), WINDOWS)
 def test_a_blurred_previous_token_wins_within_a_window_of_repeats(focus, window):
-    strengths = hl.Strengths(focus, 6.0, 5.0, 1.0)
-    boundary = theory.phase_boundary(torch.arange(600), strengths, lead=10)
+    setting = theory.Setting(hl.Strengths(focus, 6.0, 5.0, 1.0))
+    boundary = theory.phase_boundary(torch.arange(600), setting, lead=10)
     assert (boundary > 3).nonzero().flatten().tolist() == list(window)
-    flip = theory.min_repeats(conflict(3.0), "q", "c", strengths=strengths, lead=10, max_repeats=600)
+    flip = theory.min_repeats(conflict(3.0), "q", "c", setting=setting, lead=10, max_repeats=600)
     assert flip.repeats == (window[0] if window else None)
     assert ("no number of repeats up to 600 wins" in flip.reason) == (not window)
-    logits = theory.logits(torch.tensor(build(10, 0, 600)), conflict(3.0), strengths)[10::2]
+    logits = theory.logits(torch.tensor(build(10, 0, 600)), conflict(3.0), setting)[10::2]
     assert (logits[:, C] > logits[:, G]).nonzero().flatten().tolist() == list(window)
 
 
@@ -180,18 +184,18 @@ def test_a_blurred_previous_token_wins_within_a_window_of_repeats(focus, window)
 
 def check_boundary(setting, layout, data):
     """Just below the boundary the context wins, just above it the weights do."""
-    strengths, _, positions, n_ctx_train = setting
-    assume(strengths.bigram > 0.05)
+    assume(setting.strengths.bigram > 0.05)
     length, lead, global_count = layout.values()
     most = GROWS_TO if lead is not None else (length - 1 - global_count) // 2
     repeats = data.draw(st.lists(st.integers(0, most), min_size=1, max_size=3))
-    boundary = theory.phase_boundary(torch.tensor(repeats), strengths, positions, n_ctx_train, **layout)
+    boundary = theory.phase_boundary(torch.tensor(repeats), setting, **layout)
     assert boundary.shape == (len(repeats),)
+    matched = replace(setting, triggers=None)
     for n, ratio in zip(repeats, boundary.tolist(), strict=True):
         prompt = torch.tensor(build(length - 1 - 2 * n if lead is None else lead, global_count, n))
         for side in (-1, 1):
             language = conflict(ratio + side * 1e-6 * (1 + abs(ratio)))
-            margin = theory.margin(prompt, language, strengths, None, positions, n_ctx_train, in_context=C, global_=G)
+            margin = theory.margin(prompt, language, matched, in_context=C, global_candidate=G)
             assert float(margin.total) * side < 0
 
 
@@ -216,35 +220,31 @@ def test_the_model_flips_where_the_theory_says(positions, n_ctx_train, strengths
         language, None, positions, strengths, n_ctx=61, n_ctx_train=n_ctx_train, dtype=torch.float64
     )
     fixed = torch.tensor([build(60 - 2 * n, 1, n) for n in range(30)])
-    setting = {
-        "strengths": strengths,
-        "positions": positions,
-        "n_ctx_train": n_ctx_train or model.n_ctx_train,
-    }
-    flip = theory.min_repeats(language, "q", "c", **setting, length=61, global_count=1)
+    setting = theory.Setting(strengths, None, positions, n_ctx_train or model.n_ctx_train)
+    flip = theory.min_repeats(language, "q", "c", setting=setting, length=61, global_count=1)
     logits = model(fixed)[:, -1].detach()
     assert flip.repeats == first_win(logits[:, C] - logits[:, G])
-    flip = theory.min_repeats(language, "q", "c", **setting, lead=0, max_repeats=30)
+    flip = theory.min_repeats(language, "q", "c", setting=setting, lead=0, max_repeats=30)
     logits = model(torch.tensor([build(0, 0, 30)]))[0, ::2].detach()
     assert flip.repeats == first_win(logits[:, C] - logits[:, G])
 
 
 def test_the_reason_tells_both_pulls():
-    language, strengths = conflict(3.0), hl.Strengths(math.inf, 6.0, 5.0, 1.0)
-    possible = theory.min_repeats(language, "q", "c", strengths=strengths, length=100)
+    language, setting = conflict(3.0), theory.Setting(hl.Strengths(math.inf, 6.0, 5.0, 1.0))
+    possible = theory.min_repeats(language, "q", "c", setting=setting, length=100)
     # n (e^6 * 2 + 3) > 300: one repeat; its pull is 5 e^6 / (e^6 + 99) = 4.01.
     assert possible.repeats == 1
     assert "4.01" in possible.reason
     assert "weights by 3" in possible.reason
-    hopeless = theory.min_repeats(conflict(6.0), "q", "c", strengths=strengths, length=100)
+    hopeless = theory.min_repeats(conflict(6.0), "q", "c", setting=setting, length=100)
     assert hopeless.repeats is None
     assert "fits into 100 tokens (at most 49)" in hopeless.reason
 
 
 def test_the_global_candidate_is_by_default_the_likeliest_successor():
-    language, strengths = conflict(2.0), hl.Strengths(2.0, 4.0, 5.0, 1.0)
-    named = theory.min_repeats(language, "q", "c", "g", strengths, length=60)
-    assert theory.min_repeats(language, Q, C, strengths=strengths, length=60) == named
+    language, setting = conflict(2.0), theory.Setting(hl.Strengths(2.0, 4.0, 5.0, 1.0))
+    named = theory.min_repeats(language, "q", "c", "g", setting, length=60)
+    assert theory.min_repeats(language, Q, C, setting=setting, length=60) == named
     assert named.repeats is not None
 
 
@@ -265,8 +265,8 @@ def boundary(repeats=(0, 1), **kwargs):
 VALUE_ERRORS = {
     "trigger 'z' is not one of": lambda: minimal("z", "c"),
     "in_context 'z' is not one of": lambda: minimal("q", "z"),
-    "global_ 'z' is not one of": lambda: minimal("q", "c", "z"),
-    "trigger 'q', in_context 'g' and global_ 'g' must be three different": lambda: minimal("q", "g"),
+    "global_candidate 'z' is not one of": lambda: minimal("q", "c", "z"),
+    "trigger 'q', in_context 'g' and global_candidate 'g' must be three different": lambda: minimal("q", "g"),
     "'q' after 'q'.*floored": lambda: minimal(language=ZEROS),
     "give either length= or lead=, got length=None, lead=None": lambda: minimal(max_repeats=5),
     "give either length= or lead=, got length=5, lead=5": lambda: minimal(length=5, lead=5),
@@ -274,17 +274,17 @@ VALUE_ERRORS = {
     "length must be at least 4, got 3": lambda: minimal(length=3, global_count=3),
     "global_count must be at least 0, got -1": lambda: minimal(length=5, global_count=-1),
     "max_repeats must be at least 1, got 0": lambda: minimal(lead=5, max_repeats=0),
-    "positions must be one of .* 'rotary'": lambda: minimal(lead=5, positions="rotary"),
-    "n_ctx_train is for absolute": lambda: minimal(lead=5, n_ctx_train=9),
+    "positions must be one of .* 'rotary'": lambda: minimal(lead=5, setting=theory.Setting(positions="rotary")),
+    "n_ctx_train is for absolute": lambda: minimal(lead=5, setting=theory.Setting(n_ctx_train=9)),
     "n_ctx_train is for absolute positions; .* got 9": lambda: minimal(
-        lead=5, n_ctx_train=9, strengths=hl.Strengths(math.inf)
+        lead=5, setting=theory.Setting(hl.Strengths(math.inf), n_ctx_train=9)
     ),
     r"repeats must be a vector of integers >= 0, got \[-1\]": lambda: boundary([-1], lead=5),
     r"repeats must be a vector of integers >= 0, got \[0.5\]": lambda: boundary([0.5], lead=5),
     r"repeats must be a vector .* got \[\[1\]\]": lambda: boundary([[1]], lead=5),
     r"length must be at least .* = 9, got 8": lambda: boundary([1, 3], length=8, global_count=2),
     "give either length= or lead=, got": lambda: boundary(),
-    "strengths.bigram must be > 0": lambda: boundary(lead=5, strengths=hl.Strengths(bigram=0)),
+    "strengths.bigram must be > 0": lambda: boundary(lead=5, setting=theory.Setting(hl.Strengths(bigram=0))),
 }
 TYPE_ERRORS = {
     r"length must be an int, got 9\.0": lambda: minimal(length=9.0),

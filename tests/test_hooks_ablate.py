@@ -60,7 +60,7 @@ def test_without_the_bigram_memory_exactly_the_context_term_is_left(setting):
     close(logits.detach(), torch.stack([context_by_hand(row, model) for row in tokens]))
     options = {**setting}
     options.pop("n_ctx", None)
-    theory = hl.theory.logits(tokens, model.language, model.strengths, **options)
+    theory = hl.theory.logits(tokens, model.language, hl.theory.Setting(model.strengths, **options))
     close(logits.detach(), theory - 2.0 * model.language.log_pi_b[tokens])
 
 
@@ -179,7 +179,7 @@ def test_its_fwd_hooks_do_the_same_as_the_context(model):
 
 def test_a_reference_may_be_tokens_a_prompt_text_or_a_cache():
     model = perturbed()
-    prompt = hl.hijack_prompt(model.language, 0, 1, 1, 5, global_=2, seed=0, n_prompts=3)
+    prompt = hl.hijack_prompt(model.language, 0, 1, 1, 5, global_candidate=2, seed=0, n_prompts=3)
     tokens, component = prompts(), model.circuit.induction
     _, cache = model.run_with_cache(prompt.tokens)
     _, raw = model.run_with_cache(prompt.tokens, return_cache_object=False)

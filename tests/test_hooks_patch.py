@@ -100,7 +100,7 @@ def test_one_prompt_is_a_source_for_a_batch(model):
 
 def test_clean_and_corrupted_prompts_differ_in_effect_only_through_the_continuation():
     model = handwritten(strengths=hl.Strengths(20.0, 6.0, 10.0, 1.0))
-    prompt = hl.hijack_prompt(model.language, 0, 3, 1, 12, distance=4, filler="avoid", global_=5, seed=0)
+    prompt = hl.hijack_prompt(model.language, 0, 3, 1, 12, distance=4, filler="avoid", global_candidate=5, seed=0)
     after_trigger = len(prompt) - 1 - 4 + 1
     assert (prompt.clean != prompt.corrupted).nonzero().tolist() == [[after_trigger]]
     corrupted = model(prompt.corrupted)

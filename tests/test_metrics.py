@@ -125,7 +125,7 @@ def test_extreme_logits_neither_overflow_nor_lose_precision(scale):
 
 def test_margin_is_context_over_memory_and_names_both_tokens():
     model = handwritten()
-    prompt = hl.hijack_prompt(model.language, 0, 3, 1, 8, global_=5, seed=0, n_prompts=3)
+    prompt = hl.hijack_prompt(model.language, 0, 3, 1, 8, global_candidate=5, seed=0, n_prompts=3)
     logits = model(prompt.tokens).detach()
     metric = metrics.margin(prompt)
     expected = torch.stack([row[-1, 3] - row[-1, 5] for row in logits])
@@ -256,7 +256,7 @@ def test_it_fits_transformer_lens_patching():
 
 def test_it_measures_what_an_intervention_does():
     model = handwritten(strengths=hl.Strengths(20.0, 6.0, 10.0, 1.0))
-    prompt = hl.hijack_prompt(model.language, 0, 3, 1, 12, distance=4, filler="avoid", global_=5, seed=0)
+    prompt = hl.hijack_prompt(model.language, 0, 3, 1, 12, distance=4, filler="avoid", global_candidate=5, seed=0)
     metric = metrics.margin(prompt)
     assert metric(model(prompt.clean)) > 1
     with hooks.ablate(model, model.circuit.induction):

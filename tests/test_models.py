@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,16 +25,13 @@ from hijack_lens.models import RelativeAttention
 
 
 def build(world, n_ctx=80, **kwargs):
-    language, strengths, triggers, positions, n_ctx_train = world.setting
-    return hl.associative_transformer(
-        language, triggers, positions, strengths, n_ctx=n_ctx, n_ctx_train=n_ctx_train, **kwargs
-    )
+    return hl.associative_transformer(world.language, **vars(world.setting), n_ctx=n_ctx, **kwargs)
 
 
 def run(world, **kwargs):
     """Logits of the model and of the theory."""
     with torch.no_grad():
-        return build(world, **kwargs)(world.tokens), theory.logits(world.tokens, *world.setting)
+        return build(world, **kwargs)(world.tokens), theory.logits(world.tokens, world.language, world.setting)
 
 
 @settings(max_examples=250)
@@ -56,7 +54,7 @@ def test_model_and_theory_agree_in_float32(world):
 def test_attention_patterns_agree_too(world):
     model = build(world, dtype=torch.float64)
     _, cache = model.run_with_cache(world.tokens)
-    for layer, expected in enumerate(theory.attention(world.tokens, *world.setting)):
+    for layer, expected in enumerate(theory.attention(world.tokens, world.language, world.setting)):
         pattern = cache["pattern", layer][:, 0].detach()
         torch.testing.assert_close(pattern, expected, rtol=0, atol=1e-12)
 
@@ -153,7 +151,7 @@ def test_superposition_is_approximate_and_better_with_more_dimensions():
     language = hl.BigramLanguage.dirichlet(40, seed=0)
     strengths = hl.Strengths(10.0, 4.0, 5.0, 0.1)
     tokens = language.sample(8, 30, seed=0).tokens
-    expected = theory.logits(tokens, language, strengths)
+    expected = theory.logits(tokens, language, theory.Setting(strengths))
 
     def error(d_model):
         squares = []
@@ -190,8 +188,8 @@ def model(request):
 
 
 def expect(model, tokens, **changed):
-    strengths = hl.Strengths(**(vars(model.strengths) | changed))
-    return theory.logits(tokens, model.language, strengths, model.triggers, model.positions, model.n_ctx_train)
+    setting = replace(theory.Setting.of(model), strengths=replace(model.strengths, **changed))
+    return theory.logits(tokens, model.language, setting)
 
 
 def test_the_model_says_what_it_is(model):

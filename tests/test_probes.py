@@ -301,7 +301,7 @@ def test_sequences_that_do_not_fit_the_model_are_refused(unchecked):
 def test_a_handwritten_model_is_read_back(strengths, positions, triggers):
     model = handwritten(strengths=strengths, positions=positions, triggers=triggers)
     fit = hl.fit_strengths(model)
-    assert fit.triggers == tuple(model.triggers)
+    assert fit.setting.triggers == tuple(model.triggers)
     for name in ("previous_token", "match", "copy", "bigram"):
         assert getattr(fit.strengths, name) == pytest.approx(getattr(strengths, name), abs=1e-4), name
         assert fit.purity[name] == pytest.approx(1, abs=1e-9), name
@@ -310,6 +310,7 @@ def test_a_handwritten_model_is_read_back(strengths, positions, triggers):
 def test_up_to_where_absolute_positions_were_learned():
     fit = hl.fit_strengths(handwritten(positions="absolute", n_ctx_train=15))
     assert fit.strengths.previous_token == pytest.approx(11, abs=1e-6)
+    assert (fit.setting.positions, fit.setting.n_ctx_train) == ("absolute", 15)
     assert fit.purity["previous_token"] == pytest.approx(1, abs=1e-9)
 
 
@@ -318,7 +319,7 @@ def test_asked_about_tokens_that_are_no_keys_the_match_is_0():
     others = [token for token in range(8) if token not in TRIGGERS]
     fit = hl.fit_strengths(model, others)
     assert fit.strengths.match == pytest.approx(0, abs=1e-9)
-    assert fit.triggers == tuple(others)
+    assert fit.setting.triggers == tuple(others)
     assert hl.fit_strengths(model, TRIGGERS).strengths.match == pytest.approx(5, abs=1e-9)
 
 
@@ -422,7 +423,7 @@ def test_r2_of_logits_that_are_wrong_in_a_known_way():
     model = handwritten()
     for factor, expected in ((1.0, 1.0), (0.0, 0.0), (2.0, 0.0), (0.5, 0.75), (3.0, -3.0)):
         wrong = hl.Strengths(11.0, 5.0, 7.0 * factor, factor)  # logits are linear in these two
-        fit = FittedStrengths(wrong, LANGUAGE, tuple(model.triggers), {})
+        fit = FittedStrengths(theory.Setting(wrong, model.triggers), LANGUAGE, {})
         agreement = theory_agreement(model, fit, n_prompts=20, length=20)
         assert agreement.r2 == pytest.approx(expected, abs=1e-9)
         if factor:

@@ -143,7 +143,7 @@ def test_a_model_written_by_hand_does_what_the_theory_predicts_of_its_weights():
     for flip, predicted, fact in zip(found.flips, found.theory.flips, facts, strict=True):
         assert predicted.repeats == flip
         least = hl.theory.min_repeats(
-            model.language, 0, fact.context, fact.weights, found.theory.strengths, lead=3
+            model.language, 0, fact.context, fact.weights, hl.theory.Setting(found.theory.strengths), lead=3
         ).repeats
         assert flip == least
     assert len({*found.flips}) > 1
@@ -206,7 +206,7 @@ def test_a_repeat_of_two_tokens_is_the_theorys_own_growing_prompt():
         n = torch.arange(6).double()
         lengths = (lead + 1 + 2 * torch.arange(6))[None]
         measured = copy * n / (n + (lengths - n) * math.exp(-3.0)) - ahead
-        expected = hl.theory.min_repeats(language, 0, c, g, strengths, lead=lead).repeats
+        expected = hl.theory.min_repeats(language, 0, c, g, hl.theory.Setting(strengths), lead=lead).repeats
         assert theory_of_margins(measured, lengths).flips[0].repeats == expected
 
 

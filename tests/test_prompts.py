@@ -26,7 +26,7 @@ def requests(draw):
         "language": language,
         "trigger": order[0],
         "in_context": order[1],
-        "global_": order[2],
+        "global_candidate": order[2],
         "alternative": draw(st.none() | st.just(order[3])),
         "repeats": repeats,
         "length": length,
@@ -40,11 +40,11 @@ def requests(draw):
 @given(requests())
 def test_a_prompt_is_what_was_asked_for(request):
     prompt = hl.hijack_prompt(**request)
-    q, c, g, repeats = (request[name] for name in ("trigger", "in_context", "global_", "repeats"))
+    q, c, g, repeats = (request[name] for name in ("trigger", "in_context", "global_candidate", "repeats"))
     other = g if request["alternative"] is None else request["alternative"]
     batch = () if request["n_prompts"] is None else (request["n_prompts"],)
     assert prompt.tokens.shape == prompt.corrupted.shape == (*batch, request["length"])
-    assert (prompt.trigger, prompt.in_context, prompt.global_, prompt.alternative) == (q, c, g, other)
+    assert (prompt.trigger, prompt.in_context, prompt.global_candidate, prompt.alternative) == (q, c, g, other)
     assert prompt.clean is prompt.tokens
     assert len(prompt) == request["length"]
 
@@ -77,15 +77,15 @@ def test_prompts_depend_on_the_seed_alone(request):
 
 
 def test_prompts_differ_within_a_batch_and_by_seed(global_rng_untouched):
-    batch = hl.hijack_prompt(LANGUAGE, 0, 1, 3, 40, global_=2, n_prompts=5, seed=0).tokens
-    other = hl.hijack_prompt(LANGUAGE, 0, 1, 3, 40, global_=2, n_prompts=5, seed=1).tokens
+    batch = hl.hijack_prompt(LANGUAGE, 0, 1, 3, 40, global_candidate=2, n_prompts=5, seed=0).tokens
+    other = hl.hijack_prompt(LANGUAGE, 0, 1, 3, 40, global_candidate=2, n_prompts=5, seed=1).tokens
     assert len({tuple(row) for row in [*batch.tolist(), *other.tolist()]}) == 10
 
 
 def test_repeats_stand_anywhere_with_equal_probability():
     # 8 tokens: pairs start at 1..5 (counting from 0), two of them at least 2 apart. Each choice: 1/6.
     possible = [pair for pair in combinations(range(1, 6), 2) if pair[1] - pair[0] >= 2]
-    prompts = hl.hijack_prompt(LANGUAGE, 0, 1, 2, 8, global_=2, n_prompts=6_000, seed=0).tokens
+    prompts = hl.hijack_prompt(LANGUAGE, 0, 1, 2, 8, global_candidate=2, n_prompts=6_000, seed=0).tokens
     seen = Counter(tuple(i for i in range(7) if row[i] == 0) for row in prompts.tolist())
     assert sorted(seen) == possible
     assert all(abs(count - 1_000) < 5 * (6_000 * 1 / 6 * 5 / 6) ** 0.5 for count in seen.values())
@@ -94,7 +94,7 @@ def test_repeats_stand_anywhere_with_equal_probability():
 @pytest.mark.parametrize(("filler", "kept_out"), [("sample", [0]), ("avoid", [0, 1, 2, 3])])
 def test_filler_follows_the_language_without_the_tokens_kept_out(filler, kept_out):
     tokens = hl.hijack_prompt(
-        LANGUAGE, 0, 1, 0, 60, filler=filler, global_=2, alternative=3, n_prompts=500, seed=0
+        LANGUAGE, 0, 1, 0, 60, filler=filler, global_candidate=2, alternative=3, n_prompts=500, seed=0
     ).tokens[:, :-1]
     rows = LANGUAGE.pi_b.clone()
     rows[:, kept_out] = 0
@@ -114,7 +114,7 @@ def test_filler_where_the_language_allows_nothing_but_the_trigger():
     language = hl.BigramLanguage(
         [[0, 0, 0.5, 0.5], [0.5, 0, 0.5, 0], [0.5, 0.5, 0, 0], [1, 0, 0, 0]], tokens=["q", "c", "g", "x"]
     )
-    tokens = hl.hijack_prompt(language, "q", "c", 2, 40, global_="g", n_prompts=50, seed=0).tokens
+    tokens = hl.hijack_prompt(language, "q", "c", 2, 40, global_candidate="g", n_prompts=50, seed=0).tokens
     assert not bool((tokens[:, 1:-1][tokens[:, :-2] == 3] == 0).all())
     assert tokens.eq(0).sum(-1).tolist() == [3] * 50
 
@@ -122,11 +122,11 @@ def test_filler_where_the_language_allows_nothing_but_the_trigger():
 def test_defaults_are_the_likeliest_successor_and_text_is_readable():
     language = hl.BigramLanguage.from_text("the quick queen quit the quiz " * 3)
     prompt = hl.hijack_prompt(language, "q", "x" if "x" in language.tokens else "z", 2, 12, seed=0)
-    assert language.tokens[prompt.global_] == "u"
-    assert prompt.alternative == prompt.global_
+    assert language.tokens[prompt.global_candidate] == "u"
+    assert prompt.alternative == prompt.global_candidate
     assert prompt.text == "".join(language.tokens[i] for i in prompt.tokens)
     assert prompt.text.count("qz") == 2
-    assert "trigger='q', in_context='z', global_='u'" in repr(prompt)
+    assert "trigger='q', in_context='z', global_candidate='u'" in repr(prompt)
     batch = hl.hijack_prompt(language, "q", "z", 2, 12, n_prompts=3, seed=0)
     assert batch.text == [language.decode(row) for row in batch.tokens]
 
@@ -140,11 +140,11 @@ VALUE_ERRORS = {
     "trigger 'z' is not one of": lambda: ask("z"),
     "in_context 'z' is not one of": lambda: ask(in_context="z"),
     "in_context 4 is not a token id; ids run from 0 to 3": lambda: ask(in_context=4),
-    "global_ 'z' is not one of": lambda: ask(global_="z"),
+    "global_candidate 'z' is not one of": lambda: ask(global_candidate="z"),
     "alternative 'z' is not one of": lambda: ask(alternative="z"),
     "in_context 'g' is also what the weights say after 'q'": lambda: ask(in_context="g"),
     "in_context must not be the trigger itself, 'q'": lambda: ask(in_context="q"),
-    "global_ must not be the trigger itself, 'q'": lambda: ask(global_="q"),
+    "global_candidate must not be the trigger itself, 'q'": lambda: ask(global_candidate="q"),
     "alternative must differ from in_context, got 'c'": lambda: ask(alternative="c"),
     "repeats must be at least 0, got -1": lambda: ask(repeats=-1),
     r"repeats=5 do not fit: length must be at least 2 \* repeats \+ 2 = 12, got 10": lambda: ask(repeats=5),

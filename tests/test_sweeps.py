@@ -394,7 +394,7 @@ def test_prompts_may_be_lists_text_or_hijack_prompts():
     assert expected.texts == ("1", "2", "3", "1") or expected.texts == ("1", "4", "3", "1")
     for pair in (([1, 2, 3, 1], [1, 4, 3, 1]), (clean[0], corrupted[0]), (clean[0].numpy(), corrupted)):
         assert torch.equal(patch_sweep(model, *pair, metric).values, expected.values)
-    prompt = hl.hijack_prompt(model.language, 1, 2, 2, 12, global_=3, seed=0)
+    prompt = hl.hijack_prompt(model.language, 1, 2, 2, 12, global_candidate=3, seed=0)
     other = prompt.tokens.flip(-1)
     by_prompt = patch_sweep(model, prompt, other, hl.metrics.margin(prompt))
     plain = patch_sweep(model, prompt.tokens, other, hl.logit_diff(2, 3))

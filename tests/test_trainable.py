@@ -292,7 +292,7 @@ def test_a_trained_model_is_explained_and_reported(trained, tmp_path):
     prompt = conflict()
     explanation = hl.explain(trained, prompt)
     logits = trained(prompt.tokens)[0, -1].detach()
-    by_hand = float(logits[prompt.in_context] - logits[prompt.global_])
+    by_hand = float(logits[prompt.in_context] - logits[prompt.global_candidate])
     assert float(explanation.margin.total) == pytest.approx(by_hand, abs=1e-10)
     assert explanation.theory is None
     assert set(explanation.ablated) == {"previous-token head", "induction head", "bigram memory"}

@@ -33,7 +33,9 @@ def nasty_explanation():
     """A language whose tokens would break out of a careless page."""
     tokens = ["q", NASTY, "<img/src=x/onerror=document.title='PWNED'>", "'\"", "`${x}`", "</SCRIPT>", "a", "b"]
     language = hl.BigramLanguage(hl.BigramLanguage.dirichlet(8, seed=3).pi_b, tokens=tokens)
-    prompt = hl.hijack_prompt(language, "q", NASTY, 3, 30, global_="<img/src=x/onerror=document.title='PWNED'>", seed=0)
+    prompt = hl.hijack_prompt(
+        language, "q", NASTY, 3, 30, global_candidate="<img/src=x/onerror=document.title='PWNED'>", seed=0
+    )
     return hl.explain(hl.associative_transformer(language), prompt)
 
 

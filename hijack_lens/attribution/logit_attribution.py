@@ -10,10 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hijack_lens.core.checks import as_int, check_count
-from hijack_lens.core.circuit import Circuit, Component
+from hijack_lens.core.circuit import Circuit, Component, Margin
 from hijack_lens.core.files import Saved
 from hijack_lens.core.tables import Shown, visible
-from hijack_lens.theory.closed_form import Margin
 
 Memory = Literal["context", "weights", "rest"]
 MEMORIES: tuple[Memory, ...] = ("context", "weights", "rest")

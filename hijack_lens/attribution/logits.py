@@ -74,7 +74,7 @@ def attribute(
     if position != "all" and (number is None or not -length <= number < length):
         raise ValueError(f"position must be 'all' or an int from {-length} to {length - 1}, got {position!r}")
     where: int | Literal["all"] = "all" if number is None else number % length
-    candidates = (tokens.in_context, tokens.global_) if isinstance(tokens, HijackPrompt) else None
+    candidates = (tokens.in_context, tokens.global_candidate) if isinstance(tokens, HijackPrompt) else None
 
     chosen = None if answers is None else answer_ids(model, answers)
     too_deep = _beyond_whole_paths(model)

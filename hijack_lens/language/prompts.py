@@ -17,14 +17,14 @@ class HijackPrompt:
     """A prompt, or a batch of them, whose context says one thing and whose language says another.
 
     It ends with the trigger. In its context the trigger is always followed by `in_context`; the language
-    says `global_`. `clean` and `corrupted` differ only in what followed the trigger.
+    says `global_candidate`. `clean` and `corrupted` differ only in what followed the trigger.
 
     Attributes:
         tokens: token ids; the clean prompt.
         corrupted: the same, with `alternative` in place of `in_context` after each trigger.
         trigger: q, the last token.
         in_context: c, what the context says.
-        global_: g, what the weights say.
+        global_candidate: g, what the weights say.
         alternative: what the corrupted context says; by default g.
         language: whose tokens these are.
     """
@@ -33,7 +33,7 @@ class HijackPrompt:
     corrupted: Int[Tensor, "*batch pos"]
     trigger: int
     in_context: int
-    global_: int
+    global_candidate: int
     alternative: int
     language: BigramLanguage
 
@@ -53,8 +53,8 @@ class HijackPrompt:
         return self.tokens.shape[-1]
 
     def __repr__(self) -> str:
-        names = [repr(self.language.tokens[i]) for i in (self.trigger, self.in_context, self.global_)]
-        return "HijackPrompt({!r}, trigger={}, in_context={}, global_={})".format(self.text, *names)
+        names = [repr(self.language.tokens[i]) for i in (self.trigger, self.in_context, self.global_candidate)]
+        return "HijackPrompt({!r}, trigger={}, in_context={}, global_candidate={})".format(self.text, *names)
 
 
 def hijack_prompt(
@@ -66,7 +66,7 @@ def hijack_prompt(
     distance: int | None = None,
     filler: Literal["sample", "avoid"] = "sample",
     *,
-    global_: Token | None = None,
+    global_candidate: Token | None = None,
     alternative: Token | None = None,
     n_prompts: int | None = None,
     seed: int | torch.Generator,
@@ -86,7 +86,7 @@ def hijack_prompt(
             stand at random places.
         filler: "sample" draws any token but the trigger; "avoid" keeps both candidates out as well, so
             that they occur nowhere but in the repeats.
-        global_: g, what the weights say; by default the most likely successor of q.
+        global_candidate: g, what the weights say; by default the most likely successor of q.
         alternative: what follows q in the corrupted prompt; by default g.
         n_prompts: for a batch of prompts, how many; by default one prompt, without a batch axis.
         seed: of places and filler.
@@ -96,14 +96,16 @@ def hijack_prompt(
     """
     check_type("language", language, BigramLanguage)
     q, c = language.index(trigger, "trigger"), language.index(in_context, "in_context")
-    g = language.global_candidate(q) if global_ is None else language.index(global_, "global_")
+    weights_say = language.global_candidate(q) if global_candidate is None else global_candidate
+    g = language.index(weights_say, "global_candidate")
     other = g if alternative is None else language.index(alternative, "alternative")
     name = language.tokens
     if c == g:
         raise ValueError(
-            f"in_context {name[c]!r} is also what the weights say after {name[q]!r}: choose another, or give global_="
+            f"in_context {name[c]!r} is also what the weights say after {name[q]!r}: "
+            "choose another, or give global_candidate="
         )
-    for role, token in (("in_context", c), ("global_", g), ("alternative", other)):
+    for role, token in (("in_context", c), ("global_candidate", g), ("alternative", other)):
         if token == q:
             raise ValueError(f"{role} must not be the trigger itself, {name[q]!r}")
     if other == c:

@@ -26,6 +26,17 @@ def cut(text: str, level: str) -> list[str]:
     return list(text) if level == "char" else _WORD.findall(text)
 
 
+def listed_triggers(triggers: Any) -> tuple[Token, ...] | None:
+    """Triggers as a tuple; `None`, which means every token, stays. A string is one token."""
+    if isinstance(triggers, Tensor):
+        triggers = triggers.tolist()
+    if isinstance(triggers, str) or as_int(triggers) is not None:
+        triggers = (triggers,)
+    if triggers is not None and not isinstance(triggers, Iterable):
+        raise TypeError(f"triggers must be a token or several, got {triggers!r}")
+    return None if triggers is None else tuple(triggers)
+
+
 class Vocabulary:
     """The texts of `size` tokens, each a character or a word; the arguments are those of `BigramLanguage`."""
 
@@ -75,18 +86,12 @@ class Vocabulary:
 
     def trigger_ids(self, triggers: Any) -> Int[Tensor, "trigger"]:
         """Ids of the triggers; `None` means every token. A string is one token."""
-        if triggers is None:
+        listed = listed_triggers(triggers)
+        if listed is None:
             return torch.arange(self.d_vocab)
-        if isinstance(triggers, Tensor):
-            triggers = triggers.tolist()
-        if isinstance(triggers, str) or as_int(triggers) is not None:
-            triggers = [triggers]
-        if not isinstance(triggers, Iterable):
-            raise TypeError(f"triggers must be a token or several, got {triggers!r}")
-        listed = list(triggers)
         ids = [self.index(token, "trigger") for token in listed]
         if len(set(ids)) != len(ids):
-            raise ValueError(f"triggers must be distinct, got {listed!r}")
+            raise ValueError(f"triggers must be distinct, got {list(listed)!r}")
         return torch.tensor(ids, dtype=torch.long)
 
     def tokenize(self, text: str) -> list[str]:

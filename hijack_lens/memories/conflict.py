@@ -10,11 +10,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hijack_lens.attribution.logits import attribute
-from hijack_lens.core.circuit import Circuit
+from hijack_lens.core.circuit import Circuit, Margin
 from hijack_lens.core.files import Saved
 from hijack_lens.core.tables import Drawn
 from hijack_lens.memories.token_tables import Tokens, TokenTables, replaced, token_tables
-from hijack_lens.theory.closed_form import Margin
 
 Winner = Literal["context", "weights", "both", "neither"]
 
@@ -56,21 +55,21 @@ class MemoryConflict(TokenTables, Saved, Drawn):
         return self.context.argmax(1)
 
     @property
-    def global_(self) -> Int[Tensor, "query"]:
+    def global_candidate(self) -> Int[Tensor, "query"]:
         """The weights' candidate, likewise."""
         return self.weights.argmax(1)
 
     @property
     def conflicts(self) -> Bool[Tensor, "query"]:
         """Where the two differ. Of query tokens that do not occur in the context, it knows nothing in particular."""
-        return self.in_context != self.global_
+        return self.in_context != self.global_candidate
 
     @property
     def margin(self) -> Margin:
         """logit[in-context candidate] - logit[global candidate] of each query token, split by memory."""
 
         def difference(table: Float[Tensor, "query answer"]) -> Float[Tensor, "query"]:
-            a, b = (table.gather(1, candidate[:, None])[:, 0] for candidate in (self.in_context, self.global_))
+            a, b = (table.gather(1, candidate[:, None])[:, 0] for candidate in (self.in_context, self.global_candidate))
             return a - b
 
         return Margin(*map(difference, (self.context, self.weights, self.rest)))
@@ -78,7 +77,7 @@ class MemoryConflict(TokenTables, Saved, Drawn):
     @property
     def winners(self) -> tuple[Winner, ...]:
         """Whose candidate has the largest logit: "both" where they say the same, "neither" for a third answer."""
-        top, c, g = (x.tolist() for x in (self.logits.argmax(1), self.in_context, self.global_))
+        top, c, g = (x.tolist() for x in (self.logits.argmax(1), self.in_context, self.global_candidate))
         return tuple(map(_winner, top, c, g))
 
     def to_pandas(self) -> pd.DataFrame:
@@ -90,7 +89,7 @@ class MemoryConflict(TokenTables, Saved, Drawn):
         texts, margin = self.answer_texts, self.margin
         frame = pd.DataFrame({"query": self.query_texts, "occurs": self.occurs.numpy()})
         frame["in_context"] = [texts[i] for i in self.in_context.tolist()]
-        frame["global"] = [texts[i] for i in self.global_.tolist()]
+        frame["global"] = [texts[i] for i in self.global_candidate.tolist()]
         frame["conflict"] = self.conflicts.cpu().numpy()
         for name in ("context", "weights", "rest"):
             frame[name] = getattr(margin, name).detach().cpu().double().numpy()
@@ -100,10 +99,10 @@ class MemoryConflict(TokenTables, Saved, Drawn):
         return frame
 
 
-def _winner(top: int, in_context: int, global_: int) -> Winner:
-    if in_context == global_:
+def _winner(top: int, in_context: int, global_candidate: int) -> Winner:
+    if in_context == global_candidate:
         return "both" if top == in_context else "neither"
-    return "context" if top == in_context else "weights" if top == global_ else "neither"
+    return "context" if top == in_context else "weights" if top == global_candidate else "neither"
 
 
 _CELLS = 2**24

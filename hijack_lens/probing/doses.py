@@ -15,14 +15,13 @@ from hijack_lens import theory
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
 from hijack_lens.core.checks import check_count
-from hijack_lens.core.circuit import Circuit, Positions, Strengths
+from hijack_lens.core.circuit import Circuit, Margin, Strengths
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import check_model, evaluating
 from hijack_lens.core.tables import Drawn
 from hijack_lens.language.facts import Bigram, Fact
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.probing.fact_tokens import FactPrompts, fact_prompts
-from hijack_lens.theory.closed_form import Margin
 from hijack_lens.theory.flips import Flip
 from hijack_lens.training.fit import FittedStrengths, fit_strengths
 
@@ -54,23 +53,20 @@ class DoseTheory:
 
 
 def theory_of_weights(
-    model: BigramTransformer,
-    fit: FittedStrengths,
-    conflicts: Sequence[FactPrompts],
-    measured: Float[Tensor, "fact dose"],
+    fit: FittedStrengths, conflicts: Sequence[FactPrompts], measured: Float[Tensor, "fact dose"]
 ) -> DoseTheory:
     """The closed form at the strengths that `fit_strengths` read off a model."""
-    positions: Positions = "absolute" if model.positions == "absolute" else "relative"
-    setting = (fit.strengths, fit.triggers, positions, model.n_ctx_train)
     predicted, ahead, flips = torch.zeros_like(measured), [], []
     for row, one in zip(predicted, conflicts, strict=True):
         for n in range(len(row)):
-            margin = theory.margin(one.tokens(n), fit.language, *setting, in_context=one.context, global_=one.weights)
+            margin = theory.margin(
+                one.tokens(n), fit.language, fit.setting, in_context=one.context, global_candidate=one.weights
+            )
             row[n] = margin.total
         ahead.append(-float(margin.weights))
         if one.period == 2:  # the trigger and its successor: the layout that the closed form counts
             trigger, lead = one.prompts[0][-1], one.lengths[0] - 1
-            flips.append(theory.min_repeats(fit.language, trigger, one.context, one.weights, *setting, lead=lead))
+            flips.append(theory.min_repeats(fit.language, trigger, one.context, one.weights, fit.setting, lead=lead))
         else:
             flips.append(_first_win(row))
     of_weights = torch.tensor(ahead, dtype=torch.float64)
@@ -306,7 +302,7 @@ def dose_response(
     lengths = torch.tensor([one.lengths for one in conflicts])
     fit = _strengths(model)
     if fit is not None:
-        predicted = theory_of_weights(model, fit, conflicts, margin.total)
+        predicted = theory_of_weights(fit, conflicts, margin.total)
     else:
         predicted = theory_of_margins(margin.total, lengths)
     return DoseResponse(conflicts, margin, circuit, predicted, error)

@@ -83,7 +83,7 @@ def _ask(model: BigramTransformer, settings: Settings, seed: int) -> pd.DataFram
     triggers = range(model.cfg.d_vocab) if model.triggers is None else model.triggers
     rows = []
     for prompt in conflict_prompts(model.language, triggers, settings.n_prompts, settings.length, seed):
-        found = attribute(model, prompt, answers=[prompt.in_context, prompt.global_])
+        found = attribute(model, prompt, answers=[prompt.in_context, prompt.global_candidate])
         split = found.margin()
         by_path = found.by_path()[:, 0] - found.by_path()[:, 1]
         through_mlp = [p.memory != "weights" and any(c in circuit.bigram for c in p.through) for p in found.paths]

@@ -75,7 +75,8 @@ def closed_form(settings: Settings = Settings(), make: Make = associative_transf
             )
             with torch.no_grad():
                 measured = model(tokens).cpu()
-            predicted = theory.logits(tokens, language, strengths, triggers, positions, n_ctx_train)
+            setting = theory.Setting(strengths, triggers, positions, n_ctx_train)
+            predicted = theory.logits(tokens, language, setting)
             error = float((measured - predicted).abs().max())
             scale = float(measured.abs().max())
             rows.append((positions, d_vocab, length, *vars(strengths).values(), scale, error))

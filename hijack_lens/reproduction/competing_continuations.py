@@ -195,7 +195,9 @@ def _ask_trained(model: BigramTransformer, settings: Settings, seed: int) -> Flo
         q = int(triggers[torch.randint(len(triggers), (), generator=generator)])
         c, g = torch.randint(language.d_vocab, (2,), generator=generator).tolist()
         if len({q, c, g}) == 3:
-            lead = hijack_prompt(language, q, c, 0, settings.lead + 1, filler="avoid", global_=g, seed=generator)
+            lead = hijack_prompt(
+                language, q, c, 0, settings.lead + 1, filler="avoid", global_candidate=g, seed=generator
+            )
             pairs = [token for k in range(settings.trained_pairs) for token in ((c, g)[k % 2], q)]
             rows.append(torch.cat([lead.tokens, torch.tensor(pairs)]))
             asked.append((c, g))

@@ -168,8 +168,8 @@ def _ask(model: BigramTransformer, settings: Settings, strengths: Strengths | No
     response = dose_response(model, denied, settings.repeats, lead=lead)
     fit = fit_strengths(model, range(n))
     if strengths is not None:
-        fit = replace(fit, strengths=strengths)
-    return replace(response, theory=theory_of_weights(model, fit, response.conflicts, response.margin.total))
+        fit = replace(fit, setting=replace(fit.setting, strengths=strengths))
+    return replace(response, theory=theory_of_weights(fit, response.conflicts, response.margin.total))
 
 
 def _flips(response: DoseResponse, predicted: bool) -> list[float]:

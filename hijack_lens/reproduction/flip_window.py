@@ -189,21 +189,21 @@ def _window(focus: float, settings: Settings, make: Make) -> pd.DataFrame:
     repeats = torch.arange(settings.max_repeats + 1)
     # A causal model's margins on every shorter prompt are those at the longest one's positions.
     measured = hijack_margins(model, tokens)[0, settings.lead :: 2].cpu()
-    predicted = theory.phase_boundary(repeats, strengths, lead=settings.lead) - settings.ahead
+    predicted = theory.phase_boundary(repeats, theory.Setting(strengths), lead=settings.lead) - settings.ahead
     return pd.DataFrame({"b1": focus, "repeats": repeats, "predicted": predicted, "measured": measured})
 
 
 def _primacy(settings: Settings, make: Make) -> pd.DataFrame:
     """A hand-written model's margin with one bigram at the front, after a neutral token, or at the end."""
-    strengths = Strengths(settings.primacy_focus, settings.match, settings.copy, 1.0)
+    setting = theory.Setting(Strengths(settings.primacy_focus, settings.match, settings.copy, 1.0))
     language = conflict_language([settings.ahead])
-    model = make(language, strengths=strengths, n_ctx=settings.primacy_lengths[-1], dtype=torch.float64)
+    model = make(language, strengths=setting.strengths, n_ctx=settings.primacy_lengths[-1], dtype=torch.float64)
     rows = []
     for length in settings.primacy_lengths:
         filler = torch.full((1, length - 2), NEUTRAL)
         filler[:, -1] = FIRST_TRIGGER
         tokens = _with_pair(filler, torch.tensor([[FIRST_TRIGGER, IN_CONTEXT]]))
-        predicted = theory.margin(tokens, language, strengths, in_context=IN_CONTEXT, global_=GLOBAL).total
+        predicted = theory.margin(tokens, language, setting, in_context=IN_CONTEXT, global_candidate=GLOBAL).total
         measured = hijack_margins(model, tokens)[:, -1]
         for place, *margins in zip(_PLACES, predicted.tolist(), measured.tolist(), strict=True):
             rows.append((settings.primacy_focus, place, length, *margins))

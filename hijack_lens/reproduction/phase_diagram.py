@@ -125,7 +125,7 @@ def phase_diagram(
             cells[name].append(answers)
             rows.append((name, seed, *vars(strengths).values(), *_counted(answers)))
             repeats = torch.arange(int(answers["evidence"].max()) + 1)
-            boundaries.append(theory.phase_boundary(repeats, strengths, length=recipe.length))
+            boundaries.append(theory.phase_boundary(repeats, theory.Setting(strengths), length=recipe.length))
     columns = ["diagram", "seed", "b1", "b2", "b3", "g", "prompts", "ties", "agreement", "agreement_of_rule"]
     table = pd.DataFrame(rows, columns=columns)
 
@@ -179,9 +179,9 @@ class _Context:
 
 def _ask_hand_written(strengths: Strengths, settings: Settings, make: Make) -> dict[str, pd.DataFrame]:
     """Predictions and answers by kind of question, a row per prompt."""
-    length, occurrences = settings.length, settings.occurrences
+    length, occurrences, setting = settings.length, settings.occurrences, theory.Setting(strengths)
     repeats = torch.arange((length - 2) // 2 + 1)
-    boundary = theory.phase_boundary(repeats, strengths, length=length)
+    boundary = theory.phase_boundary(repeats, setting, length=length)
     counted = zip(repeats.tolist(), boundary.tolist(), strict=True)
     by_repeats = [_Context(float(n), (IN_CONTEXT,) * n, x) for n, x in counted]
 
@@ -191,7 +191,7 @@ def _ask_hand_written(strengths: Strengths, settings: Settings, make: Make) -> d
         order = torch.randperm(occurrences, generator=generator).tolist()
         follow = tuple(IN_CONTEXT if place < n else GLOBAL for place in order)
         prompt = neutral_then_pairs(FIRST_TRIGGER, follow, length=length)
-        pull = theory.margin(prompt, language, strengths, in_context=IN_CONTEXT, global_=GLOBAL).context
+        pull = theory.margin(prompt, language, setting, in_context=IN_CONTEXT, global_candidate=GLOBAL).context
         by_share.append(_Context(n / occurrences, follow, float(pull) / strengths.bigram))
 
     # Up to beyond what the context can pull, and between round numbers: without repeats, 0 is a tie.

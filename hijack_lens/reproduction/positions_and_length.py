@@ -139,12 +139,12 @@ class LateConflicts:
     Attributes:
         tokens: the prompts.
         in_context: c of each.
-        global_: g of each.
+        global_candidate: g of each.
     """
 
     tokens: Int[Tensor, "prompt pos"]
     in_context: Int[Tensor, "prompt"]
-    global_: Int[Tensor, "prompt"]
+    global_candidate: Int[Tensor, "prompt"]
 
 
 def late_conflicts(language: BigramLanguage, settings: Settings, multiple: int) -> LateConflicts:
@@ -166,11 +166,11 @@ def late_conflicts(language: BigramLanguage, settings: Settings, multiple: int) 
             for end in ends
         ]
         tokens = torch.cat([torch.cat(quiet)[:, :-1], tokens], 1)
-    in_context, global_ = (
+    in_context, global_candidate = (
         torch.tensor([getattr(end, role) for end in ends]).repeat_interleave(settings.n_prompts)
-        for role in ("in_context", "global_")
+        for role in ("in_context", "global_candidate")
     )
-    return LateConflicts(tokens, in_context, global_)
+    return LateConflicts(tokens, in_context, global_candidate)
 
 
 def _predicted(
@@ -178,13 +178,12 @@ def _predicted(
 ) -> Float[Tensor, "prompt"]:
     """The margins that theory expects of the hand-written model."""
     learned = settings.recipe.length if positions == "absolute" else None
-    triggers = list(range(settings.recipe.triggers))
-    logits = theory.logits(prompts.tokens, language, settings.strengths, triggers, positions, learned)[:, -1]
-    return _margins(logits, prompts)
+    setting = theory.Setting(settings.strengths, range(settings.recipe.triggers), positions, learned)
+    return _margins(theory.logits(prompts.tokens, language, setting)[:, -1], prompts)
 
 
 def _margins(logits: Float[Tensor, "prompt d_vocab"], prompts: LateConflicts) -> Float[Tensor, "prompt"]:
-    candidates = torch.stack([prompts.in_context, prompts.global_], 1)
+    candidates = torch.stack([prompts.in_context, prompts.global_candidate], 1)
     c, g = logits.gather(1, candidates).unbind(1)
     return c - g
 

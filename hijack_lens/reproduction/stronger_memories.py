@@ -226,8 +226,8 @@ def _regimes(settings: Settings, make: Make) -> pd.DataFrame:
     copies = (ahead * torch.linspace(0.53, 3.47, settings.n_copies)).tolist()
     for match in tqdm(matches, desc="regimes", disable=None, unit="row"):
         for copy in copies:
-            strengths = Strengths(FOCUS, match, copy, 1.0)
-            model = make(language, strengths=strengths, n_ctx=tokens.shape[1], dtype=torch.float64)
+            setting = theory.Setting(Strengths(FOCUS, match, copy, 1.0))
+            model = make(language, strengths=setting.strengths, n_ctx=tokens.shape[1], dtype=torch.float64)
             margins = hijack_margins(model, tokens)[0, lead::2]
             wins = (margins > 0).nonzero().flatten().tolist()
             never = math.inf if bool(margins.isfinite().all()) else math.nan
@@ -237,10 +237,10 @@ def _regimes(settings: Settings, make: Make) -> pd.DataFrame:
                 regime, predicted = "at once", 1
             else:
                 flip = theory.min_repeats(
-                    language, FIRST_TRIGGER, IN_CONTEXT, GLOBAL, strengths, lead=lead, max_repeats=settings.max_repeats
+                    language, FIRST_TRIGGER, IN_CONTEXT, GLOBAL, setting, lead=lead, max_repeats=settings.max_repeats
                 )
                 regime, predicted = "between", math.inf if flip.repeats is None else flip.repeats
-            predicted_margins = theory.phase_boundary(repeats, strengths, lead=lead) - ahead
+            predicted_margins = theory.phase_boundary(repeats, setting, lead=lead) - ahead
             tie = bool(predicted_margins.abs().min() < TOLERANCE)
             rows.append((match, copy, regime, float(predicted), float(wins[0]) if wins else never, tie))
     return pd.DataFrame(rows, columns=["b2", "b3", "regime", "predicted", "measured", "tie"])

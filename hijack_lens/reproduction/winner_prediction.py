@@ -117,13 +117,13 @@ def _binned(probability: Tensor, won: Tensor) -> list[tuple[Tensor, Tensor]]:
 def _ask(model: BigramTransformer, length: int, n_prompts: int, seed: int) -> pd.DataFrame:
     """A row per prompt: counts, theory's margin, the model's, and what the two memories add to it."""
     fit, language = fit_strengths(model), model.language
-    prompts = conflict_prompts(language, fit.triggers, n_prompts, length, seed)
+    prompts = conflict_prompts(language, fit.setting.triggers, n_prompts, length, seed)
     rows: list[tuple[float, ...]] = []
     for start in range(0, n_prompts, _AT_ONCE):
         some = prompts[start : start + _AT_ONCE]
         parts = attribute(model, torch.stack([prompt.tokens for prompt in some])).by_memory()
         for prompt, logits in zip(some, parts["context"] + parts["weights"], strict=True):
-            q, c, g = prompt.trigger, prompt.in_context, prompt.global_
+            q, c, g = prompt.trigger, prompt.in_context, prompt.global_candidate
             after = prompt.tokens[1:][prompt.tokens[:-1] == q]
             counts = [float((tokens == v).sum()) for tokens in (after, prompt.tokens) for v in (c, g)]
             log_ratio = float(language.log_pi_b[q, g] - language.log_pi_b[q, c])

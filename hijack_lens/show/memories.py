@@ -115,7 +115,7 @@ def conflict_maps(conflict: MemoryConflict, queries: Tokens = None, answers: Tok
         ValueError: for tokens that are not in the tables.
     """
     rows, columns = conflict.chosen(queries, answers, _MOST)
-    c, g = (candidate[rows].tolist() for candidate in (conflict.in_context, conflict.global_))
+    c, g = (candidate[rows].tolist() for candidate in (conflict.in_context, conflict.global_candidate))
     if answers is None:
         columns = sorted({*columns, *c, *g})
     images = [_image(table, rows, columns) for table in (conflict.context, conflict.weights)]

@@ -1,7 +1,8 @@
 """The associative-memory transformer in closed form: from counts and strengths, with no model involved."""
 
-from hijack_lens.core.circuit import Strengths
-from hijack_lens.theory.closed_form import Margin, attention, logits, margin
+from hijack_lens.core.circuit import Margin, Strengths
+from hijack_lens.theory.closed_form import attention, logits, margin
 from hijack_lens.theory.flips import Flip, min_repeats, phase_boundary
+from hijack_lens.theory.setting import Setting
 
-__all__ = ["Flip", "Margin", "Strengths", "attention", "logits", "margin", "min_repeats", "phase_boundary"]
+__all__ = ["Flip", "Margin", "Setting", "Strengths", "attention", "logits", "margin", "min_repeats", "phase_boundary"]

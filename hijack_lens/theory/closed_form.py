@@ -1,79 +1,36 @@
-"""A logit difference, and what each memory contributes to it."""
+"""Attention patterns, logits and margins, from counts and strengths."""
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from hijack_lens.core.checks import check_choice, check_count, check_tokens, check_type
-from hijack_lens.core.circuit import Positions, Strengths
-from hijack_lens.language import BigramLanguage, Token, Triggers
-
-if TYPE_CHECKING:
-    from hijack_lens.language.prompts import HijackPrompt
-
-
-@dataclass(frozen=True)
-class Margin:
-    """`logit[a] - logit[b]`, split by memory; in logits.
-
-    Attributes:
-        context: written through the induction head.
-        weights: written by the bigram memory, the direct path and the biases.
-        rest: written any other way.
-    """
-
-    context: Float[Tensor, "*batch"]
-    weights: Float[Tensor, "*batch"]
-    rest: Float[Tensor, "*batch"]
-
-    @property
-    def total(self) -> Float[Tensor, "*batch"]:
-        """The hijack margin: positive where a wins, negative where b does."""
-        return self.context + self.weights + self.rest
-
-    def __repr__(self) -> str:
-        parts = {"context": self.context, "weights": self.weights, "rest": self.rest, "total": self.total}
-        shown = (
-            f"{name}={value.item():+.4f}"
-            if value.numel() == 1
-            else f"{name}={[round(x, 4) for x in value.flatten().tolist()]}"
-            for name, value in parts.items()
-        )
-        return f"Margin({', '.join(shown)})"
+from hijack_lens.core.checks import check_tokens, check_type
+from hijack_lens.core.circuit import Margin
+from hijack_lens.language import BigramLanguage, HijackPrompt, Token
+from hijack_lens.theory.setting import Setting
 
 
 def attention(
-    tokens: Any,
-    language: BigramLanguage,
-    strengths: Strengths = Strengths(),
-    triggers: Triggers = None,
-    positions: Positions = "relative",
-    n_ctx_train: int | None = None,
+    prompt: Any, language: BigramLanguage, setting: Setting = Setting()
 ) -> tuple[Float[Tensor, "*batch query key"], Float[Tensor, "*batch query key"]]:
     """Attention patterns of the previous-token head and of the induction head, in float64.
 
     Args:
-        tokens: prompts: token ids [pos] or [batch, pos], or a `HijackPrompt`.
+        prompt: token ids [pos] or [batch, pos], or a `HijackPrompt`.
         language: for its vocabulary.
-        strengths: of the memories.
-        triggers: tokens the induction head has learned to match; `None` means all.
-        positions: "relative", where layer 0 has a key per offset; "absolute", where it has learned the
-            pairs of neighbouring positions up to `n_ctx_train`.
-        n_ctx_train: with absolute positions, the last position with a learned pair; `None` for no end.
+        setting: of the model.
 
     Raises:
-        TypeError, ValueError: for tokens outside the vocabulary, and for unknown options.
+        TypeError, ValueError: for tokens and triggers outside the vocabulary, and for what is no `Setting`.
     """
     check_type("language", language, BigramLanguage)
-    check_type("strengths", strengths, Strengths)
-    tokens = check_tokens("tokens", getattr(tokens, "tokens", tokens), language.d_vocab)
-    learned = learned_positions(positions, n_ctx_train)
-    leak = math.exp(-strengths.previous_token)
+    check_type("setting", setting, Setting)
+    tokens = check_tokens("prompt", getattr(prompt, "tokens", prompt), language.d_vocab)
+    leak = math.exp(-setting.strengths.previous_token)
     pos = torch.arange(1, tokens.shape[-1] + 1, dtype=torch.float64, device=tokens.device)
     causal = pos[:, None] >= pos
 
@@ -81,68 +38,56 @@ def attention(
     # Position 1 has nothing before it and attends to itself.
     focused = torch.where(pos[:, None] > 1, previous + leak * (1 - previous), 1.0) * causal
     blurred = causal.double()
-    previous_token = torch.where((pos <= learned)[:, None], focused, blurred)
+    previous_token = torch.where((pos <= (setting.n_ctx_train or math.inf))[:, None], focused, blurred)
     previous_token = previous_token / previous_token.sum(-1, keepdim=True)
 
     same = (tokens[..., :, None] == tokens[..., None, :]).double()  # [query, key]
     before = same.roll(1, -1)  # position 1, where this wraps around, is told apart by its number
-    memory = previous_token_memory(same.cumsum(-1), before, pos, leak, learned)
+    memory = previous_token_memory(same.cumsum(-1), before, pos, setting)
     is_trigger = torch.zeros(language.d_vocab, dtype=torch.bool, device=tokens.device)
-    is_trigger[language.trigger_ids(triggers).to(tokens.device)] = True
-    scores = strengths.match * (is_trigger[tokens][..., None] * memory)
+    is_trigger[language.trigger_ids(setting.triggers).to(tokens.device)] = True
+    scores = setting.strengths.match * (is_trigger[tokens][..., None] * memory)
     induction = scores.masked_fill(~causal, -torch.inf).softmax(-1)
     return previous_token.expand_as(induction), induction
 
 
-def logits(
-    tokens: Any,
-    language: BigramLanguage,
-    strengths: Strengths = Strengths(),
-    triggers: Triggers = None,
-    positions: Positions = "relative",
-    n_ctx_train: int | None = None,
-) -> Float[Tensor, "*batch pos d_vocab"]:
+def logits(prompt: Any, language: BigramLanguage, setting: Setting = Setting()) -> Float[Tensor, "*batch pos d_vocab"]:
     """Next-token logits at every position, in float64. Arguments and errors are those of `attention`.
 
     Raises:
         ValueError: also where `language` has bigrams of probability 0.
     """
-    context, weights = _memories(tokens, language, strengths, triggers, positions, n_ctx_train)
+    context, weights = _memories(prompt, language, setting)
     return context + weights
 
 
 def margin(
-    prompt: "HijackPrompt | Tensor",
+    prompt: HijackPrompt | Tensor,
     language: BigramLanguage,
-    strengths: Strengths = Strengths(),
-    triggers: Triggers = None,
-    positions: Positions = "relative",
-    n_ctx_train: int | None = None,
+    setting: Setting = Setting(),
     *,
     in_context: Token | None = None,
-    global_: Token | None = None,
+    global_candidate: Token | None = None,
 ) -> Margin:
-    """The hijack margin at the last position, `logit[in_context] - logit[global_]`, split by memory.
+    """The hijack margin at the last position, `logit[in_context] - logit[global_candidate]`, split by memory.
 
     Args:
         prompt: a `HijackPrompt`, which brings its two candidates, or tokens.
-        language, strengths, triggers, positions, n_ctx_train: as for `attention`.
+        language: for its vocabulary, and the weights' bigrams.
+        setting: of the model.
         in_context: what the context says. Required where `prompt` is tokens.
-        global_: what the weights say. Required where `prompt` is tokens.
+        global_candidate: what the weights say. Required where `prompt` is tokens.
 
     Raises:
         TypeError: for tokens without their candidates.
     """
     check_type("language", language, BigramLanguage)
     a = getattr(prompt, "in_context", None) if in_context is None else in_context
-    b = getattr(prompt, "global_", None) if global_ is None else global_
+    b = getattr(prompt, "global_candidate", None) if global_candidate is None else global_candidate
     if a is None or b is None:
-        raise TypeError("margin needs in_context= and global_= where prompt is not a HijackPrompt")
-    a, b = language.index(a, "in_context"), language.index(b, "global_")
-    context, weights = (
-        part[..., -1, a] - part[..., -1, b]
-        for part in _memories(prompt, language, strengths, triggers, positions, n_ctx_train)
-    )
+        raise TypeError("margin needs in_context= and global_candidate= where prompt is not a HijackPrompt")
+    a, b = language.index(a, "in_context"), language.index(b, "global_candidate")
+    context, weights = (part[..., -1, a] - part[..., -1, b] for part in _memories(prompt, language, setting))
     return Margin(context, weights, torch.zeros_like(context))
 
 
@@ -150,8 +95,7 @@ def previous_token_memory(
     count: Float[Tensor, "*batch pos"],
     before: Float[Tensor, "*#batch pos"],
     pos: Float[Tensor, "*#batch pos"],
-    leak: float,
-    learned: float,
+    setting: Setting,
 ) -> Float[Tensor, "*batch pos"]:
     """m_s(q), how strongly position s remembers q as the token before it.
 
@@ -159,35 +103,20 @@ def previous_token_memory(
         count: occurrences of q up to and including s.
         before: 1 where q stands at s-1, else 0.
         pos: s, from 1.
-        leak: e^-b1, what the previous-token head gives every other position.
-        learned: the last position that knows which position comes before it.
+        setting: of the model.
     """
+    leak = math.exp(-setting.strengths.previous_token)
     focused = (leak * count + (1 - leak) * before) / (1 + leak * (pos - 1))
-    return torch.where((pos > 1) & (pos <= learned), focused, count / pos)
-
-
-def learned_positions(positions: str, n_ctx_train: int | None) -> float:
-    """The last position that knows which position comes before it; checks the two options."""
-    check_choice("positions", positions, ("relative", "absolute"))
-    if n_ctx_train is None:
-        return math.inf
-    if positions == "relative":
-        raise ValueError(f"n_ctx_train is for absolute positions; relative ones have no end, got {n_ctx_train}")
-    return float(check_count("n_ctx_train", n_ctx_train, minimum=1))
+    return torch.where((pos > 1) & (pos <= (setting.n_ctx_train or math.inf)), focused, count / pos)
 
 
 def _memories(
-    tokens: Any,
-    language: BigramLanguage,
-    strengths: Strengths,
-    triggers: Triggers,
-    positions: Positions,
-    n_ctx_train: int | None,
+    prompt: Any, language: BigramLanguage, setting: Setting
 ) -> tuple[Float[Tensor, "*batch pos d_vocab"], Float[Tensor, "*batch pos d_vocab"]]:
     """What the context and what the weights add to every logit."""
     check_type("language", language, BigramLanguage)
     log_pi_b = language.finite_log_pi_b()
-    _, induction = attention(tokens, language, strengths, triggers, positions, n_ctx_train)
-    tokens = check_tokens("tokens", getattr(tokens, "tokens", tokens), language.d_vocab)
-    context = strengths.copy * (induction @ one_hot(tokens, language.d_vocab).double())
-    return context, strengths.bigram * log_pi_b.to(tokens.device)[tokens]
+    _, induction = attention(prompt, language, setting)
+    tokens = check_tokens("prompt", getattr(prompt, "tokens", prompt), language.d_vocab)
+    context = setting.strengths.copy * (induction @ one_hot(tokens, language.d_vocab).double())
+    return context, setting.strengths.bigram * log_pi_b.to(tokens.device)[tokens]

@@ -7,7 +7,7 @@ neutral tokens is, so that the prompt grows.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hijack_lens.core.checks import check_count, check_type
-from hijack_lens.core.circuit import Positions, Strengths
-from hijack_lens.language import BigramLanguage, Token, Triggers
-from hijack_lens.theory.closed_form import learned_positions, previous_token_memory
+from hijack_lens.core.circuit import Strengths
+from hijack_lens.language import BigramLanguage, Token
+from hijack_lens.theory.closed_form import previous_token_memory
+from hijack_lens.theory.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,8 @@ def min_repeats(
     language: BigramLanguage,
     trigger: Token,
     in_context: Token,
-    global_: Token | None = None,
-    strengths: Strengths = Strengths(),
-    triggers: Triggers = None,
-    positions: Positions = "relative",
-    n_ctx_train: int | None = None,
+    global_candidate: Token | None = None,
+    setting: Setting = Setting(),
     *,
     length: int | None = None,
     lead: int | None = None,
@@ -61,8 +59,8 @@ def min_repeats(
         language: the weights' bigrams.
         trigger: q.
         in_context: c, what the context says follows q.
-        global_: what the weights say; by default the most likely successor of q.
-        strengths, triggers, positions, n_ctx_train: as for `theory.attention`.
+        global_candidate: what the weights say; by default the most likely successor of q.
+        setting: of the model.
         length: for a prompt of this many tokens, in which repeats replace neutral tokens.
         lead: instead, for this many neutral tokens and a prompt that grows with the repeats.
         global_count: how many of the neutral tokens are the global candidate.
@@ -72,25 +70,24 @@ def min_repeats(
         TypeError, ValueError: for counts that do not fit, and unless just one of `length`, `lead` is given.
     """
     check_type("language", language, BigramLanguage)
-    check_type("strengths", strengths, Strengths)
+    check_type("setting", setting, Setting)
     q, c = language.index(trigger, "trigger"), language.index(in_context, "in_context")
-    g = language.global_candidate(q) if global_ is None else language.index(global_, "global_")
+    weights_say = language.global_candidate(q) if global_candidate is None else global_candidate
+    g = language.index(weights_say, "global_candidate")
     if len({q, c, g}) < 3:
-        raise ValueError(
-            f"trigger {language.tokens[q]!r}, in_context {language.tokens[c]!r} and global_ {language.tokens[g]!r} "
-            "must be three different tokens"
-        )
+        names = (repr(language.tokens[i]) for i in (q, c, g))
+        named = "trigger {}, in_context {} and global_candidate {}".format(*names)
+        raise ValueError(f"{named} must be three different tokens")
     log_pi_b = language.finite_log_pi_b()
-    ahead = strengths.bigram * float(log_pi_b[q, g] - log_pi_b[q, c])
-    matched = strengths if q in language.trigger_ids(triggers) else _unmatched(strengths)
-    growing = _check_layout(length, lead, global_count)
-    learned = learned_positions(positions, n_ctx_train)
+    ahead = setting.strengths.bigram * float(log_pi_b[q, g] - log_pi_b[q, c])
+    if q not in language.trigger_ids(setting.triggers):  # it matches nothing: every position scores alike
+        setting = replace(setting, strengths=replace(setting.strengths, match=0.0))
+    layout = _Layout(length, lead, global_count)
     check_count("max_repeats", max_repeats, minimum=1)
 
-    if growing:
-        assert lead is not None
-        if matched.previous_token == math.inf and positions == "relative":
-            return _with_infinite_focus(ahead, matched, lead, global_count)
+    if lead is not None:
+        if setting.strengths.previous_token == math.inf and setting.positions == "relative":
+            return _with_infinite_focus(ahead, setting.strengths, lead, global_count)
         most = max_repeats
         limit = f"no number of repeats up to {most} wins"
     else:
@@ -98,22 +95,18 @@ def min_repeats(
         most = (length - 1 - global_count) // 2
         limit = f"no number of repeats that fits into {length} tokens (at most {most}) wins"
     repeats = torch.arange(most + 1)
-    pull = _context_pull(repeats, matched, length, lead, global_count, learned)
+    pull = _context_pull(repeats, setting, layout)
     wins = (pull > ahead).nonzero().flatten()
     if len(wins):
         n = int(wins[0])
-        return Flip(
-            n,
-            f"with {n} repeat{'s' * (n != 1)} the context pulls by {float(pull[n]):.3g}, the weights by {ahead:.3g}",
-        )
+        pulls = f"with {n} repeat{'s' * (n != 1)} the context pulls by {float(pull[n]):.3g}"
+        return Flip(n, f"{pulls}, the weights by {ahead:.3g}")
     return Flip(None, f"{limit}: the context pulls by at most {float(pull.max()):.3g}, the weights by {ahead:.3g}")
 
 
 def phase_boundary(
     repeats: Int[Tensor, "repeats"],
-    strengths: Strengths = Strengths(),
-    positions: Positions = "relative",
-    n_ctx_train: int | None = None,
+    setting: Setting = Setting(),
     *,
     length: int | None = None,
     lead: int | None = None,
@@ -121,47 +114,42 @@ def phase_boundary(
 ) -> Float[Tensor, "repeats"]:
     """The log-ratio log(pi_b(g|q) / pi_b(c|q)) at which both memories pull alike, for each number of repeats.
 
-    Below the boundary the context wins; above it, the weights do. Layouts and errors are those of
-    `min_repeats`, for a trigger that the induction head matches.
+    Below the boundary the context wins; above it, the weights do. Arguments and errors are those of
+    `min_repeats`; which tokens are triggers does not matter: q counts as one.
 
     Returns:
         Natural log-ratios, float64.
     """
-    _check_layout(length, lead, global_count)
-    check_type("strengths", strengths, Strengths)
+    layout = _Layout(length, lead, global_count)
+    check_type("setting", setting, Setting)
     repeats = torch.as_tensor(np.asarray(repeats)) if not isinstance(repeats, str) else torch.zeros(0)
-    if (
-        repeats.is_floating_point()
-        or repeats.dtype == torch.bool
-        or repeats.ndim != 1
-        or not len(repeats)
-        or int(repeats.min()) < 0
-    ):
+    whole = not repeats.is_floating_point() and repeats.dtype != torch.bool
+    if not whole or repeats.ndim != 1 or not len(repeats) or int(repeats.min()) < 0:
         raise ValueError(f"repeats must be a vector of integers >= 0, got {repeats.tolist()}")
     shortest = 2 * int(repeats.max()) + 1 + global_count
     if length is not None and length < shortest:
         raise ValueError(f"length must be at least 2 * repeats + 1 + global_count = {shortest}, got {length}")
-    if strengths.bigram == 0:
+    if setting.strengths.bigram == 0:
         raise ValueError("strengths.bigram must be > 0: without the weights' memory there is no boundary")
-    learned = learned_positions(positions, n_ctx_train)
-    return _context_pull(repeats, strengths, length, lead, global_count, learned) / strengths.bigram
+    return _context_pull(repeats, setting, layout) / setting.strengths.bigram
 
 
-def _unmatched(strengths: Strengths) -> Strengths:
-    """A token that is no trigger matches nothing: every position scores alike."""
-    return Strengths(strengths.previous_token, 0.0, strengths.copy, strengths.bigram)
+@dataclass(frozen=True)
+class _Layout:
+    """Of a prompt of fixed `length`, or of one that grows after `lead` neutral tokens."""
 
+    length: int | None
+    lead: int | None
+    global_count: int
 
-def _check_layout(length: int | None, lead: int | None, global_count: int) -> bool:
-    """Whether the prompt grows with the repeats."""
-    if (length is None) == (lead is None):
-        raise ValueError(f"give either length= or lead=, got length={length}, lead={lead}")
-    check_count("global_count", global_count)
-    if lead is not None:
-        check_count("lead", lead, minimum=global_count)
-    else:
-        check_count("length", length, minimum=1 + global_count)
-    return lead is not None
+    def __post_init__(self) -> None:
+        if (self.length is None) == (self.lead is None):
+            raise ValueError(f"give either length= or lead=, got length={self.length}, lead={self.lead}")
+        check_count("global_count", self.global_count)
+        if self.lead is not None:
+            check_count("lead", self.lead, minimum=self.global_count)
+        else:
+            check_count("length", self.length, minimum=1 + self.global_count)
 
 
 def _with_infinite_focus(ahead: float, strengths: Strengths, lead: int, global_count: int) -> Flip:
@@ -172,64 +160,44 @@ def _with_infinite_focus(ahead: float, strengths: Strengths, lead: int, global_c
     deficit = ahead * (lead + 1) + strengths.copy * global_count if lead else ahead
     if deficit < 0:
         return Flip(0, f"the context is ahead by {-ahead:.3g} without any repeat")
+    weights = f"the weights are ahead by {ahead:.3g}"
     if per_repeat <= 0:
-        return Flip(
-            None,
-            f"the weights are ahead by {ahead:.3g}, and as repeats pile up the context's pull only tends to "
-            f"b3 / (1 + e^-b2) = {strengths.copy / (1 + unmatched):.3g}",
-        )
+        most = f"b3 / (1 + e^-b2) = {strengths.copy / (1 + unmatched):.3g}"
+        return Flip(None, f"{weights}, and as repeats pile up the context's pull only tends to {most}")
     tie = deficit * (unmatched if lead else 1.0) / per_repeat
-    return Flip(
-        math.floor(tie) + 1, f"the weights are ahead by {ahead:.3g}; the context draws level at {tie:.4g} repeats"
-    )
+    return Flip(math.floor(tie) + 1, f"{weights}; the context draws level at {tie:.4g} repeats")
 
 
-def _context_pull(
-    repeats: Int[Tensor, "repeats"],
-    strengths: Strengths,
-    length: int | None,
-    lead: int | None,
-    global_count: int,
-    learned: float,
-) -> Float[Tensor, "repeats"]:
+def _context_pull(repeats: Int[Tensor, "repeats"], setting: Setting, layout: _Layout) -> Float[Tensor, "repeats"]:
     """b3 (a_c - a_g) at the end of the prompt with each number of repeats."""
-    if lead is not None:
-        return _pull(repeats, strengths, None, lead, global_count, learned)
+    if layout.lead is not None:
+        return _pull(repeats, setting, layout)
     # At a fixed length every number of repeats has positions of its own: bound the memory for all of them.
     rows = max(1, 2_000_000 // (int(repeats.max()) + 1))
-    return torch.cat([_pull(part, strengths, length, None, global_count, learned) for part in repeats.split(rows)])
+    return torch.cat([_pull(part, setting, layout) for part in repeats.split(rows)])
 
 
-def _pull(
-    repeats: Int[Tensor, "repeats"],
-    strengths: Strengths,
-    length: int | None,
-    lead: int | None,
-    global_count: int,
-    learned: float,
-) -> Float[Tensor, "repeats"]:
+def _pull(repeats: Int[Tensor, "repeats"], setting: Setting, layout: _Layout) -> Float[Tensor, "repeats"]:
     """`_context_pull` at once. In logarithms of attention weights, which large strengths would over- or underflow."""
-    leak = math.exp(-strengths.previous_token)
     n = repeats.double()
-    if lead is not None:
+    if layout.lead is not None:
         # The pairs of a shorter prompt are a prefix of a longer one's: one running sum serves every n.
-        start = torch.tensor([float(lead)], dtype=torch.float64)
+        start, row = torch.tensor([float(layout.lead)], dtype=torch.float64), torch.zeros_like(repeats)
     else:
-        assert length is not None
-        start = length - 1 - 2 * n
+        assert layout.length is not None
+        start, row = layout.length - 1 - 2 * n, torch.arange(len(repeats))
     k = torch.arange(1, int(repeats.max()) + 1, dtype=torch.float64)
 
     def score(pos: Tensor, count: Tensor, before: float) -> Tensor:
         """b2 m at a position, from how often q has occurred and whether it came just before."""
         seen = torch.full_like(pos, before)
-        return strengths.match * previous_token_memory(count.expand_as(pos), seen, pos, leak, learned)
+        return setting.strengths.match * previous_token_memory(count.expand_as(pos), seen, pos, setting)
 
     on_q = score(start[:, None] + 2 * k - 1, k, 0.0)
     on_c = score(start[:, None] + 2 * k, k, 1.0)
     # Running sums up to each number of repeats, with the empty sum in front.
     running = torch.nn.functional.pad(torch.stack([on_q, on_c]).logcumsumexp(-1), (1, 0), value=-torch.inf)
-    row = torch.arange(len(repeats)) if length is not None else torch.zeros_like(repeats)
     sum_q, sum_c = running[:, row, repeats]
     last = score(start + 2 * n + 1, n + 1, 0.0)
     total = torch.stack([start.log().expand_as(n), sum_q, sum_c, last]).logsumexp(0)
-    return strengths.copy * ((sum_c - total).exp() - global_count * (-total).exp())
+    return setting.strengths.copy * ((sum_c - total).exp() - layout.global_count * (-total).exp())

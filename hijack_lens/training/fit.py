@@ -11,7 +11,7 @@ from torch import Tensor
 from hijack_lens import theory
 from hijack_lens.core.checks import check_count
 from hijack_lens.core.circuit import Positions, Strengths
-from hijack_lens.language import BigramLanguage, Token
+from hijack_lens.language import BigramLanguage, Token, Triggers
 from hijack_lens.language.prompts import HijackPrompt, hijack_prompt
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.training.forward import PlainForward
@@ -23,18 +23,22 @@ class FittedStrengths:
     """Strengths read off a model's weights.
 
     Attributes:
-        strengths: for `theory`, with the triggers and the language below.
+        setting: for `theory`, with the language below: the strengths, and the token ids that were taken as keys of the
+            match memory.
         language: the bigrams that the weights hold: g * log pi_b are the model's own context-free logits, up to a
             constant per token. After a token that was always a trigger in training they need not be the true ones.
-        triggers: token ids that were taken as keys of the match memory.
         purity: by memory ("previous_token", "match", "copy", "bigram"), the R^2 of the pure associative memory in the
             model's own table of scores: 1 for a model written by hand, less as other structure is added.
     """
 
-    strengths: Strengths
+    setting: theory.Setting
     language: BigramLanguage
-    triggers: tuple[int, ...]
     purity: dict[str, float]
+
+    @property
+    def strengths(self) -> Strengths:
+        """Those of the setting."""
+        return self.setting.strengths
 
 
 @torch.no_grad()
@@ -91,10 +95,11 @@ def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = N
     residual = float((cells * (y - slope * x) ** 2).sum() / (cells * y**2).sum())
     scale = slope if slope > 0 else 1.0
     held = (learned.double().cpu() / scale).softmax(-1)
+    strengths = Strengths(max(focus, 0.0), max(matched, 0.0), max(copy, 0.0), scale)
+    positions: Positions = "absolute" if model.positions == "absolute" else "relative"
     return FittedStrengths(
-        Strengths(max(focus, 0.0), max(matched, 0.0), max(copy, 0.0), scale),
+        theory.Setting(strengths, ids.tolist(), positions, model.n_ctx_train),
         BigramLanguage(held, model.language.pi_u, tokens=model.language.tokens, level=model.language.level),
-        tuple(ids.tolist()),
         {"previous_token": focus_purity, "match": match_purity, "copy": copy_purity, "bigram": 1 - residual},
     )
 
@@ -116,7 +121,7 @@ class TheoryAgreement:
 
 
 def conflict_prompts(
-    language: BigramLanguage, triggers: Sequence[Token], n_prompts: int, length: int, seed: int
+    language: BigramLanguage, triggers: Triggers, n_prompts: int, length: int, seed: int
 ) -> list[HijackPrompt]:
     """Prompts whose triggers, in-context candidates and numbers of repeats (0 to 6) are drawn at random.
 
@@ -164,20 +169,19 @@ def theory_agreement(
     check_count("n_prompts", n_prompts, minimum=1)
     if check_count("length", length, minimum=14) > model.cfg.n_ctx:
         raise ValueError(f"length must be at most the model's n_ctx={model.cfg.n_ctx}, got {length}")
-    return agreement_on(model, fit, conflict_prompts(model.language, fit.triggers, n_prompts, length, seed))
+    return agreement_on(model, fit, conflict_prompts(model.language, fit.setting.triggers, n_prompts, length, seed))
 
 
 @torch.no_grad()
 def agreement_on(model: BigramTransformer, fit: FittedStrengths, prompts: Sequence[HijackPrompt]) -> TheoryAgreement:
     """The same on given prompts, all equally long."""
     language = model.language
-    positions: Positions = "absolute" if model.positions == "absolute" else "relative"
     tokens = torch.stack([prompt.tokens for prompt in prompts])
     found = PlainForward(model)(tokens.to(model.W_E.device))[:, -1].double().cpu()
-    predicted = theory.logits(tokens, fit.language, fit.strengths, fit.triggers, positions, model.n_ctx_train)[:, -1]
+    predicted = theory.logits(tokens, fit.language, fit.setting)[:, -1]
     rows = []
     for prompt, theirs, ours in zip(prompts, found, predicted, strict=True):
-        c, g = prompt.in_context, prompt.global_
+        c, g = prompt.in_context, prompt.global_candidate
         repeats = int((prompt.tokens == prompt.trigger).sum()) - 1  # the last is the question
         names = [language.tokens[i] for i in (prompt.trigger, c, g)]
         rows.append((*names, repeats, float(ours[c] - ours[g]), float(theirs[c] - theirs[g])))

@@ -1,0 +1,54 @@
+"""What the closed form knows of a model: how strong its memories are, and what its heads can tell apart."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hijack_lens.core.checks import check_choice, check_count, check_type
+from hijack_lens.core.circuit import Positions, Strengths
+from hijack_lens.language.vocabulary import Triggers, listed_triggers
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model of two layers, as the theory sees it.
+
+    Attributes:
+        strengths: of the memories.
+        triggers: tokens that the induction head matches, as a tuple; `None` means all.
+        positions: "relative", where layer 0 has a key per offset; "absolute", where it has learned the
+            pairs of neighbouring positions up to `n_ctx_train`.
+        n_ctx_train: with absolute positions, the last position with a learned pair; `None` for no end.
+
+    Raises:
+        TypeError, ValueError: for anything else.
+    """
+
+    strengths: Strengths = Strengths()
+    triggers: Triggers = None
+    positions: Positions = "relative"
+    n_ctx_train: int | None = None
+
+    def __post_init__(self) -> None:
+        check_type("strengths", self.strengths, Strengths)
+        object.__setattr__(self, "triggers", listed_triggers(self.triggers))
+        check_choice("positions", self.positions, ("relative", "absolute"))
+        if (last := self.n_ctx_train) is None:
+            return
+        if self.positions == "relative":
+            raise ValueError(f"n_ctx_train is for absolute positions; relative ones have no end, got {last}")
+        object.__setattr__(self, "n_ctx_train", check_count("n_ctx_train", last, minimum=1))
+
+    @classmethod
+    def of(cls, model: Any) -> "Setting":
+        """The setting of a `BigramTransformer` that was written by hand.
+
+        Raises:
+            TypeError: for other models.
+            ValueError: for one that was trained, whose setting `fit_strengths` reads; and for one without positions.
+        """
+        names = [one.name for one in fields(cls)]
+        if not all(hasattr(model, name) for name in names):
+            raise TypeError(f"model must be a BigramTransformer, got {type(model).__name__}")
+        if model.strengths is None:
+            raise ValueError("model.strengths is None: it was not written by hand; take fit_strengths(model).setting")
+        return cls(**{name: getattr(model, name) for name in names})
