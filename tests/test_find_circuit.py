@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
 from hijack_lens import hooks
-from hijack_lens.circuits.bigrams import moved, told
+from hijack_lens.circuits.bigram_memory import moved, told
 from hijack_lens.circuits.evidence import MIN_ATTENTION
 from hijack_lens.circuits.heads import ablation_effects, draw_repeats, head_scores
 from hijack_lens.core.statistics import chance

@@ -17,7 +17,7 @@ from strategies import seeds
 
 import hijack_lens as hl
 from hijack_lens import hooks
-from hijack_lens.attribution.shapley_games import (
+from hijack_lens.attribution.shapley_coalitions import (
     MIN_SAMPLES,
     all_coalitions,
     estimate,

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.attribution.shapley_games import (
+from hijack_lens.attribution.shapley_coalitions import (
     MIN_SAMPLES,
     CoalitionRuns,
     How,

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hijack_lens.circuits.bigrams import bigram_evidence
+from hijack_lens.circuits.bigram_memory import bigram_evidence
 from hijack_lens.circuits.evidence import (
     MIN_ATTENTION,
     MIN_EFFECT,

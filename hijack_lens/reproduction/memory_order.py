@@ -11,8 +11,7 @@ from hijack_lens.models.trainable import trainable_transformer
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.reproduction.experiment import Finding, Result, over_seeds
 from hijack_lens.show.style import Picture
-from hijack_lens.training.loop import train
-from hijack_lens.training.one_step import STEPS, gradient_steps
+from hijack_lens.training.loop import STEPS, gradient_steps, train
 from hijack_lens.training.run import TrainConfig, TrainingRun
 
 STATEMENT = (
