@@ -182,6 +182,8 @@ def reproduce(
         workers: Processes to run claims in. [default: as many as there are cores]
     """
 
+    from hijack_lens import reproduction
+
     try:
         done = reproduction.reproduce(out, quick, claims or None, workers)
     except RuntimeError as error:  # of the workers; an experiment's own make its claim a failed one

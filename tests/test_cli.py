@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hijack_lens as hl
-from hijack_lens import cli, theory
+from hijack_lens import cli, reproduction, theory
 from hijack_lens.reproduction import Finding, Result
 from hijack_lens.show.style import Picture
 
