@@ -28,8 +28,8 @@ ROUNDING = 1e-4  # root mean square difference, in logits, that is float32's: be
 class Settings:
     """What is measured at."""
 
-    recipe: Recipe = RANDOM_TRIGGERS  # of the trained models
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of these
+    recipe: Recipe = RANDOM_TRIGGERS
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the trained models
     length: int = 32  # of the prompts
     n_prompts: int = 300  # for each model
 
@@ -53,8 +53,8 @@ def causal_agreement(settings: Settings = Settings(), train: Train = trained) ->
 
         (what the heads write through the MLP  +  what the MLP alone writes  -  what its embedding path does) / 2
 
-    How much of their difference this explains is no finding, for only norms and the heads' biases could make it less
-    than all; the note says it.
+    The note states how much of their difference this explains. It is no finding, since only norms and the heads' biases
+    could make it less than all.
     """
     runs = experiment.replicates(train, settings.recipe, settings.seeds)
     table = pd.concat([_ask(run.model, settings, seed).assign(seed=seed) for seed, run in runs], ignore_index=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from einops import repeat
 from tqdm.auto import tqdm
 
 from hijack_lens.core.circuit import Strengths
@@ -119,7 +120,7 @@ def _followed(model: BigramTransformer, settings: Settings, seed: int) -> float:
     """How many of the pairs move a trained model's margin towards their continuation, c and g alternating."""
     lead, asked = experiment.random_conflicts(model, settings.n_prompts, settings.lead + 1, seed, draw_global=True)
     n = settings.trained_pairs
-    turns = asked[:, [1, 0, 2, 0]].repeat(1, n)[:, : 2 * n]  # c q g q c q ...
+    turns = repeat(asked[:, [1, 0, 2, 0]], "prompt cqgq -> prompt (n cqgq)", n=n)[:, : 2 * n]
     margins = experiment.margins_of(model, torch.cat([lead, turns], 1), asked)[:, settings.lead :: 2]
     towards = 1 - 2 * (torch.arange(n) % 2)
     return float((margins.diff(dim=1) * towards > 0).double().mean())

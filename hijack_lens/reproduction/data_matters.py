@@ -59,10 +59,10 @@ def data_matters(settings: Settings = Settings(), train: Train = trained) -> Res
     """How soon models trained on different data learn the in-context task, and where they can do it.
 
     Bietti et al. 2023 (arXiv 2306.00802, section 5, figure 4). Speed is the step of the first evaluation with an
-    in-context accuracy of `LEARNED` on held-out sequences of the training distribution; a model that never gets there
-    counts as there one step after the last. Models trained on uniform and on bigram-drawn continuations are asked on
-    both. The match memory of models with fixed triggers has no need for other keys (section 4; the paper does not test
-    it): they are asked on other triggers too. Differences and ratios are of models of the same seed.
+    in-context accuracy of `LEARNED` on held-out sequences of the training distribution; a model that never reaches it
+    counts as reaching it one step after the last. Models trained on uniform and on bigram-drawn continuations are asked
+    on both. The match memory of models with fixed triggers has no need for other keys (section 4; the paper does not
+    test it): they are asked on other triggers too. Differences and ratios are of models of the same seed.
 
     Raises:
         ValueError: for a vocabulary that is too small for as many other triggers.

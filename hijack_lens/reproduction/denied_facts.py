@@ -61,8 +61,8 @@ class Settings:
     strengths: Strengths = Strengths(20.0, 3.5, 8.0, 1.0)  # of the hand-written model
     n_facts: int = len(CAPITALS)  # that it holds
     certainty: tuple[float, float] = (0.5, 0.98)  # of its least known fact and of its best
-    recipe: FactsRecipe = FactsRecipe(0)  # of the trained models
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of these
+    recipe: FactsRecipe = FactsRecipe(0)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the trained models
     repeats: int = 8  # of the denial, at most
     lead: int = 20  # words before it
 
@@ -105,7 +105,7 @@ def facts(settings: Settings = Settings(), make: Make = associative_transformer,
 
     The hand-written model, float64, holds facts of growing certainty; theory knows the strengths that it was written
     with. Trained models have seen other words follow a country in context; theory reads their strengths off the
-    weights. Seeds are of weights and sequences, the language being that of the facts.
+    weights. Seeds vary weights and sequences; the language is always that of the facts.
     """
     language = fact_language(CAPITALS[: settings.n_facts], settings.certainty)
     n_ctx = settings.lead + 2 * settings.repeats + 1
@@ -127,10 +127,7 @@ def facts(settings: Settings = Settings(), make: Make = associative_transformer,
 
 
 def _ask(model: BigramTransformer, settings: Settings, strengths: Strengths | None) -> DoseResponse:
-    """Every fact of a model's language, denied by the next one's capital; theory's triggers are the countries.
-
-    Theory's strengths are those given; else those that the weights show.
-    """
+    """Each fact of a model's language, denied by the next one's capital; theory at these strengths or the weights'."""
     n = (model.language.d_vocab - len(WORDS)) // 2
     denied = [Bigram(country, weights=n + country, context=n + (country + 1) % n) for country in range(n)]
     lead = [2 * n + place % len(WORDS) for place in range(settings.lead)]

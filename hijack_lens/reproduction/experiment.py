@@ -32,7 +32,7 @@ class Finding:
         setting: of the measurement: models, prompts, seeds.
         predicted: what should be seen, with its threshold.
         measured: what was seen, with its uncertainty.
-        holds: whether it meets the threshold.
+        holds: whether it meets the threshold: all of the 95% interval over seeds, or every seed where that is said.
     """
 
     setting: str
@@ -260,7 +260,7 @@ def conflicts_by_trigger(
     """A batch of prompts for each trigger, the first tokens, with each of several random in-context candidates.
 
     Neither candidate occurs outside the evidence. The settings say how many `recipe.triggers` and `candidates` there
-    are, how many `n_prompts` for each two, and how often the evidence `repeats`.
+    are, how many prompts (`n_prompts`) for each pair of them, and how often the evidence `repeats`.
     """
     prompts = []
     for q in range(settings.recipe.triggers):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class Settings:
     lead: int = 10  # tokens before the repeats, also for trained models
     max_repeats: int = 500  # for hand-written models
     primacy_focus: float = 3.0  # b1 where front and end are compared
-    primacy_lengths: tuple[int, ...] = tuple(range(4, 201, 4))  # of the prompts there
+    primacy_lengths: tuple[int, ...] = tuple(range(4, 201, 4))  # of the prompts where they are compared
     recipe: Recipe = LONG
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the trained models and of their prompts
     n_prompts: int = 200  # per trained model
@@ -162,7 +163,8 @@ def _ask_trained(
     """What a trained model shows of the effects, and the context's pull by repeats, in the mean over prompts."""
     lead, asked = experiment.random_conflicts(model, settings.n_prompts, settings.lead + 1, seed)
     repeats = (4 * settings.recipe.length - settings.lead - 1) // 2
-    tokens = torch.cat([lead, asked[:, [1, 0]].repeat(1, repeats)], 1)
+    evidence = repeat(asked[:, [1, 0]], "prompt cq -> prompt (repeats cq)", repeats=repeats)
+    tokens = torch.cat([lead, evidence], 1)
     margins = experiment.margins_of(model, tokens, asked)[:, settings.lead :: 2]
     pull = margins - margins[:, :1]
     peak = int(pull[::2].mean(0).argmax())

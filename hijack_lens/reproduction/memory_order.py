@@ -73,8 +73,8 @@ def memory_order(
     match.
 
     Section 6, theorem 3: one large gradient step each (`gradient_steps`), in this order, recalls each memory after its
-    own step and not before; and with the match step left out. The theorem's recall of 1 is for infinitely many
-    sequences and dimensions.
+    own step and not before. The theorem's recall of 1 is for infinitely many sequences and dimensions. The steps are
+    also taken without the match step.
     """
     trained = [(frozen, seed) for frozen in (_NOTHING, *_MEMORIES) for seed in settings.seeds]
     curves = pd.concat(_trained(settings, *which, train) for which in tqdm(trained, disable=None))

@@ -7,6 +7,7 @@ from typing import Literal
 
 import pandas as pd
 import torch
+from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -51,7 +52,7 @@ class BegunRecipe(Recipe):
 
     @property
     def plain(self) -> BigramLanguage:
-        """Of the sequences, but for the token that begins them."""
+        """Of the sequences, without the token that begins them."""
         return super().language
 
     @property
@@ -159,7 +160,8 @@ def _ask_hand_written(model: BigramTransformer, settings: Settings, length: int)
     conflicts = experiment.conflicts_by_trigger(settings.recipe.plain, settings, length - 1, generator)
     plain = torch.cat([prompt.tokens for prompt in conflicts])
     tokens = torch.nn.functional.pad(plain, (1, 0), value=model.language.d_vocab - 1)
-    answers = torch.tensor([prompt.in_context for prompt in conflicts]).repeat_interleave(settings.n_prompts)
+    candidates = torch.tensor([prompt.in_context for prompt in conflicts])
+    answers = repeat(candidates, "batch -> (batch prompt)", prompt=settings.n_prompts)
     pattern = "blocks.1.attn.hook_pattern"
     logits, run = record(model, tokens, [pattern])
     triggers = range(settings.recipe.triggers)

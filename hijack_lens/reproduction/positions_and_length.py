@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -117,7 +118,7 @@ def late_conflicts(language: BigramLanguage, settings: Settings, multiple: int) 
         quiet = [hijack_prompt(language, end.trigger, end.in_context, 0, lead + 1, **options).tokens for end in ends]
         tokens = torch.cat([torch.cat(quiet)[:, :-1], tokens], 1)
     candidates = torch.tensor([(end.in_context, end.global_) for end in ends])
-    return LateConflicts(tokens, *candidates.repeat_interleave(settings.n_prompts, 0).T)
+    return LateConflicts(tokens, *repeat(candidates, "end role -> role (end prompt)", prompt=settings.n_prompts))
 
 
 def _predicted(

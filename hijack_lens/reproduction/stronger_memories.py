@@ -35,15 +35,15 @@ class Settings:
 
     matches: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 40.0)  # b2 of the mixtures; 0 to infinity
     n_prompts: int = 200  # for the mixtures
-    length: int = 64  # of these prompts
+    length: int = 64  # of the prompts for the mixtures
     copies: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 300.0)  # b3 of the switch, rising
     occurrences: int = 40  # of the trigger in the prompts of the switch
-    switch_ahead: float = 0.5  # how many logits the weights prefer g by there
+    switch_ahead: float = 0.5  # how many logits the weights prefer g by, in the switch
     n_matches: int = 15  # values of b2 in the regimes
-    n_copies: int = 15  # values of b3 there
-    ahead: float = 3.0  # how many logits the weights prefer g by there
-    lead: int = 10  # neutral tokens before the repeats there
-    max_repeats: int = 100  # that are tried
+    n_copies: int = 15  # values of b3 in the regimes
+    ahead: float = 3.0  # how many logits the weights prefer g by, in the regimes
+    lead: int = 10  # neutral tokens before the repeats, in the regimes
+    max_repeats: int = 100  # that are tried in the regimes
     seed: int = 0  # of the mixtures' language and prompts
 
 

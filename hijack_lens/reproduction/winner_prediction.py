@@ -39,8 +39,8 @@ _PREDICTORS = {"theory": "#0072B2", "counts": "#D55E00"}
 class Settings:
     """What is measured at."""
 
-    recipe: Recipe = LONGER  # of the trained models
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of these
+    recipe: Recipe = LONGER
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the trained models
     lengths: tuple[int, ...] = (48, 96)  # of the prompts
     n_prompts: int = 600  # for each model and length; every other one is held out
 
@@ -49,7 +49,7 @@ QUICK = Settings(RANDOM_TRIGGERS, (0, 1, 2), (32,), 300)
 
 
 def winner_prediction(settings: Settings = Settings(), train: Train = trained) -> Result:
-    """Theory at fitted strengths names the winner of conflict prompts, and knows how sure it may be.
+    """Theory at fitted strengths names the winner of conflict prompts, with calibrated confidence.
 
     Models are trained with random triggers, so that either memory may win after any token. Prompts hold 0 to 6 repeats.
     `fit_strengths` reads strengths off the weights; theory's margin (Wang & Sato, arXiv 2412.11459) names the winner,
@@ -57,9 +57,9 @@ def winner_prediction(settings: Settings = Settings(), train: Train = trained) -
     P(context wins) = sigmoid(a * margin); and all weights of the baseline, a logistic regression of the winner on the
     counts n_qc, n_qg, n_c, n_g and the weights' log-ratio log(pi_b(g|q) / pi_b(c|q)). The other half is held out.
 
-    To be calibrated alone takes no knowledge: a constant probability, the frequency of wins, is. So the Brier score is
-    compared with that constant's. The note says where theory loses winners: how many are named by what `attribute`
-    gives context and weights, which has the model's own attention and copies, and lacks nothing but the rest.
+    Calibration alone takes no knowledge, since a constant probability, the frequency of wins, is calibrated: so the
+    Brier score is compared with that constant's. The note says where theory loses winners: how many are named by what
+    `attribute` gives context and weights, which has the model's own attention and copies, and lacks only the rest.
     """
     rows, answers = [], []
     for seed, run in experiment.replicates(train, settings.recipe, settings.seeds):
@@ -95,7 +95,7 @@ def calibration_error(probability: Float[Tensor, "prompt"], won: Bool[Tensor, "p
 
 
 def _skill(probability: "pd.Series[float]", won: "pd.Series[bool]") -> float:
-    """By how much of it the Brier score is below that of a constant, the frequency; NaN where one always wins."""
+    """The fraction by which the Brier score is below that of the constant frequency; NaN where one always wins."""
     spread = float(won.mean() * (1 - won.mean()))
     return 1 - float(((probability - won) ** 2).mean()) / spread if spread > 0 else math.nan
 
