@@ -69,9 +69,7 @@ def three_claims(monkeypatch):
         "bad": ValueError("no <model>"),
     }
     # Where they are looked up, since worker processes would know nothing of it: these run in this process.
-    listed = {name: experiment(name, result) for name, result in results.items()}
-    monkeypatch.setattr(claims, "CLAIMS", listed)
-    monkeypatch.setattr(sys.modules["hijack_lens.reproduction.reproduce"], "CLAIMS", listed)  # not the function
+    monkeypatch.setattr(claims, "CLAIMS", {name: experiment(name, result) for name, result in results.items()})
     return ran
 
 
@@ -154,6 +152,21 @@ def test_a_report_is_on_all_claims_that_its_folder_knows_at_these_settings(three
     assert [name for name, _ in three_claims] == ["half", "bad", "good"]
     assert reported(reproduction.reproduce(tmp_path, quick=True, claims="half")) == ["half"]
     assert reported(reproduction.reproduce(tmp_path, claims="half")) == ["good", "half", "bad"]
+
+
+def test_a_folder_that_knows_the_experiments_by_their_former_place_is_resumed(three_claims, tmp_path):
+    done = reproduction.reproduce(tmp_path, workers=1)
+    kept = tmp_path / "claims.jsonl"
+    name = '"function": "hijack_lens.{}.claims.run_claim"'
+    header, *lines = kept.read_text().splitlines(keepends=True)
+    assert name.format("reproduction") in header
+    kept.write_text("".join([header.replace(name.format("reproduction"), name.format("experiments")), *lines]))
+    three_claims.clear()
+    assert reproduction.reproduce(tmp_path, workers=1).verdicts == done.verdicts
+    assert [claim for claim, _ in three_claims] == ["bad"]  # as always, what failed is tried again
+    kept.write_text("".join([header.replace("run_claim", "other"), *lines]))
+    with pytest.raises(ValueError, match="holds a grid of function="):
+        reproduction.reproduce(tmp_path, workers=1)
 
 
 @pytest.mark.browser

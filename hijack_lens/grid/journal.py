@@ -1,4 +1,4 @@
-"""What a sweep has found so far, on disk: JSON lines that only grow, each written whole."""
+"""What has been found so far at the points of a grid, on disk: JSON lines that only grow, each written whole."""
 
 import importlib.util
 import json
@@ -12,6 +12,8 @@ import pandas as pd
 from hijack_lens.core.files import write_atomically
 
 _FORMAT = "hijack_lens.sweep.1"
+_MOVED = {"hijack_lens.experiments.claims.run_claim": "hijack_lens.reproduction.claims.run_claim"}
+"""Functions of this library by the names that older files know them by."""
 
 Outcome = dict[str, Any]
 """Of a point: its "result" or its "error", and the "seconds" it took."""
@@ -28,8 +30,8 @@ def identity(arguments: dict[str, Any]) -> str:
 class Journal:
     """The outcomes of one function's points.
 
-    The file's first line names the function and the seed, every other one a point and its outcome; a later line on the
-    same point counts. With a Parquet file for `out` the lines lie beside it, and it is made from them.
+    The file's first line names the function and the seed, every other line a point and its outcome; of several lines
+    on one point the last counts. With a Parquet file for `out`, it is made from lines kept beside it.
     """
 
     def __init__(self, out: str | os.PathLike[str] | None, function: Callable[..., Any], seed: int) -> None:
@@ -58,7 +60,7 @@ class Journal:
         if whole:
             self._check_header(header)
         elif data and not json.dumps(self.header).startswith(data.decode(errors="replace")):
-            raise ValueError(f"{self.path} is not a sweep's file")
+            raise ValueError(f"{self.path} is not a grid's file")
         for number, line in enumerate(lines, start=2):
             try:
                 record = json.loads(line)
@@ -77,11 +79,12 @@ class Journal:
         except (ValueError, KeyError, TypeError):
             ours = False
         if not ours:
-            raise ValueError(f"{self.path} is not a sweep's file")
+            raise ValueError(f"{self.path} is not a grid's file")
+        header["function"] = _MOVED.get(str(header.get("function")), header.get("function"))
         for name in ("function", "seed"):
             if header.get(name) != self.header[name]:
                 raise ValueError(
-                    f"{self.path} holds a sweep of {name}={header.get(name)!r}, not of {name}={self.header[name]!r}: "
+                    f"{self.path} holds a grid of {name}={header.get(name)!r}, not of {name}={self.header[name]!r}: "
                     "give each its own file"
                 )
 
@@ -99,21 +102,10 @@ class Journal:
     def table(self, points: list[dict[str, Any]] | None = None) -> pd.DataFrame:
         """A row for each of these points that has an outcome, in their order; by default for all there are."""
         keys = list(self.records) if points is None else [identity(point) for point in points]
-        rows, arguments, results = [], dict[str, None](), dict[str, None]()
-        for record in (self.records[key] for key in keys if key in self.records):
-            result, error = record.get("result", {}), record.get("error")
-            arguments.update(dict.fromkeys(record["arguments"]))
-            results.update(dict.fromkeys(result))
-            rows.append(
-                {
-                    **record["arguments"],
-                    **result,
-                    "seconds": record.get("seconds"),
-                    "error": error and f"{error['type']}: {error['message']}",
-                    "traceback": error and error["traceback"],
-                }
-            )
-        table = pd.DataFrame(rows, columns=[*arguments, *results, *COLUMNS])
+        records = [self.records[key] for key in keys if key in self.records]
+        arguments = dict.fromkeys(name for record in records for name in record["arguments"])
+        results = dict.fromkeys(name for record in records for name in record.get("result", {}))
+        table = pd.DataFrame(map(_row, records), columns=[*arguments, *results, *COLUMNS])
         table.attrs = {name: self.header[name] for name in ("function", "seed")}
         return table
 
@@ -128,6 +120,17 @@ class Journal:
                 f"{self.parquet} cannot be written, since a column mixes types ({error}); {self.path} holds all results"
             ) from error
         write_atomically(self.parquet, data)
+
+
+def _row(record: dict[str, Any]) -> dict[str, Any]:
+    error = record.get("error")
+    return {
+        **record["arguments"],
+        **record.get("result", {}),
+        "seconds": record.get("seconds"),
+        "error": error and f"{error['type']}: {error['message']}",
+        "traceback": error and error["traceback"],
+    }
 
 
 def _name(function: Any, kept: bool) -> str:

@@ -1,22 +1,35 @@
-"""A function measured at every point of a grid, on one core or many machines, and resumed where it was stopped."""
+"""A function at every point of a grid, on one core or many machines, resumed where it was stopped."""
 
 import hashlib
 import inspect
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
+from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
 from tqdm.auto import tqdm
 
 from hijack_lens.core.checks import check_count
-from hijack_lens.grid.jobs import Arguments, makes_executors, run_points, scalar
 from hijack_lens.grid.journal import COLUMNS, Journal, Outcome, identity
+
+Arguments = dict[str, Any]
+Function = Callable[..., Mapping[str, Any]]
+Note = Callable[[Arguments, Outcome], None]
+
+_POLL = 0.05  # seconds between looks at jobs that are no futures
+_TRACEBACK = 2000  # characters kept of a traceback, its last
+_NAMED = 8  # points that an error lists
+_BROKEN = (BrokenExecutor, CancelledError)  # what a job raises where the executor is at an end, rather than the job
 
 
 def run_grid(
-    function: Callable[..., Mapping[str, Any]],
+    function: Function,
     grid: Mapping[str, Iterable[Any]] | Iterable[Mapping[str, Any]],
     executor: Any = None,
     out: str | os.PathLike[str] | None = None,
@@ -28,25 +41,24 @@ def run_grid(
     """Calls a function at every point of a grid and gathers what it returns, a row per point.
 
     Executors: `None` runs the points one by one in this process. Any `concurrent.futures.Executor` runs them in its
-    workers, threads and process pools among them; so do a Dask cluster (`dask.distributed.Client(...).get_executor()`),
-    and Slurm (`submitit.AutoExecutor(folder)`, a job per point). The function must be one that the workers can import,
-    or for Dask and Slurm one that cloudpickle can send.
+    workers, threads or processes; so do a Dask cluster (`dask.distributed.Client(...).get_executor()`) and Slurm
+    (`submitit.AutoExecutor(folder)`, a job per point). The function must be one that the workers can import, or for
+    Dask and Slurm one that cloudpickle can send.
 
     A point that takes its process down, by a crash or for want of memory, fails alone with Dask and Slurm. A process
-    pool breaks at it. So give a function that makes one, `lambda: ProcessPoolExecutor(8)`: when a pool breaks, the
-    sweep makes another and runs the points that were with it one at a time, and the one that breaks that too is
-    recorded as failed. A pool that was made elsewhere ends the sweep when it breaks.
+    pool breaks at it, and a pool that was made elsewhere then ends the run. So give a function that makes one,
+    `lambda: ProcessPoolExecutor(8)`: when a pool breaks, another is made and runs the points that were with it one at a
+    time; the one that breaks that pool too is recorded as failed.
 
-    Seeds: a function with a parameter `seed` gets a seed of its own at each point, below 2^32, made from the sweep's
-    seed and the point alone, so that neither the executor nor the order nor the rest of the grid matters; where `seed`
-    is an axis of the grid, it gets that. For repeats with other seeds, give the function one more argument as an axis.
+    Seeds: a function with a parameter `seed` gets a seed of its own at each point, below 2^32, made from `seed` and the
+    point alone, so that neither the executor nor the order nor the rest of the grid matters; where `seed` is an axis of
+    the grid, it gets that. For repeats with other seeds, give the function one more argument as an axis.
 
-    Files: with `out`, each outcome is appended as it comes, one line written whole. Called again with the same
-    `out`, only points that the file lacks are run; a line cut short by a kill is dropped and its point run again. A
-    file belongs to one function (by module and name; its code is not compared) and one seed, is written by one sweep
-    at a time, and may serve several grids in turn. A Parquet file cannot be appended to: outcomes are appended to lines
-    kept beside it, `NAME.parquet.jsonl`, and it is made from them whenever a sweep ends, if by an error; after a kill,
-    when the next one ends, even if that finds nothing left to run.
+    Files: with `out`, each outcome is appended as it comes, one line written whole. Called again with the same `out`,
+    only points that the file lacks are run; a line cut short by a kill is dropped and its point run again. A file
+    belongs to one function (by module and name; its code is not compared) and one seed, is written by one run at a
+    time, and may serve several grids in turn. A Parquet file cannot be appended to: it is made from lines kept beside
+    it, `NAME.parquet.jsonl`, whenever a run ends, if by an error; after a kill, when the next one ends.
 
     A point at which the function raises is recorded with its error, and the others run on. A Ctrl-C cancels what has
     not started, keeps what has finished, and raises.
@@ -58,7 +70,7 @@ def run_grid(
         executor: with a `submit` as above; or a function without arguments that makes a `concurrent.futures.Executor`,
             which is shut down in the end; `None` for this process.
         out: a file that ends in .jsonl, or .parquet (which needs the extra `parquet`); `None` keeps nothing.
-        seed: of the sweep.
+        seed: of the grid.
         retry_failed: run also the points that the file holds with an error.
         in_flight: the most points that are with the executor at a time, at least as many as it has workers.
 
@@ -75,7 +87,7 @@ def run_grid(
     """
     if not callable(function):
         raise TypeError(f"function must be callable, got {function!r:.80}")
-    if executor is not None and not makes_executors(executor) and not callable(getattr(executor, "submit", None)):
+    if executor is not None and not _makes_executors(executor) and not callable(getattr(executor, "submit", None)):
         raise TypeError(
             "executor must be None, have a submit(function, *arguments) or be a function that makes such a one, "
             f"got {executor!r:.80}"
@@ -85,11 +97,8 @@ def run_grid(
     points = [_seeded(function, point, seed) for point in _points(function, grid)]
     journal = Journal(out, function, seed)
 
-    missing = []
-    for point in points:
-        record = journal.records.get(identity(point))
-        if record is None or (retry_failed and "error" in record):
-            missing.append(point)
+    known = {key for key, record in journal.records.items() if not (retry_failed and "error" in record)}
+    missing = [point for point in points if identity(point) not in known]
     failed = 0
     with tqdm(total=len(points), initial=len(points) - len(missing), disable=None, unit="point") as bar:
 
@@ -101,13 +110,13 @@ def run_grid(
             bar.update()
 
         try:
-            run_points(function, missing, executor, in_flight, note)
+            _run(function, missing, executor, in_flight, note)
         finally:
             journal.close()
     return journal.table(points)
 
 
-def _points(function: Callable[..., Any], grid: Any) -> list[Arguments]:
+def _points(function: Function, grid: Any) -> list[Arguments]:
     """The grid's points, each such that the function can be called with it."""
     if isinstance(grid, Mapping):
         axes = {name: _values(name, values) for name, values in grid.items()}
@@ -119,7 +128,7 @@ def _points(function: Callable[..., Any], grid: Any) -> list[Arguments]:
     for index, point in enumerate(points):
         if not isinstance(point, Mapping) or not all(isinstance(name, str) for name in point):
             raise TypeError(f"grid must hold mappings of names to values, got {point!r:.80}")
-        points[index] = {name: scalar(f"grid's {name!r}", value) for name, value in point.items()}
+        points[index] = {name: _scalar(f"grid's {name!r}", value) for name, value in point.items()}
     if not points:
         raise ValueError("grid must have at least one point, got none")
     seen = set[str]()
@@ -137,7 +146,7 @@ def _values(name: object, values: Any) -> list[Any]:
     return list(values)
 
 
-def _check_callable_with(function: Callable[..., Any], point: Arguments) -> None:
+def _check_callable_with(function: Function, point: Arguments) -> None:
     reserved = sorted(point.keys() & set(COLUMNS))
     if reserved:
         raise ValueError(f"grid must not name {', '.join(map(repr, reserved))}: the table has such columns already")
@@ -147,9 +156,149 @@ def _check_callable_with(function: Callable[..., Any], point: Arguments) -> None
         raise ValueError(f"grid must name the arguments of the function, got {point}: {error}") from error
 
 
-def _seeded(function: Callable[..., Any], point: Arguments, seed: int) -> Arguments:
+def _seeded(function: Function, point: Arguments, seed: int) -> Arguments:
     """The point, with a seed of its own for a function that takes one."""
     if "seed" in point or "seed" not in inspect.signature(function).parameters:
         return point
-    digest = hashlib.sha256(f"hijack-lens sweep {seed} {identity(point)}".encode()).digest()
+    text = f"hijack-lens sweep {seed} {identity(point)}"  # another text would give other seeds
+    digest = hashlib.sha256(text.encode()).digest()
     return {**point, "seed": int.from_bytes(digest[:4], "big")}
+
+
+def _run_point(function: Function, arguments: Arguments) -> Outcome:
+    """Calls the function, in whatever process this is, and turns what it raises into an outcome."""
+    started = time.perf_counter()
+    try:
+        outcome: Outcome = {"result": _result(function(**arguments), arguments)}
+    except (Exception, SystemExit) as error:
+        outcome = _failure(error)
+    return {**outcome, "seconds": round(time.perf_counter() - started, 6)}
+
+
+def _failure(error: BaseException) -> Outcome:
+    """The outcome of a point that raised."""
+    text = "".join(traceback.format_exception(error))
+    return {"error": {"type": type(error).__name__, "message": str(error), "traceback": text[-_TRACEBACK:]}}
+
+
+def _scalar(name: str, value: Any) -> int | float | str | bool | None:
+    """A number, string, truth value or `None`, as Python's own; NumPy's and PyTorch's become these."""
+    if callable(getattr(value, "item", None)) and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, (int, float, str, bool, type(None))):
+        return value
+    raise TypeError(f"{name} must be a number, a string, True, False or None, got {value!r:.80}")
+
+
+def _result(result: Any, arguments: Arguments) -> Arguments:
+    if not isinstance(result, Mapping) or not all(isinstance(name, str) for name in result):
+        raise TypeError(f"function must return a dict of names to numbers, got {result!r:.80}")
+    taken = sorted(result.keys() & {*arguments, *COLUMNS})
+    if taken:
+        raise ValueError(f"function must not return {', '.join(map(repr, taken))}: the table has such columns already")
+    return {name: _scalar(f"function's {name!r}", value) for name, value in result.items()}
+
+
+def _makes_executors(executor: Any) -> bool:
+    """Whether it is to be called for an executor, rather than be one: a class has a `submit` too, for its instances."""
+    return callable(executor) and (isinstance(executor, type) or not hasattr(executor, "submit"))
+
+
+def _run(function: Function, points: Iterable[Arguments], executor: Any, in_flight: int, note: Note) -> None:
+    """Runs every point and notes each outcome as it comes.
+
+    Whatever ends this early cancels the jobs that have not started; those that have finished by then are noted.
+    """
+    if executor is None:
+        for arguments in points:
+            note(arguments, _run_point(function, arguments))
+        return
+    waiting = deque(points)
+    if not _makes_executors(executor):
+        lost, broke = _hand_out(function, waiting, executor, in_flight, note)
+        if broke is not None:
+            raise RuntimeError(
+                f"executor broke ({type(broke).__name__}: {broke}) while {_listed(lost)} with it; what has finished is "
+                "kept: call again with a new one for the rest. Where executor is a function that makes one, such a "
+                "point is recorded as failed and the rest run on"
+            ) from broke
+        return
+    while waiting:
+        with _made(executor) as made:
+            suspects, broke = _hand_out(function, waiting, made, in_flight, note)
+        if suspects:
+            # A broken pool cannot tell which point broke it. That one breaks the next too, where it is alone.
+            with _made(executor) as made:
+                culprit, broke = _hand_out(function, suspects, made, 1, note)
+            if culprit and broke is not None:
+                note(culprit[0], _failure(broke))
+            waiting.extendleft(reversed(suspects))
+
+
+@contextmanager
+def _made(make: Callable[[], Any]) -> Iterator[Executor]:
+    """A new executor, shut down in the end."""
+    executor = make()
+    if not isinstance(executor, Executor):
+        raise TypeError(f"executor must make a concurrent.futures.Executor, got {executor!r:.80}")
+    with executor:
+        try:
+            executor.submit(int).result()
+        except _BROKEN as error:  # or else every point would be found to have broken one
+            raise RuntimeError(f"executor broke before it had any point ({type(error).__name__}: {error})") from error
+        yield executor
+
+
+def _hand_out(
+    function: Function, points: deque[Arguments], executor: Any, in_flight: int, note: Note
+) -> tuple[deque[Arguments], BaseException | None]:
+    """Takes points from the left and has them run, until there are no more or the executor breaks.
+
+    Returns:
+        The points that were with it when it broke, in their order, and its error.
+    """
+    jobs, broke = dict[Any, Arguments](), None
+    try:
+        while points or jobs:
+            while points and len(jobs) < in_flight:
+                job = executor.submit(_run_point, function, points[0])
+                jobs[job] = points.popleft()
+            for job in _finished(jobs):
+                note(jobs[job], _outcome(job))
+                del jobs[job]
+    except _BROKEN as error:
+        broke = error
+        if isinstance(error, BrokenExecutor):
+            # It is still failing its jobs, one by one, and Python 3.11's chokes on one that is cancelled before.
+            executor.shutdown()
+    finally:
+        for job in list(jobs):
+            if not job.cancel() and job.done() and job.exception() is None:
+                note(jobs.pop(job), job.result())
+    return deque(jobs.values()), broke
+
+
+def _listed(points: Collection[Arguments]) -> str:
+    """The first few, among which are those that had started, and how many more; with the verb."""
+    few = ", ".join(map(str, itertools.islice(points, _NAMED)))
+    more = f" and {len(points) - _NAMED} more" if len(points) > _NAMED else ""
+    return f"{few}{more} {'was' if len(points) == 1 else 'were'}" if points else "nothing was"
+
+
+def _finished(jobs: Iterable[Any]) -> list[Any]:
+    """Those that are done, once there are any."""
+    jobs = list(jobs)
+    if all(isinstance(job, Future) for job in jobs):
+        return list(wait(jobs, return_when=FIRST_COMPLETED).done)
+    while not (done := [job for job in jobs if job.done()]):
+        time.sleep(_POLL)
+    return done
+
+
+def _outcome(job: Any) -> Outcome:
+    try:
+        return job.result()
+    except _BROKEN:
+        raise
+    except Exception as error:  # the executor's own: a worker was lost, or something could not be sent
+        return _failure(error)

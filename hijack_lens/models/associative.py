@@ -1,11 +1,15 @@
-"""The associative-memory transformer: every weight matrix written down as a sum of outer products."""
+"""Associative-memory transformers: every weight matrix written down as a sum of outer products."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hijack_lens.core.checks import as_generator, check_choice, check_count, check_type
-from hijack_lens.core.circuit import Positions, Strengths
+from hijack_lens.core.circuit import Circuit, Component, Positions, Strengths
 from hijack_lens.language import BigramLanguage, Triggers
 from hijack_lens.models.architecture import Architecture
 from hijack_lens.models.transformer import BigramTransformer
@@ -152,3 +156,77 @@ def _directions(count: int, d_model: int, generator: torch.Generator) -> Float[T
     # Rows of a random subspace's basis: as far from one another as random directions get, on average.
     random = torch.linalg.qr(torch.randn(count, d_model, generator=generator, dtype=torch.float64)).Q
     return random / random.norm(dim=-1, keepdim=True)
+
+
+_CODES = 3
+"""Position codes, each written by a head of the first layer."""
+
+
+def unpositioned_transformer(
+    language: BigramLanguage,
+    triggers: Sequence[int],
+    strengths: Strengths,
+    *,
+    reach: int,
+    n_ctx: int,
+    dtype: torch.dtype = torch.float64,
+) -> BigramTransformer:
+    """A three-layer associative-memory transformer without positional encoding; derived in docs/no_positions.md.
+
+    With the directions of `associative_transformer`, three more for codes c_0, c_1, c_2, and B the token that begins
+    the text:
+
+        block 0, head j   scores log(1 + j) for B, 0 for others; writes c_j / (1 + j) for B: in all, c_j / (t + j)
+        block 1, head 0   query (u_1 - 1, u_0 + 1), key scale * (u_1, u_2), with u_j what c_j holds; E(v) -> Phi(v)
+        block 2           the second block of `associative_transformer`
+
+    Args:
+        language: with B its last token; prompts must begin with it, and not hold it again.
+        triggers: tokens the induction head matches.
+        strengths: of the memories; `previous_token` at least, for prompts up to `reach`.
+        reach: in tokens.
+        n_ctx: the longest prompt.
+        dtype: of the weights.
+    """
+    d_model = 3 * language.d_vocab + _CODES
+    two = associative_transformer(
+        language, triggers, strengths=strengths, n_ctx=n_ctx, d_model=d_model, dtype=dtype, device="cpu"
+    )
+    architecture = replace(two.architecture, positions="none", n_layers=3, n_heads=_CODES)
+    model = BigramTransformer(
+        architecture, language, strengths=strengths, triggers=two.triggers, dtype=dtype, device="cpu"
+    )
+    model.circuit = Circuit((Component(1, "head", 0),), (Component(2, "head", 0),), (Component(2, "mlp"),))
+    begin, codes = two.W_E[-1], torch.eye(d_model, dtype=dtype)[-_CODES:]
+    scale = previous_token_scale(strengths.previous_token, reach)
+    counter, shift, induction = (block.attn for block in model.blocks)
+    first, second = (block.attn for block in two.blocks)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for j in range(_CODES):
+            counter.b_Q[j, 0] = math.log(1 + j)
+            counter.W_K[j, :, 0] = counter.W_V[j, :, 0] = begin
+            counter.W_O[j, 0] = codes[j] / (1 + j)
+        shift.W_Q[0, :, :2] = torch.stack([codes[1], codes[0]], 1)
+        shift.b_Q[0, :2] = torch.tensor([-1.0, 1.0], dtype=dtype)
+        shift.W_K[0, :, :2] = scale * torch.stack([codes[1], codes[2]], 1)
+        shift.W_V[0], shift.W_O[0] = first.W_V[0], first.W_O[0]
+        for name in ("W_Q", "W_K", "W_V", "W_O"):
+            getattr(induction, name)[0] = getattr(second, name)[0]
+        model.embed.load_state_dict(two.embed.state_dict())
+        model.unembed.load_state_dict(two.unembed.state_dict())
+        model.blocks[2].mlp.load_state_dict(two.blocks[1].mlp.state_dict())
+    return with_beginning_prepended(model)
+
+
+def previous_token_scale(strength: float, reach: int) -> float:
+    """The scale at which the position before leads all others by `strength` or more, at positions up to `reach`."""
+    return strength * reach * (reach + 1) ** 2 * (reach + 2)
+
+
+def with_beginning_prepended(model: BigramTransformer) -> BigramTransformer:
+    """The model, whose language's last token now begins the prompts that others make for it, as `find_circuit` does."""
+    model.cfg.default_prepend_bos = True
+    model.tokenizer.bos_token = model.language.tokens[-1]
+    return model

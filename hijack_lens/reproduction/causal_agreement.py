@@ -1,16 +1,15 @@
 """Claim: what attribution credits a memory with is what the memory is worth by ablation."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
-from hijack_lens.attribution.logits import attribute
-from hijack_lens.attribution.shapley_values import shapley
+from hijack_lens.attribution import attribute, shapley
 from hijack_lens.metrics import margin as hijack_margin
-from hijack_lens.models.transformer import BigramTransformer
+from hijack_lens.models import BigramTransformer
+from hijack_lens.reproduction import experiment
 from hijack_lens.reproduction.experiment import RANDOM_TRIGGERS, Finding, Recipe, Result, Train, over_seeds, trained
 from hijack_lens.show.style import COLOURS, Picture
 from hijack_lens.training.fit import conflict_prompts
@@ -21,27 +20,18 @@ STATEMENT = (
 )
 SOURCE = "beyond the papers; Shapley 1953, and attribution as in the README"
 
-CORRELATION = 0.9
-"""Over a model's prompts, of each memory's part of the margin by attribution and by Shapley values."""
-ROUNDING = 1e-4
-"""Differences whose mean square is below this squared, in logits, are float32's: there is nothing to explain."""
+CORRELATION = 0.9  # over a model's prompts, of each memory's part of the margin by attribution and by Shapley values
+ROUNDING = 1e-4  # root mean square difference, in logits, that is float32's: below, there is nothing to explain
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured at.
-
-    Attributes:
-        recipe: of the trained models, for all seeds.
-        seeds: of these.
-        length: of the prompts.
-        n_prompts: for each model.
-    """
+    """What is measured at."""
 
     recipe: Recipe = RANDOM_TRIGGERS
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    length: int = 32
-    n_prompts: int = 300
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the trained models
+    length: int = 32  # of the prompts
+    n_prompts: int = 300  # for each model
 
 
 QUICK = Settings(seeds=(0, 1, 2), n_prompts=60)
@@ -63,15 +53,11 @@ def causal_agreement(settings: Settings = Settings(), train: Train = trained) ->
 
         (what the heads write through the MLP  +  what the MLP alone writes  -  what its embedding path does) / 2
 
-    Holds where, by the 95% interval over seeds, both parts correlate over prompts by at least `CORRELATION`. How much
-    of their difference this explains is no finding, for only norms and the heads' biases could make it less than all;
-    it says why they part.
+    The note states how much of their difference this explains. It is no finding, since only norms and the heads' biases
+    could make it less than all.
     """
-    tables = []
-    for seed in tqdm(settings.seeds, disable=None, unit="seed"):
-        model = train(replace(settings.recipe, seed=seed)).model
-        tables.append(_ask(model, settings, seed).assign(seed=seed))
-    table = pd.concat(tables, ignore_index=True)
+    runs = experiment.replicates(train, settings.recipe, settings.seeds)
+    table = pd.concat([_ask(run.model, settings, seed).assign(seed=seed) for seed, run in runs], ignore_index=True)
     return Result(_findings(table, settings), table, _picture(table), _note(table))
 
 
@@ -90,16 +76,15 @@ def _ask(model: BigramTransformer, settings: Settings, seed: int) -> pd.DataFram
         values = shapley(model, prompt, hijack_margin(prompt), players)
         assert values.worth is not None  # two players are never sampled
         rows.append(
-            (
-                *(float(part) for part in (split.context, split.weights, split.rest)),
-                values["context"],
-                values["weights"] + values.empty,
-                float(by_path[torch.tensor(through_mlp)].sum()),
-                float(values.worth[0, 1] - split.weights),
-            )
+            {
+                **{part: float(getattr(split, part)) for part in ("context", "weights", "rest")},
+                "context_ablated": values["context"],
+                "weights_ablated": values["weights"] + values.empty,
+                "heads_through_mlp": float(by_path[torch.tensor(through_mlp)].sum()),
+                "mlp_alone": float(values.worth[0, 1] - split.weights),
+            }
         )
-    ablated = ["context_ablated", "weights_ablated"]
-    table = pd.DataFrame(rows, columns=["context", "weights", "rest", *ablated, "heads_through_mlp", "mlp_alone"])
+    table = pd.DataFrame(rows)
     return table.assign(
         difference=table["weights_ablated"] - table["weights"],
         predicted_difference=(table["heads_through_mlp"] + table["mlp_alone"]) / 2,
@@ -110,19 +95,16 @@ def _findings(table: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
     by_seed = table.groupby("seed")
     setting = f"{by_seed.ngroups} trained models, random triggers; {settings.n_prompts} prompts of {settings.length} "
     setting += "tokens for each"
-    findings = []
-    for memory in ("context", "weights"):
-        correlations = [float(part[memory].corr(part[f"{memory}_ablated"])) for _, part in by_seed]
-        correlation = over_seeds(correlations)
-        findings.append(
-            Finding(
-                setting,
-                f"the part of {memory} by attribution and by ablation correlate by at least {CORRELATION:g}",
-                f"{correlation:.3f}",
-                correlation.low >= CORRELATION,
-            )
+    return tuple(
+        Finding.at_least(
+            setting,
+            f"the part of {memory} by attribution and by ablation correlate by at least {CORRELATION:g}",
+            [part[memory].corr(part[f"{memory}_ablated"]) for _, part in by_seed],
+            CORRELATION,
+            ".3f",
         )
-    return tuple(findings)
+        for memory in ("context", "weights")
+    )
 
 
 def _explained(table: pd.DataFrame) -> float:
@@ -151,11 +133,11 @@ def _picture(table: pd.DataFrame) -> Picture:
     axes = picture.figure.subplots(1, 3)
     for ax, memory in zip(axes, ("context", "weights"), strict=False):
         _dots(ax, table[memory], table[f"{memory}_ablated"], COLOURS[memory])
-        ax.set_xlabel(f"{memory}: attribution (logits)")
-        ax.set_ylabel(f"{memory}: Shapley value by ablation (logits)")
+        ax.set(xlabel=f"{memory}: attribution (logits)", ylabel=f"{memory}: Shapley value by ablation (logits)")
     _dots(axes[2], table["predicted_difference"], table["difference"], COLOURS["rest"])
     axes[2].set_xlabel("half of what the heads change in the MLP (logits)")
     axes[2].set_ylabel("weights' part: Shapley value − attribution (logits)")
+    experiment.finish(axes, grid=False)
     return picture
 
 
@@ -165,4 +147,3 @@ def _dots(ax: Any, x: "pd.Series[float]", y: "pd.Series[float]", colour: str) ->
     ends = [min(x.min(), y.min()), max(x.max(), y.max())]
     ax.plot(ends, ends, color="black", linestyle="--", linewidth=1, label="the same")
     ax.legend(frameon=False, loc="lower right")
-    ax.spines[["top", "right"]].set_visible(False)

@@ -1,29 +1,39 @@
-"""Every claim that `reproduce` puts to the test."""
+"""The papers' claims, and a run of them: a table with a figure each, as an offline HTML page and as JSON."""
 
+import functools
 import json
 import math
-from collections.abc import Callable
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
-from hijack_lens.reproduction import (
-    causal_agreement,
-    closed_form,
-    competing_continuations,
-    data_matters,
-    flip_window,
-    learning_order,
-    memory_order,
-    no_positions,
-    phase_diagram,
-    positions_and_length,
-    stronger_memories,
-    winner_prediction,
-)
-from hijack_lens.reproduction import denied_facts as facts
+from hijack_lens.core.checks import check_choice, check_count
+from hijack_lens.core.files import write_atomically
+from hijack_lens.grid.journal import Journal
+from hijack_lens.grid.running import run_grid
+from hijack_lens.reproduction.causal_agreement import causal_agreement
+from hijack_lens.reproduction.closed_form import closed_form
+from hijack_lens.reproduction.competing_continuations import competing_continuations
+from hijack_lens.reproduction.data_matters import data_matters
+from hijack_lens.reproduction.denied_facts import facts
 from hijack_lens.reproduction.experiment import Result
+from hijack_lens.reproduction.flip_window import flip_window
+from hijack_lens.reproduction.learning_order import learning_order
+from hijack_lens.reproduction.memory_order import memory_order
+from hijack_lens.reproduction.no_positions import no_positions
+from hijack_lens.reproduction.page import findings_of, page
+from hijack_lens.reproduction.phase_diagram import phase_diagram
+from hijack_lens.reproduction.positions_and_length import positions_and_length
+from hijack_lens.reproduction.stronger_memories import stronger_memories
+from hijack_lens.reproduction.winner_prediction import winner_prediction
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Claim:
         source: where it is made.
         experiment: takes settings.
         full: settings of the full run.
-        quick: of one that takes seconds, or a minute or two.
+        quick: settings of a run that takes seconds, or a minute or two.
     """
 
     statement: str
@@ -45,30 +55,128 @@ class Claim:
     quick: Any
 
 
-def _claim(module: Any, experiment: Callable[..., Result]) -> Claim:
+def _claim(experiment: Callable[..., Result]) -> Claim:
+    module: Any = sys.modules[experiment.__module__]
     return Claim(module.STATEMENT, module.SOURCE, experiment, module.Settings(), module.QUICK)
 
 
 CLAIMS: dict[str, Claim] = {
-    "closed-form": _claim(closed_form, closed_form.closed_form),
-    "phase-diagram": _claim(phase_diagram, phase_diagram.phase_diagram),
-    "stronger-memories": _claim(stronger_memories, stronger_memories.stronger_memories),
-    "competing-continuations": _claim(competing_continuations, competing_continuations.competing_continuations),
-    "flip-window": _claim(flip_window, flip_window.flip_window),
-    "positions": _claim(positions_and_length, positions_and_length.positions_and_length),
-    "no-positions": _claim(no_positions, no_positions.no_positions),
-    "facts": _claim(facts, facts.facts),
-    "learning-order": _claim(learning_order, learning_order.learning_order),
-    "memory-order": _claim(memory_order, memory_order.memory_order),
-    "data": _claim(data_matters, data_matters.data_matters),
-    "winner-prediction": _claim(winner_prediction, winner_prediction.winner_prediction),
-    "causal-agreement": _claim(causal_agreement, causal_agreement.causal_agreement),
+    "closed-form": _claim(closed_form),
+    "phase-diagram": _claim(phase_diagram),
+    "stronger-memories": _claim(stronger_memories),
+    "competing-continuations": _claim(competing_continuations),
+    "flip-window": _claim(flip_window),
+    "positions": _claim(positions_and_length),
+    "no-positions": _claim(no_positions),
+    "facts": _claim(facts),
+    "learning-order": _claim(learning_order),
+    "memory-order": _claim(memory_order),
+    "data": _claim(data_matters),
+    "winner-prediction": _claim(winner_prediction),
+    "causal-agreement": _claim(causal_agreement),
 }
 """By name, in the order of the papers."""
 
 
+@dataclass(frozen=True, repr=False)
+class Reproduction:
+    """The outcome of each claim.
+
+    Attributes:
+        outcomes: by claim: what `run_claim` found, the "claim"'s name, "statement", "source" and "settings", the
+            "seconds" it took, and the "error" and "traceback", empty where there was none.
+        report: the HTML page, on all claims that the folder knows at these settings.
+        data: the same as JSON, without figures.
+    """
+
+    outcomes: tuple[dict[str, Any], ...]
+    report: Path
+    data: Path
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """By claim: "reproduced", "in part" or "not reproduced"; "failed" where its experiment raised."""
+        return {outcome["claim"]: outcome["verdict"] for outcome in self.outcomes}
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per finding: claim, source, setting, predicted, measured, whether it holds, and the claim's verdict.
+
+        A claim that failed has one row, with its error as what was measured, and `None` for whether it holds.
+        """
+        return pd.DataFrame(
+            {"claim": outcome["claim"], "source": outcome["source"], **finding, "verdict": outcome["verdict"]}
+            for outcome in self.outcomes
+            for finding in findings_of(outcome)
+        )
+
+    def __repr__(self) -> str:
+        lines = [f"{outcome['verdict']:>14}  {outcome['statement']}" for outcome in self.outcomes]
+        return "\n".join([*lines, f"Report: {self.report}"])
+
+    def _repr_html_(self) -> str:
+        return self.to_pandas().to_html(index=False)
+
+
+def reproduce(
+    out: str | os.PathLike[str],
+    quick: bool = False,
+    claims: Sequence[str] | None = None,
+    workers: int | None = None,
+) -> Reproduction:
+    """Tests the papers' claims, and says which hold, how far, and where they do not.
+
+    A run that was stopped goes on when called again with the same `out`: claims that it holds at the same settings are
+    not run again, and those that failed are. Edits of an experiment's code are not noticed: use another folder then.
+    The report covers every claim that the folder knows at these settings, quick or full, also from earlier calls.
+
+    A claim whose experiment raises, or takes its worker process down, is reported as failed; the others run on.
+
+    Args:
+        out: a folder, made if need be, for `report.html`, `report.json` and what has been run so far.
+        quick: small settings, for a first look.
+        claims: names from `CLAIMS`; by default all.
+        workers: processes to run claims in, each with one thread; by default as many as there are cores. With one, or
+            for one claim, it is this process. A script that asks for more must guard its own code with
+            `if __name__ == "__main__":`, since each of them imports it.
+
+    Raises:
+        TypeError, ValueError: for names of no claim, and an `out` that is a file.
+        RuntimeError: where no worker can start.
+    """
+    chosen = tuple(CLAIMS) if claims is None else tuple([claims] if isinstance(claims, str) else claims)
+    for name in chosen:
+        check_choice("claims", name, CLAIMS)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"claims must be one or several different ones, got {claims!r}")
+    count = check_count("workers", (os.cpu_count() or 1) if workers is None else workers, minimum=1)
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out must be a folder, got the file {str(folder)!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    points = {name: {"claim": name, "settings": repr(one.quick if quick else one.full)} for name, one in CLAIMS.items()}
+    pool = functools.partial(
+        ProcessPoolExecutor,
+        count,
+        mp_context=multiprocessing.get_context("spawn"),  # not forked: PyTorch's threads do not survive that
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    )
+    executor = None if count == 1 or len(chosen) == 1 else pool
+    kept = folder / "claims.jsonl"
+    run_grid(run_claim, [points[name] for name in chosen], executor, kept, retry_failed=True, in_flight=count)
+    known = Journal(kept, run_claim, seed=0).table(list(points.values()))
+    outcomes = {row["claim"]: _outcome(row) for row in known.to_dict(orient="records")}
+
+    without_figures = [{key: value for key, value in one.items() if key != "figure"} for one in outcomes.values()]
+    data = write_atomically(folder / "report.json", json.dumps(without_figures, indent=2).encode())
+    heading = "Quick settings: small models, few seeds." if quick else "Full settings."
+    report = write_atomically(folder / "report.html", page(tuple(outcomes.values()), heading).encode())
+    return Reproduction(tuple(outcomes[name] for name in chosen), report, data)
+
+
 def run_claim(claim: str, settings: str) -> dict[str, str]:
-    """Tests one claim, as a point of a sweep: other settings are another point.
+    """Tests one claim, as a point of a grid: other settings are another point.
 
     Args:
         claim: its name.
@@ -80,13 +188,12 @@ def run_claim(claim: str, settings: str) -> dict[str, str]:
     chosen = CLAIMS[claim]
     known = {repr(one): one for one in (chosen.quick, chosen.full)}
     result = chosen.experiment(known[settings])
+    rows = result.table.to_dict(orient="records")
     outcome = {
         "verdict": result.verdict,
         "findings": result.to_pandas().to_dict(orient="records"),
         "note": result.note,
-        "table": [
-            {str(name): _plain(value) for name, value in row.items()} for row in result.table.to_dict(orient="records")
-        ],
+        "table": [{str(name): _plain(value) for name, value in row.items()} for row in rows],
         "figure": result.figure.svg(),
     }
     return {"verdict": result.verdict, "outcome": json.dumps(outcome)}
@@ -95,8 +202,23 @@ def run_claim(claim: str, settings: str) -> dict[str, str]:
 def _plain(value: Any) -> Any:
     """A table's value in JSON's types: null where there is none, a string where it is infinite."""
     value = value.item() if hasattr(value, "item") else value
-    if value is None or isinstance(value, (str, bool)):
+    if isinstance(value, (str, bool)):
         return value
     if pd.isna(value):
         return None
     return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+def _outcome(row: dict[str, Any]) -> dict[str, Any]:
+    claim = CLAIMS[row["claim"]]
+    found = {
+        "claim": row["claim"],
+        "statement": claim.statement,
+        "source": claim.source,
+        "settings": row["settings"],
+        "seconds": None if pd.isna(row["seconds"]) else row["seconds"],  # unknown of a process that died
+    }
+    if isinstance(row["error"], str):
+        nothing = {"verdict": "failed", "findings": [], "note": "", "table": [], "figure": ""}
+        return {**found, **nothing, "error": row["error"], "traceback": row["traceback"]}
+    return {**found, **json.loads(row["outcome"]), "error": "", "traceback": ""}

@@ -9,9 +9,9 @@ from tqdm.auto import tqdm
 
 from hijack_lens import theory
 from hijack_lens.core.circuit import Positions, Strengths
-from hijack_lens.language.bigrams import BigramLanguage
-from hijack_lens.models.associative import associative_transformer
-from hijack_lens.reproduction.experiment import Finding, Make, Result
+from hijack_lens.language import BigramLanguage
+from hijack_lens.models import associative_transformer
+from hijack_lens.reproduction.experiment import Finding, Make, Result, finish
 from hijack_lens.show.style import COLOURS, Picture
 
 STATEMENT = (
@@ -20,32 +20,29 @@ STATEMENT = (
 )
 SOURCE = "Wang & Sato, arXiv 2412.11459: logits of the associative-memory transformer"
 
-TOLERANCE = 1e-10
-"""In logits of order 1 to 100; rounding in float64 leaves about 1e-13."""
+TOLERANCE = 1e-10  # in logits of order 1 to 100; rounding in float64 leaves about 1e-13
+
+_STRENGTHS = ["b1", "b2", "b3", "g"]
+_KINDS = {
+    "relative": "relative positions",
+    "absolute": "absolute positions, the second half of each prompt beyond the trained ones",
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured at.
+    """What is measured at."""
 
-    Attributes:
-        d_vocabs: sizes of the languages.
-        lengths: of the prompts.
-        strengths: of the memories.
-        n_prompts: per combination and kind: tokens drawn uniformly, and sequences of the language with triggers.
-        seed: of languages, triggers and prompts.
-    """
-
-    d_vocabs: tuple[int, ...] = (4, 20, 60)
-    lengths: tuple[int, ...] = (8, 32, 128, 256)
+    d_vocabs: tuple[int, ...] = (4, 20, 60)  # of the languages
+    lengths: tuple[int, ...] = (8, 32, 128, 256)  # of the prompts
     strengths: tuple[Strengths, ...] = (
         Strengths(0.5, 0.5, 1.0, 0.5),
         Strengths(3.0, 6.0, 5.0, 1.0),
         Strengths(),
         Strengths(30.0, 30.0, 100.0, 3.0),
     )
-    n_prompts: int = 10
-    seed: int = 0
+    n_prompts: int = 10  # per combination, of random tokens, and as many sampled sequences with triggers
+    seed: int = 0  # of languages, triggers and prompts
 
 
 QUICK = Settings(d_vocabs=(4, 20), lengths=(8, 32, 128), n_prompts=5)
@@ -54,10 +51,9 @@ QUICK = Settings(d_vocabs=(4, 20), lengths=(8, 32, 128), n_prompts=5)
 def closed_form(settings: Settings = Settings(), make: Make = associative_transformer) -> Result:
     """The closed form predicts the logits of the associative-memory transformer on arbitrary prompts.
 
-    Wang & Sato (arXiv 2412.11459), with strengths that are finite: `theory.logits`, which knows tokens and strengths
-    but no model, against the float64 model's own logits, at every position and for every token of prompts of random
-    tokens and of sampled sequences; a random half of the vocabulary are triggers. Holds where the largest error is at
-    most `TOLERANCE`; for relative positions, and for absolute ones of which the model knows the first half only.
+    Wang & Sato (arXiv 2412.11459), at finite strengths. `theory.logits`, which knows tokens and strengths but no model,
+    is compared with the float64 model's logits, on random tokens and on sampled sequences. A random half of the
+    vocabulary are triggers. Of absolute positions, the model knows the first half.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     cells = list(itertools.product(settings.d_vocabs, settings.lengths, settings.strengths))
@@ -75,31 +71,24 @@ def closed_form(settings: Settings = Settings(), make: Make = associative_transf
             )
             with torch.no_grad():
                 measured = model(tokens).cpu()
-            setting = theory.Setting(strengths, triggers, positions, n_ctx_train)
-            predicted = theory.logits(tokens, language, setting)
-            error = float((measured - predicted).abs().max())
-            scale = float(measured.abs().max())
-            rows.append((positions, d_vocab, length, *vars(strengths).values(), scale, error))
-    names = ["positions", "d_vocab", "length", "b1", "b2", "b3", "g", "largest_logit", "largest_error"]
-    table = pd.DataFrame(rows, columns=names)
-    compared = {
-        "relative": "relative positions",
-        "absolute": "absolute positions, the second half of each prompt beyond the trained ones",
-    }
-    findings = []
-    for name, described in compared.items():
-        part = table[table["positions"] == name]
-        n_prompts = 2 * settings.n_prompts * len(part)
-        findings.append(
-            Finding(
-                f"{described}; {len(part)} models of {min(settings.d_vocabs)} to {max(settings.d_vocabs)} tokens, "
-                f"{n_prompts} prompts of {min(settings.lengths)} to {max(settings.lengths)} tokens, all positions",
-                f"theory = model, to {TOLERANCE:g} logits",
-                f"largest error {part['largest_error'].max():.1e}, of logits up to {part['largest_logit'].max():.0f}",
-                bool((part["largest_error"] <= TOLERANCE).all()),
-            )
-        )
-    return Result(tuple(findings), table, _picture(table))
+            predicted = theory.logits(tokens, language, theory.Setting(strengths, triggers, positions, n_ctx_train))
+            sizes = [float(logits.abs().max()) for logits in (measured, measured - predicted)]
+            rows.append((positions, d_vocab, length, *vars(strengths).values(), *sizes))
+    columns = ["positions", "d_vocab", "length", *_STRENGTHS, "largest_logit", "largest_error"]
+    table = pd.DataFrame(rows, columns=columns)
+    findings = tuple(_finding(kind, table[table["positions"] == kind], settings) for kind in _KINDS)
+    return Result(findings, table, _picture(table))
+
+
+def _finding(kind: str, table: pd.DataFrame, settings: Settings) -> Finding:
+    return Finding(
+        f"{_KINDS[kind]}; {len(table)} models of {min(settings.d_vocabs)} to {max(settings.d_vocabs)} tokens, "
+        f"{2 * settings.n_prompts * len(table)} prompts of {min(settings.lengths)} to {max(settings.lengths)} tokens, "
+        "all positions",
+        f"theory = model, to {TOLERANCE:g} logits",
+        f"largest error {table['largest_error'].max():.1e}, of logits up to {table['largest_logit'].max():.0f}",
+        bool((table["largest_error"] <= TOLERANCE).all()),
+    )
 
 
 def _picture(table: pd.DataFrame) -> Picture:
@@ -107,13 +96,11 @@ def _picture(table: pd.DataFrame) -> Picture:
     picture = Picture(10.0, 4.4)
     axes = picture.figure.subplots(1, 2, sharey=True)
     colours = [COLOURS["context"], COLOURS["weights"], "#009E73", "#CC79A7"]  # Okabe & Ito's
-    strengths = table[["b1", "b2", "b3", "g"]].drop_duplicates().to_numpy().tolist()
-    for ax, positions in zip(axes, ("relative", "absolute"), strict=True):
-        part = table[table["positions"] == positions]
-        for index, values in enumerate(strengths):
-            dots = part[(part[["b1", "b2", "b3", "g"]] == values).all(axis=1)]
+    for ax, positions in zip(axes, _KINDS, strict=True):
+        by_strengths = table[table["positions"] == positions].groupby(_STRENGTHS, sort=False)
+        for index, (values, dots) in enumerate(by_strengths):
             ax.scatter(
-                dots["length"] * 1.07 ** (index - len(strengths) / 2 + 0.5),  # side by side
+                dots["length"] * 1.07 ** (index - len(by_strengths) / 2 + 0.5),  # side by side
                 dots["largest_error"].clip(lower=1e-17),
                 10 + dots["d_vocab"],
                 colours[index % len(colours)],
@@ -122,14 +109,11 @@ def _picture(table: pd.DataFrame) -> Picture:
             )
         ax.axhline(TOLERANCE, color="black", linestyle="--", linewidth=1)
         ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.set_ylim(3e-18, max(1e-9, 10 * table["largest_error"].max()))
-        ax.set_xlabel("length of the prompts (tokens)")
-        ax.set_title(f"{positions} positions")
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
+        ax.set(yscale="log", ylim=(3e-18, max(1e-9, 10 * table["largest_error"].max())))
+        ax.set(xlabel="length of the prompts (tokens)", title=f"{positions} positions")
     axes[0].annotate("threshold", (table["length"].min(), TOLERANCE), xytext=(0, 4), textcoords="offset points")
     axes[0].set_ylabel("largest |theory − model| (logits)")
+    finish(axes)
     picture.figure.legend(
         *axes[0].get_legend_handles_labels(),
         loc="outside right upper",

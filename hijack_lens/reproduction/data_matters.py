@@ -1,14 +1,14 @@
 """What the training data does to the speed of in-context learning, and to how far it generalises."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
-from tqdm.auto import tqdm
 
+from hijack_lens.reproduction import experiment
 from hijack_lens.reproduction.experiment import Finding, Recipe, Result, Train, over_seeds, trained
 from hijack_lens.show.style import Picture
-from hijack_lens.training.recall import behaviour
-from hijack_lens.training.run import TrainingRun
+from hijack_lens.training import TrainingRun, behaviour
 
 STATEMENT = (
     "Few triggers and random ones slow in-context learning down; continuations drawn from the bigrams make it fail on "
@@ -18,52 +18,32 @@ SOURCE = (
     "Bietti et al., arXiv 2306.00802, section 5, figure 4 (left, centre), and section 4 (fixed and random triggers)"
 )
 
-LEARNED = 0.9
-"""In-context accuracy that counts as learned."""
+LEARNED = 0.9  # in-context accuracy that counts as learned
+COST = 1.5  # uniform continuations may take at most this many times the steps that bigram-drawn ones take
 
-COST = 1.5
-"""Uniform continuations may take at most this many times the steps that bigram-drawn ones take."""
-
+_ACCURACY = "in_context_accuracy"
 _BASE, _FEW, _RANDOM, _BIGRAM = "fixed triggers, uniform", "fewer triggers", "random triggers", "bigram-drawn"
 _LINES = {_BASE: ("#000000", "-"), _FEW: ("#E69F00", "--"), _RANDOM: ("#0072B2", "-."), _BIGRAM: ("#D55E00", ":")}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is trained, and on what it is asked.
+    """What is trained, and on what it is asked."""
 
-    Attributes:
-        d_vocab: tokens in the language.
-        triggers: how many.
-        few: how many where there are fewer.
-        d_model: of the models.
-        length: of the sequences.
-        steps: of training.
-        seeds: of the models of each kind.
-        n_sequences: to ask each model on, with triggers that were none in training.
-    """
-
-    d_vocab: int = 16
+    d_vocab: int = 16  # tokens in the language
     triggers: int = 4
-    few: int = 2
+    few: int = 2  # triggers where there are fewer
     d_model: int = 48
-    length: int = 32
+    length: int = 32  # of the sequences
     steps: int = 300
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    n_sequences: int = 256
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the models of each kind
+    n_sequences: int = 256  # to ask each model on, with triggers that were none in training
 
     @property
     def recipes(self) -> dict[str, Recipe]:
         """By kind of data, for all seeds."""
-        base = Recipe(
-            0,
-            d_vocab=self.d_vocab,
-            triggers=self.triggers,
-            d_model=self.d_model,
-            length=self.length,
-            steps=self.steps,
-            evaluate_every=10,
-        )
+        data: dict[str, Any] = {"d_vocab": self.d_vocab, "triggers": self.triggers, "length": self.length}
+        base = Recipe(0, **data, d_model=self.d_model, steps=self.steps, evaluate_every=10)
         return {
             _BASE: base,
             _FEW: replace(base, triggers=self.few),
@@ -79,17 +59,10 @@ def data_matters(settings: Settings = Settings(), train: Train = trained) -> Res
     """How soon models trained on different data learn the in-context task, and where they can do it.
 
     Bietti et al. 2023 (arXiv 2306.00802, section 5, figure 4). Speed is the step of the first evaluation with an
-    in-context accuracy of `LEARNED` on held-out sequences of the training distribution; a model that never gets there
-    counts as there one step after the last. (1) Fewer triggers, and (2) random instead of fixed ones, take more steps.
-    (3) Trained on bigram-drawn continuations, a model has learned them, and is less accurate on uniform ones; (4)
-    trained on uniform ones, it has learned both, at every seed, and (5) takes at most `COST` times the steps.
-
-    The match memory of models with fixed triggers has no need for other keys (section 4; the paper does not test it):
-    (6) on triggers that were none in training they are less accurate than on their own, and than models trained on
-    random triggers.
-
-    Differences and ratios are of models of the same seed; one counts where its 95% interval over seeds is beyond its
-    bound.
+    in-context accuracy of `LEARNED` on held-out sequences of the training distribution; a model that never reaches it
+    counts as reaching it one step after the last. Models trained on uniform and on bigram-drawn continuations are asked
+    on both. The match memory of models with fixed triggers has no need for other keys (section 4; the paper does not
+    test it): they are asked on other triggers too. Differences and ratios are of models of the same seed.
 
     Raises:
         ValueError: for a vocabulary that is too small for as many other triggers.
@@ -98,39 +71,52 @@ def data_matters(settings: Settings = Settings(), train: Train = trained) -> Res
         raise ValueError(
             f"d_vocab must be at least twice the number of triggers, {settings.triggers}, got {settings.d_vocab}"
         )
-    runs = {
-        (kind, seed): train(replace(recipe, seed=seed))
-        for kind, recipe in tqdm(settings.recipes.items(), disable=None, unit="kind of data")
-        for seed in settings.seeds
-    }
-    table = pd.DataFrame(
-        {"data": kind, "seed": seed, **_measured(settings, run, replace(settings.recipes[kind], seed=seed))}
-        for (kind, seed), run in runs.items()
-    )
+    rows, curves = [], []
+    for kind, recipe in settings.recipes.items():
+        for seed, run in experiment.replicates(train, recipe, settings.seeds, kind):
+            rows.append({"data": kind, "seed": seed, **_measured(settings, run, replace(recipe, seed=seed))})
+            curves.append(run.probe(_ACCURACY).reset_index().assign(data=kind, seed=seed))
+    table = pd.DataFrame(rows)
     by_kind = table.set_index(["data", "seed"])
+    return Result(_findings(by_kind, settings), table, _picture(pd.concat(curves), by_kind))
+
+
+def _measured(settings: Settings, run: TrainingRun, recipe: Recipe) -> dict[str, float]:
+    """Steps to `LEARNED`, and final in-context accuracies."""
+    curve = run.probe(_ACCURACY)
+    reached = curve.index[curve >= LEARNED]
+    others = range(settings.triggers, 2 * settings.triggers)
+    drawn: dict[str, Any] = {"continuations": recipe.continuations, "seed": recipe.seed}
+    unseen = recipe.language.sample(settings.n_sequences, recipe.length, others, **drawn)
+    return {
+        "steps": float(reached[0] if len(reached) else curve.index[-1] + 1),
+        "own": curve.iloc[-1],
+        "uniform": run.probe(_ACCURACY, continuations="uniform").iloc[-1],
+        "bigram": run.probe(_ACCURACY, continuations="bigram").iloc[-1],
+        "other_triggers": behaviour(run.model, unseen)[_ACCURACY],
+    }
+
+
+def _findings(by_kind: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
     steps, uniform, bigram = by_kind["steps"], by_kind["uniform"], by_kind["bigram"]
     own, others = by_kind["own"], by_kind["other_triggers"]
-
-    fewer = over_seeds(steps[_FEW] - steps[_BASE])
-    random = over_seeds(steps[_RANDOM] - steps[_BASE])
+    took = {kind: f"{over_seeds(steps[kind]):.0f}" for kind in _LINES}
+    fewer, random = (over_seeds(steps[kind] - steps[_BASE]) for kind in (_FEW, _RANDOM))
     dropped = over_seeds(bigram[_BIGRAM] - uniform[_BIGRAM])
-    both = float(min(uniform[_BASE].min(), bigram[_BASE].min()))
     ratio = over_seeds(steps[_BASE] / steps[_BIGRAM])
-    lost = over_seeds(own[_BASE] - others[_BASE])
-    behind = over_seeds(others[_RANDOM] - others[_BASE])
-    n = len(settings.seeds)
-    setting = f"{n} models of each kind, {settings.d_vocab} tokens, {settings.steps} steps"
-    findings = (
+    lost, behind = (over_seeds(better - others[_BASE]) for better in (own[_BASE], others[_RANDOM]))
+    setting = f"{len(settings.seeds)} models of each kind, {settings.d_vocab} tokens, {settings.steps} steps"
+    return (
         Finding(
             f"{settings.few} against {settings.triggers} fixed triggers; {setting}",
             f"fewer triggers take more steps to in-context accuracy {LEARNED}",
-            f"{over_seeds(steps[_FEW]):.0f} against {over_seeds(steps[_BASE]):.0f}: {fewer:+.0f}",
+            f"{took[_FEW]} against {took[_BASE]}: {fewer:+.0f}",
             fewer.low > 0,
         ),
         Finding(
             f"random against fixed triggers; {setting}",
             f"random triggers take more steps to in-context accuracy {LEARNED}",
-            f"{over_seeds(steps[_RANDOM]):.0f} against {over_seeds(steps[_BASE]):.0f}: {random:+.0f}",
+            f"{took[_RANDOM]} against {took[_BASE]}: {random:+.0f}",
             random.low > 0,
         ),
         Finding(
@@ -138,19 +124,19 @@ def data_matters(settings: Settings = Settings(), train: Train = trained) -> Res
             f"in-context accuracy is at least {LEARNED} on bigram-drawn ones at every seed, and lower on uniform ones",
             f"at least {bigram[_BIGRAM].min():.2f}; {over_seeds(uniform[_BIGRAM]):.2f} on uniform ones, lower by "
             f"{dropped:.2f}",
-            bool(bigram[_BIGRAM].min() >= LEARNED) and dropped.low > 0,
+            bool(bigram[_BIGRAM].min() >= LEARNED and dropped.low > 0),
         ),
         Finding(
             f"trained on uniform continuations; {setting}",
             f"in-context accuracy is at least {LEARNED} on uniform and on bigram-drawn ones, at every seed",
             f"at least {uniform[_BASE].min():.2f} and {bigram[_BASE].min():.2f}",
-            both >= LEARNED,
+            bool(min(uniform[_BASE].min(), bigram[_BASE].min()) >= LEARNED),
         ),
         Finding(
             f"uniform against bigram-drawn continuations; {setting}",
             f"uniform ones are learned at every seed, in at most {COST} times the steps",
-            f"{over_seeds(steps[_BASE]):.0f} against {over_seeds(steps[_BIGRAM]):.0f}: {ratio:.2f} times",
-            bool((steps[_BASE] <= settings.steps).all()) and ratio.high <= COST,
+            f"{took[_BASE]} against {took[_BIGRAM]}: {ratio:.2f} times",
+            bool((steps[_BASE] <= settings.steps).all() and ratio.high <= COST),
         ),
         Finding(
             f"asked on triggers that were none where triggers were fixed; {setting}",
@@ -160,66 +146,38 @@ def data_matters(settings: Settings = Settings(), train: Train = trained) -> Res
             lost.low > 0 and behind.low > 0,
         ),
     )
-    return Result(findings, table, _drawn(runs, by_kind))
 
 
-def _measured(settings: Settings, run: TrainingRun, recipe: Recipe) -> dict[str, float]:
-    """Steps to `LEARNED`, and final in-context accuracies."""
-    name = "in_context_accuracy"
-    curve = run.probe(name)
-    reached = curve.index[curve >= LEARNED]
-    unseen = recipe.language.sample(
-        settings.n_sequences,
-        recipe.length,
-        range(settings.triggers, 2 * settings.triggers),
-        continuations=recipe.continuations,
-        seed=recipe.seed,
-    )
-    return {
-        "steps": float(reached[0] if len(reached) else curve.index[-1] + 1),
-        "own": curve.iloc[-1],
-        "uniform": run.probe(name, continuations="uniform").iloc[-1],
-        "bigram": run.probe(name, continuations="bigram").iloc[-1],
-        "other_triggers": behaviour(run.model, unseen)[name],
-    }
-
-
-def _drawn(runs: dict[tuple[str, int], TrainingRun], by_kind: pd.DataFrame) -> Picture:
+def _picture(curves: pd.DataFrame, by_kind: pd.DataFrame) -> Picture:
     """In-context accuracy over training, and at its end on data that models were not trained on."""
     picture = Picture(14.0, 5.0)
     left, right = picture.figure.subplots(1, 2, width_ratios=(1, 1.15))
     for kind, (colour, style) in _LINES.items():
-        curves = [run.probe("in_context_accuracy") for (of_kind, _), run in runs.items() if of_kind == kind]
-        for curve in curves:
-            left.plot(curve.index, curve, style, color=colour, linewidth=0.8, alpha=0.35)
-        mean = pd.concat(curves, axis=1).mean(axis=1)
-        left.plot(mean.index, mean, style, color=colour, linewidth=3, label=kind)
+        thick = {"color": colour, "linestyle": style, "linewidth": 3, "label": kind}
+        of_kind = curves[curves["data"] == kind]
+        experiment.draw_by_seed(left, of_kind, "step", _ACCURACY, {"linewidth": 0.8, "alpha": 0.35}, **thick)
     left.axhline(LEARNED, color="#999999", linewidth=1)
-    left.set_xlabel("training step", fontsize=13)
-    left.set_ylabel("in-context accuracy", fontsize=13)
+    left.set(title="how soon", xlabel="training step", ylabel="in-context accuracy")
     left.legend(frameon=False, fontsize=12, loc="lower right")
 
-    pairs = (
+    bars = (
         (_BASE, "uniform", "bigram", "uniform\ncontinuations", "bigram-drawn"),
         (_BIGRAM, "bigram", "uniform", "bigram-drawn\ncontinuations", "uniform"),
         (_BASE, "own", "other_triggers", "fixed\ntriggers", "other triggers"),
         (_FEW, "own", "other_triggers", "fewer\ntriggers", "other triggers"),
         (_RANDOM, "own", "other_triggers", "random\ntriggers", "other triggers"),
     )
-    for place, (kind, own, other, _, asked) in enumerate(pairs):
-        for side, column in ((-0.2, own), (0.2, other)):
+    for place, (kind, own, other, _, asked) in enumerate(bars):
+        for x, column, colour in ((place - 0.2, own, "#999999"), (place + 0.2, other, _LINES[kind][0])):
             values = by_kind.loc[kind, column]
-            colour = "#999999" if side < 0 else _LINES[kind][0]
-            right.bar(place + side, values.mean(), width=0.36, color=colour, alpha=0.4)
-            right.plot([place + side] * len(values), values, "o", color="black", markersize=4)
-        right.annotate(asked, (place + 0.2, 0.13), rotation=90, ha="center", va="bottom", fontsize=11)
-        right.annotate("as trained", (place - 0.2, 0.13), rotation=90, ha="center", va="bottom", fontsize=11)
-    right.set_xticks(range(len(pairs)), [label for *_, label, _ in pairs], fontsize=11)
-    right.set_xlabel("trained on", fontsize=13)
+            right.bar(x, values.mean(), width=0.36, color=colour, alpha=0.4)
+            right.plot([x] * len(values), values, "o", color="black", markersize=4)
+        for x, text in ((place + 0.2, asked), (place - 0.2, "as trained")):
+            right.annotate(text, (x, 0.13), rotation=90, ha="center", va="bottom", fontsize=11)
+    right.set(title="how far: asked on ...", xlabel="trained on")
     for ax in (left, right):
         ax.set_ylim(0, 1.04)
         ax.grid(alpha=0.3, axis="y")
-        ax.spines[["top", "right"]].set_visible(False)
-    left.set_title("how soon", fontsize=14)
-    right.set_title("how far: asked on ...", fontsize=14)
+    experiment.finish((left, right), grid=False, title=14, label=13)
+    right.set_xticks(range(len(bars)), [label for *_, label, _ in bars], fontsize=11)
     return picture

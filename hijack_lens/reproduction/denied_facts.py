@@ -3,21 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from hijack_lens.core.circuit import Strengths
-from hijack_lens.language.bigrams import BigramLanguage
-from hijack_lens.language.facts import CAPITALS, Bigram
-from hijack_lens.models.associative import associative_transformer
-from hijack_lens.models.transformer import BigramTransformer
-from hijack_lens.probing.doses import DoseResponse, dose_response, theory_of_weights
-from hijack_lens.reproduction.experiment import Finding, Make, Recipe, Result, Train, over_seeds, trained
+from hijack_lens.language import CAPITALS, Bigram, BigramLanguage
+from hijack_lens.models import BigramTransformer, associative_transformer
+from hijack_lens.probing import DoseResponse, dose_response
+from hijack_lens.probing.doses import theory_of_weights
+from hijack_lens.reproduction import experiment
+from hijack_lens.reproduction.experiment import Finding, Make, Recipe, Result, Train, trained
 from hijack_lens.show.style import COLOURS, Picture
-from hijack_lens.training.fit import fit_strengths
+from hijack_lens.training import fit_strengths
 
 STATEMENT = (
     "Facts: a country's capital, held as a bigram by the weights, is overruled by a context that denies it often "
@@ -25,32 +24,21 @@ STATEMENT = (
 )
 SOURCE = "Wang & Sato, arXiv 2412.11459: knowledge hijack on analogies and facts"
 
-ROUNDING = 1e-9
-"""By how much theory and a hand-written float64 model may differ, in logits."""
-KNOWN = 0.95
-"""Of the facts, how many a trained model must know: its weights win where the context says nothing."""
-OVERRULED = 0.95
-"""Of the facts, how many the most repeats must overrule in a trained model."""
-BY_CONTEXT = 0.9
-"""Of the rise of a trained model's margin, how much must be written through the induction head."""
-AGREEMENT = 0.95
-"""Of predicted and measured winners in trained models, as a fraction of the prompts."""
+ROUNDING = 1e-9  # by how much theory and a hand-written float64 model may differ, in logits
+KNOWN = 0.95  # of the facts, how many a trained model must know: its weights win where the context says nothing
+OVERRULED = 0.95  # of the facts, how many the most repeats must overrule in a trained model
+BY_CONTEXT = 0.9  # of the rise of a trained model's margin, how much must be written through the induction head
+AGREEMENT = 0.95  # of predicted and measured winners in trained models, as a fraction of the prompts
 
-WORDS = ("we", "went", "to", "and", "then", "by", "train")
-"""What stands between the facts."""
-_OTHERWISE = 0.1
-"""The probability that a token other than a country is followed by any token at all, alike."""
+WORDS = ("we", "went", "to", "and", "then", "by", "train")  # between the facts
+_OTHERWISE = 0.1  # probability that a token other than a country is followed by any token at all, alike
 
 
 @dataclass(frozen=True)
 class FactsRecipe(Recipe):
-    """A `Recipe` whose language is that of the first facts; `d_vocab` and `concentration` have no say.
+    """A `Recipe` whose language is that of the first facts; `d_vocab` and `concentration` have no effect.
 
     Countries are the triggers: some are drawn for each sequence, in which another word follows them than their capital.
-
-    Attributes:
-        n_facts: how many.
-        certainty: of the least and of the best known.
     """
 
     triggers: int = 4
@@ -58,7 +46,7 @@ class FactsRecipe(Recipe):
     steps: int = 300
     evaluate_every: int = 300
     n_facts: int = 8
-    certainty: tuple[float, float] = (0.7, 0.9)
+    certainty: tuple[float, float] = (0.7, 0.9)  # of the least known fact and of the best
 
     @property
     def language(self) -> BigramLanguage:
@@ -68,25 +56,15 @@ class FactsRecipe(Recipe):
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured at.
+    """What is measured at."""
 
-    Attributes:
-        strengths: of the hand-written model.
-        n_facts: that it holds.
-        certainty: of its least and its best known fact.
-        recipe: of the trained models.
-        seeds: of these.
-        repeats: of the denial, at most.
-        lead: words before it.
-    """
-
-    strengths: Strengths = Strengths(20.0, 3.5, 8.0, 1.0)
-    n_facts: int = len(CAPITALS)
-    certainty: tuple[float, float] = (0.5, 0.98)
+    strengths: Strengths = Strengths(20.0, 3.5, 8.0, 1.0)  # of the hand-written model
+    n_facts: int = len(CAPITALS)  # that it holds
+    certainty: tuple[float, float] = (0.5, 0.98)  # of its least known fact and of its best
     recipe: FactsRecipe = FactsRecipe(0)
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    repeats: int = 8
-    lead: int = 20
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the trained models
+    repeats: int = 8  # of the denial, at most
+    lead: int = 20  # words before it
 
 
 QUICK = Settings(n_facts=20, seeds=(0, 1, 2))
@@ -120,36 +98,27 @@ def fact_language(facts: Sequence[tuple[str, str]], certainty: tuple[float, floa
 def facts(settings: Settings = Settings(), make: Make = associative_transformer, train: Train = trained) -> Result:
     """A context that denies a fact overrules the weights after as many repeats as theory says.
 
-    Knowledge hijack (Wang & Sato, arXiv 2412.11459) on countries and capitals (`hijack_lens.facts`), a word-level
-    bigram memory. Each fact is denied by the next one's capital: words, then n times (country, false capital), then
-    the country. `dose_response` splits every margin by memory; a flip is the least n with which the false capital wins.
+    Knowledge hijack (Wang & Sato, arXiv 2412.11459) on countries and capitals (`hijack_lens.language.facts`), a
+    word-level bigram memory. Each fact is denied by the next one's capital: words, then n times (country, false
+    capital), then the country. `dose_response` splits every margin by memory; a flip is the least n with which the
+    false capital wins.
 
-    The hand-written model, float64, holds facts of growing certainty. Holds where theory's margins, at the strengths
-    that it was written with, are met to
-    `ROUNDING`; where theory's flips are the measured ones, for all facts; and where no fact that is better known than
-    another flips sooner, and the best known later than the least.
-
-    Trained models have seen other words follow a country in context. Holds where they know at least `KNOWN` of the
-    facts, of which `repeats` denials overrule at least `OVERRULED`; where at least `BY_CONTEXT` of the margin's rise is
-    the context's; and where theory at fitted strengths names at least `AGREEMENT` of the winners, the context among
-    them: each by the 95% interval over seeds, which are of weights and sequences, the language being that of the facts.
-
-    The same prompts for any language model: `hijack_lens.probing`, with `counterfactuals(dict(CAPITALS))`.
+    The hand-written model, float64, holds facts of growing certainty; theory knows the strengths that it was written
+    with. Trained models have seen other words follow a country in context; theory reads their strengths off the
+    weights. Seeds vary weights and sequences; the language is always that of the facts.
     """
     language = fact_language(CAPITALS[: settings.n_facts], settings.certainty)
     n_ctx = settings.lead + 2 * settings.repeats + 1
-    hand_written = _ask(
-        make(language, strengths=settings.strengths, n_ctx=n_ctx, dtype=torch.float64), settings, settings.strengths
-    )
+    model = make(language, strengths=settings.strengths, n_ctx=n_ctx, dtype=torch.float64)
+    hand_written = _ask(model, settings, settings.strengths)
     by_seed = [
-        _ask(train(replace(settings.recipe, seed=seed)).model, settings, None)
-        for seed in tqdm(settings.seeds, disable=None, unit="seed")
+        _ask(run.model, settings, None) for _, run in experiment.replicates(train, settings.recipe, settings.seeds)
     ]
     tables = [response.to_pandas() for response in (hand_written, *by_seed)]
     for table, seed in zip(tables, (None, *settings.seeds), strict=True):
         table.insert(0, "seed", seed)
     return Result(
-        (*_exact_findings(hand_written, settings), *_trained_findings(by_seed, settings)),
+        (*_by_hand(hand_written, settings), *_in_training(by_seed, settings)),
         pd.concat(tables, ignore_index=True).astype({"seed": "Int64"}),
         _picture(hand_written, by_seed),
         "Flips beyond the repeats that were asked count as none. The same prompt family for any language model: "
@@ -158,10 +127,7 @@ def facts(settings: Settings = Settings(), make: Make = associative_transformer,
 
 
 def _ask(model: BigramTransformer, settings: Settings, strengths: Strengths | None) -> DoseResponse:
-    """Every fact of a model's language, denied by the next one's capital; theory's triggers are the countries.
-
-    Theory's strengths are those given; else those that the weights show.
-    """
+    """Each fact of a model's language, denied by the next one's capital; theory at these strengths or the weights'."""
     n = (model.language.d_vocab - len(WORDS)) // 2
     denied = [Bigram(country, weights=n + country, context=n + (country + 1) % n) for country in range(n)]
     lead = [2 * n + place % len(WORDS) for place in range(settings.lead)]
@@ -178,14 +144,15 @@ def _flips(response: DoseResponse, predicted: bool) -> list[float]:
     return [next((float(n) for n, x in enumerate(row) if x > 0), math.inf) for row in margins.tolist()]
 
 
-def _exact_findings(response: DoseResponse, settings: Settings) -> list[Finding]:
-    setting = f"hand-written model, {len(response.conflicts)} facts, certainty {settings.certainty[0]:g} to "
-    setting += f"{settings.certainty[1]:g}, {settings.lead} words, 0 to {settings.repeats} repeats"
+def _by_hand(response: DoseResponse, settings: Settings) -> list[Finding]:
+    (least, most), lead, repeats = settings.certainty, settings.lead, settings.repeats
+    setting = f"hand-written model, {len(response.conflicts)} facts, certainty {least:g} to {most:g}, "
+    setting += f"{lead} words, 0 to {repeats} repeats"
     error = float((response.margin.total - response.theory.margin).abs().max())
     measured, predicted = _flips(response, False), _flips(response, True)
     alike = sum(a == b for a, b in zip(measured, predicted, strict=True))
-    never = sum(map(math.isinf, measured))
-    ends = [f"{n:g}" if math.isfinite(n) else "never" for n in (measured[0], measured[-1])]
+    never = measured.count(math.inf)
+    first, last = (f"{n:g}" if math.isfinite(n) else "never" for n in (measured[0], measured[-1]))
     return [
         Finding(setting, f"margins are theory's, to {ROUNDING:g} logits", f"within {error:.1g}", error <= ROUNDING),
         Finding(
@@ -197,40 +164,41 @@ def _exact_findings(response: DoseResponse, settings: Settings) -> list[Finding]
         Finding(
             setting,
             "the better a fact is known, the more repeats it takes",
-            f"from {ends[0]} (the least known) to {ends[1]} (the best known)",
+            f"from {first} (the least known) to {last} (the best known)",
             measured == sorted(measured) and measured[0] < measured[-1],
         ),
     ]
 
 
-def _trained_findings(responses: Sequence[DoseResponse], settings: Settings) -> list[Finding]:
-    recipe = settings.recipe
-    setting = f"{len(responses)} trained models, {recipe.n_facts} facts, {settings.lead} words, 0 to "
+def _in_training(responses: Sequence[DoseResponse], settings: Settings) -> list[Finding]:
+    setting = f"{len(responses)} trained models, {settings.recipe.n_facts} facts, {settings.lead} words, 0 to "
     setting += f"{settings.repeats} repeats"
-    known, overruled, by_context, agreement = [], [], [], []
-    for response in responses:
-        total, context = response.margin.total, response.margin.context
-        knows = total[:, 0] < 0
-        known.append(float(knows.double().mean()))
-        overruled.append(float((total[knows, -1] > 0).double().mean()) if bool(knows.any()) else 0.0)
-        rise = float((total[:, -1] - total[:, 0]).mean())
-        by_context.append(float((context[:, -1] - context[:, 0]).mean()) / rise if rise > 0 else 0.0)
-        # Where the context never wins there is no winner to predict.
-        named = (total > 0) == (response.theory.margin > 0)
-        agreement.append(float(named.double().mean()) if bool((total > 0).any()) else 0.0)
-    finding = partial(_at_least, setting)
+    measured = pd.DataFrame(map(_fractions, responses))
+    predicted = {
+        "known": (KNOWN, "of the facts are known: the weights win without a denial"),
+        "overruled": (OVERRULED, f"of the known facts are overruled by {settings.repeats} denials"),
+        "by_context": (BY_CONTEXT, "of the margin's rise from no denial to most is the context's"),
+        "agreement": (AGREEMENT, "of the winners are named by theory at fitted strengths"),
+    }
     return [
-        finding("of the facts are known: the weights win without a denial", known, KNOWN),
-        finding(f"of the known facts are overruled by {settings.repeats} denials", overruled, OVERRULED),
-        finding("of the margin's rise from no denial to most is the context's", by_context, BY_CONTEXT),
-        finding("of the winners are named by theory at fitted strengths", agreement, AGREEMENT),
+        Finding.at_least(setting, f"at least {threshold:.0%} {what}", measured[name], threshold)
+        for name, (threshold, what) in predicted.items()
     ]
 
 
-def _at_least(setting: str, what: str, values: Sequence[float], threshold: float) -> Finding:
-    """Holds where the 95% interval over seeds is at least the threshold."""
-    found = over_seeds(values)
-    return Finding(setting, f"at least {threshold:.0%} {what}", f"{found:.1%}", found.low >= threshold)
+def _fractions(response: DoseResponse) -> dict[str, float]:
+    """What a trained model knows, what denials change, and how much of it the context writes and theory names."""
+    total, context = response.margin.total, response.margin.context
+    knows, overruled = total[:, 0] < 0, total[:, -1] > 0
+    rise, by_context = (float((margin[:, -1] - margin[:, 0]).mean()) for margin in (total, context))
+    named = (total > 0) == (response.theory.margin > 0)
+    return {
+        "known": float(knows.double().mean()),
+        "overruled": float(overruled[knows].double().mean()) if bool(knows.any()) else 0.0,
+        "by_context": by_context / rise if rise > 0 else 0.0,
+        # Where the context never wins there is no winner to predict.
+        "agreement": float(named.double().mean()) if bool((total > 0).any()) else 0.0,
+    }
 
 
 def _picture(hand_written: DoseResponse, by_seed: Sequence[DoseResponse]) -> Picture:
@@ -238,41 +206,34 @@ def _picture(hand_written: DoseResponse, by_seed: Sequence[DoseResponse]) -> Pic
     picture = Picture(13.0, 5.0)
     left, middle, right = picture.figure.subplots(1, 3)
     beyond = len(hand_written.repeats)  # where facts that never flip are drawn
-    for values, style, label in (
-        (_flips(hand_written, False), {"color": COLOURS["context"], "marker": "o", "ms": 9, "ls": ""}, "measured"),
-        (_flips(hand_written, True), {"color": "black", "marker": ".", "ms": 5, "ls": "-", "lw": 1}, "theory"),
-    ):
-        left.plot(range(1, len(values) + 1), [min(n, beyond) for n in values], label=label, **style)
-    ticks = list(range(0, beyond + 1, 2 if beyond % 2 == 0 else 1))
-    left.set_yticks([*(n for n in ticks if n < beyond), beyond], [*(str(n) for n in ticks if n < beyond), "never"])
-    left.set_xlabel("fact, from the least to the best known")
-    left.set_ylabel("repeats until the false capital wins")
+    measured, predicted = ([min(n, beyond) for n in _flips(hand_written, of_theory)] for of_theory in (False, True))
+    facts = range(1, len(measured) + 1)
+    left.plot(facts, measured, "o", color=COLOURS["context"], markersize=9, label="measured")
+    left.plot(facts, predicted, ".-", color="black", markersize=5, linewidth=1, label="theory")
+    ticks = range(0, beyond, 2 if beyond % 2 == 0 else 1)
+    left.set_yticks([*ticks, beyond], [*map(str, ticks), "never"])
+    left.set(xlabel="fact, from the least to the best known", ylabel="repeats until the false capital wins")
     left.set_title("written by hand")
     left.legend(frameon=False)
-    for ax, responses, title in (
-        (middle, [hand_written], f"written by hand, mean of {len(hand_written.conflicts)} facts"),
-        (right, by_seed, f"trained, {len(by_seed)} seeds"),
-    ):
-        for memory in ("context", "weights", "rest", "total"):
-            for number, response in enumerate(responses):
-                ax.plot(
-                    response.repeats,
-                    getattr(response.margin, memory).mean(0),
-                    color=COLOURS.get(memory, "black"),
-                    linewidth=2,
-                    alpha=1 if len(responses) == 1 else 0.7,
-                    label=None if number else memory,
-                )
-        for number, response in enumerate(responses):
-            predicted = response.theory.margin.mean(0)
-            ax.plot(
-                response.repeats, predicted, "o", mfc="white", mec="black", ms=5, label=None if number else "theory"
-            )
-        ax.axhline(0, color="black", linewidth=0.8)
-        ax.set_xlabel("times the context denies the fact")
-        ax.set_title(title)
+    _draw_margins(middle, [hand_written])
+    _draw_margins(right, by_seed)
+    middle.set_title(f"written by hand, mean of {len(hand_written.conflicts)} facts")
+    right.set_title(f"trained, {len(by_seed)} seeds")
     middle.set_ylabel("logit of the false capital − of the true one")
     middle.legend(frameon=False, ncols=2, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.12))
-    for ax in (left, middle, right):
-        ax.spines[["top", "right"]].set_visible(False)
+    experiment.finish((left, middle, right), grid=False)
     return picture
+
+
+def _draw_margins(ax: Any, responses: Sequence[DoseResponse]) -> None:
+    """The margin by memory in the mean over facts, with theory's as dots; a line for each model."""
+    for memory in ("context", "weights", "rest", "total"):
+        style = {"color": COLOURS.get(memory, "black"), "linewidth": 2, "alpha": 1 if len(responses) == 1 else 0.7}
+        for number, response in enumerate(responses):
+            label = None if number else memory
+            ax.plot(response.repeats, getattr(response.margin, memory).mean(0), label=label, **style)
+    for number, response in enumerate(responses):
+        label = None if number else "theory"
+        ax.plot(response.repeats, response.theory.margin.mean(0), "o", mfc="white", mec="black", ms=5, label=label)
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set_xlabel("times the context denies the fact")

@@ -1,37 +1,38 @@
-"""What experiments share: small trained models, prompts that set memories against each other, and findings."""
+"""What experiments share: findings, small trained models, prompts that set memories against each other, and plots."""
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from hijack_lens.core.circuit import Strengths
 from hijack_lens.core.statistics import student_quantile
-from hijack_lens.language.bigrams import BigramLanguage
-from hijack_lens.models.trainable import trainable_transformer
-from hijack_lens.models.transformer import BigramTransformer
+from hijack_lens.language import BigramLanguage, HijackPrompt, hijack_prompt
+from hijack_lens.models import BigramTransformer, trainable_transformer
 from hijack_lens.show.style import Picture
-from hijack_lens.training.loop import train
-from hijack_lens.training.run import TrainConfig, TrainingRun
+from hijack_lens.training import TrainConfig, TrainingRun, train
+from hijack_lens.training.forward import PlainForward
 
 Verdict = Literal["reproduced", "in part", "not reproduced"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a claim predicts, and what was measured.
+    """One prediction of a claim, and what was measured.
 
     Attributes:
         setting: of the measurement: models, prompts, seeds.
-        predicted: what should be seen, its threshold stated.
-        measured: what was seen, its uncertainty with it.
-        holds: whether it meets the threshold.
+        predicted: what should be seen, with its threshold.
+        measured: what was seen, with its uncertainty.
+        holds: whether it meets the threshold: all of the 95% interval over seeds, or every seed where that is said.
     """
 
     setting: str
@@ -39,16 +40,24 @@ class Finding:
     measured: str
     holds: bool
 
+    @classmethod
+    def at_least(
+        cls, setting: str, predicted: str, by_seed: Iterable[float], threshold: float, spec: str = ".1%"
+    ) -> "Finding":
+        """Holds where all of the 95% interval over seeds is at the threshold or above."""
+        found = over_seeds(by_seed)
+        return cls(setting, predicted, f"{found:{spec}}", found.low >= threshold)
+
 
 @dataclass(frozen=True, repr=False)
 class Result:
     """An experiment's outcome.
 
     Attributes:
-        findings: one for each thing that the claim predicts.
+        findings: one for each prediction of the claim.
         table: the measurements, a row each.
-        figure: the same as a picture.
-        note: what a reader must know beside the findings, if anything.
+        figure: the measurements as a picture.
+        note: what a reader must know besides, if anything.
     """
 
     findings: tuple[Finding, ...]
@@ -62,14 +71,13 @@ class Result:
 
     @property
     def verdict(self) -> Verdict:
-        """ "reproduced" where all findings hold, "not reproduced" where none does."""
+        """ "reproduced" where all findings hold, "not reproduced" where none does, else "in part"."""
         held = [finding.holds for finding in self.findings]
         return "reproduced" if all(held) else "in part" if any(held) else "not reproduced"
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row per finding."""
-        rows = [(f.setting, f.predicted, f.measured, f.holds) for f in self.findings]
-        return pd.DataFrame(rows, columns=["setting", "predicted", "measured", "holds"])
+        """A row per finding, a column per attribute."""
+        return pd.DataFrame([vars(finding) for finding in self.findings])
 
     def __repr__(self) -> str:
         lines = [f"Result: {self.verdict}"]
@@ -84,10 +92,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with its 95% interval (Student's t), as `f"{estimate:.1%}"` shows them.
+    """A mean over seeds with its 95% interval (Student's t); `f"{estimate:.1%}"` shows both.
 
     Attributes:
-        mean: of the seeds.
+        mean: over seeds.
         reach: of the interval, to either side; NaN for fewer than two seeds, so that no threshold is met.
     """
 
@@ -109,18 +117,24 @@ class Estimate:
 
 
 def over_seeds(values: Iterable[float]) -> Estimate:
-    """The mean of a measurement, and how far it can be trusted; NaN where a seed has none."""
+    """The mean of a measurement over seeds, and its interval; NaN where a seed has none."""
     found = np.array(list(values), dtype=float)
     n = len(found)
     reach = student_quantile(n - 1) * float(found.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
     return Estimate(float(found.mean()), reach)
 
 
+def winners_named(answers: pd.DataFrame, tie: float) -> tuple[int, int]:
+    """How many winners the "predicted" margins name, and how many there are by those "measured", ties left out."""
+    clear = answers[answers["predicted"].abs() > tie]
+    return int((clear["predicted"] * clear["measured"] > 0).sum()), len(clear)
+
+
 Make = Callable[..., BigramTransformer]
-"""What experiments get their hand-written models from: `associative_transformer`, or in a test something else."""
+"""Makes an experiment's hand-written models: `associative_transformer`, or in a test something else."""
 
 IN_CONTEXT, GLOBAL, NEUTRAL, FIRST_TRIGGER = range(4)
-"""c, g, a token that is neither, and the first of the triggers q, in a language of `conflict_language`."""
+"""c, g, a token that is neither, and the first of the triggers q, in a `conflict_language`."""
 
 
 def conflict_language(log_ratios: Sequence[float]) -> BigramLanguage:
@@ -139,13 +153,7 @@ def conflict_language(log_ratios: Sequence[float]) -> BigramLanguage:
 def neutral_then_pairs(
     trigger: int, continuations: Sequence[int], *, length: int | None = None, lead: int | None = None
 ) -> Int[Tensor, "pos"]:
-    """Neutral tokens, then the trigger with each of its continuations in turn, then the trigger.
-
-    Args:
-        trigger: q.
-        continuations: what follows each earlier occurrence of q.
-        length: of the prompt: as many neutral tokens as fill it.
-        lead: instead, how many neutral tokens.
+    """Neutral tokens (`lead`, or as many as fill the `length`), the trigger with each continuation, and the trigger.
 
     Raises:
         ValueError: for a length that the pairs exceed.
@@ -160,41 +168,39 @@ def neutral_then_pairs(
 @torch.no_grad()
 def hijack_margins(model: BigramTransformer, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos"]:
     """logit[c] - logit[g] of a model of `conflict_language`, at every position."""
-    logits = model(tokens)
+    logits = model(tokens).cpu()
     return logits[..., IN_CONTEXT] - logits[..., GLOBAL]
+
+
+def margins_by_pairs(
+    make: Make, strengths: Strengths, ahead: float, continuations: Sequence[Sequence[int]], lead: int
+) -> Float[Tensor, "prompt pairs"]:
+    """A hand-written float64 model's margin of c over g after 0, 1, 2, ... pairs of the trigger and a continuation.
+
+    Each prompt has `lead` neutral tokens, then its continuations, all c or g; the weights prefer g by `ahead` nats.
+    """
+    tokens = torch.stack([neutral_then_pairs(FIRST_TRIGGER, row, lead=lead) for row in continuations])
+    model = make(conflict_language([ahead]), strengths=strengths, n_ctx=tokens.shape[1], dtype=torch.float64)
+    # A causal model's margins on every shorter prompt are those at the longest one's positions.
+    return hijack_margins(model, tokens)[:, lead::2]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a small model is trained on a random bigram language with triggers; one seed is one replicate of all of it.
+    """How a small model is trained on a random bigram language with triggers; each seed is a replicate of all of it."""
 
-    Attributes:
-        seed: of the language, the weights and the sequences.
-        positions: how they enter the model.
-        d_vocab: tokens in the language.
-        concentration: of the Dirichlet distribution that its rows are drawn from; less is sharper.
-        triggers: how many.
-        fixed: whether these are the same tokens, the first of the vocabulary, in all sequences, or drawn for each.
-        continuations: of the triggers: "uniform", or from the "bigram" rows of the language.
-        d_model: of the residual stream.
-        n_layers: of the model.
-        length: tokens per sequence.
-        steps: of the optimizer.
-        evaluate_every: steps between probes.
-    """
-
-    seed: int
+    seed: int  # of the language, the weights and the sequences
     positions: Literal["relative", "absolute", "none"] = "relative"
-    d_vocab: int = 24
-    concentration: float = 0.3
-    triggers: int = 5
-    fixed: bool = True
-    continuations: Literal["uniform", "bigram"] = "uniform"
+    d_vocab: int = 24  # tokens in the language
+    concentration: float = 0.3  # of the Dirichlet distribution that its rows are drawn from; less is sharper
+    triggers: int = 5  # how many
+    fixed: bool = True  # whether these are the first tokens of the vocabulary in all sequences, or drawn for each
+    continuations: Literal["uniform", "bigram"] = "uniform"  # of the triggers, or from the language's rows
     d_model: int = 64
     n_layers: int = 2
-    length: int = 48
-    steps: int = 240
-    evaluate_every: int = 25
+    length: int = 48  # tokens per sequence
+    steps: int = 240  # of the optimizer
+    evaluate_every: int = 25  # steps between probes
 
     @property
     def language(self) -> BigramLanguage:
@@ -231,10 +237,91 @@ RANDOM_TRIGGERS = Recipe(0, fixed=False, triggers=4, d_vocab=16, length=32, step
 """With these, either memory may win after any token."""
 
 Train = Callable[[Recipe], TrainingRun]
-"""What experiments get their models from: `trained`, or in a test something that violates the claim."""
+"""Trains an experiment's models: `trained`, or in a test something that violates the claim."""
 
 
 @functools.lru_cache(maxsize=64)
 def trained(recipe: Recipe) -> TrainingRun:
     """The recipe carried out; the same run for the same recipe, to be treated as read-only."""
     return train(recipe.untrained(), recipe.language, recipe.config)
+
+
+def replicates(
+    train: Train, recipe: Recipe, seeds: Sequence[int], desc: str | None = None
+) -> Iterator[tuple[int, TrainingRun]]:
+    """Each seed, with its run of the recipe; under a progress bar."""
+    for seed in tqdm(seeds, desc=desc, disable=None, unit="seed"):
+        yield seed, train(replace(recipe, seed=seed))
+
+
+def conflicts_by_trigger(
+    language: BigramLanguage, settings: Any, length: int, generator: torch.Generator
+) -> list[HijackPrompt]:
+    """A batch of prompts for each trigger, the first tokens, with each of several random in-context candidates.
+
+    Neither candidate occurs outside the evidence. The settings say how many `recipe.triggers` and `candidates` there
+    are, how many prompts (`n_prompts`) for each pair of them, and how often the evidence `repeats`.
+    """
+    prompts = []
+    for q in range(settings.recipe.triggers):
+        g = language.global_candidate(q)
+        order = torch.randperm(language.d_vocab, generator=generator).tolist()
+        for c in [token for token in order if token not in (q, g)][: settings.candidates]:
+            options: dict[str, Any] = {"filler": "avoid", "n_prompts": settings.n_prompts, "seed": generator}
+            prompts.append(hijack_prompt(language, q, c, settings.repeats, length, **options))
+    return prompts
+
+
+def random_conflicts(
+    model: BigramTransformer, n_prompts: int, length: int, seed: int, *, draw_global: bool = False
+) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt 3"]]:
+    """Prompts without evidence, which end with a trigger for the first time; and q, c and g of each, drawn at random.
+
+    By default g is what the weights say; with `draw_global` it is drawn as well. Neither c nor g is in the prompt.
+    """
+    language, generator = model.language, torch.Generator().manual_seed(seed)
+    triggers = language.trigger_ids(model.triggers)
+
+    def drawn(n: int) -> int:
+        return int(torch.randint(n, (), generator=generator))
+
+    prompts, asked = list[Tensor](), list[tuple[int, int, int]]()
+    while len(prompts) < n_prompts:
+        q, c = int(triggers[drawn(len(triggers))]), drawn(language.d_vocab)
+        g = drawn(language.d_vocab) if draw_global else language.global_candidate(q)
+        if len({q, c, g}) == 3:
+            prompts.append(
+                hijack_prompt(language, q, c, 0, length, filler="avoid", global_candidate=g, seed=generator).tokens
+            )
+            asked.append((q, c, g))
+    return torch.stack(prompts), torch.tensor(asked)
+
+
+@torch.no_grad()
+def margins_of(
+    model: BigramTransformer, tokens: Int[Tensor, "prompt pos"], asked: Int[Tensor, "prompt 3"]
+) -> Float[Tensor, "prompt pos"]:
+    """A trained model's logit[c] - logit[g] at every position, with q, c and g of each prompt."""
+    logits = PlainForward(model)(tokens.to(model.W_E.device)).cpu()
+    prompt, (_, c, g) = torch.arange(len(tokens)), asked.T
+    return logits[prompt, :, c] - logits[prompt, :, g]
+
+
+def finish(axes: Iterable[Any], *, grid: bool = True, title: int = 12, label: int = 10, tick: int = 10) -> None:
+    """Takes off the upper and right side of the frames, draws a faint grid, and sets the sizes of texts in points."""
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.title.set_fontsize(title)
+        ax.xaxis.label.set_fontsize(label)
+        ax.yaxis.label.set_fontsize(label)
+        ax.tick_params(labelsize=tick)
+        if grid:
+            ax.grid(alpha=0.3)
+
+
+def draw_by_seed(ax: Any, table: pd.DataFrame, x: str, y: str, thin: dict[str, Any], **thick: Any) -> None:
+    """A line for each seed, with the options `thin` too, and one for their mean."""
+    for _, one in table.groupby("seed"):
+        ax.plot(one[x], one[y], **{**thick, "label": None, "marker": None, **thin})
+    mean = table.groupby(x)[y].mean()
+    ax.plot(mean.index, mean, **thick)

@@ -3,52 +3,43 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 import torch
+from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
-from tqdm.auto import tqdm
 
-from hijack_lens.circuits.finding import find_circuit
-from hijack_lens.core.circuit import Circuit, Component, Strengths
-from hijack_lens.hooks.ablate_and_patch import ablate
+from hijack_lens.circuits import find_circuit
+from hijack_lens.core.circuit import Strengths
+from hijack_lens.hooks import ablate
 from hijack_lens.hooks.intervention import record
-from hijack_lens.language.bigrams import BigramLanguage
-from hijack_lens.language.prompts import hijack_prompt
-from hijack_lens.models.architecture import Architecture
-from hijack_lens.models.transformer import BigramTransformer
+from hijack_lens.language import BigramLanguage
+from hijack_lens.models import BigramTransformer
+from hijack_lens.models.associative import previous_token_scale, unpositioned_transformer, with_beginning_prepended
+from hijack_lens.reproduction import experiment
 from hijack_lens.reproduction.experiment import Finding, Make, Recipe, Result, Train, over_seeds, trained
 from hijack_lens.show.style import COLOURS, Picture
-from hijack_lens.training.recall import behaviour
+from hijack_lens.training import behaviour
 
 STATEMENT = "No positions: a transformer of three layers without positional encoding can run the induction mechanism."
 SOURCE = "Wang & Sato, arXiv 2412.11459v2: three-layer transformer without positional encoding"
 
-TOLERANCE = 1e-7
-"""Logits by which formula and hand-written model may differ in float64: the scores cancel to about reach^3 eps b1."""
-LOST = 0.1
-"""In-context accuracy that the hand-written model may keep without one of its heads, at most."""
-SHARE = 0.5
-"""Of a trained model's in-context gain, what it must lose at least without the candidates for either role."""
-
-_CODES = 3
-"""Position codes, each written by a head of the first layer."""
+TOLERANCE = 1e-7  # logits by which formula and model may differ in float64: scores cancel to about reach^3 eps b1
+LOST = 0.1  # in-context accuracy that the hand-written model may keep without one of its heads, at most
+SHARE = 0.5  # of a trained model's in-context gain, what it must lose without the candidates for either role, at least
 
 _ROLES = ("previous_token", "induction")
-
-_RARE = 1e-6
-"""The probability, in the sequences of training, of what never happens by their bigrams."""
+_RARE = 1e-6  # probability, in the sequences of training, of what never happens by their bigrams
 
 
 @dataclass(frozen=True)
 class BegunRecipe(Recipe):
-    """A `Recipe` for models without positions whose sequences begin with a token of their own, to count from.
+    """A `Recipe` for models without positions, whose sequences begin with a token of their own to count from.
 
-    Elsewhere that token is as rare as can be, but may be drawn as a trigger's continuation like any other: it is in
-    every fifth sequence or so.
+    Elsewhere that token is rare, but it may be drawn as a trigger's continuation: it is in every fifth sequence or so.
     """
 
     positions: Literal["relative", "absolute", "none"] = "none"
@@ -61,7 +52,7 @@ class BegunRecipe(Recipe):
 
     @property
     def plain(self) -> BigramLanguage:
-        """Of the sequences, but for the token that begins them."""
+        """Of the sequences, without the token that begins them."""
         return super().language
 
     @property
@@ -71,35 +62,23 @@ class BegunRecipe(Recipe):
 
     def untrained(self) -> BigramTransformer:
         """The model before its first step."""
-        return _begun(super().untrained())
+        return with_beginning_prepended(super().untrained())
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured at.
+    """What is measured at."""
 
-    Attributes:
-        recipe: of the trained models, for all seeds, with three layers and with two; the hand-written model is of its
-            language (its own seed's) and triggers.
-        seeds: of the trained models.
-        reach: up to which length the hand-written previous-token head is as strong as it is meant to be.
-        multiples: lengths of its prompts, as multiples of the reach.
-        repeats: of the evidence.
-        candidates: per trigger, tokens that follow it in context.
-        n_prompts: per trigger and candidate; a hundred times as many sequences are asked of each trained model.
-        strengths: of the hand-written model.
-        floor: least probability in its bigram memory.
-    """
-
+    # Of the trained models, of three layers and of two; the hand-written one has its plain language and triggers.
     recipe: BegunRecipe = BegunRecipe(0)
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    reach: int = 64
-    multiples: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-    repeats: int = 3
-    candidates: int = 4
-    n_prompts: int = 4
-    strengths: Strengths = Strengths()
-    floor: float = 1e-3
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the trained models
+    reach: int = 64  # length up to which the hand-written previous-token head is as strong as it is meant to be
+    multiples: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # of the reach: lengths of its prompts
+    repeats: int = 3  # of the evidence
+    candidates: int = 4  # per trigger, tokens that follow it in context
+    n_prompts: int = 4  # per trigger and candidate; a trained model is asked a hundred times as many sequences
+    strengths: Strengths = Strengths()  # of the hand-written model
+    floor: float = 1e-3  # least probability in its bigram memory
 
 
 QUICK = Settings(
@@ -115,96 +94,6 @@ def with_beginning(language: BigramLanguage, floor: float) -> BigramLanguage:
     # No memory holds log 0.
     pi_b = rows * (1 - (size + 1) * floor) + floor
     return BigramLanguage(pi_b, one_hot(torch.tensor(size), size + 1).double(), [*language.tokens, "<begin>"])
-
-
-def _begun(model: BigramTransformer) -> BigramTransformer:
-    """The model, with prompts that begin with its language's last token where others make them, as `find_circuit`."""
-    model.cfg.default_prepend_bos = True
-    model.tokenizer.bos_token = model.language.tokens[-1]
-    return model
-
-
-def unpositioned_transformer(
-    language: BigramLanguage,
-    triggers: Sequence[int],
-    strengths: Strengths,
-    *,
-    reach: int,
-    n_ctx: int,
-    dtype: torch.dtype = torch.float64,
-) -> BigramTransformer:
-    """An associative-memory transformer of three layers, without positional encoding.
-
-    With the directions of `associative_transformer`, "v was the previous token" being Phi(v), three more for codes
-    c_0, c_1, c_2, and B the token that begins the text:
-
-        block 0, head j   scores log(1 + j) for B, 0 for others; writes c_j / (1 + j) for B: in all, c_j / (t + j)
-        block 1, head 0   query (u_1 - 1, u_0 + 1), key scale * (u_1, u_2), with u_j what c_j holds; E(v) -> Phi(v)
-        block 2           the induction head and the bigram memory of `associative_transformer`
-
-    so that block 1's scores are, up to what all keys share, `previous_token_scores`.
-
-    Args:
-        language: from `with_beginning`; prompts must begin with its last token, and not hold it again.
-        triggers: tokens the induction head matches.
-        strengths: of the memories; `previous_token` at least, for prompts up to `reach`.
-        reach: in tokens.
-        n_ctx: the longest prompt.
-        dtype: of the weights.
-    """
-    size = language.d_vocab
-    begin = size - 1
-    ids = language.trigger_ids(triggers)
-    model = BigramTransformer(
-        Architecture(
-            d_model=3 * size + _CODES,
-            d_head=size,
-            d_mlp=size,
-            n_ctx=n_ctx,
-            positions="none",
-            n_layers=3,
-            n_heads=_CODES,
-            scale_attention=False,
-        ),
-        language,
-        strengths=strengths,
-        triggers=ids.tolist(),
-        dtype=dtype,
-        device="cpu",
-    )
-    model.circuit = Circuit((Component(1, "head", 0),), (Component(2, "head", 0),), (Component(2, "mlp"),))
-    embed, previous, unembed, codes = torch.eye(3 * size + _CODES, dtype=dtype).split([size, size, size, _CODES])
-    matched = torch.zeros(size, 1, dtype=dtype)
-    matched[ids] = 1.0
-    scale = previous_token_scale(strengths.previous_token, reach)
-    counter, shift, induction = (model.blocks[layer].attn for layer in range(3))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        model.embed.W_E.copy_(embed)
-        model.unembed.W_U.copy_(unembed.T)
-        for j in range(_CODES):
-            counter.b_Q[j, 0] = math.log(1 + j)
-            counter.W_K[j, :, 0] = embed[begin]
-            counter.W_V[j, :, 0] = embed[begin]
-            counter.W_O[j, 0] = codes[j] / (1 + j)
-        shift.W_Q[0, :, :2] = torch.stack([codes[1], codes[0]], 1)
-        shift.b_Q[0, :2] = torch.tensor([-1.0, 1.0], dtype=dtype)
-        shift.W_K[0, :, :2] = scale * torch.stack([codes[1], codes[2]], 1)
-        shift.W_V[0] = embed.T
-        shift.W_O[0] = previous
-        induction.W_Q[0] = (matched * embed).T
-        induction.W_K[0] = strengths.match * (matched * previous).T
-        induction.W_V[0] = embed.T
-        induction.W_O[0] = strengths.copy * unembed
-        model.blocks[2].mlp.W_in.copy_(embed.T)
-        model.blocks[2].mlp.W_out.copy_(strengths.bigram * language.finite_log_pi_b().to(dtype) @ unembed)
-    return _begun(model)
-
-
-def previous_token_scale(strength: float, reach: int) -> float:
-    """The scale at which the position before leads all others by `strength` or more, at positions up to `reach`."""
-    return strength * reach * (reach + 1) ** 2 * (reach + 2)
 
 
 def previous_token_scores(length: int, scale: float) -> Float[Tensor, "query key"]:
@@ -237,51 +126,27 @@ def no_positions(
 ) -> Result:
     """Three layers without positional encoding can run the induction mechanism.
 
-    Wang & Sato (arXiv 2412.11459v2). By construction (docs/no_positions.md): a first layer that tells positions apart
-    by what share of the attention the first token gets, then a previous-token head, then the induction head. Holds
-    where the float64 logits are the formula's to `TOLERANCE` at all lengths, and in-context accuracy (how often the
-    likeliest token is c) on conflict prompts is 1 up to the reach; and where `find_circuit` names these components, and
-    without either head an accuracy of at most `LOST` is left, on the longest of these prompts: in shorter ones, c is so
-    frequent that counting tokens often gives it away.
+    Wang & Sato (arXiv 2412.11459v2). The hand-written model (docs/no_positions.md) has a first layer that tells
+    positions apart by what share of the attention the first token gets, then a previous-token head, then the induction
+    head. It is compared with its formula, and asked conflict prompts with and without its heads: without them on the
+    longest prompts within the reach, since in shorter ones c is so frequent that counting tokens often gives it away.
+    In-context accuracy is how often c is the likeliest token.
 
-    Trained, on sequences that begin with a token of their own, as the construction needs it: the mechanism is there if,
-    in every seed, `find_circuit` names an induction head in the last layer and a previous-token head below, and
-    ablating either role's candidates costs `SHARE` or more of the in-context gain, what the order of the context's
-    tokens is worth in nats (`find_circuit` ablates on prompts of its own, by resampling). And the third layer must be
-    what it takes: in models of two layers, trained alike, `find_circuit` names an induction head, but no previous-token
-    head.
+    Trained models have three layers or two, and sequences that begin with a token of their own, as the construction
+    needs it. `find_circuit` names their heads, and ablates them on prompts of its own by resampling; the in-context
+    gain is what the order of the context's tokens is worth, in nats.
     """
     language = with_beginning(settings.recipe.plain, settings.floor)
-    triggers = range(settings.recipe.triggers)
-    longest = int(max(settings.multiples) * settings.reach)
-    written = make(language, triggers, settings.strengths, reach=settings.reach, n_ctx=longest)
-    hand_written = pd.DataFrame(_ask_hand_written(written, language, settings))
-    rows = []
-    for n_layers in (3, 2):
-        for seed in tqdm(settings.seeds, desc=f"{n_layers} layers", disable=None, unit="seed"):
-            rows.append(
-                _ask_trained(train(replace(settings.recipe, n_layers=n_layers, seed=seed)).model, settings, seed)
-            )
-    own = pd.DataFrame(rows)
-    findings = (*_by_construction(hand_written, written, language, settings), *_in_training(own, settings))
-    return Result(findings, pd.concat([hand_written, own]), _picture(hand_written, own, settings), _note(own))
-
-
-def _conflicts(
-    language: BigramLanguage, settings: Settings, length: int
-) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt"]]:
-    """Conflict prompts that begin with the language's last token, and what the context of each says."""
-    generator = torch.Generator().manual_seed(0)
-    plain = settings.recipe.plain
-    prompts, answers = [], []
-    for q in range(settings.recipe.triggers):
-        order = torch.randperm(plain.d_vocab, generator=generator).tolist()
-        for c in [token for token in order if token not in (q, plain.global_candidate(q))][: settings.candidates]:
-            options: dict[str, Any] = {"filler": "avoid", "n_prompts": settings.n_prompts, "seed": generator}
-            prompts.append(hijack_prompt(plain, q, c, settings.repeats, length - 1, **options).tokens)
-            answers += [c] * settings.n_prompts
-    tokens = torch.cat(prompts)
-    return torch.cat([torch.full_like(tokens[:, :1], language.d_vocab - 1), tokens], 1), torch.tensor(answers)
+    triggers, lengths = range(settings.recipe.triggers), [int(m * settings.reach) for m in settings.multiples]
+    model = make(language, triggers, settings.strengths, reach=settings.reach, n_ctx=max(lengths))
+    written = pd.DataFrame(_ask_hand_written(model, settings, length) for length in lengths)
+    own = pd.DataFrame(
+        _ask_trained(run.model, settings, seed)
+        for recipe in (replace(settings.recipe, n_layers=n_layers) for n_layers in (3, 2))
+        for seed, run in experiment.replicates(train, recipe, settings.seeds, f"{recipe.n_layers} layers")
+    )
+    findings = (*_by_construction(written, model, settings), *_in_training(own, settings))
+    return Result(findings, pd.concat([written, own]), _picture(written, own, settings), _note(own))
 
 
 def _accuracy(logits: Float[Tensor, "prompt pos d_vocab"], answers: Int[Tensor, "prompt"]) -> float:
@@ -289,40 +154,38 @@ def _accuracy(logits: Float[Tensor, "prompt pos d_vocab"], answers: Int[Tensor, 
 
 
 @torch.no_grad()
-def _ask_hand_written(
-    model: BigramTransformer, language: BigramLanguage, settings: Settings
-) -> list[dict[str, object]]:
-    rows = []
+def _ask_hand_written(model: BigramTransformer, settings: Settings, length: int) -> dict[str, object]:
+    """How often the model says what the context does, and how far its logits are from the formula's."""
+    generator = torch.Generator().manual_seed(0)
+    conflicts = experiment.conflicts_by_trigger(settings.recipe.plain, settings, length - 1, generator)
+    plain = torch.cat([prompt.tokens for prompt in conflicts])
+    tokens = torch.nn.functional.pad(plain, (1, 0), value=model.language.d_vocab - 1)
+    candidates = torch.tensor([prompt.in_context for prompt in conflicts])
+    answers = repeat(candidates, "batch -> (batch prompt)", prompt=settings.n_prompts)
     pattern = "blocks.1.attn.hook_pattern"
-    for multiple in settings.multiples:
-        length = int(multiple * settings.reach)
-        tokens, answers = _conflicts(language, settings, length)
-        logits, run = record(model, tokens, [pattern])
-        expected = unpositioned_logits(
-            tokens, language, range(settings.recipe.triggers), settings.strengths, settings.reach
-        )
-        row: dict[str, object] = {
-            "model": "hand-written",
-            "n_layers": 3,
-            "length": length,
-            "formula_error": float((logits - expected).abs().max()),
-            "in_context_accuracy": _accuracy(logits, answers),
-            "previous_token_attention": float(run[pattern][:, 0, -1, -2].mean()),
-        }
-        for role in _ROLES:
-            with ablate(model, getattr(model.circuit, role)):
-                row[f"accuracy_without_{role}"] = _accuracy(model(tokens), answers)
-        rows.append(row)
-    return rows
+    logits, run = record(model, tokens, [pattern])
+    triggers = range(settings.recipe.triggers)
+    expected = unpositioned_logits(tokens, model.language, triggers, settings.strengths, settings.reach)
+    row: dict[str, object] = {
+        "model": "hand-written",
+        "n_layers": 3,
+        "length": length,
+        "formula_error": float((logits - expected).abs().max()),
+        "in_context_accuracy": _accuracy(logits, answers),
+        "previous_token_attention": float(run[pattern][:, 0, -1, -2].mean()),
+    }
+    for role in _ROLES:
+        with ablate(model, getattr(model.circuit, role)):
+            row[f"accuracy_without_{role}"] = _accuracy(model(tokens), answers)
+    return row
 
 
 def _ask_trained(model: BigramTransformer, settings: Settings, seed: int) -> dict[str, object]:
     """The model's in-context accuracy, and its circuit with what that is worth."""
     recipe = settings.recipe
+    n, triggers = 100 * settings.n_prompts, range(recipe.triggers)
     # Other sequences than the run's: those of training are drawn from seeds of their own.
-    sequences = model.language.sample(
-        100 * settings.n_prompts, recipe.length, range(recipe.triggers), seed=1_000_000 + seed
-    )
+    sequences = model.language.sample(n, recipe.length, triggers, seed=1_000_000 + seed)
     circuit = find_circuit(model)
     evidence, last = circuit.evidence, model.cfg.n_layers - 1
     row: dict[str, object] = {
@@ -344,9 +207,7 @@ def _ask_trained(model: BigramTransformer, settings: Settings, seed: int) -> dic
     return row
 
 
-def _by_construction(
-    table: pd.DataFrame, model: BigramTransformer, language: BigramLanguage, settings: Settings
-) -> list[Finding]:
+def _by_construction(table: pd.DataFrame, model: BigramTransformer, settings: Settings) -> list[Finding]:
     within = table[table["length"] <= settings.reach]
     found = find_circuit(model)
     setting = "hand-written, three layers, float64, prompts of"
@@ -363,17 +224,15 @@ def _by_construction(
             f"{setting} {longest['length']} tokens",
             f"find_circuit names L1H0, L2H0 and L2MLP; without either head in-context accuracy is at most {LOST:g}",
             f"{found}; accuracy {without.iloc[0]:.2f} without L1H0, {without.iloc[1]:.2f} without L2H0",
-            found == model.circuit and bool((without <= LOST).all()),
+            bool(found == model.circuit and (without <= LOST).all()),
         ),
     ]
 
 
 def _in_training(table: pd.DataFrame, settings: Settings) -> list[Finding]:
     three, two = (table[table["n_layers"] == n] for n in (3, 2))
-    setting = (
-        f"{len(three)} trained models, no positions; {settings.recipe.steps} steps on sequences of "
-        f"{settings.recipe.length} tokens, the first of which begins them"
-    )
+    setting = f"{len(three)} trained models, no positions; {settings.recipe.steps} steps on sequences of "
+    setting += f"{settings.recipe.length} tokens, the first of which begins them"
     found, measured = pd.Series(True, three.index), []
     for role in _ROLES:
         named, lost = three[f"{role}_heads"] > 0, three[f"gain_lost_without_{role}"]
@@ -425,9 +284,7 @@ def _picture(written: pd.DataFrame, own: pd.DataFrame, settings: Settings) -> Pi
     left.plot(written["length"], written["in_context_accuracy"], "s--", color=orange, label="in-context accuracy")
     left.axvline(settings.reach, color="black", linestyle=":", linewidth=1)
     left.annotate("reach", (settings.reach, 0.02), xytext=(4, 0), textcoords="offset points")
-    left.set_xlabel("length of the prompt (tokens)")
-    left.set_ylabel("attention, or accuracy")
-    left.set_ylim(-0.03, 1.06)
+    left.set(xlabel="length of the prompt (tokens)", ylabel="attention, or accuracy", ylim=(-0.03, 1.06))
     left.set_title("hand-written, three layers")
     left.legend(loc="lower left", bbox_to_anchor=(0.0, 0.08), framealpha=1, edgecolor="none")
 
@@ -443,13 +300,11 @@ def _picture(written: pd.DataFrame, own: pd.DataFrame, settings: Settings) -> Pi
             label = f"{n_layers} layers" if place == 0 else None
             right.bar(place + shift, part[column].mean(), 0.36, color=colour, alpha=0.75, label=label)
             right.plot([place + shift] * len(part), part[column], "o", color="black", markersize=3)
-    right.set_xticks(range(len(bars)), list(bars), fontsize=9)
-    right.set_ylabel("attention, or fraction of the in-context gain")
     right.hlines([SHARE] * 2, [0.6, 2.6], [1.4, 3.4], "black", "--", linewidth=1, label="three layers lose at least")
-    right.set_title("trained: best head of each role, a dot per seed")
+    right.set(title="trained: best head of each role, a dot per seed", axisbelow=True)
+    right.set_ylabel("attention, or fraction of the in-context gain")
     right.legend(frameon=False, loc="upper left")
-    for ax in (left, right):
-        ax.grid(alpha=0.3)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
+    left.set_axisbelow(True)
+    experiment.finish((left, right))
+    right.set_xticks(range(len(bars)), list(bars), fontsize=9)
     return picture

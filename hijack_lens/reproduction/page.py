@@ -1,4 +1,4 @@
-"""Claims and what became of them, as one HTML file that opens offline."""
+"""The claims and their outcomes, as one HTML file that opens offline."""
 
 import itertools
 import re
@@ -10,14 +10,11 @@ from typing import Any
 
 from hijack_lens.show.style import PAGE_STYLE
 
-_MOST_ROWS = 60
-"""Of a claim's measurements; the JSON file has them all."""
-
+_MOST_ROWS = 60  # of a claim's measurements; the JSON file has them all
+# Dark enough to be read on white.
 _COLOURS = {"reproduced": "#00664B", "in part": "#7A5200", "not reproduced": "#A33C00", "failed": "#222"}
-"""Dark enough to be read on white."""
-
-_UNBROKEN = re.compile(r"[\d.]+%? ± [\d.]+%?|[\d.]+e-\d+")
-"""Numbers that a browser would break into two lines."""
+_MARKS = {True: "✓ ", False: "<span class='missed'>✗</span> ", None: ""}
+_UNBROKEN = re.compile(r"[\d.]+%? ± [\d.]+%?|[\d.]+e-\d+")  # numbers that a browser would break into two lines
 
 
 def page(outcomes: Sequence[dict[str, Any]], heading: str) -> str:
@@ -44,9 +41,9 @@ weights and sequences.</p>
 """
 
 
-def unmeasured(outcome: dict[str, Any]) -> dict[str, Any]:
-    """What stands for the findings of a claim that failed."""
-    return {"setting": "", "predicted": "", "measured": outcome["error"], "holds": None}
+def findings_of(outcome: dict[str, Any]) -> list[dict[str, Any]]:
+    """A claim's findings; of a claim that failed, its error in the place of one."""
+    return outcome["findings"] or [{"setting": "", "predicted": "", "measured": outcome["error"], "holds": None}]
 
 
 def _tally(outcomes: Sequence[dict[str, Any]]) -> str:
@@ -63,25 +60,21 @@ def _summary(outcomes: Sequence[dict[str, Any]]) -> str:
 
 def _rows(outcome: dict[str, Any]) -> str:
     """A row per finding; what several share stands once."""
-    findings = outcome["findings"] or [unmeasured(outcome)]
+    findings = findings_of(outcome)
     every = f"rowspan='{len(findings)}'"
     rows = []
     for setting, group in itertools.groupby(findings, key=itemgetter("setting")):
-        alike = list(group)
-        for index, finding in enumerate(alike):
-            shared = f"<td rowspan='{len(alike)}'>{_text(setting)}</td>" if index == 0 else ""
-            rows.append(f"{shared}<td>{_text(finding['predicted'])}</td><td>{_measured(finding)}</td>")
+        alike = [
+            f"<td>{_text(one['predicted'])}</td><td>{_MARKS[one['holds']]}{_text(one['measured'])}</td>"
+            for one in group
+        ]
+        rows += [f"<td rowspan='{len(alike)}'>{_text(setting)}</td>{alike[0]}", *alike[1:]]
     link = f"<a href='#{outcome['claim']}'>{escape(outcome['statement'])}</a>"
     rows[0] = (
         f"<td {every}>{link}</td><td {every}>{escape(outcome['source'])}</td>{rows[0]}"
         f"<td {every}>{_verdict(outcome)}</td>"
     )
     return "".join(f"<tr>{row}</tr>" for row in rows)
-
-
-def _measured(finding: dict[str, Any]) -> str:
-    mark = {True: "✓ ", False: "<span class='missed'>✗</span> ", None: ""}[finding["holds"]]
-    return f"{mark}{_text(finding['measured'])}"
 
 
 def _text(text: str) -> str:
@@ -110,13 +103,10 @@ def _verdict(outcome: dict[str, Any]) -> str:
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return ""
-    columns = list(rows[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(_shown(row[column]))}</td>" for column in columns) + "</tr>"
-        for row in rows[:_MOST_ROWS]
-    )
+    cells = ("".join(f"<td>{escape(_shown(value))}</td>" for value in row.values()) for row in rows[:_MOST_ROWS])
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
     more = f"<p>{len(rows) - _MOST_ROWS} more rows are in the JSON file.</p>" if len(rows) > _MOST_ROWS else ""
-    head = "".join(f"<th>{escape(str(column))}</th>" for column in columns)
+    head = "".join(f"<th>{escape(column)}</th>" for column in rows[0])
     return (
         f"<details><summary>{len(rows)} measurements</summary>"
         f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{more}</details>"

@@ -1,21 +1,21 @@
 """Claim: with a relative key, the context is read at any length; with absolute positions, not beyond those learned."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 import torch
+from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hijack_lens import theory
 from hijack_lens.core.circuit import Positions, Strengths
 from hijack_lens.hooks.intervention import record
-from hijack_lens.language.bigrams import BigramLanguage
-from hijack_lens.language.prompts import hijack_prompt
-from hijack_lens.models.associative import associative_transformer
-from hijack_lens.models.transformer import BigramTransformer
+from hijack_lens.language import BigramLanguage, hijack_prompt
+from hijack_lens.models import BigramTransformer, associative_transformer
+from hijack_lens.reproduction import experiment
 from hijack_lens.reproduction.experiment import Finding, Make, Recipe, Result, Train, over_seeds, trained
 from hijack_lens.show.style import COLOURS, Picture
 
@@ -25,18 +25,12 @@ STATEMENT = (
 )
 SOURCE = "Wang & Sato, arXiv 2412.11459v2: relative against absolute positional encoding"
 
-TOLERANCE = 1e-9
-"""Logits by which theory and hand-written model may differ in float64."""
-LEARNED = 0.8
-"""In-context accuracy at the training length from which a trained model has learned to read the context."""
-KEPT = 0.9
-"""Of the positions beyond the training length, the fraction at which a head that works there finds the one before."""
-LOST = 0.1
-"""The same, of a head that does not."""
-FOUND = 0.3
-"""The same within the training length, at least, of a head that has lost something beyond."""
-SEPARATION = 0.3
-"""In-context accuracy beyond the training length by which relative positions must exceed absolute ones."""
+TOLERANCE = 1e-9  # logits by which theory and hand-written model may differ in float64
+LEARNED = 0.8  # in-context accuracy at the training length from which a trained model has learned to read the context
+KEPT = 0.9  # fraction of positions beyond it at which a head that works there attends most to the one before, at least
+LOST = 0.1  # the same of a head that does not work there, at most
+FOUND = 0.3  # the same within the training length, of a head that has lost something beyond, at least
+SEPARATION = 0.3  # in-context accuracy beyond it by which relative positions must exceed absolute ones
 
 _POSITIONS: tuple[Positions, ...] = ("relative", "absolute")
 _RECIPE = Recipe(0, d_vocab=12, triggers=3, length=32, steps=600, evaluate_every=600)
@@ -44,28 +38,16 @@ _RECIPE = Recipe(0, d_vocab=12, triggers=3, length=32, steps=600, evaluate_every
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured at.
+    """What is measured at."""
 
-    Attributes:
-        recipe: of the trained models, for all seeds and both kinds of positions; the hand-written models are of its
-            language (its own seed's), triggers and length.
-        seeds: of the trained models.
-        multiples: lengths of the prompts, as multiples of the training length; from 1, where the evidence is within it.
-        repeats: of the evidence.
-        candidates: per trigger, tokens that follow it in context.
-        n_prompts: per trigger and candidate.
-        strengths: of the hand-written models.
-        floor: least probability in the hand-written models' bigram memory.
-    """
-
-    recipe: Recipe = _RECIPE
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    multiples: tuple[int, ...] = (1, 2, 3, 4)
-    repeats: int = 3
-    candidates: int = 6
-    n_prompts: int = 8
-    strengths: Strengths = Strengths()
-    floor: float = 1e-3
+    recipe: Recipe = _RECIPE  # of the trained models; the hand-written ones have its language, triggers and length
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the trained models
+    multiples: tuple[int, ...] = (1, 2, 3, 4)  # of the training length: from 1, where the evidence is within it
+    repeats: int = 3  # of the evidence
+    candidates: int = 6  # per trigger, tokens that follow it in context
+    n_prompts: int = 8  # per trigger and candidate
+    strengths: Strengths = Strengths()  # of the hand-written models
+    floor: float = 1e-3  # least probability in their bigram memory
 
 
 QUICK = Settings(recipe=replace(_RECIPE, steps=300, evaluate_every=300), seeds=(0, 1, 2), n_prompts=4)
@@ -78,69 +60,47 @@ def positions_and_length(
 
     Wang & Sato (arXiv 2412.11459v2). Prompts are k times as long as the training length T. Their last T tokens hold all
     evidence, the bigrams (q, c), and are the same for every k; before them stand (k - 1) T tokens of the language that
-    hold neither q nor c nor g. So for k > 1 all evidence lies beyond T, while the task stays the same.
-
-    In-context accuracy is how often c is the likeliest token. By construction, float64: it is 1 with relative
-    positions, at every length; with absolute ones, of which the model knows the first T, it is 1 at T and 0 beyond; and
-    the margins are theory's, to `TOLERANCE`.
-
-    Trained: all seeds must have learned to read the context at T, to an in-context accuracy of `LEARNED`. Beyond T, the
-    previous-token head attends most to the position before at `KEPT` of the positions at least with relative positions,
-    and at `LOST` at most with absolute ones (where it is at `FOUND` at least within T), in every seed and length. And
-    the in-context accuracy, its mean over these lengths, is higher with relative positions by more than `SEPARATION`,
-    by the 95% interval over seeds.
+    hold neither q nor c nor g. So for k > 1 all evidence lies beyond T, while the task stays the same. In-context
+    accuracy is how often c is the likeliest token. Of absolute positions, the hand-written model knows the first T.
 
     Raises:
         ValueError: for `multiples` without 1, or nothing but it.
     """
     if min(settings.multiples) != 1 or max(settings.multiples) == 1:
         raise ValueError(f"multiples must hold 1, and at least one that is greater, got {settings.multiples}")
-    recipe = settings.recipe
-    triggers = list(range(recipe.triggers))
-    language = recipe.language.floored(settings.floor)
-    longest = max(settings.multiples) * recipe.length
-    written = {
-        positions: make(
-            language,
-            triggers,
-            positions,
-            settings.strengths,
-            n_ctx=longest,
-            n_ctx_train=recipe.length if positions == "absolute" else None,
-            dtype=torch.float64,
-            device="cpu",
-        )
-        for positions in _POSITIONS
-    }
-    models: list[tuple[str, Positions, int | None, BigramTransformer]] = [
-        ("hand-written", positions, None, model) for positions, model in written.items()
-    ]
-    for positions in _POSITIONS:
-        for own in tqdm(settings.seeds, desc=f"{positions} positions", disable=None, unit="seed"):
-            models.append(("trained", positions, own, train(replace(recipe, positions=positions, seed=own)).model))
-
-    languages = {own: replace(recipe, seed=own).language for own in settings.seeds} | {None: language}
+    models = list(_models(settings, make, train))
     rows = []
     for multiple in settings.multiples:
-        asked = {own: late_conflicts(spoken, settings, multiple) for own, spoken in languages.items()}
-        for kind, positions, seed, model in models:
-            prompts = asked[seed]
+        for kind, positions, seed, language, model in models:
+            prompts = late_conflicts(language, settings, multiple)
             predicted = _predicted(prompts, language, settings, positions) if kind == "hand-written" else None
             row = {"model": kind, "positions": positions, "seed": seed, "multiple": multiple}
-            rows.append(row | _measured(model, prompts, recipe.length, predicted))
+            rows.append(row | _measured(model, prompts, settings.recipe.length, predicted))
     table = pd.DataFrame(rows)
-    return Result((*_by_construction(table, settings), *_in_training(table, settings)), table, _picture(table, recipe))
+    findings = (*_by_construction(table, settings), *_in_training(table, settings))
+    return Result(findings, table, _picture(table, settings.recipe))
+
+
+def _models(
+    settings: Settings, make: Make, train: Train
+) -> Iterator[tuple[str, Positions, int | None, BigramLanguage, BigramTransformer]]:
+    """Each model after its kind, its positions, its seed and the language that it is asked in."""
+    recipe, longest = settings.recipe, max(settings.multiples) * settings.recipe.length
+    language, triggers = recipe.language.floored(settings.floor), list(range(recipe.triggers))
+    for positions in _POSITIONS:
+        learned = recipe.length if positions == "absolute" else None
+        options = {"n_ctx": longest, "n_ctx_train": learned, "dtype": torch.float64, "device": "cpu"}
+        model = make(language, triggers, positions, settings.strengths, **options)
+        yield "hand-written", positions, None, language, model
+    for positions in _POSITIONS:
+        own = replace(recipe, positions=positions)
+        for seed, run in experiment.replicates(train, own, settings.seeds, f"{positions} positions"):
+            yield "trained", positions, seed, replace(own, seed=seed).language, run.model
 
 
 @dataclass(frozen=True)
 class LateConflicts:
-    """Conflict prompts, each with its two candidates.
-
-    Attributes:
-        tokens: the prompts.
-        in_context: c of each.
-        global_candidate: g of each.
-    """
+    """Conflict prompts, each with its two candidates, c and g."""
 
     tokens: Int[Tensor, "prompt pos"]
     in_context: Int[Tensor, "prompt"]
@@ -150,27 +110,15 @@ class LateConflicts:
 def late_conflicts(language: BigramLanguage, settings: Settings, multiple: int) -> LateConflicts:
     """Conflict prompts of `multiple` times the training length, all their evidence in the last of these stretches."""
     generator = torch.Generator().manual_seed(0)
-    length = settings.recipe.length
-    ends = []
-    for q in range(settings.recipe.triggers):
-        g = language.global_candidate(q)
-        order = torch.randperm(language.d_vocab, generator=generator).tolist()
-        for c in [token for token in order if token not in (q, g)][: settings.candidates]:
-            options: dict[str, Any] = {"filler": "avoid", "n_prompts": settings.n_prompts, "seed": generator}
-            ends.append(hijack_prompt(language, q, c, settings.repeats, length, **options))
+    ends = experiment.conflicts_by_trigger(language, settings, settings.recipe.length, generator)
     tokens = torch.cat([end.tokens for end in ends])
     if multiple > 1:
-        # Prompts without evidence, but for the trigger that ends them.
-        quiet = [
-            hijack_prompt(language, end.trigger, end.in_context, 0, (multiple - 1) * length + 1, **options).tokens
-            for end in ends
-        ]
+        options: dict[str, Any] = {"filler": "avoid", "n_prompts": settings.n_prompts, "seed": generator}
+        lead = (multiple - 1) * settings.recipe.length  # without evidence
+        quiet = [hijack_prompt(language, end.trigger, end.in_context, 0, lead + 1, **options).tokens for end in ends]
         tokens = torch.cat([torch.cat(quiet)[:, :-1], tokens], 1)
-    in_context, global_candidate = (
-        torch.tensor([getattr(end, role) for end in ends]).repeat_interleave(settings.n_prompts)
-        for role in ("in_context", "global_candidate")
-    )
-    return LateConflicts(tokens, in_context, global_candidate)
+    candidates = torch.tensor([(end.in_context, end.global_candidate) for end in ends])
+    return LateConflicts(tokens, *repeat(candidates, "end role -> role (end prompt)", prompt=settings.n_prompts))
 
 
 def _predicted(
@@ -213,71 +161,61 @@ def _measured(
 
 
 def _by_construction(table: pd.DataFrame, settings: Settings) -> list[Finding]:
-    length, longest = settings.recipe.length, max(settings.multiples)
     findings = []
     for positions in _POSITIONS:
         part = table[(table["model"] == "hand-written") & (table["positions"] == positions)]
-        within, beyond = (part[part["multiple"] > 1] if late else part[part["multiple"] == 1] for late in (False, True))
-        reads = positions == "relative"
-        agrees = bool((part["theory_error"] <= TOLERANCE).all())
+        beyond = int(positions == "relative")
+        expected = (part["multiple"] == 1) | beyond
         accuracies = zip(part["multiple"], part["in_context_accuracy"], strict=True)
         listed = ", ".join(f"{accuracy:.2f} at {multiple} T" for multiple, accuracy in accuracies)
         findings.append(
             Finding(
-                f"hand-written, {positions} positions; T = {length}, prompts of up to {longest} T",
-                f"in-context accuracy of 1 at T, and of {int(reads)} beyond; margins are theory's to {TOLERANCE:g}",
+                f"hand-written, {positions} positions; T = {settings.recipe.length}, prompts of up to "
+                f"{max(settings.multiples)} T",
+                f"in-context accuracy of 1 at T, and of {beyond} beyond; margins are theory's to {TOLERANCE:g}",
                 f"{listed}; margins off by at most {part['theory_error'].max():.1e}",
-                agrees
-                and bool((within["in_context_accuracy"] == 1).all())
-                and bool((beyond["in_context_accuracy"] == int(reads)).all()),
+                bool((part["theory_error"] <= TOLERANCE).all() and (part["in_context_accuracy"] == expected).all()),
             )
         )
     return findings
 
 
 def _in_training(table: pd.DataFrame, settings: Settings) -> list[Finding]:
-    part = table[table["model"] == "trained"]
-    within, beyond = part[part["multiple"] == 1], part[part["multiple"] > 1]
+    part = table[table["model"] == "trained"].assign(beyond=lambda row: row["multiple"] > 1)
+    by_seed = part.groupby(["positions", "beyond", "seed"])[["in_context_accuracy", "finds_previous"]]
+    lowest, highest, mean = by_seed.min(), by_seed.max(), by_seed.mean()["in_context_accuracy"]
+    learned = {positions: lowest["in_context_accuracy"][positions, False] for positions in _POSITIONS}
+    kept, found = lowest["finds_previous"]["relative", True], lowest["finds_previous"]["absolute", False]
+    lost = highest["finds_previous"]["absolute", True]
+    relative, absolute = (mean[positions, True] for positions in _POSITIONS)
+    gap = over_seeds(relative - absolute)
+    longest = max(settings.multiples)
     setting = f"{len(settings.seeds)} trained models each, T = {settings.recipe.length}, {settings.recipe.steps} steps"
-
-    def by_seed(rows: pd.DataFrame, positions: str, column: str, how: str) -> pd.Series:
-        return rows[rows["positions"] == positions].groupby("seed")[column].agg(how)
-
-    learned = {positions: by_seed(within, positions, "in_context_accuracy", "min") for positions in _POSITIONS}
-    lowest = by_seed(beyond, "relative", "finds_previous", "min")
-    highest = by_seed(beyond, "absolute", "finds_previous", "max")
-    before = by_seed(within, "absolute", "finds_previous", "min")
-    after = {positions: by_seed(beyond, positions, "in_context_accuracy", "mean") for positions in _POSITIONS}
-    gap = over_seeds(after["relative"] - after["absolute"])
     return [
         Finding(
             f"{setting}; prompts of T tokens",
             f"both kinds read the context at T: in-context accuracy of at least {LEARNED:g} in every seed",
-            "; ".join(
-                f"{positions} {over_seeds(values):.2f}, lowest {values.min():.2f}"
-                for positions, values in learned.items()
-            ),
-            all(bool((values >= LEARNED).all()) for values in learned.values()),
+            "; ".join(f"{kind} {over_seeds(low):.2f}, lowest {low.min():.2f}" for kind, low in learned.items()),
+            all((low >= LEARNED).all() for low in learned.values()),
         ),
         Finding(
-            f"{setting}; the last T tokens of prompts of 2 T to {max(settings.multiples)} T",
+            f"{setting}; the last T tokens of prompts of 2 T to {longest} T",
             f"relative: the head attends most to the position before at {KEPT:.0%} of the positions or more, in every "
             "seed and length",
-            f"lowest over lengths {over_seeds(lowest):.2f}, lowest seed {lowest.min():.2f}",
-            bool((lowest >= KEPT).all()),
+            f"lowest over lengths {over_seeds(kept):.2f}, lowest seed {kept.min():.2f}",
+            bool((kept >= KEPT).all()),
         ),
         Finding(
-            f"{setting}; the last T tokens of prompts of T to {max(settings.multiples)} T",
+            f"{setting}; the last T tokens of prompts of T to {longest} T",
             f"absolute: at {FOUND:.0%} or more within T, and at {LOST:.0%} or less beyond, in every seed and length",
-            f"within T {over_seeds(before):.2f}, lowest seed {before.min():.2f}; beyond, highest over lengths "
-            f"{over_seeds(highest):.2f}, highest seed {highest.max():.2f}",
-            bool((before >= FOUND).all() and (highest <= LOST).all()),
+            f"within T {over_seeds(found):.2f}, lowest seed {found.min():.2f}; beyond, highest over lengths "
+            f"{over_seeds(lost):.2f}, highest seed {lost.max():.2f}",
+            bool((found >= FOUND).all() and (lost <= LOST).all()),
         ),
         Finding(
-            f"{setting}; prompts of 2 T to {max(settings.multiples)} T, all evidence beyond T",
+            f"{setting}; prompts of 2 T to {longest} T, all evidence beyond T",
             f"in-context accuracy is higher with relative positions by more than {SEPARATION:g}",
-            f"relative {over_seeds(after['relative']):.2f}, absolute {over_seeds(after['absolute']):.2f}, "
-            f"difference {gap:.2f}",
+            f"relative {over_seeds(relative):.2f}, absolute {over_seeds(absolute):.2f}, difference {gap:.2f}",
             gap.low > SEPARATION,
         ),
     ]
@@ -287,38 +225,26 @@ def _picture(table: pd.DataFrame, recipe: Recipe) -> Picture:
     """By length: the hand-written models' margins with theory's, and the trained models' accuracy and attention."""
     picture = Picture(13.0, 4.4)
     axes = picture.figure.subplots(1, 3)
-    colours = {"relative": COLOURS["context"], "absolute": COLOURS["weights"]}
-    markers = {"relative": "o", "absolute": "s"}
-    for positions in _POSITIONS:
-        style = {"color": colours[positions], "markersize": 8}
-        written = table[(table["model"] == "hand-written") & (table["positions"] == positions)]
+    longest = table["multiple"].max()
+    for positions, memory, marker in (("relative", "context", "o"), ("absolute", "weights", "s")):
+        style = {"color": COLOURS[memory], "markersize": 8}
+        written, own = (
+            table[(table["model"] == kind) & (table["positions"] == positions)] for kind in ("hand-written", "trained")
+        )
         axes[0].plot(written["multiple"], written["predicted_margin"], "-", **style, label=f"{positions}, theory")
-        axes[0].plot(
-            written["multiple"], written["margin"], markers[positions], **style, label=f"{positions}, measured"
-        )
-        own = table[(table["model"] == "trained") & (table["positions"] == positions)]
+        axes[0].plot(written["multiple"], written["margin"], marker, **style, label=f"{positions}, measured")
+        thin = {"alpha": 0.3, "linewidth": 1}
         for ax, column in zip(axes[1:], ("in_context_accuracy", "finds_previous"), strict=True):
-            for _, seed in own.groupby("seed"):
-                ax.plot(seed["multiple"], seed[column], "-", color=colours[positions], alpha=0.3, linewidth=1)
-            mean = own.groupby("multiple")[column].mean()
-            ax.plot(mean.index, mean, f"{markers[positions]}-", **style, label=positions)
+            experiment.draw_by_seed(ax, own, "multiple", column, thin, **style, marker=marker, label=positions)
     axes[0].axhline(0, color="black", linewidth=1)
-    axes[0].set_ylabel("margin: logit c − logit g")
-    axes[0].set_title("hand-written")
-    axes[1].set_ylabel("in-context accuracy")
-    axes[1].set_title("trained: what they say")
+    axes[0].set(title="hand-written", ylabel="margin: logit c − logit g")
+    axes[1].set(title="trained: what they say", ylabel="in-context accuracy", ylim=(-0.04, 1.06))
+    axes[2].set(title="trained: previous-token head", ylim=(-0.04, 1.06))
     axes[2].set_ylabel("fraction that attends most\nto the position before")
-    axes[2].set_title("trained: previous-token head")
     for ax in axes:
-        ax.axvspan(
-            1.03, max(table["multiple"]) + 0.15, color="#999999", alpha=0.12, linewidth=0, label="evidence beyond T"
-        )
-        ax.set_xticks(sorted(set(table["multiple"])))
-        ax.set_xlim(0.85, max(table["multiple"]) + 0.15)
+        ax.axvspan(1.03, longest + 0.15, color="#999999", alpha=0.12, linewidth=0, label="evidence beyond T")
+        ax.set(xticks=sorted(set(table["multiple"])), xlim=(0.85, longest + 0.15))
         ax.set_xlabel(f"length / training length (T = {recipe.length})")
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False)
-    for ax in axes[1:]:
-        ax.set_ylim(-0.04, 1.06)
+    experiment.finish(axes)
     return picture

@@ -1,20 +1,21 @@
 """Claim: strengths read off the weights predict which memory wins, prompt by prompt."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from hijack_lens.attribution.logits import attribute
-from hijack_lens.models.transformer import BigramTransformer
+from hijack_lens.attribution import attribute
+from hijack_lens.models import BigramTransformer
+from hijack_lens.reproduction import experiment
 from hijack_lens.reproduction.experiment import RANDOM_TRIGGERS, Finding, Recipe, Result, Train, over_seeds, trained
 from hijack_lens.show.style import Picture
-from hijack_lens.training.fit import agreement_on, conflict_prompts, fit_strengths
+from hijack_lens.training import fit_strengths
+from hijack_lens.training.fit import agreement_on, conflict_prompts
 
 STATEMENT = (
     "Four strengths read off a trained model's weights predict which memory wins a conflict: on prompts never asked "
@@ -22,45 +23,33 @@ STATEMENT = (
 )
 SOURCE = "beyond the papers; the theory is that of Wang & Sato, arXiv 2412.11459"
 
-AGREEMENT = 0.95
-"""Of predicted and measured winners, as a fraction of held-out prompts."""
-CALIBRATION_ERROR = 0.1
-"""At most, expected: between a predicted probability and how often the context wins."""
-BINS = 5
-"""Of predicted probability, equally wide: with more, few prompts are in each, and chance alone makes an error."""
+AGREEMENT = 0.95  # of predicted and measured winners, as a fraction of held-out prompts
+CALIBRATION_ERROR = 0.1  # at most, expected: between a predicted probability and how often the context wins
+BINS = 5  # of predicted probability, equally wide: with more, few prompts are in each, and chance alone makes an error
 
-LONGER = Recipe(0, fixed=False, length=96, steps=300, evaluate_every=300)
-"""Random triggers in longer sequences."""
+LONGER = Recipe(0, fixed=False, length=96, steps=300, evaluate_every=300)  # random triggers in longer sequences
 
 _COUNTS = ["n_qc", "n_qg", "n_c", "n_g", "log_ratio"]
 _RIDGE = 1e-3  # on standardised inputs: without it, separable prompts have no best weights
-_AT_ONCE = 50
-"""Prompts that are attributed together."""
+_AT_ONCE = 50  # prompts that are attributed together
 _PREDICTORS = {"theory": "#0072B2", "counts": "#D55E00"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured at.
-
-    Attributes:
-        recipe: of the trained models, for all seeds.
-        seeds: of these.
-        lengths: of the prompts.
-        n_prompts: for each model and length; every other one is held out.
-    """
+    """What is measured at."""
 
     recipe: Recipe = LONGER
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    lengths: tuple[int, ...] = (48, 96)
-    n_prompts: int = 600
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the trained models
+    lengths: tuple[int, ...] = (48, 96)  # of the prompts
+    n_prompts: int = 600  # for each model and length; every other one is held out
 
 
 QUICK = Settings(RANDOM_TRIGGERS, (0, 1, 2), (32,), 300)
 
 
 def winner_prediction(settings: Settings = Settings(), train: Train = trained) -> Result:
-    """Theory at fitted strengths names the winner of conflict prompts, and knows how sure it may be.
+    """Theory at fitted strengths names the winner of conflict prompts, with calibrated confidence.
 
     Models are trained with random triggers, so that either memory may win after any token. Prompts hold 0 to 6 repeats.
     `fit_strengths` reads strengths off the weights; theory's margin (Wang & Sato, arXiv 2412.11459) names the winner,
@@ -68,32 +57,36 @@ def winner_prediction(settings: Settings = Settings(), train: Train = trained) -
     P(context wins) = sigmoid(a * margin); and all weights of the baseline, a logistic regression of the winner on the
     counts n_qc, n_qg, n_c, n_g and the weights' log-ratio log(pi_b(g|q) / pi_b(c|q)). The other half is held out.
 
-    Holds where, for prompts of each length, by the 95% interval over seeds: theory names at least `AGREEMENT` of the
-    held-out winners; it names more of them than the baseline does, seed by seed; and its expected calibration error is
-    at most `CALIBRATION_ERROR`, while its Brier score is lower than that of a constant probability, the frequency: to
-    be calibrated alone takes no knowledge.
-
-    Beside it stands where theory loses winners: how many are named by what `attribute` gives context and weights, which
-    has the model's own attention and copies, and lacks nothing but the rest.
+    Calibration alone takes no knowledge, since a constant probability, the frequency of wins, is calibrated: so the
+    Brier score is compared with that constant's. The note says where theory loses winners: how many are named by what
+    `attribute` gives context and weights, which has the model's own attention and copies, and lacks only the rest.
     """
     rows, answers = [], []
-    for seed in tqdm(settings.seeds, disable=None, unit="seed"):
-        model = train(replace(settings.recipe, seed=seed)).model
+    for seed, run in experiment.replicates(train, settings.recipe, settings.seeds):
         for length in settings.lengths:
-            held_out = _predicted(_ask(model, length, settings.n_prompts, seed))
-            right = held_out[["guess_theory", "guess_counts", "guess_both"]].eq(held_out["won"], axis=0).mean()
-            won = torch.tensor(held_out["won"].to_numpy())
-            off = [calibration_error(torch.tensor(held_out[name].to_numpy()), won) for name in _PREDICTORS]
-            rows.append(
-                (seed, length, held_out["won"].mean(), *right, *off, _skill(held_out["theory"], held_out["won"]))
-            )
+            held_out = _predicted(_ask(run.model, length, settings.n_prompts, seed))
+            rows.append({"seed": seed, "length": length, **_scores(held_out)})
             answers.append(held_out)
-    columns = ["seed", "length", "context_wins", "theory_accuracy", "counts_accuracy", "both_memories_accuracy"]
-    table = pd.DataFrame(
-        rows, columns=[*columns, *(f"{name}_calibration_error" for name in _PREDICTORS), "theory_skill"]
-    )
+    table = pd.DataFrame(rows)
     findings = [finding for _, part in table.groupby("length", sort=False) for finding in _findings(part, settings)]
     return Result(tuple(findings), table, _picture(table, pd.concat(answers)), _note(table))
+
+
+def _scores(held_out: pd.DataFrame) -> dict[str, float]:
+    """How good the predictions are on one model's held-out prompts of one length."""
+    won = held_out["won"]
+    guesses = {
+        "theory": held_out["predicted"] > 0,
+        "counts": held_out["counts"] > 0.5,
+        "both_memories": held_out["both_memories"] > 0,
+    }
+    right = {f"{name}_accuracy": (guess == won).mean() for name, guess in guesses.items()}
+    off = {f"{name}_calibration_error": calibration_error(*_tensors(held_out, name, "won")) for name in _PREDICTORS}
+    return {"context_wins": won.mean(), **right, **off, "theory_skill": _skill(held_out["theory"], won)}
+
+
+def _tensors(table: pd.DataFrame, *columns: str) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(table[column].to_numpy()) for column in columns)
 
 
 def calibration_error(probability: Float[Tensor, "prompt"], won: Bool[Tensor, "prompt"]) -> float:
@@ -102,7 +95,7 @@ def calibration_error(probability: Float[Tensor, "prompt"], won: Bool[Tensor, "p
 
 
 def _skill(probability: "pd.Series[float]", won: "pd.Series[bool]") -> float:
-    """By how much of it the Brier score is below that of a constant, the frequency; NaN where one always wins."""
+    """The fraction by which the Brier score is below that of the constant frequency; NaN where one always wins."""
     spread = float(won.mean() * (1 - won.mean()))
     return 1 - float(((probability - won) ** 2).mean()) / spread if spread > 0 else math.nan
 
@@ -134,24 +127,17 @@ def _ask(model: BigramTransformer, length: int, n_prompts: int, seed: int) -> pd
 
 
 def _predicted(asked: pd.DataFrame) -> pd.DataFrame:
-    """The held-out prompts: who won, P(context wins) by predictor ("theory", "counts"), and guesses at the winner."""
-    held_out = torch.arange(len(asked)) % 2 == 1
+    """The held-out prompts: whether the context "won", and how probable that is by "theory" and by "counts"."""
+    held_out = np.arange(len(asked)) % 2 == 1
+    fitted = torch.tensor(~held_out)
     won = torch.tensor((asked["measured"] > 0).to_numpy())
     margin = torch.tensor(asked[["predicted"]].to_numpy())
-    counts = _standardised(torch.tensor(asked[_COUNTS].to_numpy(float)), ~held_out)
-    weights = [_logistic(x[~held_out], won[~held_out]) for x in (margin, counts)]
+    counts = _standardised(torch.tensor(asked[_COUNTS].to_numpy(float)), fitted)
+    by_margin, by_counts = (_logistic(x[fitted], won[fitted]) for x in (margin, counts))
     # A margin that foretells the opposite says nothing. The loss is convex: of scales from 0 on, 0 is then the best.
-    weights[0].clamp_(min=0)
-    probability = [(x @ w).sigmoid() for x, w in zip((margin, counts), weights, strict=True)]
-    rows = asked.assign(
-        won=won.numpy(),
-        theory=probability[0].numpy(),
-        counts=probability[1].numpy(),
-        guess_theory=asked["predicted"] > 0,
-        guess_counts=(probability[1] > 0.5).numpy(),
-        guess_both=asked["both_memories"] > 0,
-    )
-    return rows[held_out.numpy()]
+    by_margin.clamp_(min=0)
+    rows = asked.assign(won=won, theory=(margin @ by_margin).sigmoid(), counts=(counts @ by_counts).sigmoid())
+    return rows[held_out]
 
 
 def _standardised(x: Float[Tensor, "prompt input"], fitted: Bool[Tensor, "prompt"]) -> Float[Tensor, "prompt column"]:
@@ -227,25 +213,17 @@ def _picture(table: pd.DataFrame, answers: pd.DataFrame) -> Picture:
     places = np.arange(len(table))
     names = [f"seed {seed}\n{length} tokens" for seed, length in zip(table["seed"], table["length"], strict=True)]
     labels = {"theory": "theory, strengths from the weights", "counts": "logistic regression on counts"}
-    for number, (name, colour) in enumerate(_PREDICTORS.items()):
-        left.bar(places + 0.38 * (number - 0.5), table[f"{name}_accuracy"], 0.36, color=colour, label=labels[name])
-        bins = _binned(torch.tensor(answers[name].to_numpy()), torch.tensor(answers["won"].to_numpy()))
-        right.plot(
-            [float(p.mean()) for p, _ in bins],
-            [float(w.double().mean()) for _, w in bins],
-            "o-",
-            color=colour,
-        )
+    for side, (name, colour) in zip((-0.19, 0.19), _PREDICTORS.items(), strict=True):
+        left.bar(places + side, table[f"{name}_accuracy"], 0.36, color=colour, label=labels[name])
+        bins = _binned(*_tensors(answers, name, "won"))
+        right.plot(*torch.tensor([(p.mean(), w.double().mean()) for p, w in bins]).T, "o-", color=colour)
     left.axhline(AGREEMENT, color="black", linestyle="--", linewidth=1, label=f"{AGREEMENT:.0%} of the winners")
-    left.set_xticks(places, names, fontsize=8 if len(names) < 6 else 6)
+    left.set(xlabel="trained model and length of prompts", ylabel="winners named, fraction of held-out prompts")
     left.set_ylim(0.0, 1.0)
-    left.set_xlabel("trained model and length of prompts")
-    left.set_ylabel("winners named, fraction of held-out prompts")
     right.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
     right.annotate("calibrated", (0.12, 0.16), rotation=45, rotation_mode="anchor", fontsize=9)
-    right.set_xlabel("predicted probability that the context wins")
-    right.set_ylabel("how often it does")
+    right.set(xlabel="predicted probability that the context wins", ylabel="how often it does")
     picture.figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    for ax in (left, right):
-        ax.spines[["top", "right"]].set_visible(False)
+    experiment.finish((left, right), grid=False)
+    left.set_xticks(places, names, fontsize=8 if len(names) < 6 else 6)
     return picture

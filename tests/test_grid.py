@@ -1,4 +1,4 @@
-"""Sweeps: every executor gives the same table, and a file survives whatever stops its sweep."""
+"""Grids: every executor gives the same table, and a file survives whatever stops its run."""
 
 import functools
 import json
@@ -91,7 +91,7 @@ def test_a_row_per_point_in_the_order_of_the_grid():
     assert (table["seconds"] >= 0).all()
 
 
-def test_seeds_depend_on_the_sweeps_seed_and_the_point_alone():
+def test_seeds_depend_on_the_grids_seed_and_the_point_alone():
     table = run_grid(noisy, GRID)
     assert table["seed"].nunique() == len(table)
     alone = run_grid(noisy, [{"y": 0.25, "x": 2}])
@@ -257,7 +257,7 @@ def test_a_dask_cluster_one_of_whose_workers_is_killed(tmp_path):
     assert table["error"].isna().all()
 
 
-def test_a_restarted_sweep_runs_what_is_missing(tmp_path):
+def test_a_restarted_grid_runs_what_is_missing(tmp_path):
     out, log = tmp_path / "sub" / "out.jsonl", tmp_path / "log"
     first = run_grid(logged, {"x": [3, 1], "log": [str(log)]}, out=out)
     assert calls(log) == [3, 1]
@@ -405,7 +405,7 @@ def test_parquet(tmp_path):
         run_grid(noisy, GRID, out=out)
 
 
-def test_parquet_is_written_when_a_sweep_is_interrupted(tmp_path):
+def test_parquet_is_written_when_a_grid_is_interrupted(tmp_path):
     pytest.importorskip("pyarrow")
     with pytest.raises(KeyboardInterrupt):
         run_grid(interrupted, {"x": range(9), "log": [os.devnull]}, out=tmp_path / "out.parquet")
@@ -430,14 +430,14 @@ def test_a_file_belongs_to_one_function_and_seed(tmp_path):
     out = tmp_path / "out.jsonl"
     run_grid(noisy, GRID, out=out)
     kept = out.read_bytes()
-    with pytest.raises(ValueError, match=r"sweep of seed=0, not of seed=1"):
+    with pytest.raises(ValueError, match=r"grid of seed=0, not of seed=1"):
         run_grid(noisy, GRID, out=out, seed=1)
-    with pytest.raises(ValueError, match=r"sweep of function='.*noisy', not of function='.*suicidal'"):
+    with pytest.raises(ValueError, match=r"grid of function='.*noisy', not of function='.*suicidal'"):
         run_grid(suicidal, {"x": [0]}, out=out)
     assert out.read_bytes() == kept
     for text in ("notes\n", "notes", '{"format": 3}\n', "[1]\n", "\n"):
         out.write_text(text)
-        with pytest.raises(ValueError, match="is not a sweep's file"):
+        with pytest.raises(ValueError, match="is not a grid's file"):
             run_grid(noisy, GRID, out=out)
         assert out.read_text() == text
     out.write_bytes(kept.replace(b'"arguments"', b'"x"', 1))
@@ -481,6 +481,6 @@ test_wrong_values_are_refused = refused(
 )
 
 
-def test_a_partial_can_be_swept_without_a_file():
+def test_a_partial_needs_no_name_without_a_file():
     table = run_grid(functools.partial(noisy, y=1), {"x": [1, 2]})
     assert table["sum"].tolist() == [2, 3]
