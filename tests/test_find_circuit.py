@@ -498,6 +498,6 @@ test_what_is_of_another_type_is_refused = refused(
         "triggers must be token ids or texts, got 0.5": lambda: hl.find_circuit(small, triggers=0.5),
         "n_prompts must be an int, got 9.5": lambda: hl.find_circuit(small, n_prompts=9.5),
         "period must be an int, got None": lambda: hl.find_circuit(small, period=None),
-        "seed must be an int or a torch.Generator, got 'a'": lambda: hl.find_circuit(small, seed="a"),
+        "seed must be an int, a torch.Generator or None, got 'a'": lambda: hl.find_circuit(small, seed="a"),
     },
 )

@@ -619,7 +619,7 @@ test_types = refused(
         "max_exact must be an int, got 2.5": refuse(max_exact=2.5),
         "n_samples must be an int, got 'many'": refuse(n_samples="many"),
         "interactions must be True or False, got 1": refuse(interactions=1),
-        "seed must be an int or a torch.Generator, got 'x'": refuse(seed="x"),
+        "seed must be an int, a torch.Generator or None, got 'x'": refuse(seed="x"),
         "memory_gb must be a number, got '1'": refuse(memory_gb="1"),
         "prompt must be a tensor of token ids, got NoneType": lambda: hl.shapley(hooked(), None, METRIC),
     },

@@ -1100,7 +1100,7 @@ test_what_is_of_another_kind_is_refused = refused(
         "metric must give one number per run, got None": patching(lambda x: None),
         "metric must give one number per run, got 'much'": patching(lambda x: "much"),
         "metric must give one number per run, got a tensor of shape \\(2,\\)": ablating(metric=lambda x: x[:, 0, 1]),
-        "seed must be an int or a torch.Generator, got 'x'": ablating(how="mean", reference=CORRUPTED, seed="x"),
+        "seed must be an int, a torch.Generator or None, got 'x'": ablating(how="mean", reference=CORRUPTED, seed="x"),
     },
 )
 

@@ -191,7 +191,7 @@ def _sequences(language: BigramLanguage, config: TrainConfig, block: int) -> Sam
         config.triggers,
         n_triggers=config.n_triggers,
         continuations=config.continuations,
-        seed=_seed(config.seed, "train", block),
+        seed=_seed(config, "train", block),
     )
 
 
@@ -209,7 +209,7 @@ def _held_out(
             config.triggers,
             n_triggers=config.n_triggers,
             continuations=continuations,
-            seed=_seed(config.seed, "held out", length),
+            seed=_seed(config, "held out", length),
         )
         for continuations, length in cases
     }
@@ -235,9 +235,9 @@ def _evaluate(
     return rows
 
 
-def _seed(seed: int, purpose: str, index: int) -> int:
+def _seed(config: TrainConfig, purpose: str, index: int) -> int:
     """A seed of its own for each use: mixed, so that neighbouring seeds and blocks share nothing."""
-    digest = hashlib.sha256(f"hijack-lens {seed} {purpose} {index}".encode()).digest()
+    digest = hashlib.sha256(f"hijack-lens {config.seed} {purpose} {index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 

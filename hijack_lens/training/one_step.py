@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from hijack_lens.core.checks import check_count
+from hijack_lens.core.checks import Seed, check_count, fixed_seed
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.models.trainable import trainable_transformer
 from hijack_lens.models.transformer import BigramTransformer
@@ -26,7 +26,7 @@ def gradient_steps(
     n_triggers: int = 3,
     step_norms: tuple[float, float, float] = (10.0, 300.0, 1000.0),
     batch_size: int = 512,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> tuple[BigramTransformer, dict[str, Scores]]:
     """Learns the three associative memories by one gradient step each, in turn.
 
@@ -55,6 +55,7 @@ def gradient_steps(
     """
     for name, value in (("length", length), ("n_sequences", n_sequences), ("batch_size", batch_size)):
         check_count(name, value, minimum=4 if name == "length" else 1)
+    seed = fixed_seed(seed)
     model = trainable_transformer(
         language,
         "absolute",
