@@ -12,7 +12,7 @@ from rich.text import Text
 
 import hijack_lens as hl
 from hijack_lens.core.circuit import ROLE_NAMES
-from hijack_lens.core.inputs import answer_tokens, spaced_instead, text_tokens
+from hijack_lens.core.inputs import answer_tokens, circuit_of, spaced_instead, text_tokens
 from hijack_lens.core.tables import Report, Table
 from hijack_lens.models.loading import is_hugging_face, load_model
 from hijack_lens.show import report_of
@@ -272,8 +272,7 @@ def _explain_answers(
     assert name is not None
     model = load_model(name)
     tokens, pair = text_tokens(model, prompt, "--prompt"), answer_tokens(model, answer, foil)
-    circuit = getattr(model, "circuit", None)
-    circuit = hl.find_circuit(model, seed=seed) if circuit is None else circuit
+    circuit = circuit_of(model, otherwise=lambda: hl.find_circuit(model, seed=seed))
     explanation = hl.explain(model, tokens, *pair, circuit=circuit)
     report = hl.write_report(explanation, out).resolve()
     said = [

@@ -13,7 +13,7 @@ from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Margin
 from hijack_lens.core.hook_points import check_model, evaluating
-from hijack_lens.core.inputs import answer_ids, model_tokens, text_tokens
+from hijack_lens.core.inputs import circuit_of, single_prompt, text_tokens, token_ids
 from hijack_lens.core.tables import Drawn
 from hijack_lens.language.prompts import HijackPrompt
 from hijack_lens.models.transformer import BigramTransformer
@@ -124,13 +124,10 @@ def explain(
     if answer is None or foil is None:
         raise TypeError(f"prompt must be a HijackPrompt, got {type(prompt).__name__}; others need answer= and foil=")
     check_model(model)
-    tokens = text_tokens(model, prompt, "prompt")[None] if isinstance(prompt, str) else model_tokens(model, prompt)
-    if len(tokens) != 1:
-        raise ValueError(f"prompt must be a single prompt, got a batch of {len(tokens)}")
-    pair = answer_ids(model, [answer, foil]).tolist()
+    tokens = text_tokens(model, prompt, "prompt")[None] if isinstance(prompt, str) else single_prompt(model, prompt)
+    pair = token_ids(model, "answer and foil", [answer, foil]).tolist()
     with evaluating(model):
-        circuit = getattr(model, "circuit", None) if circuit is None else circuit
-        circuit = find_circuit(model) if circuit is None else circuit
+        circuit = circuit_of(model, circuit, lambda: find_circuit(model))
         first = int(model(tokens)[0, -1].argmax())
         attribution = attribute(model, tokens[0], circuit=circuit, answers=list(dict.fromkeys([*pair, first])))
         ablated = _ablated(model, tokens, circuit, pair)
@@ -145,7 +142,7 @@ def _of_hijack_prompt(model: Any, prompt: HijackPrompt, circuit: Circuit | None)
         raise ValueError(f"prompt must be a single prompt, got a batch of {len(prompt.tokens)}")
     if prompt.language.tokens != model.language.tokens:
         raise ValueError("prompt must be of the model's language, got one with other tokens")
-    circuit = model.circuit if circuit is None else circuit
+    circuit = circuit_of(model, circuit)
     attribution = attribute(model, prompt, circuit=circuit)
     ablated = _ablated(model, prompt.tokens[None], circuit, [prompt.in_context, prompt.global_candidate])
     predicted = flip = None
@@ -170,10 +167,9 @@ def _joiner(model: Any, tokens: Int[Tensor, "pos"]) -> str:
 def _ablated(model: Any, tokens: Int[Tensor, "1 pos"], circuit: Circuit, pair: list[int]) -> dict[str, float]:
     """The margin with each role that has components switched off."""
     found = {}
-    for role, name in ROLE_NAMES.items():
+    for role in ROLE_NAMES:
         if components := getattr(circuit, role):
             with hooks.ablate(model, components), torch.no_grad():
                 logits = model(tokens)[0, -1]
-            several = f" ({', '.join(map(str, components))})" if len(components) > 1 else ""
-            found[name + several] = float(logits[pair[0]] - logits[pair[1]])
+            found[circuit.role_label(role)] = float(logits[pair[0]] - logits[pair[1]])
     return found

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hijack_lens.core.checks import as_int, check_choice, check_tokens
+from hijack_lens.core.inputs import token_id
 from hijack_lens.language.prompts import HijackPrompt
 
 Answer = int | str | Sequence[int] | Sequence[str] | Int[Tensor, "batch"]
@@ -231,23 +232,9 @@ def _listed(answer: Any) -> list[Any]:
 
 def _ids(argument: str, answer: Answer, model: Any = None) -> Int[Tensor, "..."]:
     """One token id, or one per prompt."""
-    ids = []
-    for one in _listed(answer):
-        number = _id_of_text(argument, one, model) if isinstance(one, str) else as_int(one)
-        if number is None:
-            raise TypeError(f"{argument} must be a token's id or text, or one per prompt, got {answer!r:.80}")
-        ids.append(number)
+    ids = [token_id(model, argument, one) for one in _listed(answer)]
     listed = check_tokens(argument, ids, 2**62 if model is None else model.cfg.d_vocab)
     return listed if _is_several(answer) else listed[0]
-
-
-def _id_of_text(argument: str, text: str, model: Any) -> int:
-    if getattr(model, "tokenizer", None) is None:
-        raise ValueError(f"{argument} is text, {text!r}, but the model has no tokenizer: give token ids")
-    found = model.to_tokens(text, prepend_bos=False)[0].tolist()
-    if len(found) != 1:
-        raise ValueError(f"{argument} must be one token, got {text!r}, which the model reads as {len(found)} tokens")
-    return int(found[0])
 
 
 def _pick(

@@ -1,28 +1,35 @@
 """Switch components off, or replace what they compute by what they compute on another prompt."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hijack_lens.core.checks import as_generator, check_choice, check_count
+from hijack_lens.core.checks import Seed, as_generator, check_choice, fixed_seed
 from hijack_lens.core.circuit import Component
-from hijack_lens.core.hook_points import Components, Part, Site, check_hook_points, position_index, some_sites
-from hijack_lens.core.inputs import as_positions
-from hijack_lens.hooks.edges import Via, check_edge, into_stream, read_stream, read_weights, sender_site
-from hijack_lens.hooks.intervention import HookFunction, Intervention, read_source
+from hijack_lens.core.hook_points import Part, Site, check_hook_points, position_index, sites
+from hijack_lens.core.inputs import Components, components_of, indices, one_component
+from hijack_lens.hooks.edges import VIAS, Via, check_edge, into_stream, read_stream, read_weights, sender_site
+from hijack_lens.hooks.intervention import (
+    HookFunction,
+    Intervention,
+    check_reference,
+    draw_rows,
+    read_source,
+    stand_in,
+)
 from hijack_lens.models.linear_maps import normed
 
 
 def ablate(
     model: Any,
-    component: Components,
+    components: Components,
     how: Literal["zero", "mean", "resample"] = "zero",
     reference: object = None,
     positions: int | Iterable[int] | None = None,
     part: Part = "output",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Intervention:
     """Switches components off: a context manager, whose `fwd_hooks` also fit `run_with_hooks`.
 
@@ -31,7 +38,8 @@ def ablate(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        component: a `Component`, several (a role of a `Circuit`), or names of hook points.
+        components: a `Component`, its place ("L0H1", "L2MLP"), a role of `model.circuit` ("induction"), or the name of
+            a hook point; several of these, or a mapping to them; a `Circuit`; or "all" heads and MLPs.
         how: "zero" writes zeros; "mean" the mean over the reference prompts, position by position;
             "resample" what a reference prompt drawn for each prompt of the run has there, the same
             draw for all components.
@@ -45,38 +53,19 @@ def ablate(
         TypeError, ValueError: for components that the model lacks or whose edits it would ignore, and where
             `reference` is missing or unused.
     """
-    check_choice("how", how, ("zero", "mean", "resample"))
-    if (reference is None) != (how == "zero"):
-        need = "takes no reference" if how == "zero" else "needs reference="
-        raise ValueError(f"how={how!r} {need}, got reference={reference!r:.60}")
-    check_count("seed", seed)
-    where = as_positions(positions)
-    found = some_sites(model, component, part)
-    check_hook_points(model, (site.name for site in found))
-    stored = {} if how == "zero" else read_source(model, reference, [site.name for site in found], "reference")
+    check_reference(how, reference)
+    of_every_run = fixed_seed(seed)
 
-    def hook_fn(site: Site) -> HookFunction:
-        def switch_off(activation: Tensor, hook: Any) -> Tensor:
-            current = site.read(activation)
-            if how == "zero":
-                value = torch.zeros_like(current)
-            else:
-                values = site.read(stored[site.name])
-                if how == "mean":
-                    value = values.mean(0, keepdim=True)
-                else:
-                    drawn = torch.randint(len(values), (len(current),), generator=as_generator(seed))
-                    value = values[drawn.to(values.device)]
-            return site.write(activation, value, where)
+    def value(current: Tensor, stored: Tensor) -> Tensor:
+        return stand_in(how, stored, draw_rows(how, len(stored), len(current), as_generator(of_every_run)))
 
-        return switch_off
-
-    return Intervention(model, [(site.name, hook_fn(site)) for site in found])
+    source = None if how == "zero" else ("reference", reference)
+    return _overwriting(model, components, part, positions, source, value)
 
 
 def patch(
     model: Any,
-    component: Components,
+    components: Components,
     source: object,
     positions: int | Iterable[int] | None = None,
     part: Part = "output",
@@ -85,7 +74,7 @@ def patch(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        component: a `Component`, several (a role of a `Circuit`), or names of hook points.
+        components: as for `ablate`.
         source: where the activations come from: a cache, or prompts to run once, now (with whatever hooks are
             active). As long as the run's prompts; as many, or one.
         positions: which positions to patch; by default all. Negative ones count from the end. They count
@@ -96,24 +85,41 @@ def patch(
         TypeError, ValueError: for components that the model lacks or whose edits it would ignore, and for a
             cache that lacks them.
     """
-    where = as_positions(positions)
-    found = some_sites(model, component, part)
-    check_hook_points(model, (site.name for site in found))
-    stored = read_source(model, source, [site.name for site in found], "source")
+    return _overwriting(model, components, part, positions, ("source", source), lambda current, stored: stored)
+
+
+def _overwriting(
+    model: Any,
+    components: Any,
+    part: Part,
+    positions: Any,
+    source: tuple[str, object] | None,
+    value: Callable[[Tensor, Tensor], Tensor],
+) -> Intervention:
+    """Writes over components, from their current and their `source`'s activation; zeros, without a source."""
+    where = None if positions is None else indices("positions", positions)
+    if components is None:
+        raise TypeError("components must be given, got None")
+    found = sites(model, components_of(model, components, points=True), part)
+    names = [site.name for site in found]
+    check_hook_points(model, names)
+    stored = None if source is None else read_source(model, source[1], names, source[0])
 
     def hook_fn(site: Site) -> HookFunction:
-        def replace(activation: Tensor, hook: Any) -> Tensor:
-            return site.write(activation, site.read(stored[site.name]), where)
+        def overwrite(activation: Tensor, hook: Any) -> Tensor:
+            current = site.read(activation)
+            written = torch.zeros_like(current) if stored is None else value(current, site.read(stored[site.name]))
+            return site.write(activation, written, where)
 
-        return replace
+        return overwrite
 
     return Intervention(model, [(site.name, hook_fn(site)) for site in found])
 
 
 def patch_path(
     model: Any,
-    sender: Component | tuple[Component] | Literal["embed", "pos_embed"],
-    receiver: Component | tuple[Component] | Literal["unembed"],
+    sender: Component | str | tuple[Component, ...],
+    receiver: Component | str | tuple[Component, ...],
     via: Via,
     source: object = None,
     positions: int | Iterable[int] | None = None,
@@ -125,8 +131,8 @@ def patch_path(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        sender: a head or MLP (or a role of a `Circuit` that has just one), "embed" or "pos_embed".
-        receiver: a head or MLP after the sender (likewise), or "unembed".
+        sender: a head or MLP: a `Component`, its place ("L0H1"), or a role that has just one; "embed" or "pos_embed".
+        receiver: a head or MLP after the sender, likewise; or "unembed".
         via: the receiver's input: "q", "k" or "v" of a head, "mlp_in" of an MLP (of a gated one, gate included), or
             "unembed".
         source: where the sender's output comes from: a cache, or prompts to run once, now; `None` cuts the
@@ -136,9 +142,11 @@ def patch_path(
     Raises:
         TypeError, ValueError: for an edge that the model does not have, or that no hook point reaches alone.
     """
-    source_of, target_of = _only("sender", sender), _only("receiver", receiver)
+    check_choice("via", via, VIAS)
+    source_of = one_component(model, sender, "sender", ("embed", "pos_embed"))
+    target_of = one_component(model, receiver, "receiver", ("unembed",))
     check_edge(model, source_of, target_of, via)
-    where = as_positions(positions)
+    where = None if positions is None else indices("positions", positions)
     site = sender_site(model, source_of)
     stored = None if source is None else read_source(model, source, [site.name], "source")[site.name]
     # The message's change on its way: from the sender to the stream, and with the stream to the receiver's inputs.
@@ -198,12 +206,3 @@ def patch_path(
     # Reading resid_mid is fine also where editing it is not.
     look: list[tuple[str, HookFunction]] = [(site.name, watch_sender), (stream, watch_stream)]
     return Intervention(model, edit=[(name, change_input(name)) for name in weights], look=look)
-
-
-def _only(name: str, component: Any) -> Any:
-    """The one component of a role; what is no role, as it is."""
-    if not isinstance(component, tuple):
-        return component
-    if len(component) != 1:
-        raise ValueError(f"{name} must be one component, got {len(component)}: {', '.join(map(str, component))}")
-    return component[0]

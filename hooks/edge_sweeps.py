@@ -1,23 +1,24 @@
-"""Path patching of every edge of a circuit, by actual runs or estimated from derivatives."""
+"""Path patching of every edge among some components, by actual runs or estimated from derivatives."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hijack_lens.core.checks import check_choice, check_count
-from hijack_lens.core.circuit import Circuit, Component
+from hijack_lens.core.circuit import Circuit
+from hijack_lens.core.inputs import Components, circuit_of, components_of
 from hijack_lens.hooks.ablate_and_patch import patch_path
 from hijack_lens.hooks.edges import (
     VIAS,
     Edge,
     Receiver,
     Via,
-    all_components,
     check_edge,
     edges_among,
     into_stream,
@@ -25,12 +26,9 @@ from hijack_lens.hooks.edges import (
     read_weights,
     sender_site,
 )
-from hijack_lens.hooks.gradients import GradientRuns
 from hijack_lens.hooks.intervention import record
-from hijack_lens.hooks.patched_runs import Direction, PromptPair
-from hijack_lens.hooks.sweep_results import Comparison, PathSweep
-from hijack_lens.hooks.sweeps import check_metric
-from hijack_lens.metrics import Metric
+from hijack_lens.hooks.patched_runs import Direction, GradientRuns, MetricLike, PromptPair
+from hijack_lens.hooks.sweep_results import PathSweep
 from hijack_lens.models.linear_maps import normed
 
 
@@ -39,14 +37,15 @@ def path_sweep(
     model: Any,
     clean: object,
     corrupted: object,
-    metric: Metric | Callable[[Tensor], Any],
-    circuit: Circuit | Component | Iterable[Component] | Literal["all"] | None = None,
+    metric: MetricLike,
+    components: Components | None = None,
     direction: Direction = "denoise",
     *,
+    circuit: Circuit | None = None,
     via: Via | Iterable[Via] = VIAS,
 ) -> PathSweep:
-    """Path patching of every edge of a circuit, each alone: from embeddings, heads and MLPs to each input of every
-    later head and MLP, and to the unembedding.
+    """Path patching of every edge among some components, each alone: from embeddings, heads and MLPs to each input of
+    every later head and MLP, and to the unembedding.
 
     The message along one edge is the other run's; everything else that reads the sender sees what it computes in the
     run itself. Each edge costs one forward pass.
@@ -56,161 +55,96 @@ def path_sweep(
         clean: prompts: text, tokens, or a `HijackPrompt`.
         corrupted: as many, as long.
         metric: one of `hijack_lens.metrics`; or a function from the logits [batch, pos, d_vocab] to a number.
-        circuit: a `Circuit`, components, or "all" heads and MLPs of the model; by default the model's own circuit.
+        components: a `Component`, its place ("L0H1", "L2MLP") or a role of the circuit ("induction"); several of these,
+            or a mapping to them; a `Circuit`; or "all" heads and MLPs of the model. By default the circuit.
         direction: "denoise" runs the corrupted prompts, and sends the clean run's messages; "noise" the reverse.
+        circuit: the roles of the components, by which they are called; by default that in `components`, else
+            `model.circuit`, if there is one.
         via: the inputs of receivers to patch; by default all.
 
     Raises:
         TypeError, ValueError: for components that the model lacks, edges that no hook point reaches alone, prompts
             that do not match, and a metric that gives no number.
     """
-    pair = PromptPair.of(model, clean, corrupted, direction)
-    check_metric(metric, pair.base.shape[1])
-    edges = chosen_edges(model, circuit, via)
+    pair = PromptPair.of(model, clean, corrupted, metric, direction)
+    edges, circuit = _edges(model, components, circuit, via)
     names = dict.fromkeys(sender_site(model, edge.sender).name for edge in edges)
     source_logits, source = record(model, pair.source, list(names))
     base_logits = model(pair.base)
-    reader = pair.reader(model, metric, base_logits, source_logits)
+    reader = pair.reader(model, base_logits, source_logits)
     base = reader(base_logits)
     values = []
     for edge in tqdm(edges, disable=None, unit="edge"):
         with patch_path(model, edge.sender, edge.receiver, edge.via, source):
             values.append(reader(model(pair.base)))
     return PathSweep(
-        values=base_logits.new_tensor(values),
-        edges=edges,
-        metric=reader.name,
-        base=base,
-        source=reader(source_logits),
-        direction=direction,
-        method="forward",
-        circuit=circuit if isinstance(circuit, Circuit) else getattr(model, "circuit", None) or Circuit(),
+        base_logits.new_tensor(values), edges, reader.name, base, reader(source_logits), direction, "forward", circuit
     )
 
 
-def chosen_edges(model: Any, circuit: Any, via: Any) -> tuple[Edge, ...]:
-    """The edges that a user's `circuit` and `via` name, each of them one that can be patched.
-
-    Raises:
-        TypeError, ValueError: as for `path_sweep`.
-    """
-    edges = edges_among(model, _components(model, circuit), _inputs(via))
-    if not edges:
-        raise ValueError(f"via={via!r}: the circuit's components have no such inputs")
-    for edge in edges:
-        check_edge(model, edge.sender, edge.receiver, edge.via)
-    return edges
-
-
-def _components(model: Any, circuit: Any) -> tuple[Component, ...]:
-    if circuit is None:
-        circuit = getattr(model, "circuit", None)
-        if circuit is None:
-            raise ValueError(
-                "circuit must be given, since the model has none of its own: a Circuit, components, or 'all' of them"
-            )
-    if isinstance(circuit, str):
-        check_choice("circuit", circuit, ("all",))
-        return all_components(model)
-    if isinstance(circuit, Component):
-        return (circuit,)
-    if not isinstance(circuit, Iterable):
-        raise TypeError(f"circuit must be a Circuit, components, or 'all', got {circuit!r:.80}")
-    found = tuple(member for _, member in circuit) if isinstance(circuit, Circuit) else tuple(circuit)
-    for component in found:
-        if not isinstance(component, Component):
-            raise TypeError(f"circuit must hold Components, got {component!r:.80}")
-    if not found:
-        raise ValueError("circuit must hold at least one component, got none")
-    return found
-
-
-def _inputs(via: Any) -> tuple[Via, ...]:
+def _edges(model: Any, components: Any, circuit: Any, via: Any) -> tuple[tuple[Edge, ...], Circuit]:
+    """The edges that a user's arguments name, each of them one that can be patched; and by what to call their ends."""
+    names = circuit_of(model, components if circuit is None and isinstance(components, Circuit) else circuit)
     if not isinstance(via, Iterable):
         raise TypeError(f"via must be one or several of {', '.join(map(repr, VIAS))}, got {via!r:.80}")
-    listed = (via,) if isinstance(via, str) else tuple(via)
-    for name in listed:
+    inputs = (via,) if isinstance(via, str) else tuple(via)
+    for name in inputs:
         check_choice("via", name, VIAS)
-    return listed
+    edges = edges_among(model, components_of(model, components, names), inputs)
+    if not edges:
+        raise ValueError(f"via={via!r}: the components have no such inputs")
+    for edge in edges:
+        check_edge(model, edge.sender, edge.receiver, edge.via)
+    return edges, names
 
 
-CircuitLike = Circuit | Component | Iterable[Component] | Literal["all"] | None
-MetricLike = Metric | Callable[[Tensor], Any]
-
-
-@overload
-def edge_attribution(
-    model: Any,
-    clean: object,
-    corrupted: object,
-    metric: MetricLike,
-    circuit: CircuitLike = ...,
-    direction: Direction = ...,
-    *,
-    via: Via | Iterable[Via] = ...,
-    steps: int = ...,
-    compare: Literal[False] = ...,
-) -> PathSweep: ...
-@overload
-def edge_attribution(
-    model: Any,
-    clean: object,
-    corrupted: object,
-    metric: MetricLike,
-    circuit: CircuitLike = ...,
-    direction: Direction = ...,
-    *,
-    via: Via | Iterable[Via] = ...,
-    steps: int = ...,
-    compare: Literal[True],
-) -> Comparison[PathSweep]: ...
 @torch.no_grad()
 def edge_attribution(
     model: Any,
     clean: object,
     corrupted: object,
     metric: MetricLike,
-    circuit: CircuitLike = None,
+    components: Components | None = None,
     direction: Direction = "denoise",
     *,
+    circuit: Circuit | None = None,
     via: Via | Iterable[Via] = VIAS,
-    steps: int = 5,
-    compare: bool = False,
-) -> PathSweep | Comparison[PathSweep]:
+    steps: int = 1,
+) -> PathSweep:
     """`path_sweep` to first order, of every edge at once: edge attribution patching, with integrated gradients.
 
     An edge's effect is estimated as (the sender's message in the source run − in the base run) · ∂metric/∂(the
-    receiver's input), summed over prompts and positions. With `steps=1` the derivative is the base run's (EAP, arXiv
-    2310.10348); with more it is the mean of those in runs k = 0 ... steps − 1, whose embeddings lie k / steps of the
-    way from the base run's to the source run's (EAP-IG, arXiv 2403.17806, which counts from 1), so that saturated parts
-    of the model and a metric that is flat at the base run do not hide an edge. More steps need not come nearer to the
-    exact sweep, whose runs are the base run but for one edge: `compare` tells.
+    receiver's input), summed over prompts and positions. With `steps=1`, the default here as for `attribution_patch`,
+    the derivative is the base run's (EAP, arXiv 2310.10348): the estimate that is exact where the model is linear, and
+    the cheapest. With more it is the mean of those in runs k = 0 ... steps − 1, whose embeddings lie k / steps of the
+    way from the base run's to the source run's (EAP-IG, arXiv 2403.17806, which counts from 1 and takes 5), so that
+    saturated parts of the model and a metric that is flat at the base run do not hide an edge. More steps need not come
+    nearer to the exact sweep, whose runs are the base run but for one edge: the estimate's method `compare` tells.
 
-    It costs two forward passes, and one with its backward pass per step, however many edges there are. With
-    `circuit="all"` the edges out of the embeddings sum to the metric's difference between the runs, ever better with
+    It costs two forward passes, and one with its backward pass per step, however many edges there are. Among "all"
+    components the edges out of the embeddings sum to the metric's difference between the runs, ever better with
     more steps; and the edges out of a component to what `attribution_patch` gives for it.
 
     Args:
-        model: a HookedTransformer or TransformerBridge. Hooks on it take part in all runs.
-        clean: prompts: text, tokens, or a `HijackPrompt`.
+        model: as for `path_sweep`, and likewise all that is not named here.
+        clean: prompts.
         corrupted: as many, as long.
         metric: one of `hijack_lens.metrics`, or a function from the logits [batch, pos, d_vocab] to a tensor of one
             number, which torch can differentiate.
-        circuit: a `Circuit`, components, or "all" heads and MLPs of the model; by default the model's own circuit.
-        direction: "denoise" runs the corrupted prompts, and sends the clean run's messages; "noise" the reverse.
-        via: the inputs of receivers to score; by default all.
+        components: among which the edges are.
+        direction: of the messages.
+        circuit: the roles of the components.
+        via: the inputs of receivers to score.
         steps: how many runs the derivative is the mean of.
-        compare: whether to run the exact sweep as well, and to return both.
 
     Raises:
         TypeError, ValueError: as for `path_sweep`, and for a metric without a derivative.
     """
     check_count("steps", steps, 1)
-    pair = PromptPair.of(model, clean, corrupted, direction)
-    check_metric(metric, pair.base.shape[1])
-    edges = chosen_edges(model, circuit, via)
+    pair = PromptPair.of(model, clean, corrupted, metric, direction)
+    edges, circuit = _edges(model, components, circuit, via)
     sites = {edge.sender: sender_site(model, edge.sender) for edge in edges}
-    runs = GradientRuns(model, pair, metric, [site.name for site in sites.values()])
+    runs = GradientRuns(model, pair, [site.name for site in sites.values()])
     changes = torch.stack(
         [
             into_stream(model, sender, site.read(runs.source[site.name] - runs.base[site.name]))
@@ -220,25 +154,16 @@ def edge_attribution(
     inputs = dict.fromkeys((edge.receiver, edge.via) for edge in edges)
     reads = [_InputGradient.of(model, *one) for one in inputs]
     effects = changes.new_zeros(len(inputs), len(sites))
+    axes = "input batch pos d_model, sender batch pos d_model -> input sender"
     for step in range(steps):
         for group, derivative in _derivatives(runs, step / steps, reads):
-            effects[group] += torch.einsum("ibpm,sbpm->is", derivative, changes) / steps
+            effects[group] += einsum(derivative, changes, axes) / steps
     row = {one: index for index, one in enumerate(inputs)}
     column = {sender: index for index, sender in enumerate(sites)}
     scored = [row[edge.receiver, edge.via] for edge in edges], [column[edge.sender] for edge in edges]
-    estimate = PathSweep(
-        values=runs.base_value + effects[scored],
-        edges=edges,
-        metric=runs.reader.name,
-        base=runs.base_value,
-        source=runs.source_value,
-        direction=direction,
-        method="gradient",
-        circuit=circuit if isinstance(circuit, Circuit) else getattr(model, "circuit", None) or Circuit(),
-    )
-    if not compare:
-        return estimate
-    return Comparison(estimate, path_sweep(model, clean, corrupted, metric, circuit, direction, via=via))
+    values = runs.base_value + effects[scored]
+    name, base, source = runs.reader.name, runs.base_value, runs.source_value
+    return PathSweep(values, edges, name, base, source, direction, "gradient", circuit)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
-from hijack_lens.core.checks import check_choice
 from hijack_lens.core.circuit import Circuit, Component
-from hijack_lens.core.hook_points import Site, check_hook_points, check_model, sites
+from hijack_lens.core.hook_points import Site, check_hook_points, sites
 from hijack_lens.hooks.intervention import Intervention
 
 Sender = Component | Literal["embed", "pos_embed"]
@@ -64,20 +63,6 @@ def edges_among(model: Any, components: Iterable[Component], via: Iterable[Via] 
     )
 
 
-def all_components(model: Any) -> tuple[Component, ...]:
-    """Every head and MLP of a model."""
-    check_model(model)
-    known, cfg = model.hook_dict, model.cfg
-    found: list[Component] = []
-    for layer in range(cfg.n_layers):
-        if f"blocks.{layer}.attn.hook_z" in known:
-            found += [Component(layer, "head", head) for head in range(cfg.n_heads)]
-        # A HookedTransformer without MLPs keeps their hook points.
-        if f"blocks.{layer}.hook_mlp_out" in known and not getattr(cfg, "attn_only", False):
-            found.append(Component(layer, "mlp"))
-    return tuple(found)
-
-
 def embeddings(model: Any) -> tuple[Sender, ...]:
     """What the residual stream starts from."""
     # A bridge also calls the module that computes rotary angles hook_pos_embed.
@@ -100,21 +85,13 @@ def precedes(model: Any, sender: Sender, receiver: Receiver) -> bool:
     return sender.layer < receiver.layer or (same_block and not _is_parallel(model))
 
 
-def check_edge(model: Any, sender: Any, receiver: Any, via: str) -> None:
-    """The model has the edge, and hook points that reach it alone.
+def check_edge(model: Any, sender: Sender, receiver: Receiver, via: Via) -> None:
+    """The model has the edge between these of its components, and hook points that reach it alone.
 
     Raises:
-        TypeError, ValueError: saying what is wrong, and what to do where anything can be done.
+        ValueError: saying what is wrong, and what to do where anything can be done.
     """
-    check_model(model)
-    check_choice("via", via, VIAS)
     _check_sender(model, sender)
-    if isinstance(receiver, str):
-        check_choice("receiver", receiver, ("unembed",))
-    elif isinstance(receiver, Component):
-        sites(model, receiver)  # refuses what the model lacks
-    else:
-        raise TypeError(f"receiver must be a Component or 'unembed', got {receiver!r}")
     if via not in inputs_of(receiver):
         raise ValueError(f"via must be one of {inputs_of(receiver)} for receiver {receiver}, got {via!r}")
     if not precedes(model, sender, receiver):
@@ -130,7 +107,7 @@ def check_edge(model: Any, sender: Any, receiver: Any, via: str) -> None:
 
 def sender_site(model: Any, sender: Sender) -> Site:
     """Where a sender's output is read."""
-    return Site(f"hook_{sender}") if isinstance(sender, str) else sites(model, sender)[0]
+    return Site(f"hook_{sender}") if isinstance(sender, str) else sites(model, [sender])[0]
 
 
 def into_stream(model: Any, sender: Sender, output: Tensor) -> Tensor:
@@ -172,20 +149,15 @@ def read_weights(model: Any, receiver: Component, via: str) -> dict[str, Tensor]
     return weights
 
 
-def _check_sender(model: Any, sender: Any) -> None:
+def _check_sender(model: Any, sender: Sender) -> None:
     if isinstance(sender, str):
-        check_choice("sender", sender, ("embed", "pos_embed"))
         if sender not in embeddings(model):
             raise ValueError(f"sender {sender!r}: this model has no hook_{sender} that adds to its residual stream")
         if isinstance(model, TransformerBridge) and not _starts_from_embeddings(model):
             raise ValueError(f"sender {sender!r}: this model norms or scales its embeddings before the residual stream")
-    elif isinstance(sender, Component):
-        sites(model, sender)
-        # An MLP's hook point shows what reaches the stream; a head's comes before whatever follows attention.
-        if sender.kind == "head" and changes_attn_out(model, sender.layer):
-            raise ValueError(f"sender {sender}: this model norms or scales what its heads write, all together")
-    else:
-        raise TypeError(f"sender must be a Component, 'embed' or 'pos_embed', got {sender!r}")
+    # An MLP's hook point shows what reaches the stream; a head's comes before whatever follows attention.
+    elif sender.kind == "head" and changes_attn_out(model, sender.layer):
+        raise ValueError(f"sender {sender}: this model norms or scales what its heads write, all together")
 
 
 def _starts_from_embeddings(model: Any) -> bool:

@@ -85,14 +85,14 @@ class IncrementalRuns:
     def names(opened: OpenModel) -> list[str]:
         """The hook points whose activations the unpatched run must have recorded."""
         return [
-            hook_name(component, layer)
+            hook_name(activation, layer)
             for layer, block in enumerate(opened.blocks)
-            for component in ("resid_pre", "q", "k", "v", "z", "attn_out", *(("mlp_out",) if block.mlp else ()))
+            for activation in ("resid_pre", "q", "k", "v", "z", "attn_out", *(("mlp_out",) if block.mlp else ()))
         ]
 
     def _layer(self, index: int, block: Block) -> _Layer:
-        def recorded(component: str) -> Tensor:
-            return self.run[hook_name(component, index)][:, : self.length]
+        def recorded(activation: str) -> Tensor:
+            return self.run[hook_name(activation, index)][:, : self.length]
 
         attn_out = recorded("attn_out")
         return _Layer(
@@ -130,20 +130,20 @@ class IncrementalRuns:
         final = self.opened.logits(self.layers[-1].resid_post[:, last])
         return None if _agree(final, self.logits[:, last]) else "the logits"
 
-    def reaches(self, component: str, layer: int, patches: Patches) -> Tensor:
+    def reaches(self, activation: str, layer: int, patches: Patches) -> Tensor:
         """Which patches can change the metric."""
         only = self.reader.only
         if only is None:
             return torch.ones(len(patches), dtype=torch.bool)
-        if layer == len(self.layers) - 1 and component not in ("resid_pre", "k", "v"):
+        if layer == len(self.layers) - 1 and activation not in ("resid_pre", "k", "v"):
             return (patches.positions == only).any(-1)  # attention reads the stream nowhere else any more
         return (patches.positions <= only).any(-1)
 
-    def chunks(self, component: str, layer: int, patches: Patches, memory: float) -> list[Int[Tensor, "chunk"]]:
+    def chunks(self, activation: str, layer: int, patches: Patches, memory: float) -> list[Int[Tensor, "chunk"]]:
         """Indices of patches, sorted by position, in groups that fit into `memory` bytes."""
         order = patches.positions[:, 0].argsort(stable=True)
         last = len(self.layers) - 1
-        entered = layer if component in ("resid_pre", "k", "v") else layer + 1
+        entered = layer if activation in ("resid_pre", "k", "v") else layer + 1
         alone = patches.positions.shape[1] == 1 and entered >= last and self.reader.only is not None
         batch, _, d_model = self.layers[0].resid_pre.shape
         block = self.layers[0].block
@@ -163,19 +163,19 @@ class IncrementalRuns:
         return groups
 
     def values(
-        self, component: str, layer: int, patches: Patches, source: Float[Tensor, "batch pos ..."]
+        self, activation: str, layer: int, patches: Patches, source: Float[Tensor, "batch pos ..."]
     ) -> Float[Tensor, "patch"]:
         """The metric under each patch; arguments as for `ForwardRuns.values`."""
         source, patches = source[:, : self.length], patches.to(self.positions.device)
         if patches.positions.shape[1] > 1:  # all positions, of which those after the metric's do not matter
             patches = Patches(patches.positions[:, : self.length], patches.units)
-        if component in ("k", "v"):
-            changed = self._from_keys_or_values(component, layer, patches, source)
+        if activation in ("k", "v"):
+            changed = self._from_keys_or_values(activation, layer, patches, source)
         else:
-            changed = self._from_stream(component, layer, patches, source)
+            changed = self._from_stream(activation, layer, patches, source)
         return self._finish(changed)
 
-    def _from_stream(self, component: str, layer: int, patches: Patches, source: Tensor) -> _Changed:
+    def _from_stream(self, activation: str, layer: int, patches: Patches, source: Tensor) -> _Changed:
         """A patch whose effect, up to the end of its block, stays at its own position."""
         here, block = self.layers[layer], self.layers[layer].block
 
@@ -183,13 +183,13 @@ class IncrementalRuns:
             return activation[:, patches.positions].movedim(0, 1)
 
         entered = layer + 1
-        if component == "resid_pre":
+        if activation == "resid_pre":
             entered, x = layer, take(source)
-        elif component == "resid_post":
+        elif activation == "resid_post":
             x = take(source)
-        elif component == "mlp_out":
+        elif activation == "mlp_out":
             x = take(here.resid_mid) + take(source)
-        elif component == "post":
+        elif activation == "post":
             assert block.W_out is not None
             assert patches.units is not None
             delta = source - self.run[hook_name("post", layer)][:, : self.length]
@@ -197,22 +197,22 @@ class IncrementalRuns:
             x = take(here.resid_post) + one[..., None] * block.W_out[patches.units][:, None, None]
         else:
             resid_pre = take(here.resid_pre)
-            if component == "attn_out":
+            if activation == "attn_out":
                 attn_out = take(source)
-            elif component == "resid_mid":
+            elif activation == "resid_mid":
                 attn_out = take(source) - resid_pre
             else:
-                attn_out = self._of_heads(here, patches, self._z(component, here, source) - here.z)
+                attn_out = self._of_heads(here, patches, self._z(activation, here, source) - here.z)
             mlp_out = take(here.mlp_out) if block.parallel else block.mlp_out(resid_pre, attn_out)
             x = resid_pre + attn_out + mlp_out
         at = patches.positions[:, 0] if patches.positions.shape[1] == 1 else None
         return _Changed(entered, x, at=at)
 
-    def _z(self, component: str, here: _Layer, source: Tensor) -> Float[Tensor, "batch pos head d_head"]:
+    def _z(self, activation: str, here: _Layer, source: Tensor) -> Float[Tensor, "batch pos head d_head"]:
         """Every head's output with its q, pattern or z patched."""
-        if component == "z":
+        if activation == "z":
             return source
-        if component == "pattern":
+        if activation == "pattern":
             pattern = source.transpose(1, 2)[..., : self.length]
         else:
             q = here.block.turned(source, self.positions)
@@ -231,7 +231,7 @@ class IncrementalRuns:
             attn_out[rows] += delta[:, patches.positions[rows], head].movedim(0, 1) @ here.block.W_O[head]
         return attn_out
 
-    def _from_keys_or_values(self, component: str, layer: int, patches: Patches, source: Tensor) -> _Changed:
+    def _from_keys_or_values(self, activation: str, layer: int, patches: Patches, source: Tensor) -> _Changed:
         """A patch that all later queries of its heads can see."""
         here, block = self.layers[layer], self.layers[layer].block
         last_only = layer == len(self.layers) - 1 and self.reader.only is not None
@@ -239,18 +239,18 @@ class IncrementalRuns:
         at = self.positions[start:]
         assert patches.units is not None
         attn_out = here.attn_out[:, start:].repeat(len(patches), 1, 1, 1)
-        source = block.turned(source, self.positions) if component == "k" else source
+        source = block.turned(source, self.positions) if activation == "k" else source
         for unit in patches.units.unique():
             heads = slice(int(unit) * block.n_groups, (int(unit) + 1) * block.n_groups)
             shared = slice(int(unit), int(unit) + 1)
             group = block.group(int(unit))
             q, k, v = here.q[:, start:, heads], here.k[:, :, shared], here.v[:, :, shared]
             rows = (patches.units == unit).nonzero()[:, 0]
-            changed = (k if component == "k" else v).repeat(len(rows), 1, 1, 1, 1)
+            changed = (k if activation == "k" else v).repeat(len(rows), 1, 1, 1, 1)
             index = torch.arange(len(rows), device=q.device)[:, None]
             changed[index, :, patches.positions[rows]] = source[:, patches.positions[rows], shared].movedim(0, 2)
-            scores = group.scores(q, changed if component == "k" else k, at, self.positions)
-            z = group.mixed(group.pattern(scores), changed if component == "v" else v)
+            scores = group.scores(q, changed if activation == "k" else k, at, self.positions)
+            z = group.mixed(group.pattern(scores), changed if activation == "v" else v)
             attn_out[rows] += (z - here.z[:, start:, heads]).flatten(-2) @ block.W_O[heads].flatten(0, 1)
         resid_pre = here.resid_pre[:, start:].expand_as(attn_out)
         mlp_out = here.mlp_out[:, start:] if block.parallel else block.mlp_out(resid_pre, attn_out)

@@ -7,9 +7,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+from hijack_lens.core.checks import check_choice
 from hijack_lens.core.hook_points import _check_hook_point, check_model
 from hijack_lens.core.inputs import model_tokens
 
@@ -169,3 +171,23 @@ def read_source(model: Any, source: object, names: Sequence[str], argument: str)
             raise ValueError(f"{argument} is a cache without {', '.join(missing)}")
         return {name: source[name] for name in names}
     return record(model, model_tokens(model, source, argument), names)[1]
+
+
+def check_reference(how: object, reference: object, ways: Sequence[str] = ("zero", "mean", "resample")) -> None:
+    """`how` is one of the `ways` to ablate, and the reference is there where it needs one, and only there."""
+    check_choice("how", how, ways)
+    if (reference is None) != (how == "zero"):
+        need = "takes no reference" if how == "zero" else "needs reference="
+        raise ValueError(f"how={how!r} {need}, got reference={reference!r:.60}")
+
+
+def draw_rows(how: str, n_reference: int, n_prompts: int, generator: torch.Generator) -> Int[Tensor, "prompt"] | None:
+    """Which reference prompt each prompt is given, where these are drawn."""
+    return torch.randint(n_reference, (n_prompts,), generator=generator) if how == "resample" else None
+
+
+def stand_in(how: str, reference: Tensor, rows: Int[Tensor, "prompt"] | None) -> Tensor:
+    """What is written in an ablated output's place: the reference's mean, or its `rows`, or itself; prompts first."""
+    if how == "mean":
+        return reference.mean(0, keepdim=True)
+    return reference if rows is None else reference[rows.to(reference.device)]

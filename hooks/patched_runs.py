@@ -1,19 +1,31 @@
-"""Patched runs as whole forward passes, many in a batch, and the metric read off them."""
+"""Patched runs as whole forward passes, many in a batch; runs to differentiate; and the metric read off either."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hijack_lens.core.checks import check_choice
 from hijack_lens.core.hook_points import check_model
 from hijack_lens.core.inputs import model_tokens
-from hijack_lens.hooks.intervention import Intervention
+from hijack_lens.hooks.intervention import HookFunction, Intervention, record
 from hijack_lens.hooks.sweep_plan import Patches, hook_name
-from hijack_lens.metrics import Metric
+from hijack_lens.metrics import Logits, Metric
+
+MetricLike = Metric | Callable[[Tensor], Any]
+"""What a user may give as a metric: one of `hijack_lens.metrics`, or a function of one run's logits."""
+
+
+def check_metric(metric: object, length: int) -> None:
+    """`metric` is a function, and reads no position beyond the prompts."""
+    if not callable(metric):
+        raise TypeError(f"metric must be a hijack_lens Metric or a function of logits, got {metric!r:.80}")
+    if isinstance(metric, Metric):
+        metric.index(length)
 
 
 @dataclass(frozen=True)
@@ -25,13 +37,15 @@ class BoundMetric:
         only: the one position that it reads, from the front; `None` where it may read all.
     """
 
-    metric: Metric | Callable[[Tensor], Any]
+    metric: MetricLike
     only: int | None
 
     @classmethod
-    def of(cls, metric: Any, length: int) -> "BoundMetric":
-        """The reader for prompts of a length; `metric` has been resolved."""
-        return cls(metric, metric.index(length) if isinstance(metric, Metric) else None)
+    def of(cls, model: Any, metric: MetricLike, clean: Tensor, corrupted: Tensor | None = None) -> "BoundMetric":
+        """A metric with what it needs of the model and of the unpatched runs' logits."""
+        if not isinstance(metric, Metric):
+            return cls(metric, None)
+        return cls(metric.on(model, clean, corrupted), metric.index(clean.shape[1]))
 
     @property
     def name(self) -> str:
@@ -70,24 +84,26 @@ Direction = Literal["denoise", "noise"]
 
 @dataclass(frozen=True)
 class PromptPair:
-    """A clean and a corrupted prompt, in the roles that the direction gives them.
+    """A clean and a corrupted prompt, in the roles that the direction gives them, and what is asked of both.
 
     Attributes:
         base: tokens of the run that is patched.
         source: tokens of the run that patches come from.
         direction: "denoise" patches the clean run into the corrupted one; "noise" the reverse.
+        metric: of either run.
     """
 
     base: Int[Tensor, "batch pos"]
     source: Int[Tensor, "batch pos"]
     direction: Direction
+    metric: MetricLike
 
     @classmethod
-    def of(cls, model: Any, clean: object, corrupted: object, direction: Direction) -> "PromptPair":
-        """The pair of what a user calls prompts.
+    def of(cls, model: Any, clean: object, corrupted: object, metric: Any, direction: Direction) -> "PromptPair":
+        """The pair of what a user calls prompts, and a metric.
 
         Raises:
-            TypeError, ValueError: for what are no prompts of this model, or are not of one shape.
+            TypeError, ValueError: for what are no prompts of this model or not of one shape, and for what is no metric.
         """
         check_choice("direction", direction, ("denoise", "noise"))
         check_model(model)
@@ -95,21 +111,14 @@ class PromptPair:
         if tokens[0].shape != tokens[1].shape:
             shapes = (tuple(one.shape) for one in tokens)
             raise ValueError("clean and corrupted must have one shape [batch, pos], got {} and {}".format(*shapes))
+        check_metric(metric, tokens[0].shape[1])
         source, base = tokens if direction == "denoise" else tokens[::-1]
-        return cls(base, source, direction)
+        return cls(base, source, direction, metric)
 
-    def reader(
-        self,
-        model: Any,
-        metric: Metric | Callable[[Tensor], Any],
-        base: Float[Tensor, "batch pos d_vocab"],
-        source: Float[Tensor, "batch pos d_vocab"],
-    ) -> BoundMetric:
+    def reader(self, model: Any, base: Logits, source: Logits) -> BoundMetric:
         """The metric, with what it needs of the model and of the two runs' logits."""
-        if isinstance(metric, Metric):
-            clean, corrupted = (source, base) if self.direction == "denoise" else (base, source)
-            metric = metric.on(model, clean, corrupted)
-        return BoundMetric.of(metric, base.shape[1])
+        runs = (source, base) if self.direction == "denoise" else (base, source)
+        return BoundMetric.of(model, self.metric, *runs)
 
 
 class ForwardRuns:
@@ -130,11 +139,11 @@ class ForwardRuns:
         self.reader = reader
         self.together = together
 
-    def reaches(self, component: str, layer: int, patches: Patches) -> Tensor:
+    def reaches(self, activation: str, layer: int, patches: Patches) -> Tensor:
         """Which patches can change the metric; whole runs need no such knowledge."""
         return torch.ones(len(patches), dtype=torch.bool)
 
-    def chunks(self, component: str, layer: int, patches: Patches, memory: float) -> list[Int[Tensor, "chunk"]]:
+    def chunks(self, activation: str, layer: int, patches: Patches, memory: float) -> list[Int[Tensor, "chunk"]]:
         """Indices of patches, in groups that fit into `memory` bytes."""
         if not len(patches):
             return []
@@ -142,21 +151,21 @@ class ForwardRuns:
         return list(torch.arange(len(patches)).split(size))
 
     def values(
-        self, component: str, layer: int, patches: Patches, source: Float[Tensor, "batch pos ..."]
+        self, activation: str, layer: int, patches: Patches, source: Float[Tensor, "batch pos ..."]
     ) -> Float[Tensor, "patch"]:
         """The metric under each patch.
 
         Args:
-            component: whose activation is patched.
+            activation: which is patched, by its name.
             layer: of the model.
             patches: where.
-            source: the activation to patch in, positions second (of patterns: the query's).
+            source: what to patch in, positions second (of patterns: the query's).
         """
         count = len(patches)
 
-        def write(activation: Tensor, hook: Any) -> Tensor:
-            edited = activation.clone()
-            runs = by_position(component, edited).unflatten(0, (count, -1))
+        def write(current: Tensor, hook: Any) -> Tensor:
+            edited = current.clone()
+            runs = by_position(activation, edited).unflatten(0, (count, -1))  # a view, to write through
             for row, positions in enumerate(patches.positions):
                 if patches.units is None:
                     runs[row, :, positions] = source[:, positions].to(runs)
@@ -165,14 +174,14 @@ class ForwardRuns:
                     runs[row, :, positions, unit] = source[:, positions, unit].to(runs)
             return edited
 
-        with Intervention(self.model, edit=[(hook_name(component, layer), write)]):
-            logits = self.model(self.tokens.repeat(count, 1))
-        return self.reader.each(logits.unflatten(0, (count, -1)))
+        with Intervention(self.model, edit=[(hook_name(activation, layer), write)]):
+            logits = self.model(repeat(self.tokens, "batch pos -> (patch batch) pos", patch=count))
+        return self.reader.each(rearrange(logits, "(patch batch) pos d_vocab -> patch batch pos d_vocab", patch=count))
 
 
-def by_position(component: str, activation: Tensor) -> Float[Tensor, "batch pos ..."]:
-    """A view of an activation with positions second, then heads or neurons."""
-    return activation.transpose(1, 2) if component == "pattern" else activation
+def by_position(activation: str, values: Tensor) -> Float[Tensor, "batch pos ..."]:
+    """A view of an activation's values with positions second, then heads or neurons."""
+    return rearrange(values, "batch head query key -> batch query head key") if activation == "pattern" else values
 
 
 def runs_at_once(model: Any, tokens: Int[Tensor, "batch pos"], memory: float) -> int:
@@ -180,3 +189,93 @@ def runs_at_once(model: Any, tokens: Int[Tensor, "batch pos"], memory: float) ->
     cfg, (batch, length) = model.cfg, tokens.shape
     wide = cfg.d_vocab * 2 + cfg.d_model * 8 + (cfg.d_mlp or 0) * 3 + cfg.n_heads * length * 3
     return max(1, int(memory // (batch * length * wide * torch.finfo(cfg.dtype).bits // 8)))
+
+
+_START = "blocks.0.hook_resid_pre"
+
+
+class GradientRuns:
+    """Runs of a model whose embeddings are the base run's, or part of the way to the source run's.
+
+    Nothing of the model's changes: not which parameters require gradients, nor the gradients they hold.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge. Hooks on it take part in all runs.
+        pair: the two runs' prompts, and the metric to differentiate.
+        names: of the hook points whose activations to record in the two runs.
+
+    Attributes:
+        base: what was recorded of the base run.
+        source: of the source run.
+        reader: of the metric.
+        base_value: the metric of the base run.
+        source_value: of the source run.
+    """
+
+    def __init__(self, model: Any, pair: PromptPair, names: Sequence[str]):
+        self.model = model
+        self.pair = pair
+        recorded = list(dict.fromkeys([*names, _START]))
+        source_logits, self.source = record(model, pair.source, recorded)
+        base_logits, self.base = record(model, pair.base, recorded)
+        self.reader = pair.reader(model, base_logits, source_logits)
+        self.base_value, self.source_value = self.reader(base_logits), self.reader(source_logits)
+
+    def at(
+        self, fraction: float, by: Sequence[str], look: Sequence[str] = ()
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The metric's derivative in one run by activations, and other activations of that run.
+
+        Args:
+            fraction: of the way from the base run's embeddings (with positions) to the source run's.
+            by: hook points by whose activations to differentiate.
+            look: hook points whose activations to return.
+
+        Raises:
+            TypeError: for a metric that cannot be differentiated.
+            ValueError: for an activation on which the metric does not depend at all.
+        """
+        start = self.base[_START] + fraction * (self.source[_START] - self.base[_START])
+        seen: dict[str, Tensor] = {}
+        looked: dict[str, Tensor] = {}
+
+        def watch(name: str) -> HookFunction:
+            def hook_fn(activation: Tensor, hook: Any) -> Tensor:
+                current = start if name == _START else activation
+                # A sum, so that it is a part of the graph whatever the parameters require; and handed back, so that
+                # what follows depends on it, also where a bridge goes on with another shape than it shows.
+                seen[name] = current + current.new_zeros(()).requires_grad_()
+                return seen[name]
+
+            return hook_fn
+
+        def keep(name: str) -> HookFunction:
+            def hook_fn(activation: Tensor, hook: Any) -> None:
+                looked[name] = activation.detach()
+
+            return hook_fn
+
+        edits = [(name, watch(name)) for name in dict.fromkeys([_START, *by])]
+        # Entered second, what only looks sees what was handed back.
+        looks = Intervention(self.model, look=[(name, keep(name)) for name in look])
+        with torch.enable_grad(), Intervention(self.model, edit=edits), looks:
+            value = self._value(self.model(self.pair.base))
+        gradients = torch.autograd.grad(value, [seen[name] for name in by], allow_unused=True)
+        found: dict[str, Tensor] = {}
+        for name, gradient in zip(by, gradients, strict=True):
+            if gradient is None:
+                raise ValueError(
+                    f"metric {self.reader.name!r} does not depend on {name!r} at all: a hook on the model, or the "
+                    "model itself, goes on with something else"
+                )
+            found[name] = gradient
+        return found, looked
+
+    def _value(self, logits: Tensor) -> Tensor:
+        value = self.reader.metric(logits)
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            raise TypeError(
+                f"metric {self.reader.name!r} must give a tensor that torch can differentiate, got {value!r:.80}: "
+                "compute it from the logits by torch's operations alone, without .item(), .detach() or no_grad()"
+            )
+        return value.reshape(())

@@ -1,8 +1,9 @@
 """The results of sweeps: labelled numbers, a patch or an edge each, and what they have in common."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import pandas as pd
 import torch
@@ -13,6 +14,8 @@ from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.files import Saved
 from hijack_lens.core.tables import Drawn, Shown
 from hijack_lens.hooks.edges import Edge, name_of
+
+Result = TypeVar("Result", bound="PatchEffects")
 
 
 class PatchEffects:
@@ -60,6 +63,18 @@ class PatchEffects:
             raise ValueError(f"metric {self.metric!r} is {self.clean:g} on the clean and on the corrupted run alike")
         return (self.values - self.corrupted) / (self.clean - self.corrupted)
 
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per patch: its labels, `value` and `effect`."""
+        raise NotImplementedError
+
+    def compare(self: "Result", exact: "Result") -> "Comparison[Result]":
+        """Of an estimate: how far it is from the sweep of the same patches by actual runs.
+
+        Raises:
+            TypeError, ValueError: for what is no sweep of the same patches.
+        """
+        return Comparison(self, exact)
+
 
 @dataclass(frozen=True, repr=False)
 class Sweep(PatchEffects, Saved, Drawn):
@@ -67,7 +82,7 @@ class Sweep(PatchEffects, Saved, Drawn):
 
     Attributes:
         values: the metric with the patch in place. The last axis is there for heads and neurons only.
-        components: names of activations, along the first axis.
+        activations: their names, along the first axis.
         layers: along the second.
         positions: along the third; a single `None` where each patch covers all positions at once.
         unit: "head", "neuron" or `None`.
@@ -80,8 +95,10 @@ class Sweep(PatchEffects, Saved, Drawn):
         texts: of the tokens at the positions, where the sweep is of one prompt.
     """
 
-    values: Float[Tensor, "component layer position *unit"]
-    components: tuple[str, ...]
+    older_names: ClassVar[Mapping[str, str]] = {"components": "activations"}
+
+    values: Float[Tensor, "activation layer position *unit"]
+    activations: tuple[str, ...]
     layers: tuple[int, ...]
     positions: tuple[int | None, ...]
     unit: Literal["head", "neuron"] | None
@@ -105,22 +122,22 @@ class Sweep(PatchEffects, Saved, Drawn):
 
     @property
     def _labels(self) -> dict[str, tuple]:
-        labels: dict[str, tuple] = {"component": self.components, "layer": self.layers, "position": self.positions}
+        labels: dict[str, tuple] = {"activation": self.activations, "layer": self.layers, "position": self.positions}
         return labels if self.unit is None else {**labels, self.unit: self.units}
 
-    def __getitem__(self, component: str) -> "Sweep":
-        """One component's part.
+    def __getitem__(self, activation: str) -> "Sweep":
+        """One activation's part.
 
         Raises:
-            KeyError: for a component that was not swept.
+            KeyError: for one that was not swept.
         """
-        if component not in self.components:
-            raise KeyError(f"{component!r} was not swept; there are {', '.join(self.components)}")
-        at = self.components.index(component)
-        return replace(self, values=self.values[at : at + 1], components=(component,))
+        if activation not in self.activations:
+            raise KeyError(f"{activation!r} was not swept; there are {', '.join(self.activations)}")
+        at = self.activations.index(activation)
+        return replace(self, values=self.values[at : at + 1], activations=(activation,))
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row per patch: its labels, `value` and `effect`."""
+        """A row per patch: its labels, `value` and `effect`; and its token, where the sweep is of one prompt."""
         index = pd.MultiIndex.from_product(list(self._labels.values()), names=self.axes)
         values = self.values.detach().cpu().flatten().numpy()
         frame = pd.DataFrame({"value": values, "effect": values - self.base}, index=index).reset_index()
@@ -140,7 +157,7 @@ class Sweep(PatchEffects, Saved, Drawn):
         position = at["position"]
         where = "all positions" if position is None else f"position {position}"
         text = "" if position is None or self.texts is None else f" {self._text(position)!r}"
-        return f"{at['component']} layer {at['layer']}{unit}, {where}{text}"
+        return f"{at['activation']} layer {at['layer']}{unit}, {where}{text}"
 
     def _text(self, position: int) -> str:
         assert self.texts is not None
@@ -189,9 +206,6 @@ class PathSweep(PatchEffects, Saved, Drawn):
         return frame if self.clean == self.corrupted else frame.assign(normalised=self.normalised.cpu().numpy())
 
 
-Result = TypeVar("Result", Sweep, PathSweep)
-
-
 @dataclass(frozen=True, repr=False)
 class Comparison(Shown, Generic[Result]):
     """What gradients say of each patch, and what each patch does.
@@ -207,9 +221,15 @@ class Comparison(Shown, Generic[Result]):
     exact: Result
 
     def __post_init__(self) -> None:
-        shapes = tuple(self.approximate.values.shape), tuple(self.exact.values.shape)
-        if shapes[0] != shapes[1]:
-            raise ValueError("approximate and exact must be of the same patches, got shapes {} and {}".format(*shapes))
+        kinds = type(self.approximate).__name__, type(self.exact).__name__
+        if kinds[0] != kinds[1]:
+            raise TypeError("approximate and exact must be results of one kind, got a {} and a {}".format(*kinds))
+        for name in ("activations", "edges", "layers", "positions", "units", "texts", "metric", "direction"):
+            ours, theirs = (getattr(one, name, None) for one in (self.approximate, self.exact))
+            if ours != theirs:
+                raise ValueError(
+                    f"approximate and exact must be of the same patches, got {name} {ours!s:.80} and {theirs!s:.80}"
+                )
 
     @property
     def error(self) -> Float[Tensor, "..."]:

@@ -1,25 +1,35 @@
-"""The sweeps as a user calls them."""
+"""The sweeps as a user calls them: by patched runs, by ablated ones, or estimated from derivatives."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from einops import reduce
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hijack_lens.core.checks import as_generator, check_choice, check_number
+from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_number
 from hijack_lens.core.hook_points import check_model, is_hooked
 from hijack_lens.core.inputs import model_tokens
 from hijack_lens.hooks.incremental_runs import IncrementalRuns
-from hijack_lens.hooks.intervention import read_source, record
-from hijack_lens.hooks.patched_runs import BoundMetric, Direction, ForwardRuns, PromptPair, by_position
+from hijack_lens.hooks.intervention import check_reference, draw_rows, read_source, record, stand_in
+from hijack_lens.hooks.patched_runs import (
+    BoundMetric,
+    Direction,
+    ForwardRuns,
+    GradientRuns,
+    MetricLike,
+    PromptPair,
+    by_position,
+    check_metric,
+)
 from hijack_lens.hooks.sweep_plan import Plan, hook_name, make_plan
 from hijack_lens.hooks.sweep_results import Sweep
-from hijack_lens.metrics import Metric
 from hijack_lens.models.opened import UnknownArchitectureError, check_plain, open_model
 
 Method = Literal["auto", "incremental", "forward"]
+Which = int | Iterable[int] | None
 STREAM = ("resid_pre", "attn_out", "mlp_out")
 
 
@@ -28,17 +38,17 @@ def patch_sweep(
     model: Any,
     clean: object,
     corrupted: object,
-    metric: Metric | Callable[[Tensor], Any],
-    components: str | Sequence[str] = STREAM,
-    positions: int | Iterable[int] | Literal["all"] | None = None,
+    metric: MetricLike,
+    activations: str | Sequence[str] = STREAM,
+    positions: Which | Literal["all"] = None,
     direction: Direction = "denoise",
     *,
-    layers: int | Iterable[int] | None = None,
-    units: int | Iterable[int] | None = None,
+    layers: Which = None,
+    units: Which = None,
     method: Method = "auto",
     memory_gb: float = 0.25,
 ) -> Sweep:
-    """Activation patching of every component, layer and position, each alone: what TransformerLens's
+    """Activation patching of every activation, layer and position, each alone: what TransformerLens's
     `patching.get_act_patch_*` loop over, exactly.
 
     Args:
@@ -47,7 +57,7 @@ def patch_sweep(
         corrupted: as many, as long.
         metric: one of `hijack_lens.metrics`; or a function from the logits [batch, pos, d_vocab] of one run to a
             number, which costs more, since it may read every position.
-        components: "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"; or, by head, "z", "q", "k", "v",
+        activations: "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"; or, by head, "z", "q", "k", "v",
             "pattern" (whose positions are the queries'); or "post", the MLPs' neurons.
         positions: which; by default every one, each alone. "all" patches all positions at once.
         direction: "denoise" runs the corrupted prompts and patches the clean run's activations in; "noise" the reverse.
@@ -62,13 +72,12 @@ def patch_sweep(
         TypeError, ValueError: for what the model lacks or would ignore, prompts that do not match, and a metric that
             gives no number; with method="incremental" for a model that cannot be run so.
     """
-    pair = PromptPair.of(model, clean, corrupted, direction)
-    plan = make_plan(model, components, positions, layers, units, pair.base.shape[1])
-    check_metric(metric, pair.base.shape[1])
+    pair = PromptPair.of(model, clean, corrupted, metric, direction)
+    plan = make_plan(model, activations, positions, layers, units, pair.base.shape[1])
     source_logits, source = record(model, pair.source, [hook_name(*point) for point in plan.points])
 
     def reader_of(base_logits: Tensor) -> BoundMetric:
-        return pair.reader(model, metric, base_logits, source_logits)
+        return pair.reader(model, base_logits, source_logits)
 
     return _sweep(model, pair.base, plan, source, reader_of, method, memory_gb, direction, source_logits)
 
@@ -76,30 +85,30 @@ def patch_sweep(
 @torch.no_grad()
 def ablate_sweep(
     model: Any,
-    tokens: object,
-    metric: Metric | Callable[[Tensor], Any],
-    components: str | Sequence[str] = ("attn_out", "mlp_out"),
-    positions: int | Iterable[int] | Literal["all"] | None = None,
+    prompt: object,
+    metric: MetricLike,
+    activations: str | Sequence[str] = ("attn_out", "mlp_out"),
+    positions: Which | Literal["all"] = None,
     how: Literal["zero", "mean", "resample"] = "zero",
     reference: object = None,
     *,
-    layers: int | Iterable[int] | None = None,
-    units: int | Iterable[int] | None = None,
-    seed: int | torch.Generator = 0,
+    layers: Which = None,
+    units: Which = None,
+    seed: Seed = 0,
     method: Method = "auto",
     memory_gb: float = 0.25,
 ) -> Sweep:
-    """Ablates every component, layer and position, each alone.
+    """Ablates every activation, layer and position, each alone.
 
     Args:
         model: as for `patch_sweep`, and likewise all that is not named here.
-        tokens: the prompts to run; a metric's "clean" run is theirs.
+        prompt: what to run, one or a batch; a metric's "clean" run is its own.
         metric: of the logits.
-        components: to ablate.
+        activations: to ablate.
         positions: which; "all" ablates all positions at once.
         how: "zero"; "mean" over the reference prompts, position by position; or "resample": what a reference prompt
             has there, drawn for each prompt once for the whole sweep.
-        reference: prompts or a cache, as long as `tokens`; for "mean" and "resample".
+        reference: prompts or a cache, as long as `prompt`; for "mean" and "resample".
         layers: which.
         units: which heads or neurons.
         seed: of the draws for "resample".
@@ -109,40 +118,90 @@ def ablate_sweep(
     Raises:
         TypeError, ValueError: as for `patch_sweep`, and where `reference` is missing, unused or of another length.
     """
-    check_choice("how", how, ("zero", "mean", "resample"))
-    if (reference is None) != (how == "zero"):
-        need = "takes no reference" if how == "zero" else "needs reference="
-        raise ValueError(f"how={how!r} {need}, got reference={reference!r:.60}")
+    check_reference(how, reference)
     generator = as_generator(seed)
     check_model(model)
-    run = model_tokens(model, tokens)
-    plan = make_plan(model, components, positions, layers, units, run.shape[1])
-    check_metric(metric, run.shape[1])
+    tokens = model_tokens(model, prompt)
+    plan = make_plan(model, activations, positions, layers, units, tokens.shape[1])
+    check_metric(metric, tokens.shape[1])
     names = [hook_name(*point) for point in plan.points]
-    source: dict[str, Tensor] | None = None
+    written: dict[str, Tensor] | None = None
     if how != "zero":
         source = read_source(model, reference, names, "reference")
-        length = source[names[0]].shape[2 if plan.components[0] == "pattern" else 1]
-        if length != run.shape[1]:
-            raise ValueError(f"reference must be as long as tokens, {run.shape[1]}, got {length}")
-        first = next(iter(source.values()))
-        drawn = torch.randint(len(first), (len(run),), generator=generator).to(first.device)
-        for name, activation in source.items():
-            chosen = activation.mean(0, keepdim=True) if how == "mean" else activation[drawn]
-            source[name] = chosen.expand(len(run), *activation.shape[1:])
+        first = source[names[0]]
+        length = first.shape[2 if plan.activations[0] == "pattern" else 1]
+        if length != tokens.shape[1]:
+            raise ValueError(f"reference must be as long as prompt, {tokens.shape[1]}, got {length}")
+        rows = draw_rows(how, len(first), len(tokens), generator)
+        written = {name: stand_in(how, x, rows).expand(len(tokens), *x.shape[1:]) for name, x in source.items()}
 
     def reader_of(logits: Tensor) -> BoundMetric:
-        return BoundMetric.of(metric.on(model, clean=logits) if isinstance(metric, Metric) else metric, logits.shape[1])
+        return BoundMetric.of(model, metric, logits)
 
-    return _sweep(model, run, plan, source, reader_of, method, memory_gb, "ablate", None)
+    return _sweep(model, tokens, plan, written, reader_of, method, memory_gb, "ablate", None)
 
 
-def check_metric(metric: object, length: int) -> None:
-    """`metric` is a function, and reads no position beyond the prompts."""
-    if not callable(metric):
-        raise TypeError(f"metric must be a hijack_lens Metric or a function of logits, got {metric!r:.80}")
-    if isinstance(metric, Metric):
-        metric.index(length)
+@torch.no_grad()
+def attribution_patch(
+    model: Any,
+    clean: object,
+    corrupted: object,
+    metric: MetricLike,
+    activations: str | Sequence[str] = STREAM,
+    positions: Which | Literal["all"] = None,
+    direction: Direction = "denoise",
+    *,
+    layers: Which = None,
+    units: Which = None,
+    steps: int = 1,
+) -> Sweep:
+    """`patch_sweep` to first order: (source − base) · ∂metric/∂activation, for every patch at once.
+
+    It costs three forward passes and a backward one, however many patches there are (Nanda 2023, "Attribution
+    patching"; arXiv 2310.10348). It is exact where the metric is linear in the activation; where it is not, as for
+    large changes, saturated attention, or a KL from the very run that is patched (whose derivative is zero), its
+    method `compare` tells by how much it is off.
+
+    Args:
+        model: as for `patch_sweep`, and likewise all that is not named here.
+        clean: prompts.
+        corrupted: as many, as long.
+        metric: one of `hijack_lens.metrics`, or a function from the logits [batch, pos, d_vocab] of one run to a tensor
+            of one number, which torch can differentiate.
+        activations: to patch.
+        positions: which; "all" patches all positions at once.
+        direction: of the patches.
+        layers: which.
+        units: which heads or neurons.
+        steps: above 1, the derivative is the mean of that many runs, whose embeddings go from the base run's towards
+            the source run's in equal steps (as in arXiv 2403.17806): for a metric that is flat at the base run.
+
+    Raises:
+        TypeError, ValueError: as for `patch_sweep`, and for a metric without a derivative.
+    """
+    check_count("steps", steps, 1)
+    pair = PromptPair.of(model, clean, corrupted, metric, direction)
+    plan = make_plan(model, activations, positions, layers, units, pair.base.shape[1])
+    names = [hook_name(*point) for point in plan.points]
+    runs = GradientRuns(model, pair, names)
+    effects = torch.zeros(plan.shape, dtype=model.cfg.dtype, device=pair.base.device)
+    for step in range(steps):
+        gradients, _ = runs.at(step / steps, names)
+        for (activation, layer), into in zip(plan.points, effects.flatten(0, 1), strict=True):
+            name = hook_name(activation, layer)
+            change = by_position(activation, (runs.source[name] - runs.base[name]) * gradients[name])
+            into += _of_patches(plan, reduce(change, "batch pos ... -> pos ...", "sum")).to(into) / steps
+    measured = {"base": runs.base_value, "source": runs.source_value, "direction": direction, "method": "gradient"}
+    return _labelled(model, pair.base, plan, runs.base_value + effects, runs.reader, **measured)
+
+
+def _of_patches(plan: Plan, change: Float[Tensor, "pos ..."]) -> Float[Tensor, "position *unit"]:
+    """What a change by position, and whatever comes after it, sums up to for each patch."""
+    if plan.unit is None:
+        change = reduce(change, "pos ... -> pos", "sum")
+    else:
+        change = reduce(change, "pos unit ... -> pos unit", "sum")[:, list(plan.units)]
+    return change.sum(0, keepdim=True) if plan.positions is None else change[list(plan.positions)]
 
 
 def _sweep(
@@ -187,36 +246,38 @@ def _sweep(
     values = base_logits.new_full(plan.shape, unpatched)
     patches = plan.patches(tokens.shape[1])
     with tqdm(total=len(plan.points) * len(patches), disable=None, unit="patch") as bar:
-        for (component, layer), into in zip(plan.points, values.view(len(plan.points), -1), strict=True):
-            name = hook_name(component, layer)
-            current = by_position(component, base[name])
-            written = torch.zeros_like(current) if source is None else by_position(component, source[name])
-            reached = runs.reaches(component, layer, patches)
+        for (activation, layer), into in zip(plan.points, values.view(len(plan.points), -1), strict=True):
+            name = hook_name(activation, layer)
+            current = by_position(activation, base[name])
+            written = torch.zeros_like(current) if source is None else by_position(activation, source[name])
+            reached = runs.reaches(activation, layer, patches)
             # Writing what is there already changes nothing.
             live = (reached & patches.pick((current != written).any(0)).cpu()).nonzero()[:, 0]
             bar.update(len(patches) - len(live))
-            for chosen in runs.chunks(component, layer, patches[live], memory):
-                into[live[chosen]] = runs.values(component, layer, patches[live[chosen]], written)
+            for chosen in runs.chunks(activation, layer, patches[live], memory):
+                into[live[chosen]] = runs.values(activation, layer, patches[live[chosen]], written)
                 bar.update(len(chosen))
+    of_source = None if source_logits is None else reader(source_logits)
+    measured = {"base": unpatched, "source": of_source, "direction": direction, "method": runs.name}
+    return _labelled(model, tokens, plan, values, reader, **measured)
+
+
+def _labelled(
+    model: Any, tokens: Int[Tensor, "batch pos"], plan: Plan, values: Tensor, reader: BoundMetric, **measured: Any
+) -> Sweep:
+    """The numbers with what the plan says of their axes."""
+    texts = None  # of the positions, where they are one prompt's
+    if len(tokens) == 1 and plan.positions is not None and getattr(model, "tokenizer", None) is not None:
+        every = model.to_str_tokens(tokens[0])
+        texts = tuple(every[position] for position in plan.positions)
     return Sweep(
         values=values,
-        components=plan.components,
+        activations=plan.activations,
         layers=plan.layers,
         positions=(None,) if plan.positions is None else plan.positions,
         unit=plan.unit,
         units=plan.units,
         metric=reader.name,
-        base=unpatched,
-        source=None if source_logits is None else reader(source_logits),
-        direction=direction,
-        method=runs.name,
-        texts=position_texts(model, tokens, plan),
+        texts=texts,
+        **measured,
     )
-
-
-def position_texts(model: Any, tokens: Int[Tensor, "batch pos"], plan: Plan) -> tuple[str, ...] | None:
-    """The patched positions' tokens, where they are one prompt's."""
-    if len(tokens) > 1 or plan.positions is None or getattr(model, "tokenizer", None) is None:
-        return None
-    texts = model.to_str_tokens(tokens[0])
-    return tuple(texts[position] for position in plan.positions)

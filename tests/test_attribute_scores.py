@@ -604,6 +604,8 @@ test_values_are_refused = refused(
         "head must be one head, got 2: L0H0, L0H1": of((HEADS[0], HEADS[1])),
         "head must be given, since the circuit names 2 induction heads": without_induction,
         "head must be an attention head, got L0MLP": of(MLPS[0]),
+        "head must be an attention head, got L1MLP": of("bigram"),
+        "head must be a Component, .* got 'copy'": of("copy"),
         "L5H0 is in layer 5; the model has 2": of(hl.Component(5, "head", 0)),
         "L0H7 is head 7; the model has 2": of(hl.Component(0, "head", 7)),
         "query must be from 0 to 4, the prompt's last position, or count from the end; got 5": of(query=5),
@@ -613,9 +615,9 @@ test_values_are_refused = refused(
         r"key must be one position or several different ones, got \[\]": of(key=[]),
         r"key must be one position or several different ones, got \[1, -4\]": of(key=[1, -4]),
         "key must be fewer positions: 2048 of them take": too_many,
-        "tokens must be one prompt, got a batch of 2": lambda: attribute_scores(hooked(), prompts(2)),
-        "tokens holds token id 7": lambda: attribute_scores(hooked(), torch.tensor([0, 7])),
-        "tokens is text, but the model has no tokenizer": lambda: attribute_scores(hooked(), "text"),
+        "prompt must be a single prompt, got a batch of 2": lambda: attribute_scores(hooked(), prompts(2)),
+        "prompt holds token id 7": lambda: attribute_scores(hooked(), torch.tensor([0, 7])),
+        "prompt is text, but the model has no tokenizer": lambda: attribute_scores(hooked(), "text"),
     },
 )
 
@@ -623,13 +625,13 @@ test_types_are_refused = refused(
     TypeError,
     {
         "model must be a HookedTransformer or TransformerBridge": lambda: attribute_scores(3, prompts(1)),
-        "head must be a Component, got 'L0H1'": of("L0H1"),
+        "head must be a Component, .* got 0.5": of(0.5),
         "circuit must be a Circuit, got 'induction'": of(circuit="induction"),
         "query must be a position .an int., got 1.5": of(query=1.5),
         "query must be a position .an int., got True": of(query=True),
         "key must be a position .an int., got 'all'": of(key="all"),
         "key must be a position .an int., got None": of(key=[0, None]),
-        "tokens must be": lambda: attribute_scores(hooked(), 3),
+        "prompt must be": lambda: attribute_scores(hooked(), 3),
     },
 )
 

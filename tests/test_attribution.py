@@ -214,8 +214,11 @@ def test_a_circuit_given_by_hand_decides_the_groups_and_not_the_values():
         p.through for p in ours.paths if HEADS[0] in p.through
     }
     model.circuit = None
-    with pytest.raises(TypeError, match="circuit must be a Circuit"):
-        attribute(model, tokens)
+    without, empty = attribute(model, tokens), attribute(model, tokens, circuit=hl.Circuit())
+    assert without.paths == empty.paths
+    assert torch.equal(without.values, empty.values)
+    assert not any(path.memory == "context" for path in without.paths)
+    assert {str(path) for path in without.paths} >= {"embed → L0H0 → unembed", "embed → L1MLP → unembed"}
 
 
 def test_the_largest_logits_are_listed_with_their_parts():
@@ -581,17 +584,17 @@ def test_a_model_that_is_no_sum_over_these_paths_is_refused(config, named, unche
         ((prompts(), True), (TypeError, ValueError), "position must be .* got True"),
         ((prompts(), 1.5), (TypeError, ValueError), "position must be .* got 1.5"),
         ((prompts(), None), (TypeError, ValueError), "position must be .* got None"),
-        (("text",), ValueError, "tokens is text, but the model has no tokenizer"),
-        ((torch.full((2, 5), 0.5),), TypeError, "tokens must hold integer token ids, got dtype torch.float32"),
+        (("text",), ValueError, "prompt is text, but the model has no tokenizer"),
+        ((torch.full((2, 5), 0.5),), TypeError, "prompt must hold integer token ids, got dtype torch.float32"),
         (
             (torch.zeros(2, 0, dtype=torch.long),),
             ValueError,
-            r"tokens must be a non-empty .* got shape \(2, 0\)",
+            r"prompt must be a non-empty .* got shape \(2, 0\)",
         ),
         ((torch.zeros(1, 2, 3, dtype=torch.long),), ValueError, r"got shape \(1, 2, 3\)"),
-        ((torch.tensor([0, 7]),), ValueError, "tokens holds token id 7; the vocabulary has ids 0 to 6"),
-        ((torch.zeros(13, dtype=torch.long),), ValueError, "tokens is 13 tokens long; .* n_ctx=12"),
-        ((3,), TypeError, "tokens must be"),
+        ((torch.tensor([0, 7]),), ValueError, "prompt holds token id 7; the vocabulary has ids 0 to 6"),
+        ((torch.zeros(13, dtype=torch.long),), ValueError, "prompt is 13 tokens long; .* n_ctx=12"),
+        ((3,), TypeError, "prompt must be"),
     ],
     ids=lambda value: str(value).partition(" ")[0],
 )

@@ -197,11 +197,11 @@ CONFLICTS = {
 def test_memories_sum_to_the_logits_and_winners_are_the_models(kind, monkeypatch):
     model, circuit = CONFLICTS[kind]()
     tokens = prompts(1, 8, d_vocab=model.cfg.d_vocab)[0]
-    conflict = memory_conflict(model, tokens, 6, queries=[6, 0, 2], circuit=circuit)
+    conflict = memory_conflict(model, tokens, 6, query_tokens=[6, 0, 2], circuit=circuit)
     every = replacements(tokens, 6, model.cfg.d_vocab)
     atol = 1e-10 if kind != "Llama" else 1e-5  # its norms are computed in float32
     predicted, margin = [], conflict.margin
-    for q, replaced in enumerate(every[list(conflict.queries)]):
+    for q, replaced in enumerate(every[list(conflict.query_tokens)]):
         with torch.no_grad():
             logits = model(replaced[None])[0, 6]
         close(conflict.logits[q], logits, atol)
@@ -227,11 +227,11 @@ def test_memories_sum_to_the_logits_and_winners_are_the_models(kind, monkeypatch
     table = conflict.to_pandas()
     assert table["predicted"].tolist() == [conflict.answer_texts[i] for i in predicted]
     assert table["winner"].tolist() == list(conflict.winners)
-    assert table["occurs"].tolist() == [q in tokens[:6].tolist() for q in conflict.queries]
+    assert table["occurs"].tolist() == [q in tokens[:6].tolist() for q in conflict.query_tokens]
     np.testing.assert_allclose(table["margin"], table[["context", "weights", "rest"]].sum(axis=1), atol=1e-12)
 
     monkeypatch.setattr(conflict_module, "_CELLS", 1)
-    in_parts = memory_conflict(model, tokens, 6, queries=conflict.queries, circuit=circuit)
+    in_parts = memory_conflict(model, tokens, 6, query_tokens=conflict.query_tokens, circuit=circuit)
     for name in ("context", "weights", "rest", "logits"):
         close(getattr(in_parts, name), getattr(conflict, name), 1e-12 if kind != "Llama" else 1e-5)
 
@@ -240,7 +240,7 @@ def test_the_hijack_is_found_where_it_was_put():
     language = hl.BigramLanguage.from_text(hl.default_text())
     model = hl.associative_transformer(language, dtype=torch.float64, device="cpu")
     prompt = hl.hijack_prompt(language, trigger="q", in_context="e", repeats=3, length=64, seed=0)
-    conflict = memory_conflict(model, prompt, queries=["q", "e"])
+    conflict = memory_conflict(model, prompt, query_tokens=["q", "e"])
     row = conflict.row("q")
     candidates = (conflict.in_context[row], conflict.global_candidate[row])
     assert [conflict.answer_texts[i] for i in candidates] == ["e", "u"]
@@ -255,14 +255,14 @@ def test_chosen_tokens_in_parts_give_the_same_numbers(monkeypatch):
     model, tokens = hooked("LN", n_layers=3), prompts(1, 9)[0]
     whole = context_memory(model, tokens, INDUCTION, 5)
     monkeypatch.setattr(context_module, "rows_at_once", lambda model, length: 2)
-    some = context_memory(model, tokens[:6], INDUCTION, queries=[4, 0, 6], answers=torch.tensor([5, 2]))
+    some = context_memory(model, tokens[:6], INDUCTION, query_tokens=[4, 0, 6], answers=torch.tensor([5, 2]))
     close(some.values, whole.values[[4, 0, 6]][:, [5, 2]], 1e-12)
     close(some.attention, whole.attention[[4, 0, 6]], 1e-12)
     close(some.fast_weights, whole.fast_weights, 1e-12)
     close(some.by_source(6), whole.by_source(6)[:, [5, 2]], 1e-12)
-    assert (some.position, some.queries, some.answers) == (5, (4, 0, 6), (5, 2))
+    assert (some.position, some.query_tokens, some.answers) == (5, (4, 0, 6), (5, 2))
     conflict = memory_conflict(model, tokens, 5)
-    few = memory_conflict(model, tokens[:6], queries=[3, 1], answers=[1, 0])
+    few = memory_conflict(model, tokens[:6], query_tokens=[3, 1], answers=[1, 0])
     for name in ("context", "weights", "rest", "logits"):
         close(getattr(few, name), getattr(conflict, name)[[3, 1]][:, [1, 0]], 1e-12)
 
@@ -270,7 +270,7 @@ def test_chosen_tokens_in_parts_give_the_same_numbers(monkeypatch):
 def test_text_picks_tokens():
     language = hl.BigramLanguage.from_text("to be or not to be, that is the question")
     model = hl.associative_transformer(language, n_ctx=24, device="cpu")
-    memory = context_memory(model, "or not to b", queries=["t", " "], answers=["o", "e"])
+    memory = context_memory(model, "or not to b", query_tokens=["t", " "], answers=["o", "e"])
     assert memory.query_texts == ("t", "␣")
     assert memory.answer_texts == ("o", "e")
     assert memory.row(" ") == memory.row("␣") == memory.row(language.index(" ")) == 1
@@ -322,7 +322,7 @@ def test_a_saved_result_is_the_same_again(tmp_path):
 
 def test_tables_say_what_the_tensors_hold():
     model, tokens = perturbed(), prompts(1, 7)[0]
-    memory = context_memory(model, tokens, queries=[1, 3], answers=[2, 0, 6])
+    memory = context_memory(model, tokens, query_tokens=[1, 3], answers=[2, 0, 6])
     table = memory.to_pandas()
     assert list(table.columns) == ["query", "occurs", "answer", "logit"]
     np.testing.assert_array_equal(table["logit"], memory.values.flatten().numpy())
@@ -370,7 +370,7 @@ def test_html_is_well_formed_and_escaped():
 def test_pictures_show_the_numbers():
     model, tokens = perturbed(), prompts(1, 9)[0]
     conflict = memory_conflict(model, tokens)
-    figure = conflict.picture(queries=[0, 1, 2, 3], answers=[0, 2, 5]).figure
+    figure = conflict.picture(query_tokens=[0, 1, 2, 3], answers=[0, 2, 5]).figure
     context, weights, margins = figure.axes[0], figure.axes[1], figure.axes[-2]
     for ax, name in ((context, "context"), (weights, "weights")):
         shown = getattr(conflict, name)[:4][:, [0, 2, 5]]
@@ -420,22 +420,23 @@ test_values_are_refused = refused(
         "L0H7 is head 7; the model has 1": of(head=hl.Component(0, "head", 7)),
         "position must be from 0 to 4, the prompt's last position, or count from the end; got 5": of(position=5),
         "position must be from 0 to 4, .* got -6": against(position=-6),
-        "tokens must be one prompt, got a batch of 2": of(prompts(2)),
-        "tokens holds token id 7": against(torch.tensor([0, 7])),
-        r"queries must be one or several different tokens, got \[\]": of(queries=[]),
-        r"queries must be one or several different tokens, got \[1, 1\]": against(queries=[1, 1]),
-        "queries holds token id 7": of(queries=[7]),
+        "prompt must be a single prompt, got a batch of 2": of(prompts(2)),
+        "prompt holds token id 7": against(torch.tensor([0, 7])),
+        r"query_tokens must be one or several different tokens, got \[\]": of(query_tokens=[]),
+        r"query_tokens must be one or several different tokens, got \[1, 1\]": against(query_tokens=[1, 1]),
+        "query_tokens holds token id 7": of(query_tokens=[7]),
         "answers holds token id -1": of(answers=[-1]),
         "answers holds the text 'x', but the model has no tokenizer": of(model=hooked(), head=INDUCTION, answers=["x"]),
         "answers must be two or more different tokens": against(answers=[1]),
         "circuit must name an induction head, through which the context speaks; got": against(circuit=hl.Circuit()),
+        "circuit must name an induction head, .* got previous-token head: none": against(model=native()[0]),
         "logits are not its last residual stream .* a factor follows": of(model=with_factor(), head=INDUCTION),
         "head L1H0: this model norms or scales what its heads write": of(model=normed_after(), head=INDUCTION),
         "cfg.output_logits_soft_cap": of(model=hooked(output_logits_soft_cap=3.0), head=INDUCTION),
-        "query must be among this table's tokens, got 5": lambda: of(queries=[1, 2])().by_source(5),
-        "queries must be among this table's tokens, got 'x'": lambda: of()().picture(["x"]),
+        "query_token must be among this table's tokens, got 5": lambda: of(query_tokens=[1, 2])().by_source(5),
+        "query_tokens must be among this table's tokens, got 'x'": lambda: of()().picture(["x"]),
         "answers must be among this table's tokens, got 3": lambda: against(answers=[1, 2])().picture(answers=[3]),
-        "queries must be at least one token, got none": lambda: of()().picture([]),
+        "query_tokens must be at least one token, got none": lambda: of()().picture([]),
         "attention must have shape .7, 5., got": wrong(of(), attention=torch.zeros(7, 4)),
         "scale must have shape .7,., got": wrong(of(), scale=torch.zeros(3)),
         "rest must have shape .7, 7., got": wrong(against(), rest=torch.zeros(7, 3)),
@@ -446,13 +447,12 @@ test_types_are_refused = refused(
     TypeError,
     {
         "model must be a HookedTransformer or TransformerBridge": lambda: context_memory(3, prompts(1)),
-        "head must be a Component, got 'L0H1'": of(head="L0H1"),
+        "head must be a Component, .* got 0.5": of(head=0.5),
         "circuit must be a Circuit, got 'induction'": of(circuit="induction"),
-        "circuit must be a Circuit, since the model has none": against(model=native()[0], circuit=None),
         "position must be a position .an int., got 1.5": of(position=1.5),
-        "queries must be a list of tokens, each a text or an id, got 'ab'": of(queries="ab"),
-        "queries must be tokens, each a text or an id, got None": against(queries=[None]),
-        "answers must be a list of tokens, each a text or an id, got 3": of(answers=3),
+        "query_tokens must be a list of tokens, each a text or an id, got 0.5": of(query_tokens=0.5),
+        "query_tokens must be tokens, each a text or an id, got None": against(query_tokens=[None]),
+        "answers must be a list of tokens, each a text or an id, got <object": of(answers=object()),
     },
 )
 
@@ -460,8 +460,8 @@ test_types_are_refused = refused(
 @pytest.mark.usefixtures("unchecked")
 def test_a_table_of_a_large_vocabulary_is_refused():
     model = hooked(d_vocab=20_000)
-    with pytest.raises(ValueError, match="queries and answers must be fewer: 20000 by 20000 tokens take"):
+    with pytest.raises(ValueError, match="query_tokens and answers must be fewer: 20000 by 20000 tokens take"):
         context_memory(model, torch.tensor([1, 2, 3]), INDUCTION)
-    few = context_memory(model, torch.tensor([1, 2, 3]), INDUCTION, queries=[19_999], answers=[5, 7])
+    few = context_memory(model, torch.tensor([1, 2, 3]), INDUCTION, query_tokens=[19_999], answers=[5, 7])
     assert few.values.shape == (1, 2)
     assert HEADS[2] == few.head

@@ -473,7 +473,9 @@ test_what_is_no_token_is_refused = refused(
     ValueError,
     {
         "vocabulary holds token id 7; the vocabulary has ids 0 to 6": lambda: hl.find_circuit(small, vocabulary=[7]),
-        "vocabulary must be distinct, got .1, 1.": lambda: hl.find_circuit(small, vocabulary=[1, 1]),
+        "vocabulary must be one or several different tokens, got .1, 1.": lambda: hl.find_circuit(
+            small, vocabulary=[1, 1]
+        ),
         "triggers holds token id 9": lambda: hl.find_circuit(small, triggers=9),
         "triggers holds the text 'x', but the model has no tokenizer": lambda: hl.find_circuit(small, triggers="x"),
         "triggers must be among the vocabulary's tokens, got 6": lambda: hl.find_circuit(
@@ -495,9 +497,11 @@ test_what_is_of_another_type_is_refused = refused(
     TypeError,
     {
         "model must be a HookedTransformer or TransformerBridge, got 3": lambda: hl.find_circuit(3),
-        "triggers must be token ids or texts, got 0.5": lambda: hl.find_circuit(small, triggers=0.5),
+        "triggers must be a list of tokens, each a text or an id, got 0.5": lambda: hl.find_circuit(
+            small, triggers=0.5
+        ),
         "n_prompts must be an int, got 9.5": lambda: hl.find_circuit(small, n_prompts=9.5),
         "period must be an int, got None": lambda: hl.find_circuit(small, period=None),
-        "seed must be an int or a torch.Generator, got 'a'": lambda: hl.find_circuit(small, seed="a"),
+        "seed must be an int, a torch.Generator or None, got 'a'": lambda: hl.find_circuit(small, seed="a"),
     },
 )

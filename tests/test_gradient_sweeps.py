@@ -142,8 +142,9 @@ def test_it_is_patch_sweep_where_the_metric_is_linear_in_what_is_patched(uncheck
         (both, "post", 1),
     ):
         for direction in ("denoise", "noise"):
-            result = hooks.attribution_patch(
-                model, CLEAN, CORRUPTED, METRIC, components, direction=direction, layers=layers, compare=True
+            arguments = (model, CLEAN, CORRUPTED, METRIC, components, None, direction)
+            result = hooks.attribution_patch(*arguments, layers=layers).compare(
+                hooks.patch_sweep(*arguments, layers=layers)
             )
             assert result.max_error < 1e-10
             assert float(result.exact.effect.abs().max()) > 0.1
@@ -166,8 +167,13 @@ def test_the_error_vanishes_with_the_difference_between_the_prompts(direction, u
     for size in (1e-2, 1e-3, 1e-4):
         model, clean, corrupted = close_prompts(size)
         metric = hl.logit_diff(3, 2)
-        node = hooks.attribution_patch(model, clean, corrupted, metric, direction=direction, compare=True)
-        edge = hooks.edge_attribution(model, clean, corrupted, metric, "all", direction, steps=1, compare=True)
+        prompts_and_metric = (model, clean, corrupted, metric)
+        node = hooks.attribution_patch(*prompts_and_metric, direction=direction).compare(
+            hooks.patch_sweep(*prompts_and_metric, direction=direction)
+        )
+        edge = hooks.edge_attribution(*prompts_and_metric, "all", direction, steps=1).compare(
+            hooks.path_sweep(*prompts_and_metric, "all", direction)
+        )
         nodes.append(node.relative_error)
         edges.append(edge.relative_error)
     for errors in (nodes, edges):
@@ -273,7 +279,9 @@ def test_the_edges_out_of_the_embeddings_add_up_to_the_difference_between_the_ru
 
 def test_edges_into_the_last_reader_are_exact_where_it_is_linear():
     model = hooked(None, attn_only=True)
-    heads = hooks.edge_attribution(model, CLEAN, CORRUPTED, METRIC, "all", via=("v", "unembed"), steps=1, compare=True)
+    heads = hooks.edge_attribution(model, CLEAN, CORRUPTED, METRIC, "all", via=("v", "unembed"), steps=1).compare(
+        hooks.path_sweep(model, CLEAN, CORRUPTED, METRIC, "all", via=("v", "unembed"))
+    )
     late = [edge.via == "unembed" or edge.receiver.layer == 1 for edge in heads.exact.edges]
     assert float(heads.error[late].abs().max()) < 1e-10
     assert float(heads.error.abs().max()) > 1e-3
@@ -281,7 +289,7 @@ def test_edges_into_the_last_reader_are_exact_where_it_is_linear():
 
 def test_a_metric_that_is_flat_at_the_base_run_needs_more_than_one_step():
     model, from_clean = hooked("LN"), hl.metrics.kl("clean")
-    for attribute in (hooks.attribution_patch, functools.partial(hooks.edge_attribution, circuit="all")):
+    for attribute in (hooks.attribution_patch, functools.partial(hooks.edge_attribution, components="all")):
         one = attribute(model, CLEAN, CORRUPTED, from_clean, direction="noise", steps=1)
         assert float(one.effect.abs().max()) < 1e-12
         assert (
@@ -292,8 +300,8 @@ def test_a_metric_that_is_flat_at_the_base_run_needs_more_than_one_step():
 # What both have in common.
 
 ATTRIBUTE = {
-    "nodes": (hooks.attribution_patch, hooks.patch_sweep, {"components": ("z", "q")}),
-    "edges": (hooks.edge_attribution, hooks.path_sweep, {"circuit": CIRCUIT}),
+    "nodes": (hooks.attribution_patch, hooks.patch_sweep, {"activations": ("z", "q")}),
+    "edges": (hooks.edge_attribution, hooks.path_sweep, {"components": CIRCUIT}),
 }
 
 
@@ -307,11 +315,11 @@ def test_compare_gives_the_estimate_the_sweep_and_the_difference(both):
     attribute, sweep = both
     for model, direction in ((hooked("LN"), "denoise"), (native("LN")[0], "noise")):
         with torch.no_grad():
-            result = attribute(model, CLEAN, CORRUPTED, METRIC, direction=direction, compare=True)
             approximate = attribute(model, CLEAN, CORRUPTED, METRIC, direction=direction)
             exact = sweep(model, CLEAN, CORRUPTED, METRIC, direction=direction)
-            assert torch.equal(result.approximate.values, approximate.values)
-            assert torch.equal(result.exact.values, exact.values)
+            result = approximate.compare(exact)
+            assert result.approximate is approximate
+            assert result.exact is exact
             error = (approximate.values - exact.values).flatten()
             close(result.error.flatten(), error)
             assert result.max_error == pytest.approx(float(error.abs().max()))
@@ -326,7 +334,7 @@ def test_compare_gives_the_estimate_the_sweep_and_the_difference(both):
 
 
 def test_a_comparison_is_a_table_and_a_summary(both):
-    result = both[0](hooked("LN"), CLEAN, CORRUPTED, METRIC, compare=True)
+    result = both[0](hooked("LN"), CLEAN, CORRUPTED, METRIC).compare(both[1](hooked("LN"), CLEAN, CORRUPTED, METRIC))
     frame = result.to_pandas()
     assert list(frame.columns[-3:]) == ["estimate", "exact", "error"]
     assert not {"value", "effect", "normalised"} & set(frame.columns)
@@ -413,8 +421,9 @@ def test_the_users_hooks_take_part(both):
     model, kept = hooked(None, attn_only=True), ("v", "unembed")
     model.hook_dict["blocks.0.attn.hook_z"].add_perma_hook(lambda z, hook: z * 1.5)
     model.hook_dict["blocks.1.hook_resid_post"].add_hook(lambda x, hook: 2 * x + 0.25)
-    options = {"via": kept, "circuit": "all"} if attribute.func is hooks.edge_attribution else {"components": "v"}
-    result = attribute(model, CLEAN, CORRUPTED, METRIC, compare=True, **options, steps=1)
+    options = {"via": kept, "components": "all"} if attribute.func is hooks.edge_attribution else {"activations": "v"}
+    exact = sweep(model, CLEAN, CORRUPTED, METRIC, **options)
+    result = attribute(model, CLEAN, CORRUPTED, METRIC, **options, steps=1).compare(exact)
     late = [edge.receiver == "unembed" or edge.receiver.layer == 1 for edge in getattr(result.exact, "edges", ())]
     error = result.error[late] if late else result.error[:, 1]
     assert float(error.abs().max()) < 1e-10
@@ -465,9 +474,17 @@ def each_refuses(**changed):
     raise second.value
 
 
+def estimate(**options):
+    return hooks.attribution_patch(hooked(), CLEAN, CORRUPTED, METRIC, "z", **options)
+
+
 test_a_wrong_type_is_refused = refused(
     TypeError,
     {
+        "approximate and exact must be results of one kind, got a Sweep and a PathSweep": lambda: estimate().compare(
+            hooks.path_sweep(hooked(), CLEAN, CORRUPTED, METRIC, HEADS)
+        ),
+        "approximate and exact must be results of one kind, got a Sweep and a str": lambda: estimate().compare("exact"),
         "metric 'number' must give a tensor that torch can differentiate, got .*\\.item\\(\\)": lambda: each_refuses(
             metric=hl.Metric("number", lambda logits: logits[..., 0].detach())
         ),
@@ -480,7 +497,7 @@ test_a_wrong_type_is_refused = refused(
         "metric must be a hijack_lens Metric or a function of logits, got 3": lambda: each_refuses(metric=3),
         "steps must be an int, got 1.5": lambda: each_refuses(steps=1.5),
         "model must be a HookedTransformer or TransformerBridge": lambda: each_refuses(model="gpt2"),
-        "circuit must be a Circuit, components, or 'all', got 3": lambda: hooks.edge_attribution(
+        'components must be a Component, .* a Circuit, .* or "all"; got 3': lambda: hooks.edge_attribution(
             hooked(), CLEAN, CORRUPTED, METRIC, 3
         ),
     },
@@ -495,7 +512,7 @@ test_a_wrong_value_is_refused = refused(
             clean=CLEAN[:, 1:]
         ),
         "reads position 7; the prompts have 5": lambda: each_refuses(metric=hl.logit_diff(0, 1, position=7)),
-        "components must be among .* got 'hook_z'": lambda: hooks.attribution_patch(
+        "activations must be among .* got 'hook_z'": lambda: hooks.attribution_patch(
             hooked(), CLEAN, CORRUPTED, METRIC, "hook_z"
         ),
         "does not honour edits at 'blocks.0.attn.hook_pattern'": lambda: hooks.attribution_patch(
@@ -504,18 +521,23 @@ test_a_wrong_value_is_refused = refused(
         "via='k': this model's heads share keys": lambda: hooks.edge_attribution(
             hooked_twin(BOOTED["Llama"]()), CLEAN, CORRUPTED, METRIC, "all"
         ),
-        "the circuit's components have no such inputs": lambda: hooks.edge_attribution(
+        "the components have no such inputs": lambda: hooks.edge_attribution(
             hooked(), CLEAN, CORRUPTED, METRIC, MLPS[0], via="q"
         ),
-        "component L0H5 is head 5": lambda: hooks.edge_attribution(
+        "components: L0H5 is head 5": lambda: hooks.edge_attribution(
             hooked(), CLEAN, CORRUPTED, METRIC, [HEADS[0], hl.Component(0, "head", 5)]
         ),
-        "approximate and exact must be of the same patches, got shapes": lambda: hooks.Comparison(
+        "approximate and exact must be of the same patches, got activations": lambda: hooks.Comparison(
             *(
                 hooks.patch_sweep(hooked(), CLEAN, CORRUPTED, METRIC, components, "all")
                 for components in ("attn_out", ("attn_out", "mlp_out"))
             )
         ),
+        "of the same patches, got positions": lambda: estimate().compare(estimate(positions=[0])),
+        "of the same patches, got direction denoise and noise": lambda: estimate().compare(estimate(direction="noise")),
+        "of the same patches, got edges": lambda: hooks.edge_attribution(
+            hooked(), CLEAN, CORRUPTED, METRIC, HEADS
+        ).compare(hooks.path_sweep(hooked(), CLEAN, CORRUPTED, METRIC, HEADS[:2])),
     },
 )
 

@@ -446,7 +446,7 @@ def test_text_is_a_source_by_the_models_own_tokenizer(name, unchecked):
 def test_components_that_a_family_lacks_are_refused_by_name(models):
     model, _, _ = models
     for component, message_ in (
-        (hl.Component(2, "mlp"), "component L2MLP is in layer 2; the model has 2"),
+        (hl.Component(2, "mlp"), "L2MLP is in layer 2; the model has 2"),
         (hl.Component(0, "head", model.cfg.n_heads), f"head {model.cfg.n_heads}; the model has {model.cfg.n_heads}"),
     ):
         for make in (

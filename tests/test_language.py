@@ -369,14 +369,14 @@ TYPE_ERRORS = {
     r"max_vocab must be an int, got 2\.5": lambda: Language.from_text("abc", max_vocab=2.5),
     r"d_vocab must be an int, got 5\.0": lambda: Language.dirichlet(5.0),
     "concentration must be .* got 'high'": lambda: Language.dirichlet(5, "high"),
-    r"seed must be an int or a torch\.Generator, got 0\.5": lambda: Language.dirichlet(5, seed=0.5),
+    r"seed must be an int, a torch\.Generator or None, got 0\.5": lambda: Language.dirichlet(5, seed=0.5),
     "floor must .* got 'low'": lambda: abcd().floored("low"),
     "token must be a token's text or its id, got True": lambda: abcd().index(True),
     r"tokens must hold integer token ids, got dtype torch\.float": lambda: abcd().decode([0.5]),
     "tokens must be a tensor of token ids, got str": lambda: abcd().decode("ab"),
     r"n_sequences must be an int, got 2\.0": lambda: sample(2.0, 5),
     r"trigger.* got 1\.5": lambda: sample(2, 5, 1.5),
-    "seed must be an int or a torch.Generator, got None": lambda: sample(2, 5, seed=None),
+    "seed must be an int, a torch.Generator or None, got True": lambda: sample(2, 5, seed=True),
 }
 
 

@@ -66,7 +66,7 @@ def test_the_table_is_what_single_tokens_make_of_the_weights(name):
     assert both.components == tuple(MLPS)
     close(memory_matrix(model, part="weights").values, centred(logits), atol)
     keys, values = [4, 0, 2], [5, 1]
-    some = memory_matrix(model, MLPS[1], keys=keys, values=values)
+    some = memory_matrix(model, MLPS[1], key_tokens=keys, value_tokens=values)
     close(some.values, centred(wrote[1][keys][:, values]), atol)
     assert wrote.abs().max() > 0.1
 
@@ -207,10 +207,10 @@ test_values_refused = refused(
     {
         "part must be one of 'memory', 'weights', got 'all'": lambda: memory_matrix(MODEL, part="all"),
         "components must not be given with part='weights'": lambda: memory_matrix(MODEL, MLPS, part="weights"),
-        "component must be one or several different MLPs": lambda: memory_matrix(MODEL, ()),
-        "component must name an MLP": lambda: memory_matrix(gpt2_like()),
-        "keys holds token id 9": lambda: memory_matrix(MODEL, keys=[9]),
-        "values holds token id 8": lambda: memory_matrix(MODEL, values=[8]),
+        "components must name at least one, got none": lambda: memory_matrix(MODEL, ()),
+        "components must be given, since the model has no circuit that names any": lambda: memory_matrix(gpt2_like()),
+        "key_tokens holds token id 9": lambda: memory_matrix(MODEL, key_tokens=[9]),
+        "value_tokens holds token id 8": lambda: memory_matrix(MODEL, value_tokens=[8]),
         "language must be one of 'model', got 'English'": lambda: memory_matrix(MODEL, language="English"),
         "language must have the model's 7 tokens, got 8": lambda: memory_matrix(
             MODEL, language=hl.BigramLanguage.dirichlet(8)
@@ -226,7 +226,7 @@ test_types_refused = refused(
     TypeError,
     {
         "language must be a BigramLanguage, got 3": lambda: memory_matrix(MODEL, language=3),
-        "component must be a Component": lambda: memory_matrix(MODEL, 3),
+        "components must be a Component": lambda: memory_matrix(MODEL, 3),
     },
 )
 
@@ -235,6 +235,6 @@ def test_tables_beyond_memory_are_refused(monkeypatch):
     from hijack_lens.memories import matrix as module
 
     monkeypatch.setattr(module, "_MOST_CELLS", 20)
-    with pytest.raises(ValueError, match="keys and values must be fewer: 7 by 7 cells are over 20"):
+    with pytest.raises(ValueError, match="key_tokens and value_tokens must be fewer: 7 by 7 cells are over 20"):
         memory_matrix(MODEL)
-    assert memory_matrix(MODEL, keys=[1, 2]).values.shape == (2, 7)
+    assert memory_matrix(MODEL, key_tokens=[1, 2]).values.shape == (2, 7)

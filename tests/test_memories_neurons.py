@@ -73,8 +73,8 @@ def test_keys_and_values_are_those_of_single_tokens_and_weights(name):
     for layer in range(model.cfg.n_layers):
         result = memory_neurons(model, hl.Component(layer, "mlp"), k=d_vocab)
         pre, post = (seen[f"blocks.{layer}.mlp.hook_{leaf}"] for leaf in ("pre", "post"))
-        close(by_token(result.keys, result.pre).T, pre, atol)
-        close(by_token(result.keys, result.post).T, post, atol)
+        close(by_token(result.key_tokens, result.pre).T, pre, atol)
+        close(by_token(result.key_tokens, result.post).T, post, atol)
         close(result.on, (pre > 0).double().mean(0), atol=1e-12)
         writes = written_by(plain, layer)
         close(by_token(result.promoted, result.promoted_logits), writes)
@@ -91,14 +91,14 @@ def test_each_neuron_of_the_handwritten_memory_holds_one_row_of_log_pi_b():
     model = handwritten(d_vocab=9, strengths=hl.Strengths(bigram=2.0))
     result = memory_neurons(model, k=3)
     assert result.component == model.circuit.bigram[0]
-    assert result.keys[:, 0].tolist() == list(range(9))
+    assert result.key_tokens[:, 0].tolist() == list(range(9))
     close(result.post, torch.eye(3, dtype=torch.float64)[:1].expand(9, -1))
     close(result.on, torch.full((9,), 1 / 9, dtype=torch.float64))
     expected = 2 * model.language.log_pi_b
     expected = expected - expected.mean(1, keepdim=True)
     top = expected.topk(3)
     assert torch.equal(result.promoted, top.indices)
-    assert torch.equal(result.values, top.indices)
+    assert torch.equal(result.value_tokens, top.indices)
     close(result.value_logits, top.values)
     close(result.strength, expected.square().mean(1).sqrt())
     assert result.strongest(2) == result.strength.topk(2).indices.tolist()
@@ -110,7 +110,7 @@ def test_what_the_neurons_write_sums_to_the_memory(seed):
     model = hooked(None, "relu", seed=seed)
     d_vocab = model.cfg.d_vocab
     result = memory_neurons(model, k=d_vocab)
-    post = by_token(result.keys, result.post).T
+    post = by_token(result.key_tokens, result.post).T
     bias = model.blocks[1].mlp.b_out @ model.W_U
     whole = post @ by_token(result.promoted, result.promoted_logits) + (bias - bias.mean()).detach()
     close(memory_matrix(model).values, whole)
@@ -134,7 +134,7 @@ def test_neurons_that_no_token_turns_on_name_those_that_come_closest():
         model.blocks[1].mlp.W_in[:, 0] *= 4
     result = memory_neurons(model, k=2)
     assert (result.post[1:] == 0).all()
-    assert result.keys[:, 0].tolist() == list(range(7))
+    assert result.key_tokens[:, 0].tolist() == list(range(7))
     close(result.pre[:, 0], torch.tensor([2.0] + [-1.0] * 6, dtype=torch.float64))
     assert "none" in repr(result)
 
@@ -149,11 +149,11 @@ def test_the_vocabulary_and_the_neurons_may_be_taken_in_parts(monkeypatch):
         assert torch.equal(getattr(parts, name), getattr(whole, name))
     for name in ("pre", "post", "on", "promoted_logits", "suppressed_logits", "spread"):
         close(getattr(parts, name), getattr(whole, name), atol=1e-13)
-    some = memory_neurons(model, neurons=[4, 1], keys=[5, 2, 3], k=8)
-    assert some.keys.shape == (2, 3)
+    some = memory_neurons(model, neurons=[4, 1], key_tokens=[5, 2, 3], k=8)
+    assert some.key_tokens.shape == (2, 3)
     assert some.n_keys == 3
     everything = memory_neurons(model, k=7)
-    rows, columns = by_token(everything.keys, everything.post)[[4, 1]], [2, 3, 5]
+    rows, columns = by_token(everything.key_tokens, everything.post)[[4, 1]], [2, 3, 5]
     assert torch.equal(some.post.abs(), rows[:, columns].abs().sort(descending=True).values)
 
 
@@ -216,18 +216,18 @@ MODEL = hooked()
 test_values_refused = refused(
     ValueError,
     {
-        "component must be an MLP, got L0H1": lambda: memory_neurons(MODEL, hl.Component(0, "head", 1)),
-        "component L5MLP is in layer 5; the model has 2": lambda: memory_neurons(MODEL, hl.Component(5, "mlp")),
-        "component must name an MLP, since this model has no circuit": lambda: memory_neurons(gpt2_like()),
-        "component must be one MLP, got L0MLP, L1MLP": lambda: memory_neurons(MODEL, MLPS),
+        "components must be MLPs, got L0H1": lambda: memory_neurons(MODEL, hl.Component(0, "head", 1)),
+        "components: L5MLP is in layer 5; the model has 2": lambda: memory_neurons(MODEL, hl.Component(5, "mlp")),
+        "components must be given, since the model has no circuit": lambda: memory_neurons(gpt2_like()),
+        "components must be one MLP, got L0MLP, L1MLP": lambda: memory_neurons(MODEL, MLPS),
         "blocks have no MLPs": lambda: memory_neurons(hooked(attn_only=True), MLPS[0]),
         "neurons must be .* below d_mlp=10, got \\[10\\]": lambda: memory_neurons(MODEL, neurons=[10]),
         "neurons must be one or several": lambda: memory_neurons(MODEL, neurons=[]),
-        "keys holds token id 7": lambda: memory_neurons(MODEL, keys=[7]),
+        "key_tokens holds token id 7": lambda: memory_neurons(MODEL, key_tokens=[7]),
         "k must be at least 1, got 0": lambda: memory_neurons(MODEL, k=0),
         "model caps its logits": lambda: memory_neurons(hooked(output_logits_soft_cap=5.0)),
         "logits are not its last residual stream .* a factor follows": lambda: memory_neurons(with_factor()),
-        "keys must have shape|pre must have shape": lambda: replace(memory_neurons(MODEL), pre=torch.zeros(2, 2)),
+        "key_tokens must have shape|pre must have shape": lambda: replace(memory_neurons(MODEL), pre=torch.zeros(2, 2)),
     },
 )
 test_types_refused = refused(

@@ -344,11 +344,11 @@ test_values = refused(
 test_types = refused(
     TypeError,
     {
-        r"answer must be a token's id or text, or one per prompt, got 1\.5": lambda: hl.logit_diff(1.5, 0),
+        r"answer must be tokens, each a text or an id, got 1\.5": lambda: hl.logit_diff(1.5, 0),
         "foil must be .* got True": lambda: hl.logit_diff(0, True),
         "answer must be .* got None": lambda: metrics.prob(None),
-        r"answer must be .* got \[0, 0\.5": lambda: metrics.log_prob([0, 0.5]),
-        r"answer must be .* got tensor\(\[1\.,": lambda: metrics.log_prob(torch.tensor([1.0, 2.0])),
+        r"answer must be .* got 0\.5": lambda: metrics.log_prob([0, 0.5]),
+        r"answer must be .* got tensor\(1\.": lambda: metrics.log_prob(torch.tensor([1.0, 2.0])),
         "position must be an int, got 'last'": lambda: metrics.prob(0, "last"),
         "position must be an int, got True": lambda: metrics.kl("clean", True),
         r"position must be an int, got 1\.0": lambda: hl.Metric("x", lambda logits: logits.sum(-1), 1.0),

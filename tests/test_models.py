@@ -464,7 +464,7 @@ TYPE_ERRORS = {
     "d_model must be an int, got '9'": lambda: construct(d_model="9"),
     "dtype must be a floating-point torch.dtype, got torch.int64": lambda: construct(dtype=torch.int64),
     "dtype must be a .* got 'float32'": lambda: construct(dtype="float32"),
-    "seed must be an int or a torch.Generator, got None": lambda: construct(seed=None),
+    "seed must be an int, a torch.Generator or None, got '0'": lambda: construct(seed="0"),
     "n_ctx_train must be an int, got 2.5": lambda: absolute(n_ctx_train=2.5),
     "text must be a string, got int": lambda: GOOD([1, 2]),
 }

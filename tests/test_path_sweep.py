@@ -329,10 +329,13 @@ test_wrong_types = refused(
         ),
         "metric must give one number per run, got 'x'": lambda: path_sweep(hooked(), CLEAN, CORRUPTED, lambda _: "x"),
         "model must be a HookedTransformer or TransformerBridge, got 1": lambda: sweep_of(1, CLEAN, CORRUPTED),
-        "circuit must be a Circuit, components, or 'all', got 7": lambda: sweep_of(
-            hooked(), CLEAN, CORRUPTED, circuit=7
+        'components must be a Component, .* a Circuit, .* or "all"; got 7': lambda: sweep_of(
+            hooked(), CLEAN, CORRUPTED, components=7
         ),
-        "circuit must hold Components, got 'L0H1'": lambda: sweep_of(hooked(), CLEAN, CORRUPTED, circuit=["L0H1"]),
+        r"components must be a Component, .* got \(0, 1\)": lambda: sweep_of(
+            hooked(), CLEAN, CORRUPTED, components=[(0, 1)]
+        ),
+        "circuit must be a Circuit, got 'L0H1'": lambda: sweep_of(hooked(), CLEAN, CORRUPTED, circuit="L0H1"),
         "via must be one or several of 'q', .*, got 2": lambda: sweep_of(hooked(), CLEAN, CORRUPTED, via=2),
     },
 )
@@ -346,19 +349,21 @@ test_wrong_values = refused(
         "direction must be one of 'denoise', 'noise', got 'up'": lambda: sweep_of(
             hooked(), CLEAN, CORRUPTED, direction="up"
         ),
-        "circuit must be given, since the model has none of its own: a Circuit, components, or 'all'": lambda: sweep_of(
+        "components must be given, since the model has no circuit": lambda: sweep_of(
             without_circuit(), CLEAN, CORRUPTED
         ),
-        "circuit must be one of 'all', got 'both'": lambda: sweep_of(hooked(), CLEAN, CORRUPTED, circuit="both"),
-        "circuit must hold at least one component, got none": lambda: sweep_of(
-            hooked(), CLEAN, CORRUPTED, circuit=hl.Circuit()
+        "components must be a Component, .* got 'both'": lambda: sweep_of(
+            hooked(), CLEAN, CORRUPTED, components="both"
         ),
-        "component L2H0 is in layer 2; the model has 2": lambda: sweep_of(
-            hooked(), CLEAN, CORRUPTED, circuit=hl.Component(2, "head", 0)
+        "components must name at least one, got none": lambda: sweep_of(
+            hooked(), CLEAN, CORRUPTED, components=hl.Circuit()
+        ),
+        "components: L2H0 is in layer 2; the model has 2": lambda: sweep_of(
+            hooked(), CLEAN, CORRUPTED, components=hl.Component(2, "head", 0)
         ),
         "via must be one of 'q', .*, got 'z'": lambda: sweep_of(hooked(), CLEAN, CORRUPTED, via=("q", "z")),
-        "via='mlp_in': the circuit's components have no such inputs": lambda: sweep_of(
-            hooked(), CLEAN, CORRUPTED, circuit=HEADS, via="mlp_in"
+        "via='mlp_in': the components have no such inputs": lambda: sweep_of(
+            hooked(), CLEAN, CORRUPTED, components=HEADS, via="mlp_in"
         ),
         "metric 'logit 1 − logit 2' reads position 9; the prompts have 6": lambda: path_sweep(
             hooked(), CLEAN, CORRUPTED, hl.logit_diff(1, 2, position=9)

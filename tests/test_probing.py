@@ -311,7 +311,7 @@ test_bad_input_is_refused = refused(
         "facts must hold at least one, got none": lambda: dose_response(plain(), [], 4),
         "fact is text, but the model has no tokenizer": lambda: fact_prompts(plain(), Fact("a", "b", "c")),
         "bigram holds the text 'a', but the model has no tokenizer": lambda: fact_prompts(plain(), Bigram("a", 2, 3)),
-        "bigram must be distinct": lambda: fact_prompts(plain(), Bigram(1, 3, 3)),
+        "bigram must be one or several different tokens": lambda: fact_prompts(plain(), Bigram(1, 3, 3)),
         "bigram holds 'one two', which is not a single": lambda: fact_prompts(gpt2_like(), Bigram("one two", 4, 5)),
         f"bigram holds token id {BRIDGE_VOCAB};": lambda: fact_prompts(gpt2_like(), Bigram(1, 2, BRIDGE_VOCAB)),
         "lead must not hold the trigger 1": lambda: fact_prompts(plain(), Bigram(1, 2, 3), 3, lead=[4, 1]),

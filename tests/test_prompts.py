@@ -161,7 +161,7 @@ TYPE_ERRORS = {
     r"repeats must be an int, got 2\.0": lambda: ask(repeats=2.0),
     "length must be an int, got True": lambda: ask(length=True),
     "distance must be an int, got '3'": lambda: ask(distance="3"),
-    "seed must be an int or a torch.Generator, got None": lambda: ask(seed=None),
+    "seed must be an int, a torch.Generator or None, got 0.5": lambda: ask(seed=0.5),
 }
 
 

@@ -24,6 +24,7 @@ from hijack_lens.attribution.shapley_coalitions import (
     shapley_interactions,
     shapley_values,
 )
+from hijack_lens.core.inputs import Player
 from hijack_lens.core.statistics import student_quantile
 
 METRIC = hl.logit_diff(1, 2)
@@ -211,7 +212,7 @@ def test_where_only_pairs_interact_what_is_left_of_a_value_is_what_the_player_do
     result = hl.ShapleyValues(
         values=shapley_values(table),
         interactions=shapley_interactions(table),
-        players=tuple(hl.attribution.players.Player(str(i), ("hook_embed",)) for i in range(5)),
+        players=tuple(Player(str(i), ("hook_embed",)) for i in range(5)),
         metric="any",
         how="zero",
         full=float(table[-1]),
@@ -578,7 +579,7 @@ test_values = refused(
         "max_exact must be at least 0, got -1": refuse(max_exact=-1),
         "n_samples must be at least 10, got 9": refuse(n_samples=9),
         "memory_gb must be a finite number > 0, got 0": refuse(memory_gb=0),
-        "component L2MLP is in layer 2; the model has 2": refuse(METRIC, [hl.Component(2, "mlp")]),
+        "components: L2MLP is in layer 2; the model has 2": refuse(METRIC, [hl.Component(2, "mlp")]),
         "'blocks.0.hook_mlp_uot' is not a hook point .*blocks.0.hook_mlp_out": refuse(METRIC, "blocks.0.hook_mlp_uot"),
         "'blocks.0.attn.hook_result' never fires": refuse(METRIC, "blocks.0.attn.hook_result"),
         "does not honour edits at 'blocks.0.attn.hook_pattern'": refuse(
@@ -612,14 +613,14 @@ test_types = refused(
         "model must be a HookedTransformer or TransformerBridge, got 3": refuse(model=3),
         "metric must be a hijack_lens Metric or a function of logits, got 'margin'": refuse("margin"),
         "metric must give one number per run, got a tensor of shape": refuse(lambda logits: logits),
-        "components must be a Circuit, Components, names .* got 3": refuse(METRIC, 3),
-        r"components must hold Components or names of hook points, got \(0, 1\)": refuse(METRIC, [(0, 1)]),
-        r"components\['a'\] must be a Circuit, .* got 3": refuse(METRIC, {"a": 3}),
+        "components must be a Component, .* a Circuit, .* or names of hook points; got 3": refuse(METRIC, 3),
+        r"components must be a Component, .* or names of hook points; got \(0, 1\)": refuse(METRIC, [(0, 1)]),
+        r"components\['a'\] must be a Component, .* got 3": refuse(METRIC, {"a": 3}),
         "components must have names as keys, got 0": refuse(METRIC, {0: PLAYERS}),
         "max_exact must be an int, got 2.5": refuse(max_exact=2.5),
         "n_samples must be an int, got 'many'": refuse(n_samples="many"),
         "interactions must be True or False, got 1": refuse(interactions=1),
-        "seed must be an int or a torch.Generator, got 'x'": refuse(seed="x"),
+        "seed must be an int, a torch.Generator or None, got 'x'": refuse(seed="x"),
         "memory_gb must be a number, got '1'": refuse(memory_gb="1"),
         "prompt must be a tensor of token ids, got NoneType": lambda: hl.shapley(hooked(), None, METRIC),
     },

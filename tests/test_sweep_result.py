@@ -53,8 +53,8 @@ def unit_labels(sweep):
     return sweep.units if sweep.unit else (None,)
 
 
-def test_the_axes_are_components_layers_positions_and_units(sweeps):
-    axes = ("component", "layer", "position")
+def test_the_axes_are_activations_layers_positions_and_units(sweeps):
+    axes = ("activation", "layer", "position")
     expected = {
         "denoise": (axes, ("resid_pre", "attn_out", "mlp_out"), (0, 1, 2), (0, 1, 2, 3), None, ()),
         "heads": ((*axes, "head"), ("z", "pattern"), (2, 0), (3, 0), "head", (1,)),
@@ -64,7 +64,7 @@ def test_the_axes_are_components_layers_positions_and_units(sweeps):
     }
     for kind, labels in expected.items():
         sweep = sweeps[kind]
-        assert (sweep.axes, sweep.components, sweep.layers, sweep.positions, sweep.unit, sweep.units) == labels
+        assert (sweep.axes, sweep.activations, sweep.layers, sweep.positions, sweep.unit, sweep.units) == labels
         sizes = [len(one) for one in labels[1:4]] + ([len(labels[5])] if labels[4] else [])
         assert list(sweep.values.shape) == sizes
     assert sweeps["denoise"].values.dtype == torch.float64
@@ -123,7 +123,7 @@ def test_there_is_no_such_scale_for_ablations_nor_where_both_runs_score_alike(mo
 def test_a_component_alone_is_a_sweep(sweeps):
     for at, component in enumerate(("q", "k", "v")):
         one = sweeps["all"][component]
-        assert one.components == (component,)
+        assert one.activations == (component,)
         assert torch.equal(one.values, sweeps["all"].values[at : at + 1])
         assert (one.layers, one.positions, one.units, one.base) == ((0, 1, 2), (None,), (0, 1), sweeps["all"].base)
         assert one.axes == sweeps["all"].axes
@@ -139,12 +139,12 @@ def test_the_table_has_a_row_per_patch(sweep):
     expected[3:3] = ["token"] if sweep.texts else []
     assert list(frame.columns) == expected
     rows = iter(frame.itertuples(index=False))
-    for c, component in enumerate(sweep.components):
+    for c, component in enumerate(sweep.activations):
         for i, layer in enumerate(sweep.layers):
             for p, position in enumerate(sweep.positions):
                 for u, unit in enumerate(unit_labels(sweep)):
                     row, value = next(rows), float(sweep.values[c, i, p] if unit is None else sweep.values[c, i, p, u])
-                    assert (row.component, row.layer, row.value) == (component, layer, value)
+                    assert (row.activation, row.layer, row.value) == (component, layer, value)
                     assert row.position == position or (position is None and pd.isna(row.position))
                     assert row.effect == pytest.approx(value - sweep.base, abs=1e-6)
                     assert unit is None or getattr(row, sweep.unit) == unit
@@ -161,13 +161,13 @@ def test_half_precision_has_a_table_too():
 
 def test_its_repr_names_the_largest_effects(sweeps):
     text = repr(sweeps["heads"]).splitlines()
-    assert text[0].startswith("Sweep(component=2, layer=2, position=2, head=1) of logit 1 − logit 2, denoise, by ")
+    assert text[0].startswith("Sweep(activation=2, layer=2, position=2, head=1) of logit 1 − logit 2, denoise, by ")
     assert f"unpatched: {sweeps['heads'].base:.4g}, source run: {sweeps['heads'].source:.4g}" in text[0]
     assert len(text) == 6
     frame = sweeps["heads"].to_pandas()
     frame = frame.iloc[frame["effect"].abs().sort_values(ascending=False, kind="stable").index]
     for line, row in zip(text[1:], frame.itertuples(), strict=False):
-        place = f"  {row.component} layer {row.layer} head {row.head}, position {row.position}: "
+        place = f"  {row.activation} layer {row.layer} head {row.head}, position {row.position}: "
         assert line == f"{place}{row.value:.4g} ({row.effect:+.4g})"
     assert "source run" not in repr(sweeps["ablate"])
     assert "ablate" in repr(sweeps["ablate"])
@@ -198,8 +198,8 @@ def test_a_sweep_comes_back_bit_by_bit(sweep, tmp_path):
     assert repr(loaded) == repr(sweep)
     pd.testing.assert_frame_equal(loaded.to_pandas(), sweep.to_pandas())
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    loaded["attn_out" if "attn_out" in sweep.components else sweep.components[0]].save(str(path))  # over itself
-    assert len(Sweep.load(str(path)).components) == 1
+    loaded["attn_out" if "attn_out" in sweep.activations else sweep.activations[0]].save(str(path))  # over itself
+    assert len(Sweep.load(str(path)).activations) == 1
 
 
 def rewritten(path, change_header=lambda header: None, change_tensors=lambda tensors: None):
@@ -273,11 +273,11 @@ def test_what_is_drawn_are_the_values(kind, sweeps):
     ways = [(None, sweep.effect)] if kind == "ablate" else [(None, sweep.normalised), (False, sweep.effect)]
     for normalised, shown in ways:
         _, maps = maps_of(sweep, normalised)
-        assert tuple(maps) == sweep.components
+        assert tuple(maps) == sweep.activations
         # "No effect" is the middle of the colours.
         nothing = 1.0 if kind in ("noise", "neurons") and normalised is None else 0.0
         reach = float((shown - nothing).abs().max())
-        for at, component in enumerate(sweep.components):
+        for at, component in enumerate(sweep.activations):
             image = maps[component].images[0]
             rows = [
                 shown[at, i, :, u] if sweep.unit else shown[at, i]
@@ -327,7 +327,7 @@ def made(n_components, n_layers, n_positions, **options):
     return Sweep(
         **{
             "values": torch.rand(n_components, n_layers, n_positions, generator=torch.Generator().manual_seed(0)),
-            "components": tuple(f"part {i}" for i in range(n_components)),
+            "activations": tuple(f"part {i}" for i in range(n_components)),
             "layers": tuple(range(n_layers)),
             "positions": tuple(range(n_positions)),
             "unit": None,
@@ -347,12 +347,12 @@ def test_any_shape_can_be_drawn(shape):
     sweep = made(*shape)
     _, maps = maps_of(sweep)
     assert len(maps) == shape[0]
-    for at, component in enumerate(sweep.components):
+    for at, component in enumerate(sweep.activations):
         close(torch.as_tensor(maps[component].images[0].get_array().filled()), sweep.normalised[at].double(), atol=1e-6)
-    ticks = maps[sweep.components[0]].get_yticklabels()
+    ticks = maps[sweep.activations[0]].get_yticklabels()
     assert 0 < len(ticks) <= 60
     assert all(tick.get_text() == f"L{round(tick.get_position()[1])}" for tick in ticks)
-    lowest = maps[sweep.components[-1]]
+    lowest = maps[sweep.activations[-1]]
     assert 0 < len(lowest.get_xticklabels()) <= 60
     assert lowest.get_xlabel() == "position"
     assert all(tick.get_text() == str(round(tick.get_position()[0])) for tick in lowest.get_xticklabels())
@@ -372,7 +372,7 @@ test_labels_that_do_not_fit_are_refused = refused(
     ValueError,
     {
         r"values must have shape \(2, 3, 4\), got \(2, 3, 5\)": lambda: made(2, 3, 4, values=torch.zeros(2, 3, 5)),
-        r"values must have shape \(1, 3, 4\), got \(2, 3, 4\)": lambda: made(2, 3, 4, components=("z",)),
+        r"values must have shape \(1, 3, 4\), got \(2, 3, 4\)": lambda: made(2, 3, 4, activations=("z",)),
         r"values must have shape \(2, 3, 4, 2\), got \(2, 3, 4\)": lambda: made(2, 3, 4, unit="head", units=(0, 1)),
         r"values must have shape \(2, 3, 1\), got \(2, 3, 4\)": lambda: made(2, 3, 4, positions=(None,)),
     },

@@ -156,8 +156,8 @@ def n_units(model, component):
 def agrees(model, components, **plan):
     """A denoising sweep equals the loop, in whatever way it is computed by default; the sweep."""
     sweep = patch_sweep(model, CLEAN, CORRUPTED, hl.logit_diff(1, 2), components, **plan)
-    units = (None,) if sweep.unit is None else range(n_units(model, sweep.components[0]))
-    expected = measured(looped(model, CORRUPTED, cached(model, CLEAN), sweep.components, units=units), difference(-1))
+    units = (None,) if sweep.unit is None else range(n_units(model, sweep.activations[0]))
+    expected = measured(looped(model, CORRUPTED, cached(model, CLEAN), sweep.activations, units=units), difference(-1))
     close(sweep.values, expected.view_as(sweep.values), atol=1e-10)
     assert sweep.effect.abs().max() > 0.05
     return sweep
@@ -329,7 +329,7 @@ def test_sweeps_of_any_part_of_any_model_on_any_prompts_are_the_loop(model, data
         close(
             sweep.values, expected.squeeze(-1) if n is None else expected, 1e-10 * max(1, float(expected.abs().max()))
         )
-        assert sweep.components == tuple(components)
+        assert sweep.activations == tuple(components)
         assert sweep.layers == tuple(front)
         assert sweep.positions == tuple(None if p is None else p % length for p in listed)
         assert sweep.units == (() if n is None else tuple(unit % n for unit in units))
@@ -703,7 +703,7 @@ WRONGLY_OPENED = {  # a part that the engine would have got wrong, and where tha
 )
 def test_a_part_that_is_not_what_the_model_computes_is_noticed(name, part, monkeypatch):
     model, (change, where) = shared(name), WRONGLY_OPENED[part]
-    sweep = functools.partial(patch_sweep, model, CLEAN, CORRUPTED, components="attn_out", positions=0, layers=0)
+    sweep = functools.partial(patch_sweep, model, CLEAN, CORRUPTED, activations="attn_out", positions=0, layers=0)
     right = sweep(hl.logit_diff(1, 2))
     assert right.method == "incremental"
     opening = api.open_model
@@ -1023,13 +1023,13 @@ def ablating(**options):
 test_what_makes_no_sense_is_refused = refused(
     ValueError,
     {
-        "components must be among 'resid_pre', .*, got 'attn'": patching(components="attn"),
-        "components must be among .*got 'hook_z'": patching(components=["z", "hook_z"]),
-        "components must all have heads, all have neurons, or neither: sweep z, mlp_out": patching(
-            components=("z", "mlp_out")
+        "activations must be among 'resid_pre', .*, got 'attn'": patching(activations="attn"),
+        "activations must be among .*got 'hook_z'": patching(activations=["z", "hook_z"]),
+        "activations must all have heads, all have neurons, or neither: sweep z, mlp_out": patching(
+            activations=("z", "mlp_out")
         ),
-        "components must all have heads.*: sweep post, z": patching(components=("post", "z")),
-        "components must have equally many heads.*q has 4, k has 2": patching(model="grouped", components=("q", "k")),
+        "activations must all have heads.*: sweep post, z": patching(activations=("post", "z")),
+        "activations must have equally many heads.*q has 4, k has 2": patching(model="grouped", activations=("q", "k")),
         "clean and corrupted must have one shape .*\\(2, 4\\) and \\(2, 3\\)": patching(corrupted=CORRUPTED[:, :3]),
         "clean and corrupted must have one shape .*\\(2, 4\\) and \\(1, 4\\)": patching(corrupted=CORRUPTED[:1]),
         "clean is text, but the model has no tokenizer": patching(clean="one two"),
@@ -1041,10 +1041,10 @@ test_what_makes_no_sense_is_refused = refused(
         "layers holds 3; the model has 3": patching(layers=3),
         "layers holds -4": patching(layers=[0, -4]),
         "layers must hold at least one": patching(layers=[]),
-        "units holds 2; the model has 2": patching(components="z", units=2),
-        "units holds 10; the model has 10": patching(components="post", units=range(11)),
-        "units holds 2; the model has 2 *$": patching(model="grouped", components="k", units=[2]),
-        "units must be None for mlp_out": patching(components="mlp_out", units=0),
+        "units holds 2; the model has 2": patching(activations="z", units=2),
+        "units holds 10; the model has 10": patching(activations="post", units=range(11)),
+        "units holds 2; the model has 2 *$": patching(model="grouped", activations="k", units=[2]),
+        "units must be None for mlp_out": patching(activations="mlp_out", units=0),
         "positions holds 4; the run has 4 tokens": patching(positions=4),
         "positions holds -5": patching(positions=[0, -5]),
         "positions must hold at least one": patching(positions=()),
@@ -1055,23 +1055,23 @@ test_what_makes_no_sense_is_refused = refused(
         "answer has 3 tokens, one per prompt, for 2 prompts": patching(hl.logit_diff([1, 2, 3], 0)),
         "foil holds token id 9": patching(hl.logit_diff(1, 9)),
         "'blocks.0.attn.hook_pattern': it computes the head's output without them": patching(
-            model="native bridge", components="pattern"
+            model="native bridge", activations="pattern"
         ),
         "TransformerBridge does not honour edits at 'blocks.0.hook_resid_mid'": patching(
-            model="GPT-2", clean=CLEAN, components="resid_mid"
+            model="GPT-2", clean=CLEAN, activations="resid_mid"
         ),
-        "'blocks.0.hook_resid_mid' is not a hook point": patching(model="parallel", components="resid_mid"),
+        "'blocks.0.hook_resid_mid' is not a hook point": patching(model="parallel", activations="resid_mid"),
         "how must be one of 'zero', 'mean', 'resample', got 'median'": ablating(how="median"),
         "how='mean' needs reference=": ablating(how="mean"),
         "how='resample' needs reference=": ablating(how="resample"),
         "how='zero' takes no reference": ablating(reference=CORRUPTED),
-        "reference must be as long as tokens, 4, got 5": ablating(how="mean", reference=prompts(2, 5)),
-        "reference must be as long as tokens, 4, got 3": ablating(
-            how="resample", reference=prompts(2, 3), components="pattern"
+        "reference must be as long as prompt, 4, got 5": ablating(how="mean", reference=prompts(2, 5)),
+        "reference must be as long as prompt, 4, got 3": ablating(
+            how="resample", reference=prompts(2, 3), activations="pattern"
         ),
         "reference holds token id 8": ablating(how="mean", reference=[8, 8, 8, 8]),
-        "reference is a cache without blocks.0.attn.hook_z": ablating(how="mean", reference={}, components="z"),
-        "components must be among .*got 'heads'": ablating(components="heads"),
+        "reference is a cache without blocks.0.attn.hook_z": ablating(how="mean", reference={}, activations="z"),
+        "activations must be among .*got 'heads'": ablating(activations="heads"),
         "layers holds 7": ablating(layers=7),
         "metric '.*' reads position 9": ablating(metric=hl.logit_diff(1, 2, 9)),
     },
@@ -1081,16 +1081,16 @@ test_what_is_of_another_kind_is_refused = refused(
     TypeError,
     {
         "model must be a HookedTransformer or TransformerBridge, got 3": patching(model=3),
-        "components must be one or several of .*got \\[\\]": patching(components=[]),
-        "components must be one or several of .*got None": patching(components=None),
-        "components must be one or several of .*got 5": patching(components=5),
-        "components must be one or several of .*HEAD|Component": patching(components=[HEADS[0]]),
+        "activations must be one or several of .*got \\[\\]": patching(activations=[]),
+        "activations must be one or several of .*got None": patching(activations=None),
+        "activations must be one or several of .*got 5": patching(activations=5),
+        "activations must be one or several of .*HEAD|Component": patching(activations=[HEADS[0]]),
         "clean must be a tensor of token ids, got NoneType": patching(clean=None),
         "corrupted must hold integer token ids": patching(corrupted=torch.rand(2, 4)),
-        "layers must be ints, got 'a'": patching(layers="a"),
-        "layers must be ints, got True": patching(layers=True),
+        "layers must be an int or several, got 'a'": patching(layers="a"),
+        "layers must be an int or several, got True": patching(layers=True),
         "layers must be ints, got 0.5": patching(layers=[0.5]),
-        "units must be ints, got None": patching(components="z", units=[None]),
+        "units must be ints, got None": patching(activations="z", units=[None]),
         "positions must be an int or several, got 'last'": patching(positions="last"),
         "positions must be ints, got 1.0": patching(positions=[1.0]),
         "memory_gb must be a number, got '1'": patching(memory_gb="1"),
@@ -1100,7 +1100,7 @@ test_what_is_of_another_kind_is_refused = refused(
         "metric must give one number per run, got None": patching(lambda x: None),
         "metric must give one number per run, got 'much'": patching(lambda x: "much"),
         "metric must give one number per run, got a tensor of shape \\(2,\\)": ablating(metric=lambda x: x[:, 0, 1]),
-        "seed must be an int or a torch.Generator, got 'x'": ablating(how="mean", reference=CORRUPTED, seed="x"),
+        "seed must be an int, a torch.Generator or None, got 'x'": ablating(how="mean", reference=CORRUPTED, seed="x"),
     },
 )
 
@@ -1119,13 +1119,13 @@ def test_a_metric_whose_numbers_are_not_one_per_prompt_is_refused(of_logits):
 
 @pytest.mark.parametrize("components", [("mlp_out",), ("resid_pre", "mlp_out")])
 def test_mlps_of_a_model_without_them_are_refused(components, unchecked):
-    with pytest.raises(ValueError, match=r"component.*mlp_out"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.hook_mlp_out' never fires: this model's blocks have no MLPs"):
         patch_sweep(shared("attention only"), CLEAN, CORRUPTED, hl.logit_diff(1, 2), components)
 
 
 @pytest.mark.parametrize("model", ["LayerNorm", "native bridge"])
 def test_after_bad_input_the_model_is_as_it_was(model, unchecked):
     with left_as_it_was(shared(model)):
-        for options in ({"components": "attn"}, {"positions": 9}, {"metric": lambda x: x}, {"layers": 9}):
+        for options in ({"activations": "attn"}, {"positions": 9}, {"metric": lambda x: x}, {"layers": 9}):
             with pytest.raises((TypeError, ValueError)):
                 patching(model=model, **options)()

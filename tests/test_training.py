@@ -663,7 +663,7 @@ def test_a_bad_setting_is_refused_by_name_and_value(changes, message, unchecked)
 
 @pytest.mark.parametrize(
     "changes",
-    [{"steps": 2.5}, {"length": "10"}, {"seed": None}, {"lr": "fast"}, {"betas": 0.9}, {"momentum": None}],
+    [{"steps": 2.5}, {"length": "10"}, {"seed": "0"}, {"lr": "fast"}, {"betas": 0.9}, {"momentum": None}],
 )
 def test_a_setting_of_a_bad_type_is_refused_by_name(changes, unchecked):
     with pytest.raises(TypeError, match=next(iter(changes))):

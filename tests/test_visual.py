@@ -200,7 +200,7 @@ def test_views_refuse_what_they_cannot_draw(explanation, language):
     batch = hl.hijack_prompt(language, "q", "x", 2, 20, n_prompts=2, seed=0)
     with pytest.raises(ValueError, match="prompt must be a single prompt, got a batch of 2"):
         show.attention(model, batch)
-    with pytest.raises(TypeError, match="heads must be heads, got"):
+    with pytest.raises(ValueError, match="heads must be attention heads, got"):
         show.attention(model, batch, heads=list(model.circuit.bigram))
     with pytest.raises(ValueError, match="one position"):
         show.token_paths(hl.attribute(model, explanation.prompt, "all"))

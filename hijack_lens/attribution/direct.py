@@ -18,8 +18,8 @@ from transformer_lens import HookedTransformer
 from hijack_lens.attribution.logit_attribution import Path, Source
 from hijack_lens.attribution.terms import gate
 from hijack_lens.core.circuit import Circuit, Component
-from hijack_lens.core.hook_points import rows_at_once
-from hijack_lens.hooks.edges import all_components, embeddings, precedes, read_stream
+from hijack_lens.core.hook_points import all_components, rows_at_once
+from hijack_lens.hooks.edges import embeddings, precedes, read_stream
 from hijack_lens.hooks.intervention import Intervention
 from hijack_lens.models.linear_maps import Readout, linear_norm
 

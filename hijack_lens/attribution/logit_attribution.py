@@ -136,7 +136,7 @@ class LogitAttribution(Saved, Shown):
         return {memory: self._of(memory).sum(-3) for memory in MEMORIES}
 
     def margin(self, a: str | int | None = None, b: str | int | None = None) -> Margin:
-        """`logit[a] - logit[b]`, split by memory; by default of the prompt's two candidates."""
+        """`logit[a] - logit[b]`, split by memory; by default of the tokens that `pair` gives."""
         first, second = self.pair(a, b)
         context, weights, rest = (part[..., first] - part[..., second] for part in self.by_memory().values())
         return Margin(context, weights, rest)
@@ -175,7 +175,9 @@ class LogitAttribution(Saved, Shown):
         return [self._text(int(token)) for token in self.tokens]
 
     def pair(self, a: str | int | None = None, b: str | int | None = None) -> tuple[int, int]:
-        """Where two tokens to compare are on the last axis; by default the prompt's candidates, else the two largest.
+        """Where two tokens to compare are on the last axis.
+
+        By default the prompt's candidates, or, where it has none, the first two answers; else the two largest logits.
 
         Raises:
             TypeError, ValueError: for tokens that are not on it, and where there is no default.
@@ -184,6 +186,8 @@ class LogitAttribution(Saved, Shown):
             return self._index(a, "a"), self._index(b, "b")
         if self.candidates is not None and all(token in self._ids for token in self.candidates):
             return self._ids.index(self.candidates[0]), self._ids.index(self.candidates[1])
+        if self.answers is not None and self.candidates is None:
+            return 0, 1
         self._check_single("a default for a and b")
         first, second = self.logits.topk(2).indices.tolist()
         return first, second

@@ -1,6 +1,5 @@
 """Every logit as an exact sum over paths through the model."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,9 +11,9 @@ from hijack_lens.attribution.logit_attribution import LogitAttribution, Path, So
 from hijack_lens.attribution.terms import FirstBlock, FrozenBlock, LastBlock, Local, SummedBlock, Unembedding
 from hijack_lens.core.checks import as_int
 from hijack_lens.core.circuit import Circuit, Component
-from hijack_lens.core.hook_points import check_model, sites
-from hijack_lens.core.inputs import answer_ids, is_single, model_tokens, texts_of, whole_vocab
-from hijack_lens.hooks.edges import all_components, embeddings
+from hijack_lens.core.hook_points import all_components, check_model
+from hijack_lens.core.inputs import Tokens, circuit_of, is_single, model_tokens, texts_of, token_ids, whole_vocab
+from hijack_lens.hooks.edges import embeddings
 from hijack_lens.hooks.intervention import record
 from hijack_lens.language.prompts import HijackPrompt
 from hijack_lens.models.linear_maps import linear_norm
@@ -28,11 +27,11 @@ _MOST_CELLS = 2**29
 @torch.no_grad()
 def attribute(
     model: Any,
-    tokens: object,
+    prompt: object,
     position: int | Literal["all"] = -1,
     *,
     circuit: Circuit | None = None,
-    answers: Sequence[int | str] | Int[Tensor, "answer"] | None = None,
+    answers: Tokens = None,
 ) -> LogitAttribution:
     """Attributes the logits at a position to the paths that wrote them, by source position.
 
@@ -49,35 +48,34 @@ def attribute(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        tokens: a prompt (text, tokens or a `HijackPrompt`), or a batch of prompts.
+        prompt: text, tokens or a `HijackPrompt`; or a batch of prompts.
         position: whose next-token logits; negative ones count from the end. "all" gives every position,
             summed over sources; not for deep models.
-        circuit: the roles of the components, by which paths are named and grouped; by default `model.circuit`.
-        answers: the tokens whose logits to attribute, by id or text; by default the whole vocabulary, and for deep
-            models the prompt's candidates, else the ten that one prompt's logits are largest for.
+        circuit: the roles of the components, by which paths are named and grouped; by default `model.circuit`. Without
+            one, components bear their places as names, and nothing counts as the context's.
+        answers: the tokens whose logits to attribute, by id or text, in this order; by default the whole vocabulary,
+            and for deep models the prompt's candidates, else the ten that one prompt's logits are largest for.
 
     Returns:
-        A `LogitAttribution`; with a batch axis where `tokens` has one.
+        A `LogitAttribution`; with a batch axis where `prompt` has one.
 
     Raises:
         TypeError, ValueError: for prompts the model cannot take, for more than 2^29 numbers from a deep model, and for
             models whose logits are no sum over paths, or whose hooks keep them from being one.
     """
     check_model(model)
-    circuit = getattr(model, "circuit", None) if circuit is None else circuit
-    if not isinstance(circuit, Circuit):
-        raise TypeError(f"circuit must be a Circuit, since the model has none of its own; got {circuit!r}")
-    sites(model, [component for _, component in circuit])  # refuses components that the model lacks
-    ids = model_tokens(model, tokens)
+    circuit = circuit_of(model, circuit)
+    ids = model_tokens(model, prompt)
     length = ids.shape[-1]
     number = None if isinstance(position, str) else as_int(position)
     if position != "all" and (number is None or not -length <= number < length):
         raise ValueError(f"position must be 'all' or an int from {-length} to {length - 1}, got {position!r}")
     where: int | Literal["all"] = "all" if number is None else number % length
-    candidates = (tokens.in_context, tokens.global_candidate) if isinstance(tokens, HijackPrompt) else None
+    candidates = (prompt.in_context, prompt.global_candidate) if isinstance(prompt, HijackPrompt) else None
 
-    chosen = None if answers is None else answer_ids(model, answers)
     too_deep = _beyond_whole_paths(model)
+    asked = candidates if answers is None and too_deep is not None else answers
+    chosen = None if asked is None else token_ids(model, "answers", asked, at_least=2).to(ids.device)
     vocab: tuple[str, ...] | dict[int, str] | None
     if too_deep is None:
         values, logits = _whole_paths(model, ids, where, circuit, chosen)
@@ -89,9 +87,7 @@ def attribute(
         check_additive(model)
         if where == "all":
             raise ValueError(f"position must be an int for this model, got 'all': {too_deep}")
-        if chosen is None and candidates is not None:
-            chosen = answer_ids(model, candidates)
-        if chosen is None and not is_single(tokens):
+        if chosen is None and not is_single(prompt):
             raise ValueError(f"answers must be given for a batch of prompts to this model: {too_deep}")
         n_cells = ids.numel() * (0 if chosen is None else len(chosen)) * len(all_components(model))
         if n_cells > _MOST_CELLS:
@@ -103,7 +99,7 @@ def attribute(
 
     kept = {path: value for path, value in values.items() if path.source != "biases" or bool(value.any())}
     stacked = torch.stack(list(kept.values()), 1)
-    if is_single(tokens):
+    if is_single(prompt):
         stacked, logits, ids = stacked[0], logits[0], ids[0]
     return LogitAttribution(
         values=stacked,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -92,7 +93,7 @@ class LogOdds(_ByTerms, Drawn):
         own, others = keys.index(key), [keys.index(other) for other in against]
         shares = scores[others].softmax(0)
         return cls(
-            values=values[own] - torch.einsum("k,kab->ab", shares, values[others]),
+            values=values[own] - einsum(shares, values[others], "key, key query_term key_term -> query_term key_term"),
             entropy=float(-torch.xlogy(shares, shares).sum()),
             total=float(scores[own] - scores[others].logsumexp(0)),
             key=key,

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hijack_lens.core.circuit import Circuit, Component
-from hijack_lens.hooks.edges import Sender, all_components, embeddings, sender_site
+from hijack_lens.core.hook_points import all_components
+from hijack_lens.hooks.edges import Sender, embeddings, sender_site
 from hijack_lens.models.linear_maps import LinearNorm, linear_norm
 from hijack_lens.models.opened import Block, OpenModel
 

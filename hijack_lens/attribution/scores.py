@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from einops import einsum
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
@@ -13,8 +14,7 @@ from hijack_lens.attribution.score_terms import HeadInput, ScoreTerm, offset_key
 from hijack_lens.core.checks import as_int, check_position
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import check_model
-from hijack_lens.core.inputs import model_tokens, one_head
-from hijack_lens.core.tables import visible
+from hijack_lens.core.inputs import circuit_of, one_head, prompt_texts, single_prompt
 from hijack_lens.hooks.edges import sender_site
 from hijack_lens.hooks.intervention import record
 from hijack_lens.models.opened import Block, open_model
@@ -26,8 +26,8 @@ _MOST_CELLS = 2**27
 @torch.no_grad()
 def attribute_scores(
     model: Any,
-    tokens: object,
-    head: Component | tuple[Component, ...] | None = None,
+    prompt: object,
+    head: Component | str | tuple[Component, ...] | None = None,
     query: int = -1,
     key: int | Iterable[int] | None = None,
     *,
@@ -47,11 +47,12 @@ def attribute_scores(
 
     Args:
         model: a HookedTransformer or TransformerBridge of any depth.
-        tokens: one prompt: text, tokens or a `HijackPrompt`.
-        head: whose scores, or a role of a `Circuit` that just one head plays; by default the circuit's induction head.
+        prompt: a single one: text, tokens or a `HijackPrompt`.
+        head: whose scores: a `Component`, its place ("L1H0"), or a role that just one head plays; by default the
+            circuit's induction head.
         query: position that attends; negative ones count from the end.
         key: position or positions attended to, none of them after `query`; by default all of these.
-        circuit: the roles of the components, by which terms are named; by default `model.circuit`, if it has one.
+        circuit: the roles of the components, by which terms are named; by default `model.circuit`, if there is one.
 
     Returns:
         A `ScoreAttribution`.
@@ -61,14 +62,10 @@ def attribute_scores(
             2^27; and for models whose scores are no such sum, among them those with capped scores or ALiBi.
     """
     check_model(model)
-    circuit = getattr(model, "circuit", None) if circuit is None else circuit
-    if not isinstance(circuit, (Circuit, type(None))):
-        raise TypeError(f"circuit must be a Circuit, got {circuit!r:.80}")
+    circuit = circuit_of(model, circuit)
     chosen = one_head(model, head, circuit)
     _check_sum(model)
-    ids = model_tokens(model, tokens)
-    if len(ids) != 1:
-        raise ValueError(f"tokens must be one prompt, got a batch of {len(ids)}: attribute them one by one")
+    ids = single_prompt(model, prompt)
     at = check_position("query", query, ids.shape[1], ids.shape[1] - 1)
     keys = _keys(key, ids.shape[1], at)
     n_cells = len(keys) * (len(senders(model, chosen.layer)) + 2) ** 2
@@ -95,7 +92,8 @@ def attribute_scores(
     offsets = offset_keys(block, index, at, where[1:])
     if offsets is not None:
         k, key_terms = torch.cat([k, offsets]), (*key_terms, "offset")
-    values = (torch.einsum("ad,bsd->sab", q[:, 0], k) / block.scale).contiguous()
+    axes = "query_term d_head, key_term key d_head -> key query_term key_term"
+    values = (einsum(q[:, 0], k, axes) / block.scale).contiguous()
 
     scores = _scores(model, block, chosen, run, at)[list(keys)]
     _check_values(model, chosen, values, scores, keys)
@@ -108,8 +106,8 @@ def attribute_scores(
         keys=keys,
         query_terms=tuple(terms),
         key_terms=key_terms,
-        texts=_texts(model, ids[0]),
-        circuit=Circuit() if circuit is None else circuit,
+        texts=prompt_texts(model, ids[0]),
+        circuit=circuit,
     )
 
 
@@ -189,9 +187,3 @@ def _keys(key: Any, length: int, query: int) -> tuple[int, ...]:
     if not keys or len(set(keys)) < len(keys):
         raise ValueError(f"key must be one position or several different ones, got {key!r}")
     return keys
-
-
-def _texts(model: Any, ids: Int[Tensor, "pos"]) -> tuple[str, ...]:
-    if getattr(model, "tokenizer", None) is None:
-        return tuple(str(token) for token in ids.tolist())
-    return tuple(visible(text) for text in model.to_str_tokens(ids))

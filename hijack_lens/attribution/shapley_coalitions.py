@@ -3,21 +3,43 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, combinations
 from math import comb
 from typing import Any, Literal
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hijack_lens.core.hook_points import Site
-from hijack_lens.hooks.intervention import HookFunction, Intervention, read_source
+from hijack_lens.core.hook_points import Site, check_hook_points, sites
+from hijack_lens.core.inputs import Player
+from hijack_lens.hooks.intervention import HookFunction, Intervention, draw_rows, read_source, stand_in
 from hijack_lens.hooks.patched_runs import BoundMetric, runs_at_once
 
 How = Literal["zero", "mean", "resample", "patch"]
 Outputs = Mapping[Site, Tensor | None]
 """What is written where a component is absent, [batch or 1, pos, ...]; `None` for zeros."""
+
+
+def sites_of(model: Any, players: Sequence[Player]) -> dict[str, list[Site]]:
+    """Where each player's outputs are, by its label.
+
+    Raises:
+        ValueError: for components whose edits the model would ignore, and where two overlap, so that one cannot be
+            absent while the other is present.
+    """
+    found = [sites(model, player.parts) for player in players]
+    named = list(zip((part for player in players for part in player.parts), chain.from_iterable(found), strict=True))
+    check_hook_points(model, (site.name for _, site in named))
+    points = model.hook_dict
+    for (first, at), (second, there) in combinations(named, 2):
+        # By the point itself, since a bridge has several names for one.
+        same_point = points[at.name] is points[there.name]
+        if same_point and (at.head is None or there.head is None or at.head == there.head):
+            raise ValueError(f"components must not overlap, got {first} and {second}")
+    return dict(zip((player.label for player in players), found, strict=True))
 
 
 def outputs_when_absent(
@@ -42,7 +64,8 @@ def outputs_when_absent(
     if how == "zero":
         return dict.fromkeys(present)
     stored = read_source(model, reference, list(dict.fromkeys(site.name for site in present)), "reference")
-    drawn: Tensor | None = None
+    n_prompts, n_reference = len(next(iter(present.values()))), len(next(iter(stored.values())))
+    rows = draw_rows(how, n_reference, n_prompts, generator)  # the same for all components and coalitions
     outputs = {}
     for site, current in present.items():
         values = site.read(stored[site.name])
@@ -55,13 +78,7 @@ def outputs_when_absent(
             raise ValueError(
                 f"reference must hold one prompt, or one for each of the {len(current)}, got {len(values)}"
             )
-        if how == "mean":
-            values = values.mean(0, keepdim=True)
-        elif how == "resample":
-            if drawn is None:  # the same for all components and coalitions
-                drawn = torch.randint(len(values), (len(current),), generator=generator)
-            values = values[drawn.to(values.device)]
-        outputs[site] = values
+        outputs[site] = stand_in(how, values, rows)
     return outputs
 
 
@@ -103,8 +120,9 @@ class CoalitionRuns:
         with tqdm(total=len(coalitions), disable=None, unit="run") as bar:
             for chunk in coalitions.split(self.at_once):
                 with Intervention(self.model, edit=self._edits(chunk)):
-                    logits = self.model(self.tokens.repeat(len(chunk), 1))
-                worth.append(self.reader.each(logits.unflatten(0, (len(chunk), -1))).double().cpu())
+                    logits = self.model(repeat(self.tokens, "batch pos -> (run batch) pos", run=len(chunk)))
+                logits = rearrange(logits, "(run batch) pos d_vocab -> run batch pos d_vocab", run=len(chunk))
+                worth.append(self.reader.each(logits).double().cpu())
                 bar.update(len(chunk))
         found = torch.cat(worth)
         if not bool(found.isfinite().all()):
@@ -119,8 +137,8 @@ class CoalitionRuns:
     def _edits(self, coalitions: Bool[Tensor, "coalition player"]) -> list[tuple[str, HookFunction]]:
         """Hooks that write over absent players, where any are absent. The model's order makes later ones see it."""
         absent: dict[str, list[tuple[Site, Tensor]]] = {}
-        for sites, present in zip(self.players.values(), coalitions.T, strict=True):
-            for site in sites:
+        for outputs, present in zip(self.players.values(), coalitions.T, strict=True):
+            for site in outputs:
                 if not bool(present.all()):
                     absent.setdefault(site.name, []).append((site, ~present))
         return [(name, self._overwrite(at, len(coalitions))) for name, at in absent.items()]

@@ -1,6 +1,5 @@
 """The result of sharing out a metric among components: Shapley values, interactions, and views of them."""
 
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -19,18 +18,17 @@ from hijack_lens.attribution.shapley_coalitions import (
     outputs_when_absent,
     shapley_interactions,
     shapley_values,
+    sites_of,
 )
-from hijack_lens.core.checks import as_generator, check_choice, check_count, check_number
-from hijack_lens.core.circuit import Circuit, Component
+from hijack_lens.core.checks import Seed, as_generator, check_count, check_number
+from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import check_model, evaluating, is_hooked
-from hijack_lens.core.inputs import Player, model_tokens, players_of, sites_of
+from hijack_lens.core.inputs import Components, Player, circuit_of, model_tokens, players_of
 from hijack_lens.core.statistics import student_quantile
 from hijack_lens.core.tables import Drawn
-from hijack_lens.hooks.intervention import record
-from hijack_lens.hooks.patched_runs import BoundMetric
-from hijack_lens.hooks.sweeps import check_metric
-from hijack_lens.metrics import Metric
+from hijack_lens.hooks.intervention import check_reference, record
+from hijack_lens.hooks.patched_runs import BoundMetric, MetricLike, check_metric
 
 _EXACT = ("values", "interactions", "worth")
 _SAMPLED = ("values", "interactions", "stderr", "interactions_stderr", "pair_samples")
@@ -175,15 +173,16 @@ _MOST_EXACT = 20
 def shapley(
     model: Any,
     prompt: object,
-    metric: Metric | Callable[[Tensor], Any],
-    components: Circuit | Component | str | Iterable[Component | str] | Mapping[str, Any] | None = None,
+    metric: MetricLike,
+    components: Components | None = None,
     how: How = "zero",
     reference: object = None,
     *,
+    circuit: Circuit | None = None,
     max_exact: int = 10,
     n_samples: int = 100,
     interactions: bool = True,
-    seed: int | torch.Generator = 0,
+    seed: Seed = 0,
     memory_gb: float = 0.25,
 ) -> ShapleyValues:
     """Shares out what components do for a metric: each one's Shapley value, and each pair's interaction.
@@ -202,13 +201,17 @@ def shapley(
         prompt: one, or a batch, over which the metric is averaged: text, tokens, or a `HijackPrompt`.
         metric: one of `hijack_lens.metrics`, whose "clean" run is the run itself; or a function from the logits
             [batch, pos, d_vocab] of one run to a number.
-        components: the players: heads, MLPs and names of hook points, or a `Circuit`; by default the model's own. With
-            a mapping from names to these, each name is one player: a role, or a memory, as a whole.
+        components: the players: a `Component`, its place ("L0H1", "L2MLP") or the name of a hook point; a role of the
+            circuit ("induction"), which is one player; several of these; a `Circuit`, each of whose components is one,
+            or "all" heads and MLPs; a mapping from labels to any of these, each label one player. By default the
+            circuit.
         how: what an absent component writes: "zero"; "mean", over the reference prompts, position by position;
             "resample", what a reference prompt has there, drawn for each prompt once; "patch", what the reference has
             there, prompt by prompt: a corrupted prompt's, say. A head's output is its `z`, an MLP's its whole
             `mlp_out`.
         reference: prompts or a cache, as long as `prompt`; for all but "zero".
+        circuit: the roles of the components, by which they are called; by default that in `components`, else
+            `model.circuit`, if there is one.
         max_exact: up to how many players to run all 2^n coalitions.
         n_samples: how many random orders to estimate from otherwise, each with its reverse; n_samples · 2 (n - 1) runs
             at most.
@@ -221,10 +224,7 @@ def shapley(
         TypeError, ValueError: for what the model lacks or would ignore, players that overlap, a `reference` that is
             missing, unused or of another length, and a metric that gives no finite number.
     """
-    check_choice("how", how, ("zero", "mean", "resample", "patch"))
-    if (reference is None) != (how == "zero"):
-        need = "takes no reference" if how == "zero" else "needs reference="
-        raise ValueError(f"how={how!r} {need}, got reference={reference!r:.60}")
+    check_reference(how, reference, ("zero", "mean", "resample", "patch"))
     if check_count("max_exact", max_exact) > _MOST_EXACT:
         raise ValueError(f"max_exact must be at most {_MOST_EXACT}, a million runs, got {max_exact}")
     check_count("n_samples", n_samples, minimum=MIN_SAMPLES)
@@ -233,45 +233,30 @@ def shapley(
     generator = as_generator(seed)
     memory = check_number("memory_gb", memory_gb, positive=True) * 2**30
     check_model(model)
-    tokens = model_tokens(model, prompt, "prompt")
-    players = players_of(model, components)
+    tokens = model_tokens(model, prompt)
+    names = circuit_of(model, components if circuit is None and isinstance(components, Circuit) else circuit)
+    players = players_of(model, components, names, points=True)
     sites = sites_of(model, players)
     check_metric(metric, tokens.shape[1])
 
     with evaluating(model):
         every_site = [site for at in sites.values() for site in at]
         logits, run = record(model, tokens, list(dict.fromkeys(site.name for site in every_site)))
-        reader = BoundMetric.of(
-            metric.on(model, clean=logits) if isinstance(metric, Metric) else metric, tokens.shape[1]
-        )
+        reader = BoundMetric.of(model, metric, logits)
         present = {site: site.read(run[site.name]) for site in every_site}
         outputs = outputs_when_absent(model, present, how, reference, generator)
         runs = CoalitionRuns(model, tokens, sites, outputs, reader, None if is_hooked(model) else memory)
         if len(players) <= max_exact:
             worth = runs.worth(all_coalitions(len(players)))
-            return ShapleyValues(
-                values=shapley_values(worth),
-                interactions=shapley_interactions(worth),
-                players=players,
-                metric=reader.name,
-                how=how,
-                full=float(worth[-1]),
-                empty=float(worth[0]),
-                n_runs=len(worth),
-                worth=worth.reshape((2,) * len(players)),
-            )
-        found = estimate(runs.worth, len(players), n_samples, interactions, generator)
-        return ShapleyValues(
-            values=found.values,
-            interactions=found.interactions,
-            players=players,
-            metric=reader.name,
-            how=how,
-            full=found.full,
-            empty=found.empty,
-            n_runs=found.n_runs,
-            stderr=found.stderr,
-            interactions_stderr=found.interactions_stderr,
-            n_samples=n_samples,
-            pair_samples=found.pair_samples,
-        )
+            found: dict[str, Any] = {
+                "values": shapley_values(worth),
+                "interactions": shapley_interactions(worth),
+                "full": float(worth[-1]),
+                "empty": float(worth[0]),
+                "n_runs": len(worth),
+                "worth": worth.reshape((2,) * len(players)),
+            }
+        else:
+            found = vars(estimate(runs.worth, len(players), n_samples, interactions, generator))
+            found = {**found, "n_samples": n_samples}
+    return ShapleyValues(players=players, metric=reader.name, how=how, **found)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -269,7 +270,7 @@ class LastBlock:
         if isinstance(term, Local):
             return Spread(reading, block.unscaled_values(term.x, head), W_O)
         if isinstance(term, Mixed):
-            weight = torch.einsum("bq,bqs->bs", reading, term.pattern)
+            weight = einsum(reading, term.pattern, "batch key, batch key source -> batch source")
             return Spread(weight, term.v @ block.unscaled_values(term.basis, head), W_O)
         # Between the two heads stands an MLP, whose gates differ by position: mix neuron by neuron.
         mixed, mlp = term.mixed, term.mlp
@@ -277,7 +278,9 @@ class LastBlock:
         if mlp.norm.scale is not None:
             reading = reading / mlp.norm.scale[..., 0]
             basis = mlp.norm.linear(basis, torch.ones_like(mlp.norm.scale[0, :1]))
-        mix = torch.einsum("bqs,bqm->bsm", mixed.pattern * reading[..., None], mlp.gate)
+        mix = einsum(
+            mixed.pattern * reading[..., None], mlp.gate, "batch key source, batch key neuron -> batch source neuron"
+        )
         neurons = mix * (mixed.v @ (basis @ mlp.W_in))
         return Spread(torch.ones_like(reading), neurons @ block.unscaled_values(mlp.W_out, head), W_O)
 

@@ -17,7 +17,7 @@ from hijack_lens.circuits.evidence import (
     MLPEvidence,
 )
 from hijack_lens.circuits.heads import AblationEffects, Repeats, ablation_effects, draw_repeats, head_scores
-from hijack_lens.core.checks import as_generator, check_count
+from hijack_lens.core.checks import Seed, as_generator, check_count
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import check_model, evaluating
 from hijack_lens.core.inputs import token_ids
@@ -33,7 +33,7 @@ def find_circuit(
     vocabulary: Any = None,
     n_prompts: int = 32,
     period: int = 24,
-    seed: int | torch.Generator = 0,
+    seed: Seed = 0,
 ) -> Circuit:
     """Finds previous-token heads, induction heads and the bigram memory; names none where there are none.
 

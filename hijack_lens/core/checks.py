@@ -3,6 +3,7 @@
 import math
 import numbers
 import operator
+import secrets
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,15 +12,31 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+Seed = int | torch.Generator | None
+"""Of random draws: an int; a generator, which the draws leave advanced; or `None`, for other draws every time."""
+
 
 def as_generator(seed: Any) -> torch.Generator:
-    """A CPU generator for `seed`; the global random state is neither read nor changed."""
+    """A CPU generator for a `Seed`; the global random state is neither read nor changed."""
+    return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(fixed_seed(seed))
+
+
+def fixed_seed(seed: Any) -> int:
+    """An int for a `Seed`: itself, or one drawn from the generator, or from the system's entropy.
+
+    Raises:
+        TypeError, ValueError: for what is no seed, and ints that torch does not take.
+    """
+    if seed is None:
+        return secrets.randbits(63)
     if isinstance(seed, torch.Generator):
-        return seed
+        return int(torch.randint(2**63 - 1, (), generator=seed))
     number = as_int(seed)
     if number is None:
-        raise TypeError(f"seed must be an int or a torch.Generator, got {seed!r}")
-    return torch.Generator().manual_seed(number)
+        raise TypeError(f"seed must be an int, a torch.Generator or None, got {seed!r}")
+    if check_count("seed", number) >= 2**64:
+        raise ValueError(f"seed must be below 2^64, got {number}")
+    return number
 
 
 def as_int(value: object) -> int | None:

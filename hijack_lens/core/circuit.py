@@ -79,6 +79,11 @@ class Circuit:
         role = self.role(component)
         return ROLE_NAMES[role] if role is not None and len(getattr(self, role)) == 1 else str(component)
 
+    def role_label(self, role: str) -> str:
+        """What to call all components of a role together: by its name, and their places where they are several."""
+        parts = getattr(self, role)
+        return ROLE_NAMES[role] + (f" ({', '.join(map(str, parts))})" if len(parts) > 1 else "")
+
 
 @dataclass(frozen=True)
 class Strengths:

@@ -59,13 +59,13 @@ def _check_hook_point(model: Any, known: Mapping[str, Any], name: str, edits: bo
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"; close to it: {', '.join(close)}" if close else ""
-        raise ValueError(f"component {name!r} is not a hook point of this {type(model).__name__}{hint}")
+        raise ValueError(f"{name!r} is not a hook point of this {type(model).__name__}{hint}")
     leaf = name.rsplit(".", 1)[-1]
     flag = _NEEDS_FLAG.get(leaf)
     if flag is not None and not getattr(model.cfg, flag):
         raise ValueError(f"{name!r} never fires while cfg.{flag} is False; call model.set_{flag}(True) first")
     if leaf in ("hook_mlp_out", "hook_resid_mid") and getattr(model.cfg, "attn_only", False):
-        raise ValueError(f"component {name!r} never fires: this model's blocks have no MLPs")
+        raise ValueError(f"{name!r} never fires: this model's blocks have no MLPs")
     if not isinstance(model, TransformerBridge):
         return
     if leaf == "hook_pos_embed" and model.cfg.positional_embedding_type == "rotary":
@@ -112,8 +112,6 @@ def is_hooked(model: Any) -> bool:
 
 
 Part = Literal["output", "pattern"]
-Components = Component | str | Sequence[Component | str]
-"""One or several heads, MLPs, or names of TransformerLens hook points."""
 
 
 @dataclass(frozen=True)
@@ -166,46 +164,44 @@ def position_index(positions: Sequence[int], length: int) -> Tensor:
     return torch.tensor([position % length for position in positions], dtype=torch.long)
 
 
-def sites(model: Any, components: Components, part: Part = "output") -> list[Site]:
-    """Where the components' outputs or attention patterns are.
+def all_components(model: Any) -> tuple[Component, ...]:
+    """Every head and MLP of a model."""
+    check_model(model)
+    known, cfg = model.hook_dict, model.cfg
+    found: list[Component] = []
+    for layer in range(cfg.n_layers):
+        if f"blocks.{layer}.attn.hook_z" in known:
+            found += [Component(layer, "head", head) for head in range(cfg.n_heads)]
+        # A HookedTransformer without MLPs keeps their hook points.
+        if f"blocks.{layer}.hook_mlp_out" in known and not getattr(cfg, "attn_only", False):
+            found.append(Component(layer, "mlp"))
+    return tuple(found)
+
+
+def sites(model: Any, parts: Iterable[Component | str], part: Part = "output", name: str = "components") -> list[Site]:
+    """Where the outputs or attention patterns of components and hook points are; `name` is what they were given as.
 
     Raises:
-        TypeError, ValueError: for components that the model lacks, and the pattern of an MLP.
+        TypeError, ValueError: for components that the model lacks, and the pattern of what is no head.
     """
     check_model(model)
     check_choice("part", part, ("output", "pattern"))
-    if not isinstance(components, (Component, str, Iterable)):
-        raise TypeError(f"component must be a Component, the name of a hook point, or several, got {components!r}")
-    listed = [components] if isinstance(components, (Component, str)) else list(components)
-    return [_site(model, component, part) for component in listed]
+    return [_site(model, one, part, name) for one in parts]
 
 
-def some_sites(model: Any, components: Components, part: Part) -> list[Site]:
-    """The same, of one component at least."""
-    found = sites(model, components, part)
-    if not found:
-        raise ValueError("component must name at least one component, got none")
-    return found
-
-
-def _site(model: Any, component: object, part: str) -> Site:
+def _site(model: Any, component: Component | str, part: str, name: str) -> Site:
+    if part == "pattern" and (isinstance(component, str) or component.kind == "mlp"):
+        raise ValueError(f"part={part!r} goes with a head, got {component}")
     if isinstance(component, str):
-        if part != "output":
-            raise ValueError(f"part={part!r} goes with a head, got the hook point {component!r}")
         over_keys = component.endswith(("hook_pattern", "hook_attn_scores", "hook_rel_scores"))
         return Site(component, pos_dim=2 if over_keys else 1)
-    if not isinstance(component, Component):
-        raise TypeError(f"component must be a Component or the name of a hook point, got {component!r}")
-    if component.layer >= model.cfg.n_layers:
-        raise ValueError(f"component {component} is in layer {component.layer}; the model has {model.cfg.n_layers}")
-    block = f"blocks.{component.layer}"
-    if component.kind == "mlp":
-        if part == "pattern":
-            raise ValueError(f"part='pattern' goes with a head, got {component}")
+    cfg, block = model.cfg, f"blocks.{component.layer}"
+    if component.layer >= cfg.n_layers:
+        raise ValueError(f"{name}: {component} is in layer {component.layer}; the model has {cfg.n_layers}")
+    if component.head is None:
         return Site(f"{block}.hook_mlp_out")
-    assert component.head is not None
-    if component.head >= model.cfg.n_heads:
-        raise ValueError(f"component {component} is head {component.head}; the model has {model.cfg.n_heads} per layer")
+    if component.head >= cfg.n_heads:
+        raise ValueError(f"{name}: {component} is head {component.head}; the model has {cfg.n_heads} per layer")
     if part == "pattern":
         return Site(f"{block}.attn.hook_pattern", component.head, head_dim=1)
     return Site(f"{block}.attn.hook_z", component.head)

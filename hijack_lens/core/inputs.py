@@ -1,20 +1,25 @@
-"""From what a user calls a token, an answer, a prompt, a position or a component to ids and sites."""
+"""From what a user calls a token, an answer, a prompt, a position, a component or a circuit to ids and sites."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_tokens
-from hijack_lens.core.circuit import Circuit, Component
-from hijack_lens.core.hook_points import Site, check_hook_points, sites
+from hijack_lens.core.checks import as_int, check_tokens, check_type
+from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
+from hijack_lens.core.hook_points import all_components, check_hook_points, check_model, sites
+from hijack_lens.core.tables import visible
+
+Tokens = int | str | Iterable[int | str] | Int[Tensor, "token"] | None
+"""Tokens, each by its id or its text, in a user's order; or a single one. `None` is the default: often all."""
 
 
-def model_tokens(model: Any, prompt: object, name: str = "tokens") -> Int[Tensor, "batch pos"]:
+def model_tokens(model: Any, prompt: object, name: str = "prompt") -> Int[Tensor, "batch pos"]:
     """Token ids for a model, from text, a list of texts, a `HijackPrompt` or tokens.
 
     Raises:
@@ -29,23 +34,20 @@ def model_tokens(model: Any, prompt: object, name: str = "tokens") -> Int[Tensor
     return (tokens if tokens.ndim == 2 else tokens[None]).to(model.cfg.device)
 
 
-def single_token(model: Any, name: str, token: object) -> int:
-    """The id of a token given by its id or its text; not that the vocabulary has it.
+def single_prompt(model: Any, prompt: object) -> Int[Tensor, "1 pos"]:
+    """The same of one prompt, as a batch of one; a `ValueError` for several."""
+    tokens = model_tokens(model, prompt)
+    if len(tokens) != 1:
+        raise ValueError(f"prompt must be a single prompt, got a batch of {len(tokens)}: take them one by one")
+    return tokens
 
-    Raises:
-        TypeError, ValueError: for what is neither, and text that is not a single token.
-    """
-    if isinstance(token, str):
-        if getattr(model, "tokenizer", None) is None:
-            raise ValueError(f"{name} holds the text {token!r}, but the model has no tokenizer: give token ids")
-        try:
-            return model.to_single_token(token)
-        except AssertionError as error:
-            raise ValueError(f"{name} holds {token!r}, which is not a single token of the model's") from error
-    number = as_int(token)
-    if number is None:
-        raise TypeError(f"{name} must be tokens, each a text or an id, got {token!r:.80}")
-    return number
+
+def is_single(prompt: Any) -> bool:
+    """Whether what a user calls a prompt is one, rather than a batch."""
+    tokens = getattr(prompt, "tokens", prompt)
+    if isinstance(tokens, Tensor):
+        return tokens.ndim == 1
+    return isinstance(tokens, str) or (np.ndim(tokens) == 1 and not isinstance(tokens[0], str))
 
 
 def text_tokens(model: Any, text: str, name: str) -> Int[Tensor, "pos"]:
@@ -55,7 +57,7 @@ def text_tokens(model: Any, text: str, name: str) -> Int[Tensor, "pos"]:
         ValueError: for words that the tokenizer does not know, for what is too long, and without a tokenizer.
     """
     ids = model_tokens(model, text, name)[0]
-    if knows(model, plain_ids(model, text), text):
+    if _knows(model, plain_ids(model, text), text):
         return ids
     raise ValueError(f"{name} must be of words that the model's tokenizer knows, got {text!r:.80}")
 
@@ -68,33 +70,80 @@ def plain_ids(model: Any, text: str) -> list[int]:
     return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def knows(model: Any, ids: list[int], text: str) -> bool:
+def _knows(model: Any, ids: list[int], text: str) -> bool:
     """Whether none of a text's tokens stands for a word that the tokenizer lacks."""
     unknown = model.tokenizer.unk_token
     return unknown is None or unknown in text or model.tokenizer.unk_token_id not in ids
 
 
-def is_single(prompt: Any) -> bool:
-    """Whether what a user calls a prompt is one, rather than a batch."""
-    tokens = getattr(prompt, "tokens", prompt)
-    if isinstance(tokens, Tensor):
-        return tokens.ndim == 1
-    return isinstance(tokens, str) or (np.ndim(tokens) == 1 and not isinstance(tokens[0], str))
-
-
-def answer_ids(model: Any, answers: object, name: str = "answers", at_least: int = 2) -> Int[Tensor, "answer"]:
-    """Ids of different tokens, each given by its id or its text; by default two, for one logit alone says nothing.
+def token_id(model: Any, name: str, token: object) -> int:
+    """The id of a token given by its id or its text; not that the vocabulary has the id.
 
     Raises:
-        TypeError, ValueError: for what is no token of the model's, and for fewer different ones.
+        TypeError, ValueError: for what is neither, and text that is not a single token that the model knows.
     """
-    if isinstance(answers, str) or not isinstance(answers, Iterable) or as_int(answers) is not None:
-        raise TypeError(f"{name} must be a list of tokens, each a text or an id, got {answers!r:.80}")
-    ids = [single_token(model, name, answer) for answer in answers]
+    if not isinstance(token, str):
+        number = as_int(token)
+        if number is None:
+            raise TypeError(f"{name} must be tokens, each a text or an id, got {token!r:.80}")
+        return number
+    if getattr(model, "tokenizer", None) is None:
+        raise ValueError(f"{name} holds the text {token!r}, but the model has no tokenizer: give token ids")
+    ids = plain_ids(model, token)
+    if len(ids) != 1 or not _knows(model, ids, token):
+        raise ValueError(f"{name} holds {token!r}, which is not a single token of the model's")
+    return ids[0]
+
+
+def token_ids(model: Any, name: str, tokens: Any, at_least: int = 1) -> Int[Tensor, "token"]:
+    """Ids of different tokens in the order given, on the CPU; of the whole vocabulary for `None`.
+
+    Where one will do, it may be given by itself.
+
+    Raises:
+        TypeError, ValueError: for what is no token of the model's, and for fewer than `at_least` different ones.
+    """
+    if tokens is None:
+        return torch.arange(model.cfg.d_vocab)
+    alone = isinstance(tokens, str) or as_int(tokens) is not None
+    if (alone and at_least > 1) or not (alone or isinstance(tokens, Iterable)):
+        raise TypeError(f"{name} must be a list of tokens, each a text or an id, got {tokens!r:.80}")
+    ids = [token_id(model, name, token) for token in ([tokens] if alone else tokens)]
     if len(set(ids)) < max(at_least, len(ids)):
-        count = "two or more" if at_least == 2 else "one or several"
-        raise ValueError(f"{name} must be {count} different tokens, got {answers!r:.80}")
-    return check_tokens(name, ids, model.cfg.d_vocab).to(model.cfg.device)
+        count = "one or several" if at_least == 1 else "two or more"
+        raise ValueError(f"{name} must be {count} different tokens, got {tokens!r:.80}")
+    return check_tokens(name, ids, model.cfg.d_vocab)
+
+
+def answer_tokens(model: Any, answer: str, foil: str) -> list[int]:
+    """The tokens of two answers: as they are written where both are single tokens, else both with a space before them.
+
+    Raises:
+        ValueError: where neither makes them two different tokens that the tokenizer knows.
+    """
+    texts = {"--answer": answer, "--foil": foil}
+    for option, text in texts.items():
+        if not text.strip() or not _knows(model, plain_ids(model, text), text):
+            raise ValueError(f"{option} must be a token that the model's tokenizer knows, got {text!r}")
+    written = {option: plain_ids(model, text) for option, text in texts.items()}
+    several = [option for option, ids in written.items() if len(ids) != 1]
+    chosen = [plain_ids(model, f" {text}") for text in texts.values()] if several else list(written.values())
+    if any(len(ids) != 1 for ids in chosen):
+        pieces = [model.tokenizer.decode([i]) for i in written[several[0]]]
+        raise ValueError(
+            f"{several[0]} must be a single token of the model's, got {texts[several[0]]!r}, which it reads as {pieces}"
+        )
+    if chosen[0] == chosen[1]:
+        raise ValueError(f"--answer and --foil must be different tokens, got {answer!r} and {foil!r}")
+    return [*chosen[0], *chosen[1]]
+
+
+def spaced_instead(model: Any, text: str, token: int) -> str | None:
+    """The single token that a text would be with a space before it, where that is another than the one taken."""
+    if text.startswith(" ") or getattr(model, "language", None) is not None:
+        return None
+    ids = plain_ids(model, f" {text}")
+    return model.tokenizer.decode(ids) if len(ids) == 1 and ids[0] != token else None
 
 
 def whole_vocab(model: Any) -> tuple[str, ...] | None:
@@ -112,80 +161,63 @@ def texts_of(model: Any, ids: Int[Tensor, "..."]) -> dict[int, str] | None:
     return None if tokenizer is None else {i: tokenizer.decode([i]) for i in sorted(set(ids.flatten().tolist()))}
 
 
-def token_ids(model: Any, name: str, tokens: Any) -> Int[Tensor, "token"]:
-    """Distinct ids of tokens given as ids or texts.
+def prompt_texts(model: Any, ids: Int[Tensor, "pos"]) -> tuple[str, ...]:
+    """The texts of a prompt's tokens, white space made visible; their ids where the model has no tokenizer."""
+    if getattr(model, "tokenizer", None) is None:
+        return tuple(map(str, ids.tolist()))
+    return tuple(map(visible, model.to_str_tokens(ids)))
+
+
+def indices(name: str, given: Any, size: int | None = None, limit: str = "") -> list[int]:
+    """Positions, layers, heads or neurons: one int or several, as a list.
+
+    Given the `size`, how many there are, `None` means all, and negative ones are counted from the front. The `limit` is
+    that size in words, by default what the model has.
 
     Raises:
-        TypeError, ValueError: for what is no token of the model's.
+        TypeError, ValueError: for what are no ints, none, and ints beyond the size.
     """
-    listed = [tokens] if isinstance(tokens, str) or as_int(tokens) is not None else tokens
-    if not isinstance(listed, Iterable):
-        raise TypeError(f"{name} must be token ids or texts, got {tokens!r:.80}")
-    ids = [single_token(model, name, token) if isinstance(token, str) else token for token in listed]
-    checked = check_tokens(name, ids, model.cfg.d_vocab)
-    if len(checked.unique()) != len(checked):
-        raise ValueError(f"{name} must be distinct, got {tokens!r:.80}")
-    return checked.cpu()
-
-
-def as_positions(positions: Any) -> list[int] | None:
-    """A list of positions, or `None` for all."""
-    if positions is None:
-        return None
-    single = as_int(positions)
-    if single is not None:
-        return [single]
-    if not isinstance(positions, Iterable) or isinstance(positions, str):
-        raise TypeError(f"positions must be an int or several, got {positions!r}")
-    listed = []
-    for position in positions:
-        number = as_int(position)
+    given = range(size) if given is None and size is not None else given
+    alone = as_int(given) is not None
+    if not alone and (not isinstance(given, Iterable) or isinstance(given, str)):
+        raise TypeError(f"{name} must be an int or several, got {given!r}")
+    numbers = []
+    for value in [given] if alone else given:
+        number = as_int(value)
         if number is None:
-            raise TypeError(f"positions must be ints, got {position!r}")
-        listed.append(number)
-    if not listed:
-        raise ValueError("positions must hold at least one position, got none; None means all")
-    return listed
+            raise TypeError(f"{name} must be ints, got {value!r}")
+        if size is not None and not -size <= number < size:
+            raise ValueError(f"{name} holds {number}; {limit or f'the model has {size}'}")
+        numbers.append(number if size is None else number % size)
+    if not numbers:
+        raise ValueError(f"{name} must hold at least one, got none; None means all")
+    return numbers
 
 
-def answer_tokens(model: Any, answer: str, foil: str) -> list[int]:
-    """The tokens of two answers: as they are written where both are single tokens, else both with a space before them.
+def circuit_of(model: Any, circuit: Any = None, otherwise: Callable[[], Circuit] = Circuit) -> Circuit:
+    """The circuit given, else the model's own, else what `otherwise` gives: by default one without components.
 
     Raises:
-        ValueError: where neither makes them two different tokens that the tokenizer knows.
+        TypeError, ValueError: for what is no `Circuit`, and for components that the model lacks.
     """
-    texts = {"answer": answer, "foil": foil}
-    for option, text in texts.items():
-        if not text.strip() or not knows(model, plain_ids(model, text), text):
-            raise ValueError(f"--{option} must be a token that the model's tokenizer knows, got {text!r}")
-    written = {option: plain_ids(model, text) for option, text in texts.items()}
-    chosen = written
-    if not _are_single(written):
-        chosen = {option: plain_ids(model, f" {text}") for option, text in texts.items()}
-    if not _are_single(chosen):
-        option, ids = next((option, ids) for option, ids in written.items() if len(ids) != 1)
-        pieces = [model.tokenizer.decode([i]) for i in ids]
-        raise ValueError(
-            f"--{option} must be a single token of the model's, got {texts[option]!r}, which it reads as {pieces}"
-        )
-    if chosen["answer"] == chosen["foil"]:
-        raise ValueError(f"--answer and --foil must be different tokens, got {answer!r} and {foil!r}")
-    return [token for ids in chosen.values() for token in ids]
+    if circuit is None:
+        circuit = _own_circuit(model) or otherwise()
+    check_type("circuit", circuit, Circuit)
+    sites(model, [component for _, component in circuit], name="circuit")
+    return circuit
 
 
-def spaced_instead(model: Any, text: str, token: int) -> str | None:
-    """The single token that a text would be with a space before it, where that is another than the one taken."""
-    if text.startswith(" ") or getattr(model, "language", None) is not None:
-        return None
-    ids = plain_ids(model, f" {text}")
-    return model.tokenizer.decode(ids) if len(ids) == 1 and ids[0] != token else None
+def _own_circuit(model: Any) -> Circuit | None:
+    circuit = getattr(model, "circuit", None)
+    return circuit if isinstance(circuit, Circuit) else None
 
 
-def _are_single(ids: dict[str, list[int]]) -> bool:
-    return all(len(one) == 1 for one in ids.values())
+Components = Component | Circuit | str | Iterable[Component | Circuit | str] | Mapping[str, Any]
+"""What a user calls components: see `players_of`."""
 
-
-_EXPECTED = "a Circuit, Components, names of hook points, or a mapping from names to these"
+_PLACE = re.compile(r"L(\d+)(?:H(\d+)|MLP)")
+_ONE = 'a Component, its place ("L0H1", "L2MLP") or the name of a role ("induction")'
+_KINDS = {"head": "attention heads", "mlp": "MLPs", None: ""}
 
 
 @dataclass(frozen=True)
@@ -201,83 +233,120 @@ class Player:
     parts: tuple[Component | str, ...]
 
 
-def players_of(model: Any, components: Any) -> tuple[Player, ...]:
+def players_of(
+    model: Any,
+    components: Any,
+    circuit: Circuit | None = None,
+    name: str = "components",
+    kind: Literal["head", "mlp"] | None = None,
+    points: bool = False,
+) -> tuple[Player, ...]:
     """The players that a user's `components` name, in their order.
 
+    Args:
+        model: whose they are.
+        components: a `Component`, or its place ("L0H1", "L2MLP"); the name of a role ("induction"), all of whose
+            components are one player; several of these; a `Circuit`, each of whose components is one, or "all" heads
+            and MLPs of the model; a mapping from labels to any of these, each label one player. `None` is the circuit.
+        circuit: whose roles these are, and by which components are called; by default the model's own.
+        name: of the argument.
+        kind: what all must be, if so; a `Circuit` and "all" are then those that are.
+        points: whether any other text is the name of a hook point.
+
     Raises:
-        TypeError, ValueError: for what names no component, or one of them twice.
+        TypeError, ValueError: for what names no component of the model's.
     """
-    if components is None:
-        components = getattr(model, "circuit", None)
-        if components is None:
-            raise ValueError(f"components must be given, since the model has no circuit of its own: {_EXPECTED}")
-    circuit = components if isinstance(components, Circuit) else getattr(model, "circuit", None) or Circuit()
-    if isinstance(components, Mapping):
-        for label in components:
-            if not isinstance(label, str):
-                raise TypeError(f"components must have names as keys, got {label!r:.80}")
-        players = tuple(Player(label, _parts(f"components[{label!r}]", part)) for label, part in components.items())
-    else:
-        # A component may play several roles, and is still one.
-        listed = dict.fromkeys(part for _, part in circuit) if isinstance(components, Circuit) else components
-        players = tuple(
-            Player(part if isinstance(part, str) else circuit.label(part), (part,))
-            for part in _parts("components", listed)
+    check_model(model)
+    circuit = circuit or _own_circuit(model) or Circuit()
+    found = _players(model, circuit if components is None else components, circuit, name, kind, points)
+    if not found:
+        wanted = (
+            "be given, since the model has no circuit that names any" if components is None else "name at least one"
         )
-    if not players:
-        raise ValueError("components must name at least one, got none")
-    return players
+        raise ValueError(f"{name} must {wanted}, got none")
+    for player in found:
+        at = sites(model, player.parts, name=name)  # refuses what the model lacks
+        if kind == "mlp":
+            check_hook_points(model, (site.name for site in at))
+    return tuple(found)
 
 
-def sites_of(model: Any, players: Sequence[Player]) -> dict[str, list[Site]]:
-    """Where each player's outputs are, by its label.
+def components_of(model: Any, components: Any, *args: Any, **options: Any) -> tuple[Any, ...]:
+    """All that the players are made of, each once. Arguments and errors are those of `players_of`."""
+    return _parts(players_of(model, components, *args, **options))
+
+
+def one_component(model: Any, given: Any, name: str, others: Sequence[str] = (), circuit: Circuit | None = None) -> Any:
+    """The component that a user names, by itself or by a role that it alone plays; or one of some `others`.
 
     Raises:
-        TypeError, ValueError: for components that the model lacks, or whose edits it would ignore; and where two
-            overlap, so that one cannot be absent while the other is present.
+        TypeError, ValueError: where that is not one component of the model.
     """
-    found = [sites(model, player.parts) for player in players]
-    named = list(zip((part for player in players for part in player.parts), chain.from_iterable(found), strict=True))
-    check_hook_points(model, (site.name for _, site in named))
-    points = model.hook_dict
-    for (first, at), (second, there) in combinations(named, 2):
-        # By the point itself, since a bridge has several names for one.
-        same_point = points[at.name] is points[there.name]
-        if same_point and (at.head is None or there.head is None or at.head == there.head):
-            raise ValueError(f"components must not overlap, got {first} and {second}")
-    return dict(zip((player.label for player in players), found, strict=True))
+    if isinstance(given, str) and given in others:
+        check_model(model)
+        return given
+    if not isinstance(given, (Component, str, tuple, list)) or (isinstance(given, str) and not _is_name(given)):
+        error = ValueError if isinstance(given, str) else TypeError
+        raise error(f"{name} must be {', '.join([*map(repr, others), _ONE])}; got {given!r:.80}")
+    found = _parts(_players(model, given, circuit or _own_circuit(model) or Circuit(), name, None, False))
+    if len(found) != 1:
+        what = "head" if name == "head" else "component"
+        raise ValueError(f"{name} must be one {what}, got {len(found)}: {', '.join(map(str, found))}")
+    sites(model, found, name=name)  # refuses what the model lacks
+    return found[0]
 
 
-def _parts(argument: str, value: Any) -> tuple[Component | str, ...]:
-    if not isinstance(value, (Component, str, Iterable)):
-        raise TypeError(f"{argument} must be {_EXPECTED}, got {value!r:.80}")
-    parts = (value,) if isinstance(value, (Component, str)) else tuple(value)
-    for part in parts:
-        if not isinstance(part, (Component, str)):
-            raise TypeError(f"{argument} must hold Components or names of hook points, got {part!r:.80}")
+def one_head(model: Any, head: Any, circuit: Circuit) -> Component:
+    """The head that a user names; by default the circuit's induction head. Errors as for `one_component`."""
+    if head is None and len(circuit.induction) != 1:
+        raise ValueError(f"head must be given, since the circuit names {len(circuit.induction)} induction heads")
+    found = one_component(model, circuit.induction if head is None else head, "head", circuit=circuit)
+    if found.kind != "head":
+        raise ValueError(f"head must be an attention head, got {found}")
+    return found
+
+
+def _parts(players: Iterable[Player]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(part for player in players for part in player.parts))
+
+
+def _is_name(text: str) -> bool:
+    return text in ROLE_NAMES or _PLACE.fullmatch(text) is not None
+
+
+def _players(model: Any, given: Any, circuit: Circuit, name: str, kind: str | None, points: bool) -> list[Player]:
+    if isinstance(given, Mapping):
+        found = []
+        for label, value in given.items():
+            if not isinstance(label, str):
+                raise TypeError(f"{name} must have names as keys, got {label!r:.80}")
+            one = f"{name}[{label!r}]"
+            parts = _parts(_players(model, value, circuit, one, kind, points))
+            if not parts:
+                raise ValueError(f"{one} must name at least one, got none")
+            found.append(Player(label, parts))
+        return found
+    alone = isinstance(given, (Component, str, Circuit)) or not isinstance(given, Iterable)
+    return [p for one in ([given] if alone else given) for p in _named(model, one, circuit, name, kind, points)]
+
+
+def _named(model: Any, given: Any, circuit: Circuit, name: str, kind: str | None, points: bool) -> list[Player]:
+    text = given if isinstance(given, str) else ""
+    if isinstance(given, Circuit) or text == "all":
+        members = all_components(model) if text else dict.fromkeys(member for _, member in given)
+        return [Player(circuit.label(member), (member,)) for member in members if kind in (None, member.kind)]
+    if text and points and not _is_name(text):
+        return [Player(text, (text,))]
+    if place := _PLACE.fullmatch(text):
+        given = Component(int(place[1]), "head", int(place[2])) if place[2] else Component(int(place[1]), "mlp")
+    parts = getattr(circuit, text) if text in ROLE_NAMES else (given,)
     if not parts:
-        raise ValueError(f"{argument} must name at least one, got none")
-    return parts
-
-
-def one_head(model: Any, head: Any, circuit: Circuit | None) -> Component:
-    """The head that a user names, alone or in a role; by default the circuit's induction head.
-
-    Raises:
-        TypeError, ValueError: where that is not one head of the model.
-    """
-    if head is None:
-        named = () if circuit is None else circuit.induction
-        if len(named) != 1:
-            raise ValueError(f"head must be given, since the circuit names {len(named)} induction heads")
-        (head,) = named
-    elif isinstance(head, (tuple, list)):
-        if len(head) != 1:
-            raise ValueError(f"head must be one head, got {len(head)}: {', '.join(map(str, head))}")
-        (head,) = head
-    if not isinstance(head, Component):
-        raise TypeError(f"head must be a Component, got {head!r:.80}")
-    if head.kind != "head":
-        raise ValueError(f"head must be an attention head, got {head}")
-    sites(model, head)  # refuses what the model lacks
-    return head
+        raise ValueError(f"{name} names {text!r}, a role that no component of the circuit plays")
+    for part in parts:
+        if not isinstance(part, Component):
+            expected = f'{_ONE}, several of these, a Circuit, a mapping from labels to these, or "all"'
+            expected += ", or names of hook points" * points
+            raise (ValueError if text else TypeError)(f"{name} must be {expected}; got {part!r:.80}")
+        if kind not in (None, part.kind):
+            raise ValueError(f"{name} must be {_KINDS[kind]}, got {part}")
+    return [Player(circuit.role_label(text) if text in ROLE_NAMES else circuit.label(parts[0]), parts)]

@@ -12,11 +12,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hijack_lens.core.checks import (
+    Seed,
     as_generator,
     check_choice,
     check_count,
     check_distribution,
     check_number,
+    fixed_seed,
 )
 from hijack_lens.language.vocabulary import UNKNOWN, Token, Vocabulary, cut
 
@@ -119,7 +121,7 @@ class BigramLanguage(Vocabulary):
         return cls(bigrams / bigrams.sum(-1, keepdim=True), unigrams / unigrams.sum(), tokens=tokens, level=level)
 
     @classmethod
-    def dirichlet(cls, d_vocab: int, concentration: float = 1.0, seed: int | torch.Generator = 0) -> "BigramLanguage":
+    def dirichlet(cls, d_vocab: int, concentration: float = 1.0, seed: Seed = 0) -> "BigramLanguage":
         """A random language: each row of `pi_b` drawn from a symmetric Dirichlet distribution.
 
         Args:
@@ -129,8 +131,7 @@ class BigramLanguage(Vocabulary):
         """
         check_count("d_vocab", d_vocab, minimum=2)
         check_number("concentration", concentration, positive=True)
-        draw = int(torch.randint(2**63 - 1, (), generator=as_generator(seed)))
-        rows = np.random.default_rng(draw).dirichlet([concentration] * d_vocab, size=d_vocab)
+        rows = np.random.default_rng(fixed_seed(as_generator(seed))).dirichlet([concentration] * d_vocab, size=d_vocab)
         return cls(rows, level="word")
 
     def floored(self, floor: float) -> "BigramLanguage":
@@ -188,7 +189,7 @@ class BigramLanguage(Vocabulary):
         *,
         n_triggers: int | None = None,
         continuations: Literal["uniform", "bigram"] | Sequence[float] | Float[Tensor, "d_vocab"] = "uniform",
-        seed: int | torch.Generator,
+        seed: Seed,
     ) -> SampledSequences:
         """Sequences in which each trigger has a continuation of its own, drawn anew per sequence.
 

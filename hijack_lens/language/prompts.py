@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_generator, check_choice, check_count, check_type
+from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_type
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.language.vocabulary import Token
 
@@ -69,7 +69,7 @@ def hijack_prompt(
     global_candidate: Token | None = None,
     alternative: Token | None = None,
     n_prompts: int | None = None,
-    seed: int | torch.Generator,
+    seed: Seed,
 ) -> HijackPrompt:
     """A prompt in which `trigger` is followed by `in_context`, `repeats` times, and which ends with `trigger`.
 

@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.core.circuit import Circuit, Margin
 from hijack_lens.core.files import Saved
+from hijack_lens.core.inputs import Tokens, circuit_of
 from hijack_lens.core.tables import Drawn
-from hijack_lens.memories.token_tables import Tokens, TokenTables, replaced, token_tables
+from hijack_lens.memories.token_tables import TokenTables, replaced, token_tables
 
 Winner = Literal["context", "weights", "both", "neither"]
 
@@ -39,7 +40,7 @@ class MemoryConflict(TokenTables, Saved, Drawn):
     logits: Float[Tensor, "query answer"]
 
     def __post_init__(self) -> None:
-        shape = (len(self.queries), len(self.answers))
+        shape = (len(self.query_tokens), len(self.answers))
         for name in _TENSORS[1:]:
             if tuple(getattr(self, name).shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(getattr(self, name).shape)}")
@@ -111,10 +112,10 @@ _CELLS = 2**24
 
 def memory_conflict(
     model: Any,
-    tokens: object,
+    prompt: object,
     position: int = -1,
     *,
-    queries: Tokens = None,
+    query_tokens: Tokens = None,
     answers: Tokens = None,
     circuit: Circuit | None = None,
 ) -> MemoryConflict:
@@ -128,9 +129,9 @@ def memory_conflict(
 
     Args:
         model: a HookedTransformer or TransformerBridge of any depth.
-        tokens: one prompt: text, tokens or a `HijackPrompt`. What comes after the position does not matter.
+        prompt: a single one: text, tokens or a `HijackPrompt`. What comes after the position does not matter.
         position: where the token is replaced; negative ones count from the end.
-        queries: tokens to put there, by id or text; by default the whole vocabulary.
+        query_tokens: tokens to put there, by id or text; by default the whole vocabulary.
         answers: tokens whose logits to give, at least two; likewise.
         circuit: the roles of the components; by default `model.circuit`.
 
@@ -141,11 +142,11 @@ def memory_conflict(
         TypeError, ValueError: as for `attribute`, for a circuit without induction heads, and for tables of more than
             2^27 numbers, with a large vocabulary.
     """
-    tables = token_tables(model, tokens, position, queries, answers)
-    circuit = getattr(model, "circuit", None) if circuit is None else circuit
-    if isinstance(circuit, Circuit) and not circuit.induction:
+    tables = token_tables(model, prompt, position, query_tokens, answers)
+    circuit = circuit_of(model, circuit)
+    if not circuit.induction:
         raise ValueError(f"circuit must name an induction head, through which the context speaks; got {circuit}")
-    prompts, parts = replaced(tables.tokens, tables.queries), []
+    prompts, parts = replaced(tables.tokens, tables.query_tokens), []
     done, rows_at_once = 0, 1
     with tqdm(total=len(prompts), disable=None, delay=1, unit="query", desc="memory_conflict") as bar:
         while done < len(prompts):
@@ -156,13 +157,4 @@ def memory_conflict(
             done += len(rows)
             bar.update(len(rows))
     context, weights, rest, logits = torch.cat(parts, 1)
-    return MemoryConflict(
-        tokens=tables.tokens,
-        queries=tables.queries,
-        answers=tables.answers,
-        vocab=tables.vocab,
-        context=context,
-        weights=weights,
-        rest=rest,
-        logits=logits,
-    )
+    return MemoryConflict(**vars(tables), context=context, weights=weights, rest=rest, logits=logits)

@@ -16,11 +16,11 @@ from hijack_lens.attribution.score_terms import offset_keys, tolerance
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import rows_at_once
-from hijack_lens.core.inputs import one_head
+from hijack_lens.core.inputs import Tokens, circuit_of, one_head
 from hijack_lens.core.tables import Drawn
 from hijack_lens.hooks.edges import changes_attn_out
 from hijack_lens.hooks.intervention import Intervention
-from hijack_lens.memories.token_tables import Tokens, TokenTables, replaced, token_tables
+from hijack_lens.memories.token_tables import TokenTables, replaced, token_tables
 from hijack_lens.models.linear_maps import Readout, linear_norm
 from hijack_lens.models.opened import UnknownArchitectureError, open_model
 
@@ -54,7 +54,7 @@ class ContextMemory(TokenTables, Saved, Drawn):
     circuit: Circuit = Circuit()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
-        n_sources, n_queries, n_answers = len(self.tokens), len(self.queries), len(self.answers)
+        n_sources, n_queries, n_answers = len(self.tokens), len(self.query_tokens), len(self.answers)
         expected = {
             "attention": (n_queries, n_sources),
             "value_logits": (n_sources - 1, n_answers),
@@ -71,13 +71,13 @@ class ContextMemory(TokenTables, Saved, Drawn):
         context, own = self.attention[:, :-1], self.attention[:, -1:]
         return (context @ self.value_logits + own * self.own_logits) / self.scale[:, None]
 
-    def by_source(self, query: int | str) -> Float[Tensor, "source answer"]:
+    def by_source(self, query_token: int | str) -> Float[Tensor, "source answer"]:
         """One row of `values` by the position that it comes from.
 
         Args:
-            query: a query token, by id or text.
+            query_token: by id or text.
         """
-        row = self.row(query)
+        row = self.row(query_token)
         written = torch.cat([self.value_logits, self.own_logits[row : row + 1]])
         return self.attention[row, :, None] * written / self.scale[row]
 
@@ -97,11 +97,11 @@ _CHECKED = 1000
 @torch.no_grad()
 def context_memory(
     model: Any,
-    tokens: object,
-    head: Component | tuple[Component, ...] | None = None,
+    prompt: object,
+    head: Component | str | tuple[Component, ...] | None = None,
     position: int = -1,
     *,
-    queries: Tokens = None,
+    query_tokens: Tokens = None,
     answers: Tokens = None,
     circuit: Circuit | None = None,
 ) -> ContextMemory:
@@ -121,12 +121,13 @@ def context_memory(
 
     Args:
         model: a HookedTransformer or TransformerBridge of any depth.
-        tokens: one prompt: text, tokens or a `HijackPrompt`. What comes after the position does not matter.
-        head: whose memory, or a role of a `Circuit` that just one head plays; by default the circuit's induction head.
+        prompt: a single one: text, tokens or a `HijackPrompt`. What comes after the position does not matter.
+        head: whose memory: a `Component`, its place ("L1H0"), or a role that just one head plays; by default the
+            circuit's induction head.
         position: where it is read; negative ones count from the end.
-        queries: tokens to put there, by id or text; by default the whole vocabulary.
+        query_tokens: tokens to put there, by id or text; by default the whole vocabulary.
         answers: tokens whose logits to give; likewise.
-        circuit: the roles of the components; by default `model.circuit`, if it has one.
+        circuit: the roles of the components; by default `model.circuit`, if there is one.
 
     Returns:
         A `ContextMemory`.
@@ -135,17 +136,15 @@ def context_memory(
         TypeError, ValueError: for prompts, heads, positions and tokens that the model does not have; for tables of more
             than 2^27 numbers, with a large vocabulary; and for models whose logits are no sum over what heads write.
     """
-    tables = token_tables(model, tokens, position, queries, answers)
-    circuit = getattr(model, "circuit", None) if circuit is None else circuit
-    if not isinstance(circuit, (Circuit, type(None))):
-        raise TypeError(f"circuit must be a Circuit, got {circuit!r:.80}")
+    tables = token_tables(model, prompt, position, query_tokens, answers)
+    circuit = circuit_of(model, circuit)
     chosen = one_head(model, head, circuit)
     check_additive(model)
     if changes_attn_out(model, chosen.layer):
         raise ValueError(f"head {chosen}: this model norms or scales what its heads write, all together")
 
     some = torch.tensor(tables.answers[:_CHECKED], device=tables.tokens.device)
-    run = _run(model, chosen, replaced(tables.tokens, tables.queries), some)
+    run = _run(model, chosen, replaced(tables.tokens, tables.query_tokens), some)
     check_unembedded(model, run["stream"][:, 0], run["logits"], some)
     at = tables.position
     attention, z, v = run["attention"], run["z"], run["v"]
@@ -162,10 +161,7 @@ def context_memory(
 
     query_vectors, keys = _products(model, chosen, run) or (None, None)
     return ContextMemory(
-        tokens=tables.tokens,
-        queries=tables.queries,
-        answers=tables.answers,
-        vocab=tables.vocab,
+        **vars(tables),
         attention=attention,
         value_logits=v[:at] @ to_logits,
         own_logits=run["own_v"] @ to_logits,
@@ -173,7 +169,7 @@ def context_memory(
         fast_weights=None if keys is None else (v[:at] @ W_O).T @ keys,
         query_vectors=query_vectors,
         head=chosen,
-        circuit=Circuit() if circuit is None else circuit,
+        circuit=circuit,
     )
 
 

@@ -1,6 +1,5 @@
 """The result of reading the weights' memory as a table: how well it recalls, its rank, its cross-talk; and views."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,18 +13,10 @@ from hijack_lens.attribution.direct import check_additive
 from hijack_lens.core.checks import check_choice, check_count, check_type
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved
-from hijack_lens.core.inputs import texts_of
+from hijack_lens.core.inputs import Components, Tokens, components_of, texts_of, token_ids
 from hijack_lens.core.tables import Drawn
 from hijack_lens.language.bigrams import BigramLanguage
-from hijack_lens.memories.token_tables import (
-    NamedTokens,
-    SomeTokens,
-    centred,
-    check_logits,
-    chosen_tokens,
-    context_free,
-    memory_mlps,
-)
+from hijack_lens.memories.token_tables import NamedTokens, centred, check_logits, context_free
 from hijack_lens.models.linear_maps import linear_norm
 
 
@@ -132,12 +123,12 @@ _MOST_CELLS = 2**26
 @torch.no_grad()
 def memory_matrix(
     model: Any,
-    components: Component | Sequence[Component] | None = None,
+    components: Components | None = None,
     *,
     part: Literal["memory", "weights"] = "memory",
     language: BigramLanguage | Literal["model"] | None = "model",
-    keys: SomeTokens = None,
-    values: SomeTokens = None,
+    key_tokens: Tokens = None,
+    value_tokens: Tokens = None,
 ) -> MemoryMatrix:
     """What the weights say after each token, whatever the context: the learned table W_F beside `log pi_b`.
 
@@ -149,26 +140,30 @@ def memory_matrix(
 
     Args:
         model: a HookedTransformer or TransformerBridge of any depth.
-        components: the MLPs; by default the circuit's bigram memory.
+        components: the MLPs: a `Component`, its place ("L2MLP") or a role of `model.circuit` ("bigram"); several of
+            these, or a mapping to them; a `Circuit`, for its bigram memory; or "all" MLPs. By default the bigram memory
+            of `model.circuit`.
         part: "memory" or "weights".
         language: whose bigrams to compare with, every one of positive probability; by default the model's own, if it
             has one. With `None` the table stands alone, and what compares is NaN: not scored.
-        keys: tokens of the rows, by id or text; by default the whole vocabulary.
-        values: tokens of the columns, likewise.
+        key_tokens: of the rows, by id or text; by default the whole vocabulary.
+        value_tokens: of the columns, likewise.
 
     Raises:
         TypeError, ValueError: for MLPs and tokens that the model does not have, a language of another vocabulary or
-            with zeros, tables of more than 2^26 cells (choose keys and values), and models whose logits are no sum over
-            what MLPs write.
+            with zeros, tables of more than 2^26 cells (choose key_tokens and value_tokens), and models whose logits are
+            no sum over what MLPs write.
     """
     check_choice("part", part, ("memory", "weights"))
     if part == "weights" and components is not None:
         raise ValueError(f"components must not be given with part='weights', which is all of them; got {components!r}")
-    mlps = () if part == "weights" else memory_mlps(model, components)
+    mlps = () if part == "weights" else components_of(model, components, kind="mlp")
     check_additive(model)
-    rows, columns = (chosen_tokens(model, name, given) for name, given in (("keys", keys), ("values", values)))
+    rows, columns = token_ids(model, "key_tokens", key_tokens), token_ids(model, "value_tokens", value_tokens)
     if len(rows) * len(columns) > _MOST_CELLS:
-        raise ValueError(f"keys and values must be fewer: {len(rows)} by {len(columns)} cells are over {_MOST_CELLS:,}")
+        raise ValueError(
+            f"key_tokens and value_tokens must be fewer: {len(rows)} by {len(columns)} cells are over {_MOST_CELLS:,}"
+        )
     if isinstance(language, str):
         check_choice("language", language, ("model",))
         language = getattr(model, "language", None)

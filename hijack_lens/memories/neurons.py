@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -14,19 +14,12 @@ from hijack_lens.attribution.score_terms import tolerance
 from hijack_lens.core.checks import check_count
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved
-from hijack_lens.core.inputs import texts_of
+from hijack_lens.core.inputs import Components, Tokens, components_of, texts_of, token_ids
 from hijack_lens.core.tables import Drawn
-from hijack_lens.memories.token_tables import (
-    NamedTokens,
-    SomeTokens,
-    check_logits,
-    chosen_tokens,
-    context_free,
-    memory_mlps,
-)
+from hijack_lens.memories.token_tables import NamedTokens, check_logits, context_free
 from hijack_lens.models.linear_maps import linear_norm
 
-_BY_KEY = ("keys", "pre", "post")
+_BY_KEY = ("key_tokens", "pre", "post")
 _BY_VALUE = ("promoted", "promoted_logits", "suppressed", "suppressed_logits")
 
 
@@ -37,8 +30,8 @@ class MemoryNeurons(NamedTokens, Saved, Drawn):
     Attributes:
         component: the MLP.
         neurons: their indices in it.
-        keys: ids of the tokens that make each write most (|post|), strongest first; where there are too few, then those
-            that come closest to turning it on.
+        key_tokens: ids of those that make each write most (|post|), strongest first; where there are too few, then of
+            those that come closest to turning it on.
         pre: what these tokens give the neuron before its activation; in a gated MLP, its gate's.
         post: and after it, what W_out is multiplied by.
         n_keys: how many tokens were tried as keys.
@@ -50,9 +43,11 @@ class MemoryNeurons(NamedTokens, Saved, Drawn):
         spread: root mean square over the vocabulary of these logits.
     """
 
+    older_names: ClassVar = {"keys": "key_tokens"}
+
     component: Component
     neurons: Int[Tensor, "neuron"]
-    keys: Int[Tensor, "neuron key"]
+    key_tokens: Int[Tensor, "neuron key"]
     pre: Float[Tensor, "neuron key"]
     post: Float[Tensor, "neuron key"]
     n_keys: int
@@ -65,7 +60,7 @@ class MemoryNeurons(NamedTokens, Saved, Drawn):
 
     def __post_init__(self) -> None:
         n = len(self.neurons)
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_BY_KEY, (n, self.keys.shape[-1]))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_BY_KEY, (n, self.key_tokens.shape[-1]))
         shapes |= dict.fromkeys(_BY_VALUE, (n, self.promoted.shape[-1])) | dict.fromkeys(("on", "spread"), (n,))
         for name, shape in shapes.items():
             if tuple(getattr(self, name).shape) != shape:
@@ -77,7 +72,7 @@ class MemoryNeurons(NamedTokens, Saved, Drawn):
         return self.post[:, 0].abs() * self.spread
 
     @property
-    def values(self) -> Int[Tensor, "neuron value"]:
+    def value_tokens(self) -> Int[Tensor, "neuron value"]:
         """Ids of the tokens whose logits each neuron raises most for its strongest key."""
         return torch.where(self.post[:, :1] < 0, self.suppressed, self.promoted)
 
@@ -95,16 +90,16 @@ class MemoryNeurons(NamedTokens, Saved, Drawn):
         """A row per neuron and rank: the key of that rank with its `pre` and `post`, and the tokens that it raises and
         lowers, in logits per unit of `post`; missing where one side has fewer ranks."""
         by_rank = []
-        for rank in range(max(self.keys.shape[1], self.promoted.shape[1])):
+        for rank in range(max(self.key_tokens.shape[1], self.promoted.shape[1])):
             table = pd.DataFrame({"neuron": self.neurons.numpy(), "rank": rank})
-            for names, width in ((_BY_KEY, self.keys.shape[1]), (_BY_VALUE, self.promoted.shape[1])):
+            for names, width in ((_BY_KEY, self.key_tokens.shape[1]), (_BY_VALUE, self.promoted.shape[1])):
                 for name in names if rank < width else ():
                     column = getattr(self, name)[:, rank]
                     is_token = not column.is_floating_point()
                     table[name] = [self.token_text(i) for i in column.tolist()] if is_token else column.numpy()
             by_rank.append(table)
         frame = pd.concat(by_rank).sort_values(["neuron", "rank"], ignore_index=True)
-        return frame.rename(columns={"keys": "key"})
+        return frame.rename(columns={"key_tokens": "key"})
 
 
 _CELLS = 2**24
@@ -114,9 +109,9 @@ _CELLS = 2**24
 @torch.no_grad()
 def memory_neurons(
     model: Any,
-    component: Component | None = None,
+    components: Components | None = None,
     *,
-    keys: SomeTokens = None,
+    key_tokens: Tokens = None,
     neurons: Iterable[int] | None = None,
     k: int = 8,
 ) -> MemoryNeurons:
@@ -128,12 +123,12 @@ def memory_neurons(
     `post` writes straight into the logits: the neuron's row of W_out through the final norm's weights (its scale is
     taken to be 1) and W_U, relative to its mean over the vocabulary, which no prediction depends on.
 
-    SomeTokens and neurons are taken some at a time, so that memory is bounded whatever the vocabulary.
+    Tokens and neurons are taken some at a time, so that memory is bounded whatever the vocabulary.
 
     Args:
         model: a HookedTransformer or TransformerBridge of any depth.
-        component: an MLP; by default the circuit's bigram memory.
-        keys: tokens to try as keys, by id or text; by default the whole vocabulary.
+        components: an MLP, named as for `memory_matrix`; by default the bigram memory of `model.circuit`.
+        key_tokens: to try as keys, by id or text; by default the whole vocabulary.
         neurons: by default all.
         k: how many tokens to keep on either side.
 
@@ -142,15 +137,15 @@ def memory_neurons(
             their own, as mixtures of experts; and for models whose logits, or MLPs whose outputs, are no sum over what
             neurons write.
     """
-    named = memory_mlps(model, component)
+    named = components_of(model, components, kind="mlp")
     if len(named) > 1:
-        raise ValueError(f"component must be one MLP, got {', '.join(map(str, named))}")
+        raise ValueError(f"components must be one MLP, got {', '.join(map(str, named))}")
     check_additive(model)
     W_out = getattr(model.blocks[named[0].layer].mlp, "W_out", None)
     if not isinstance(W_out, Tensor):
-        raise ValueError(f"component {named[0]} has no W_out of its own, as with mixtures of experts")
+        raise ValueError(f"components: {named[0]} has no W_out of its own, as with mixtures of experts")
     asked = _neuron_ids(neurons, len(W_out))
-    ids = chosen_tokens(model, "keys", keys)
+    ids = token_ids(model, "key_tokens", key_tokens)
     k = check_count("k", k, minimum=1)
     check_logits(model, int(ids[0]))
 
@@ -158,7 +153,7 @@ def memory_neurons(
     found |= _values(model, W_out, asked.to(W_out.device), k)
     on = found.pop("n_on").cpu().double() / len(ids)
     tensors = {name: x.cpu().double() if x.is_floating_point() else x.cpu() for name, x in found.items()}
-    shown = torch.cat([tensors[name].flatten() for name in ("keys", "promoted", "suppressed")])
+    shown = torch.cat([tensors[name].flatten() for name in ("key_tokens", "promoted", "suppressed")])
     return MemoryNeurons(texts_of(model, shown), component=named[0], neurons=asked, n_keys=len(ids), on=on, **tensors)
 
 
@@ -182,7 +177,7 @@ def _keys(
         joined = [torch.cat(pair, 1) for pair in zip(best, new, strict=True)] if best else list(new)
         top = joined[0].topk(min(k, joined[0].shape[1]), dim=1).indices
         best = tuple(x.gather(1, top) for x in joined)
-    return {"keys": best[1], "pre": best[2], "post": best[3], "n_on": n_on}
+    return {"key_tokens": best[1], "pre": best[2], "post": best[3], "n_on": n_on}
 
 
 def _check_written(

@@ -4,44 +4,56 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hijack_lens.attribution.direct import check_unembedded
 from hijack_lens.core.checks import as_int, check_position
-from hijack_lens.core.circuit import Circuit, Component
-from hijack_lens.core.hook_points import check_model, evaluating, rows_at_once, sites
-from hijack_lens.core.inputs import answer_ids, model_tokens, texts_of, token_ids
+from hijack_lens.core.hook_points import check_model, evaluating, rows_at_once
+from hijack_lens.core.inputs import Tokens, single_prompt, texts_of, token_ids
 from hijack_lens.core.tables import visible
 from hijack_lens.hooks.edges import embeddings
 from hijack_lens.hooks.intervention import Intervention, record
-
-Tokens = Iterable[int | str] | Int[Tensor, "token"] | None
-"""Tokens that a user names, by id or text; `None` for a default."""
 
 _MOST_CELLS = 2**27
 """Numbers in a table: 1 GiB in float64."""
 
 
 @dataclass(frozen=True, repr=False)
-class TokenTables:
-    """What the rows and columns of such tables stand for.
+class NamedTokens:
+    """A result about tokens, which knows their texts.
+
+    Attributes:
+        vocab: texts of the tokens that occur in it, by id; `None` where the model has no tokenizer.
+    """
+
+    vocab: Mapping[int, str] | None
+
+    def token_text(self, token: int) -> str:
+        """A token's text with white space visible; its id where there is no tokenizer."""
+        return str(token) if self.vocab is None else visible(self.vocab[token])
+
+
+@dataclass(frozen=True, repr=False)
+class TokenTables(NamedTokens):
+    """What the rows and columns of tables from token to token stand for.
 
     Attributes:
         tokens: of the prompt, up to the position whose token is replaced; that one is the last.
-        queries: ids of what it is replaced by, row by row.
+        query_tokens: ids of what it is replaced by, row by row.
         answers: ids of the tokens whose logits these are, column by column.
-        vocab: texts of all these tokens by their ids; `None` where the model has no tokenizer.
     """
 
+    older_names: ClassVar[Mapping[str, str]] = {"queries": "query_tokens"}
+
     tokens: Int[Tensor, "source"]
-    queries: tuple[int, ...]
+    query_tokens: tuple[int, ...]
     answers: tuple[int, ...]
-    vocab: Mapping[int, str] | None
 
     @property
     def position(self) -> int:
@@ -51,7 +63,7 @@ class TokenTables:
     @property
     def query_texts(self) -> tuple[str, ...]:
         """Of the rows."""
-        return tuple(map(self.token_text, self.queries))
+        return tuple(map(self.token_text, self.query_tokens))
 
     @property
     def answer_texts(self) -> tuple[str, ...]:
@@ -66,31 +78,29 @@ class TokenTables:
     @cached_property
     def occurs(self) -> Bool[Tensor, "query"]:
         """Which query tokens the context, before the position, holds at all."""
-        return torch.isin(torch.tensor(self.queries), self.tokens[:-1].cpu())
+        return torch.isin(torch.tensor(self.query_tokens), self.tokens[:-1].cpu())
 
-    def token_text(self, token: int) -> str:
-        """A token's text with white space visible; its id where there is no tokenizer."""
-        return str(token) if self.vocab is None else visible(self.vocab[token])
-
-    def row(self, query: int | str) -> int:
+    def row(self, query_token: int | str) -> int:
         """Which row a query token has.
 
         Raises:
             ValueError: for a token, by id or text, that has none.
         """
-        return self._find("query", query, self.queries)
+        return self._find("query_token", query_token, self.query_tokens)
 
-    def chosen(self, queries: Tokens, answers: Tokens, most: int) -> tuple[list[int], list[int]]:
+    def chosen(self, query_tokens: Tokens, answers: Tokens, most: int) -> tuple[list[int], list[int]]:
         """Rows and columns to show: those asked for, else those that the context holds, the most frequent first.
 
         Args:
-            queries: by id or text.
+            query_tokens: by id or text.
             answers: likewise.
             most: how many of either to take where they were not asked for; of all, where the context holds none.
         """
         chosen = []
-        for name, asked, ids in (("queries", queries, self.queries), ("answers", answers, self.answers)):
-            rows = self._held(ids, most) if asked is None else [self._find(name, token, ids) for token in asked]
+        axes = ("query_tokens", query_tokens, self.query_tokens), ("answers", answers, self.answers)
+        for name, asked, ids in axes:
+            listed = [asked] if isinstance(asked, (int, str)) else asked
+            rows = self._held(ids, most) if listed is None else [self._find(name, token, ids) for token in listed]
             if not rows:
                 raise ValueError(f"{name} must be at least one token, got none")
             chosen.append(rows)
@@ -114,40 +124,32 @@ class TokenTables:
         return place
 
 
-def token_tables(model: Any, tokens: object, position: int, queries: object, answers: object) -> TokenTables:
+def token_tables(model: Any, prompt: object, position: int, query_tokens: Tokens, answers: Tokens) -> TokenTables:
     """Rows and columns for one prompt, as a user gives them.
 
     Raises:
         TypeError, ValueError: for prompts, positions and tokens that the model does not have, and for too many.
     """
     check_model(model)
-    ids = model_tokens(model, tokens)
-    if len(ids) != 1:
-        raise ValueError(f"tokens must be one prompt, got a batch of {len(ids)}: take them one by one")
+    ids = single_prompt(model, prompt)
     length = ids.shape[1]
     at = check_position("position", position, length, length - 1)
-    rows, columns = (_ids(model, name, given) for name, given in (("queries", queries), ("answers", answers)))
+    rows, columns = token_ids(model, "query_tokens", query_tokens), token_ids(model, "answers", answers)
     n_cells = len(rows) * (len(columns) + at + 1)
     if n_cells > _MOST_CELLS:
         raise ValueError(
-            f"queries and answers must be fewer: {len(rows)} by {len(columns)} tokens take {n_cells:,} numbers, over "
-            f"{_MOST_CELLS:,}"
+            f"query_tokens and answers must be fewer: {len(rows)} by {len(columns)} tokens take {n_cells:,} numbers, "
+            f"over {_MOST_CELLS:,}"
         )
-    vocab = texts_of(model, torch.cat([ids.flatten().cpu(), torch.tensor(rows + columns)]))
-    return TokenTables(ids[0, : at + 1], tuple(rows), tuple(columns), vocab)
+    vocab = texts_of(model, torch.cat([ids.flatten().cpu(), rows, columns]))
+    return TokenTables(vocab, ids[0, : at + 1], tuple(rows.tolist()), tuple(columns.tolist()))
 
 
-def replaced(tokens: Int[Tensor, "source"], queries: Sequence[int]) -> Int[Tensor, "query source"]:
+def replaced(tokens: Int[Tensor, "source"], query_tokens: Sequence[int]) -> Int[Tensor, "query source"]:
     """The prompt with each query token in its last token's place."""
-    prompts = tokens.repeat(len(queries), 1)
-    prompts[:, -1] = torch.tensor(queries).to(prompts)
+    prompts = repeat(tokens, "source -> query source", query=len(query_tokens)).clone()
+    prompts[:, -1] = torch.tensor(query_tokens).to(prompts)
     return prompts
-
-
-def _ids(model: Any, name: str, given: Any) -> list[int]:
-    if given is None:
-        return list(range(model.cfg.d_vocab))
-    return answer_ids(model, given, name, at_least=1).tolist()
 
 
 _ACTIVATIONS = 2**25
@@ -155,61 +157,6 @@ _ACTIVATIONS = 2**25
 
 _CHECKED = 1000
 """Logits."""
-
-SomeTokens = Iterable[int | str] | None
-"""SomeTokens by id or text; `None` means the whole vocabulary."""
-
-
-@dataclass(frozen=True, repr=False)
-class NamedTokens:
-    """A result about tokens, which knows their texts.
-
-    Attributes:
-        vocab: texts of the tokens that occur in it, by id; `None` where the model has no tokenizer.
-    """
-
-    vocab: Mapping[int, str] | None
-
-    def token_text(self, token: int) -> str:
-        """A token's text with white space visible; its id where there is no tokenizer."""
-        return str(token) if self.vocab is None else visible(self.vocab[token])
-
-
-def chosen_tokens(model: Any, name: str, tokens: SomeTokens) -> Int[Tensor, "token"]:
-    """Distinct token ids, on the CPU.
-
-    Raises:
-        TypeError, ValueError: for none, and for what is no token of the model's.
-    """
-    if tokens is None:
-        return torch.arange(model.cfg.d_vocab)
-    return token_ids(model, name, tokens).cpu()
-
-
-def memory_mlps(model: Any, components: Any) -> tuple[Component, ...]:
-    """MLPs of the model's; by default its circuit's bigram memory.
-
-    Raises:
-        TypeError, ValueError: for what is no MLP of the model's, and where there is no default.
-    """
-    if components is None:
-        circuit = getattr(model, "circuit", None)
-        if not isinstance(circuit, Circuit) or not circuit.bigram:
-            raise ValueError(
-                "component must name an MLP, since this model has no circuit with a bigram memory: "
-                "Component(layer, 'mlp'), or one that find_circuit(model) has found"
-            )
-        components = circuit.bigram
-    sites(model, components)  # refuses what the model lacks
-    named = (components,) if isinstance(components, (Component, str)) else tuple(components)
-    if not named or len(set(named)) < len(named):
-        raise ValueError(f"component must be one or several different MLPs, got {components!r}")
-    for component in named:
-        if not isinstance(component, Component) or component.kind != "mlp":
-            raise ValueError(f"component must be an MLP, got {component}")
-        if getattr(model.cfg, "attn_only", False):
-            raise ValueError(f"component {component}: this model's blocks have no MLPs")
-    return named
 
 
 def check_logits(model: Any, token: int) -> None:

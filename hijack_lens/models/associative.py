@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.core.checks import as_generator, check_choice, check_count, check_type
+from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_type
 from hijack_lens.core.circuit import Circuit, Component, Positions, Strengths
 from hijack_lens.language import BigramLanguage, Triggers
 from hijack_lens.models.architecture import Architecture
@@ -24,7 +24,7 @@ def associative_transformer(
     n_ctx: int = 256,
     n_ctx_train: int | None = None,
     d_model: int | None = None,
-    seed: int | torch.Generator = 0,
+    seed: Seed = 0,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
 ) -> BigramTransformer:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hijack_lens.core.checks import as_generator, check_choice
+from hijack_lens.core.checks import Seed, as_generator, check_choice
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.models.architecture import Architecture
 from hijack_lens.models.transformer import BigramTransformer
@@ -24,7 +24,7 @@ def trainable_transformer(
     norm: Literal["LN", "RMS"] | None = None,
     freeze: Sequence[str] = (),
     init: Mapping[str, Init] | None = None,
-    seed: int | torch.Generator = 0,
+    seed: Seed = 0,
     *,
     n_layers: int = 2,
     d_head: int | None = None,

@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 from hijack_lens import theory
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
-from hijack_lens.core.checks import check_count
+from hijack_lens.core.checks import Seed, check_count
 from hijack_lens.core.circuit import Circuit, Margin, Strengths
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import check_model, evaluating
+from hijack_lens.core.inputs import circuit_of
 from hijack_lens.core.tables import Drawn
 from hijack_lens.language.facts import Bigram, Fact
 from hijack_lens.models.transformer import BigramTransformer
@@ -255,7 +256,7 @@ def dose_response(
     *,
     lead: str | Sequence[int] = "",
     circuit: Circuit | None = None,
-    seed: int | torch.Generator = 0,
+    seed: Seed = 0,
 ) -> DoseResponse:
     """Measures `logit[context's answer] - logit[weights' answer]` as the context says its answer 0, 1, 2, ... times.
 
@@ -283,8 +284,7 @@ def dose_response(
     if not listed:
         raise ValueError("facts must hold at least one, got none")
     conflicts = tuple(fact_prompts(model, fact, repeats, lead) for fact in listed)
-    circuit = getattr(model, "circuit", None) if circuit is None else circuit
-    circuit = find_circuit(model, seed=seed) if circuit is None else circuit
+    circuit = circuit_of(model, circuit, lambda: find_circuit(model, seed=seed))
 
     shape = (len(conflicts), repeats + 1)
     parts = {memory: torch.zeros(shape, dtype=torch.float64) for memory in ("context", "weights", "rest")}

@@ -7,10 +7,11 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from hijack_lens.core.inputs import Tokens
 from hijack_lens.core.tables import Report, Table, picture_of, report_of
 from hijack_lens.memories.conflict import MemoryConflict
 from hijack_lens.memories.context import ContextMemory
-from hijack_lens.memories.token_tables import Tokens, centred
+from hijack_lens.memories.token_tables import centred
 from hijack_lens.show.style import COLOURS, Picture, frameless, heatmap, spread_of
 
 _ROWS_SHOWN = 20
@@ -32,14 +33,14 @@ def context_report(memory: ContextMemory) -> Report:
         rows.append(
             [memory.query_texts[row], *cells, f"{source} {text!r}", f"{float(memory.attention[row, source]):.1%}"]
         )
-    hidden = len(memory.chosen(None, None, len(memory.queries))[0]) - len(rows)
+    hidden = len(memory.chosen(None, None, len(memory.query_tokens))[0]) - len(rows)
     more = f"; {hidden} more of them are not shown" if hidden else ""
     note = f"Query tokens that occur in the context{more}."
     if not bool(memory.occurs.any()):
         note = f"None of the query tokens occurs in the context{more}."
     columns = ["query", "says", "logit above the mean", "then", "logit above the mean", "attends most to", "attention"]
     return Report(
-        f"ContextMemory({len(memory.queries)} queries, {len(memory.answers)} answers), "
+        f"ContextMemory({len(memory.query_tokens)} queries, {len(memory.answers)} answers), "
         f"{memory.circuit.label(memory.head)}: what it makes of {memory.position} tokens of context",
         tables=[Table(columns, rows, align="llrlrll")],
         notes=[note],
@@ -60,10 +61,10 @@ def conflict_report(conflict: MemoryConflict) -> Report:
         + [row["winner"], row["predicted"]]
         for _, row in found.iloc[conflict.chosen(None, None, _ROWS_SHOWN)[0]].iterrows()
     ]
-    hidden = len(conflict.chosen(None, None, len(conflict.queries))[0]) - len(rows)
+    hidden = len(conflict.chosen(None, None, len(conflict.query_tokens))[0]) - len(rows)
     more = f"{hidden} more query tokens that it holds are not shown. " if hidden else ""
     return Report(
-        f"MemoryConflict({len(conflict.queries)} queries, {len(conflict.answers)} answers): of {len(seen)} query "
+        f"MemoryConflict({len(conflict.query_tokens)} queries, {len(conflict.answers)} answers): of {len(seen)} query "
         f"tokens in the context, {len(against)} in conflict; won by {won}",
         tables=[
             Table(["query", "context says", "weights say", *_PARTS, "winner", "predicted"], rows, align="lllrrrrl")
@@ -77,18 +78,18 @@ def conflict_report(conflict: MemoryConflict) -> Report:
 
 
 @picture_of.register
-def context_map(memory: ContextMemory, queries: Tokens = None, answers: Tokens = None) -> Picture:
+def context_map(memory: ContextMemory, query_tokens: Tokens = None, answers: Tokens = None) -> Picture:
     """A context's memory, each row less its mean over the answers shown.
 
     Args:
         memory: what to show.
-        queries: rows, by id or text; by default tokens that the context holds, the most frequent first.
+        query_tokens: rows, by id or text; by default tokens that the context holds, the most frequent first.
         answers: columns, likewise.
 
     Raises:
         ValueError: for tokens that are not in the table.
     """
-    rows, columns = memory.chosen(queries, answers, _MOST)
+    rows, columns = memory.chosen(query_tokens, answers, _MOST)
     picture = Picture(2.2 + 1.2 * _CELL * len(columns), 1.4 + 1.2 * _CELL * len(rows))
     ax = picture.figure.add_subplot()
     drawn = _map(ax, memory, _image(memory.values, rows, columns), rows, columns)
@@ -99,7 +100,7 @@ def context_map(memory: ContextMemory, queries: Tokens = None, answers: Tokens =
 
 
 @picture_of.register
-def conflict_maps(conflict: MemoryConflict, queries: Tokens = None, answers: Tokens = None) -> Picture:
+def conflict_maps(conflict: MemoryConflict, query_tokens: Tokens = None, answers: Tokens = None) -> Picture:
     """Both memories side by side in one scale of colours, and the margins between what they say.
 
     Each row is less its mean over the answers shown, since what these share decides nothing between them.
@@ -108,13 +109,13 @@ def conflict_maps(conflict: MemoryConflict, queries: Tokens = None, answers: Tok
 
     Args:
         conflict: what to show.
-        queries: rows, by id or text; by default tokens that the context holds, the most frequent first.
+        query_tokens: rows, by id or text; by default tokens that the context holds, the most frequent first.
         answers: columns, likewise; by default these and what either memory says in one of the rows.
 
     Raises:
         ValueError: for tokens that are not in the tables.
     """
-    rows, columns = conflict.chosen(queries, answers, _MOST)
+    rows, columns = conflict.chosen(query_tokens, answers, _MOST)
     c, g = (candidate[rows].tolist() for candidate in (conflict.in_context, conflict.global_candidate))
     if answers is None:
         columns = sorted({*columns, *c, *g})

@@ -89,7 +89,7 @@ def sweep_maps(sweep: Sweep, normalised: bool | None = None) -> Picture:
         for layer in sweep.layers
         for unit in (sweep.units if sweep.unit else (None,))
     ]
-    for ax, name, image in zip(axes, sweep.components, maps, strict=False):
+    for ax, name, image in zip(axes, sweep.activations, maps, strict=False):
         drawn = heatmap(ax, image, labels, centre=centre, spread=spread_of(maps, centre), named=_ROWS_NAMED, fontsize=8)
         ax.set_title(name)
     for ax in axes[n_maps:]:

@@ -14,10 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hijack_lens.attribution.logit_attribution import LogitAttribution
-from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
-from hijack_lens.core.hook_points import sites
-from hijack_lens.core.inputs import model_tokens
-from hijack_lens.core.tables import visible
+from hijack_lens.core.circuit import ROLE_NAMES, Circuit
+from hijack_lens.core.inputs import Components, circuit_of, components_of, prompt_texts, single_prompt
 from hijack_lens.hooks.intervention import record
 from hijack_lens.show.logits import shaded_prompt
 from hijack_lens.show.style import COLOURS, Picture, heatmap
@@ -102,18 +100,23 @@ class View:
 def attention(
     model: Any,
     prompt: "HijackPrompt | str | Tensor",
-    heads: list[Component] | None = None,
+    heads: Components | None = None,
     circuit: Circuit | None = None,
 ) -> View:
-    """Attention patterns of heads on one prompt; by default of the circuit's previous-token and induction heads.
+    """Attention patterns of heads on one prompt.
 
-    The circuit, by which heads are called, is by default the model's own.
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        prompt: a single one.
+        heads: a `Component`, its place ("L1H0") or a role of the circuit ("induction"); several of these, or a mapping
+            to them; a `Circuit`; or "all". By default the circuit's previous-token and induction heads.
+        circuit: by which heads are called; by default `model.circuit`, if there is one.
 
     Raises:
         TypeError, ValueError: for prompts the model cannot take, batches, and heads that it lacks.
     """
     patterns = attention_patterns(model, prompt, heads, circuit)
-    texts = [visible(text) for text in _str_tokens(model, prompt)]
+    texts = list(prompt_texts(model, single_prompt(model, prompt)[0]))
     panels = [
         Panel(
             "AttentionPattern",
@@ -141,31 +144,18 @@ def attention(
 def attention_patterns(
     model: Any,
     prompt: "HijackPrompt | str | Tensor",
-    heads: list[Component] | None = None,
+    heads: Components | None = None,
     circuit: Circuit | None = None,
 ) -> dict[str, Float[Tensor, "query key"]]:
     """The patterns that `attention` shows, by the heads' names."""
-    circuit = getattr(model, "circuit", None) if circuit is None else circuit
-    if isinstance(heads, Component):
-        heads = [heads]
-    if heads is None:
-        if circuit is None:
-            raise ValueError("heads must be given, since the model has no circuit of its own")
-        heads = [component for _, component in circuit if component.kind == "head"]
-    for head in heads:
-        if not isinstance(head, Component) or head.kind != "head":
-            raise TypeError(f"heads must be heads, got {head!r}")
-    if not heads:
-        raise ValueError("heads must name at least one head, got none")
-    sites(model, heads, "pattern")  # refuses heads that the model lacks
-    tokens = model_tokens(model, prompt, "prompt")
-    if len(tokens) != 1:
-        raise ValueError(f"prompt must be a single prompt, got a batch of {len(tokens)}")
+    circuit = circuit_of(model, circuit)
+    chosen = components_of(model, heads, circuit, "heads", "head")
     name = "blocks.{}.attn.hook_pattern".format
-    run = record(model, tokens, [name(layer) for layer in sorted({head.layer for head in heads})])[1]
+    names = [name(layer) for layer in sorted({head.layer for head in chosen})]
+    run = record(model, single_prompt(model, prompt), names)[1]
     patterns = {}
-    for head in heads:
-        role = None if circuit is None else circuit.role(head)
+    for head in chosen:
+        role = circuit.role(head)
         label = str(head) if role is None else f"{ROLE_NAMES[role]} ({head})"
         patterns[label] = run[name(head.layer)][0, head.head]
     return patterns
@@ -234,13 +224,6 @@ def token_paths(result: LogitAttribution, a: str | int | None = None, b: str | i
 def _rounded(values: Tensor, decimals: int) -> list[Any]:
     """Nested lists of short numbers: a page holds many, and shows few digits."""
     return values.double().round(decimals=decimals).tolist()
-
-
-def _str_tokens(model: Any, prompt: object) -> list[str]:
-    tokens = model_tokens(model, prompt, "prompt")[0]
-    if getattr(model, "tokenizer", None) is None:
-        return [str(int(token)) for token in tokens]
-    return list(model.to_str_tokens(tokens))
 
 
 def _png(picture: Picture) -> str:

@@ -26,9 +26,9 @@ def neurons_report(result: MemoryNeurons) -> Report:
         rows.append(
             [
                 str(int(result.neurons[i])),
-                _tokens(result, [pair for pair in zip(result.keys[i].tolist(), post, strict=True) if pair[1]])
+                _tokens(result, [pair for pair in zip(result.key_tokens[i].tolist(), post, strict=True) if pair[1]])
                 or "none",
-                _tokens(result, zip(result.values[i].tolist(), result.value_logits[i].tolist(), strict=True)),
+                _tokens(result, zip(result.value_tokens[i].tolist(), result.value_logits[i].tolist(), strict=True)),
                 f"{float(result.on[i]):.1%}",
                 f"{float(result.strength[i]):.3g}",
             ]
@@ -62,8 +62,8 @@ def neuron_map(result: MemoryNeurons, most: int = 12) -> Picture:
     """
     rows = result.strongest(most)
     sides = (
-        ("turned on by", "activation (post)", result.keys, result.post),
-        ("writes for the first of them", "logits, relative to their mean", result.values, result.value_logits),
+        ("turned on by", "activation (post)", result.key_tokens, result.post),
+        ("writes for the first of them", "logits, relative to their mean", result.value_tokens, result.value_logits),
     )
     picture = Picture(12.0, 1.7 + 0.36 * len(rows))
     axes = picture.figure.subplots(1, 2, sharey=True)

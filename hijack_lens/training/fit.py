@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hijack_lens import theory
-from hijack_lens.core.checks import check_count
+from hijack_lens.core.checks import Seed, as_generator, check_count
 from hijack_lens.core.circuit import Positions, Strengths
 from hijack_lens.language import BigramLanguage, Token, Triggers
 from hijack_lens.language.prompts import HijackPrompt, hijack_prompt
@@ -121,7 +121,7 @@ class TheoryAgreement:
 
 
 def conflict_prompts(
-    language: BigramLanguage, triggers: Triggers, n_prompts: int, length: int, seed: int
+    language: BigramLanguage, triggers: Triggers, n_prompts: int, length: int, seed: Seed
 ) -> list[HijackPrompt]:
     """Prompts whose triggers, in-context candidates and numbers of repeats (0 to 6) are drawn at random.
 
@@ -133,14 +133,14 @@ def conflict_prompts(
         seed: of the draws.
 
     Raises:
-        ValueError: for lengths and seeds that are none, and a language too small for a conflict.
+        TypeError, ValueError: for lengths and seeds that are none, and a language too small for a conflict.
     """
     check_count("n_prompts", n_prompts, minimum=1)
     check_count("length", length, minimum=14)
     if language.d_vocab < 3:
         raise ValueError(f"language has {language.d_vocab} tokens; a conflict needs at least 3")
     ids = language.trigger_ids(triggers).tolist()
-    generator = torch.Generator().manual_seed(check_count("seed", seed))
+    generator = as_generator(seed)
     prompts: list[HijackPrompt] = []
     while len(prompts) < n_prompts:
         q = ids[int(torch.randint(len(ids), (), generator=generator))]
@@ -153,7 +153,7 @@ def conflict_prompts(
 
 
 def theory_agreement(
-    model: BigramTransformer, fit: FittedStrengths, *, n_prompts: int = 300, length: int = 64, seed: int = 0
+    model: BigramTransformer, fit: FittedStrengths, *, n_prompts: int = 300, length: int = 64, seed: Seed = 0
 ) -> TheoryAgreement:
     """Compares a model with the theory at fitted strengths, on conflict prompts that neither has seen.
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from hijack_lens.core.checks import check_count
+from hijack_lens.core.checks import Seed, check_count, fixed_seed
 from hijack_lens.language.bigrams import BigramLanguage, SampledSequences
 from hijack_lens.models.storage import latest_checkpoint
 from hijack_lens.models.trainable import trainable_transformer
@@ -193,7 +193,7 @@ def _sequences(language: BigramLanguage, config: TrainConfig, block: int) -> Sam
         config.triggers,
         n_triggers=config.n_triggers,
         continuations=config.continuations,
-        seed=_seed(config.seed, "train", block),
+        seed=_seed(config, "train", block),
     )
 
 
@@ -211,7 +211,7 @@ def _held_out(
             config.triggers,
             n_triggers=config.n_triggers,
             continuations=continuations,
-            seed=_seed(config.seed, "held out", length),
+            seed=_seed(config, "held out", length),
         )
         for continuations, length in cases
     }
@@ -237,9 +237,9 @@ def _evaluate(
     return rows
 
 
-def _seed(seed: int, purpose: str, index: int) -> int:
+def _seed(config: TrainConfig, purpose: str, index: int) -> int:
     """A seed of its own for each use: mixed, so that neighbouring seeds and blocks share nothing."""
-    digest = hashlib.sha256(f"hijack-lens {seed} {purpose} {index}".encode()).digest()
+    digest = hashlib.sha256(f"hijack-lens {config.seed} {purpose} {index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
@@ -279,7 +279,7 @@ def gradient_steps(
     n_triggers: int = 3,
     step_norms: tuple[float, float, float] = (10.0, 300.0, 1000.0),
     batch_size: int = 512,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> tuple[BigramTransformer, dict[str, Scores]]:
     """Learns the three associative memories by one gradient step each, in turn.
 
@@ -308,6 +308,7 @@ def gradient_steps(
     """
     for name, value in (("length", length), ("n_sequences", n_sequences), ("batch_size", batch_size)):
         check_count(name, value, minimum=4 if name == "length" else 1)
+    seed = fixed_seed(seed)
     model = trainable_transformer(
         language,
         "absolute",

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from safetensors.torch import save
 
-from hijack_lens.core.checks import as_int, check_choice, check_count, check_number
+from hijack_lens.core.checks import Seed, as_int, check_choice, check_count, check_number, fixed_seed
 from hijack_lens.core.files import read_safetensors, write_atomically
 from hijack_lens.core.tables import Drawn
 from hijack_lens.language import BigramLanguage, Token
@@ -29,7 +29,7 @@ class TrainConfig:
     Attributes:
         triggers: tokens whose continuation is fixed per sequence; `()` with `n_triggers`.
         length: tokens per training sequence.
-        seed: of the data.
+        seed: of the data; kept as an int, so that a run can go on.
         steps: of the optimizer, each on `batch_size` fresh sequences.
         batch_size: sequences per step.
         n_triggers: instead of `triggers`, this many drawn per sequence.
@@ -52,7 +52,7 @@ class TrainConfig:
 
     triggers: Token | Sequence[Token]
     length: int
-    seed: int
+    seed: Seed
     steps: int = 300
     batch_size: int = 64
     n_triggers: int | None = None
@@ -91,7 +91,7 @@ class TrainConfig:
         if bool(triggers) == (self.n_triggers is not None):
             raise ValueError(f"give either triggers or n_triggers, got {triggers!r} and {self.n_triggers!r}")
         check_count("length", self.length, minimum=2)
-        check_count("seed", self.seed)
+        object.__setattr__(self, "seed", fixed_seed(self.seed))
         for name in ("steps", "batch_size", "evaluate_every", "eval_sequences", "checkpoint_every"):
             check_count(name, getattr(self, name), minimum=1)
         check_count("warmup", self.warmup)
