@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -10,11 +10,21 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.attribution.score_terms import ScoreTerm, term_label
 from hijack_lens.core.checks import as_int
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.tables import Drawn
+from hijack_lens.hooks.edges import Sender
+
+ScoreTerm = Sender | Literal["biases", "offset"]
+"""What writes into the residual stream; every bias together; and, of keys alone, what an offset adds to them."""
+
+_NAMES = {"pos_embed": "positional embed", "offset": "offset key"}
+
+
+def term_label(term: ScoreTerm, circuit: Circuit) -> str:
+    """What to call a term: a component by its role, where it has one to itself."""
+    return circuit.label(term) if isinstance(term, Component) else _NAMES.get(term, term)
 
 
 class _ByTerms:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hijack_lens.attribution.direct import check_additive, check_unembedded
-from hijack_lens.attribution.score_terms import offset_keys, tolerance
+from hijack_lens.attribution.scores import offset_keys, tolerance
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import rows_at_once

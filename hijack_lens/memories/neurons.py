@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hijack_lens.attribution.direct import check_additive
-from hijack_lens.attribution.score_terms import tolerance
+from hijack_lens.attribution.scores import tolerance
 from hijack_lens.core.checks import check_count
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved

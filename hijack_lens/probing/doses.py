@@ -20,9 +20,8 @@ from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import check_model, evaluating
 from hijack_lens.core.inputs import circuit_of
 from hijack_lens.core.tables import Drawn
-from hijack_lens.language.facts import Bigram, Fact
+from hijack_lens.language.facts import Bigram, Fact, FactPrompts, fact_prompts
 from hijack_lens.models.transformer import BigramTransformer
-from hijack_lens.probing.fact_tokens import FactPrompts, fact_prompts
 from hijack_lens.theory.flips import Flip
 from hijack_lens.training.fit import FittedStrengths, fit_strengths
 
