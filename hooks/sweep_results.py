@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hijack_lens.core.checks import check_shapes
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.files import Saved
-from hijack_lens.core.tables import Drawn, Shown
+from hijack_lens.core.tables import Drawn, Shown, tidy
 from hijack_lens.hooks.edges import Edge, name_of
 
 Result = TypeVar("Result", bound="PatchEffects")
@@ -111,9 +112,7 @@ class Sweep(PatchEffects, Saved, Drawn):
     texts: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        expected = tuple(len(labels) for labels in self._labels.values())
-        if tuple(self.values.shape) != expected:
-            raise ValueError(f"values must have shape {expected}, got {tuple(self.values.shape)}")
+        check_shapes(self, {"values": tuple(map(len, self._labels.values()))})
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -138,9 +137,7 @@ class Sweep(PatchEffects, Saved, Drawn):
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per patch: its labels, `value` and `effect`; and its token, where the sweep is of one prompt."""
-        index = pd.MultiIndex.from_product(list(self._labels.values()), names=self.axes)
-        values = self.values.detach().cpu().flatten().numpy()
-        frame = pd.DataFrame({"value": values, "effect": values - self.base}, index=index).reset_index()
+        frame = tidy(self._labels, value=self.values, effect=self.effect)
         if self.texts is not None and None not in self.positions:
             after = list(frame.columns).index("position") + 1
             frame.insert(after, "token", [self._text(position) for position in frame["position"]])
@@ -189,8 +186,7 @@ class PathSweep(PatchEffects, Saved, Drawn):
     circuit: Circuit = Circuit()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
-        if tuple(self.values.shape) != (len(self.edges),):
-            raise ValueError(f"values must have shape {(len(self.edges),)}, got {tuple(self.values.shape)}")
+        check_shapes(self, {"values": (len(self.edges),)})
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per edge: sender, receiver and via, `value` and `effect`; and `normalised`, where it is defined."""

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_count
+from hijack_lens.core.checks import as_int, check_count, check_shapes
 from hijack_lens.core.circuit import Circuit, Component, Margin
 from hijack_lens.core.files import Saved
-from hijack_lens.core.tables import Shown, visible
+from hijack_lens.core.tables import Shown, tidy, visible
 
 Memory = Literal["context", "weights", "rest"]
 MEMORIES: tuple[Memory, ...] = ("context", "weights", "rest")
@@ -96,10 +96,7 @@ class LogitAttribution(Saved, Shown):
         expected = (*batch, n_sources, d_vocab) if self.position == "all" else (*batch, d_vocab)
         if n_paths != len(self.paths):
             raise ValueError(f"paths must label all {n_paths} entries of values, got {len(self.paths)}")
-        if tuple(self.logits.shape) != expected:
-            raise ValueError(f"logits must have shape {expected}, got {tuple(self.logits.shape)}")
-        if tuple(self.tokens.shape) != (*batch, n_sources):
-            raise ValueError(f"tokens must have shape {(*batch, n_sources)}, got {tuple(self.tokens.shape)}")
+        check_shapes(self, {"logits": expected, "tokens": (*batch, n_sources)})
         if self.answers is not None and len(self.answers) != d_vocab:
             raise ValueError(f"answers must name all {d_vocab} tokens of the last axis, got {len(self.answers)}")
 
@@ -153,10 +150,7 @@ class LogitAttribution(Saved, Shown):
 
     def to_pandas(self) -> pd.DataFrame:
         """A tidy table, one row per value: path, memory, source (or position), token, logit."""
-        index = pd.MultiIndex.from_product([range(size) for size in self.values.shape], names=self.axes)
-        table = pd.Series(
-            self.values.detach().cpu().double().flatten().numpy(), index=index, name="logit"
-        ).reset_index()
+        table = tidy(dict(zip(self.axes, map(range, self.values.shape), strict=True)), logit=self.values)
         texts = [self.token_text(index) for index in range(self.values.shape[-1])]
         table["memory"] = [self.paths[i].memory for i in table["path"]]
         table["path"] = [self.paths[i].label for i in table["path"]]

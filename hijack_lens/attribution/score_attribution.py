@@ -10,10 +10,10 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int
+from hijack_lens.core.checks import as_int, check_shapes
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import Saved
-from hijack_lens.core.tables import Drawn
+from hijack_lens.core.tables import Drawn, tidy
 from hijack_lens.hooks.edges import Sender
 
 ScoreTerm = Sender | Literal["biases", "offset"]
@@ -121,8 +121,7 @@ class LogOdds(_ByTerms, Drawn):
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per path: query_path, key_path, log_odds; the entropy, which belongs to none, is not among them."""
-        index = pd.MultiIndex.from_product([self.query_labels, self.key_labels], names=["query_path", "key_path"])
-        return pd.Series(self.values.cpu().double().flatten().numpy(), index=index, name="log_odds").reset_index()
+        return tidy({"query_path": self.query_labels, "key_path": self.key_labels}, log_odds=self.values)
 
     def _repr_png_(self) -> bytes:
         return self.picture().png()
@@ -161,11 +160,7 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
 
     def __post_init__(self) -> None:
         expected = (len(self.keys), len(self.query_terms), len(self.key_terms))
-        if tuple(self.values.shape) != expected:
-            raise ValueError(f"values must have shape {expected}, got {tuple(self.values.shape)}")
-        for name in ("scores", "attention"):
-            if tuple(getattr(self, name).shape) != expected[:1]:
-                raise ValueError(f"{name} must have shape {expected[:1]}, got {tuple(getattr(self, name).shape)}")
+        check_shapes(self, {"values": expected, "scores": expected[:1], "attention": expected[:1]})
         if not all(0 <= position < len(self.texts) for position in (self.query, *self.keys)):
             raise ValueError(f"texts must be of all positions, got {len(self.texts)} of them")
 
@@ -235,10 +230,8 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per value: key, token, query_path, key_path, score."""
-        names = [self.keys, self.query_labels, self.key_labels]
-        index = pd.MultiIndex.from_product(names, names=["key", "query_path", "key_path"])
-        flat = self.values.detach().cpu().double().flatten().numpy()
-        frame = pd.Series(flat, index=index, name="score").reset_index()
+        axes = {"key": self.keys, "query_path": self.query_labels, "key_path": self.key_labels}
+        frame = tidy(axes, score=self.values)
         frame.insert(1, "token", [self.texts[key] for key in frame["key"]])
         return frame
 

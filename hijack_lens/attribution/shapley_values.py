@@ -20,7 +20,7 @@ from hijack_lens.attribution.shapley_coalitions import (
     shapley_values,
     sites_of,
 )
-from hijack_lens.core.checks import Seed, as_generator, check_count, check_number
+from hijack_lens.core.checks import Seed, as_generator, check_count, check_number, check_shapes
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import check_model, evaluating, is_hooked
@@ -74,12 +74,10 @@ class ShapleyValues(Saved, Drawn):
         n = len(self.players)
         shapes = {"values": (n,), "interactions": (n, n), "worth": (2,) * n, "stderr": (n,)}
         shapes |= dict.fromkeys(("interactions_stderr", "pair_samples"), (n, n))
-        for name, shape in shapes.items():
-            tensor = getattr(self, name)
-            if tensor is None and name in (_EXACT if self.exact else _SAMPLED):
+        check_shapes(self, shapes)
+        for name in _EXACT if self.exact else _SAMPLED:
+            if getattr(self, name) is None:
                 raise ValueError(f"{name} must be there, got None")
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
 
     @property
     def exact(self) -> bool:

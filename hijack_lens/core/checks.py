@@ -4,7 +4,7 @@ import math
 import numbers
 import operator
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -145,3 +145,11 @@ def check_distribution(name: str, values: object, shape: tuple[int, ...]) -> Flo
         )
     # Rows that are already normalised stay as they are, to the bit, when a language is saved and loaded.
     return torch.where(off.unsqueeze(-1) > 1e-14, probabilities / sums.unsqueeze(-1), probabilities)
+
+
+def check_shapes(result: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """The fields of a result are tensors of these shapes, where they are there."""
+    for name, shape in shapes.items():
+        tensor = getattr(result, name)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")

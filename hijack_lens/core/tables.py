@@ -2,11 +2,13 @@
 
 import importlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from html import escape
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     import rich.table
@@ -18,6 +20,15 @@ _ALIGN = {"l": "left", "r": "right"}
 def visible(text: str) -> str:
     """A token's text with white space made visible, also as byte-level tokenizers write it."""
     return "".join(_VISIBLE.get(character, character) for character in text)
+
+
+def tidy(axes: Mapping[str, Iterable[Any]], **columns: Tensor) -> Any:
+    """Tensors of one shape as a DataFrame: a row per cell, a column per axis with its labels, and one per tensor."""
+    import pandas as pd
+
+    index = pd.MultiIndex.from_product(map(list, axes.values()), names=list(axes))
+    flat = {name: tensor.detach().cpu().double().flatten().numpy() for name, tensor in columns.items()}
+    return pd.DataFrame(flat, index=index).reset_index()
 
 
 class Markup(str):

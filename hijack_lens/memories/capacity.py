@@ -30,10 +30,10 @@ from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hijack_lens.core.checks import check_count
+from hijack_lens.core.checks import check_count, check_shapes
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.core.files import Saved
-from hijack_lens.core.tables import Drawn
+from hijack_lens.core.tables import Drawn, tidy
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.memories.matrix import memory_matrix
 from hijack_lens.memories.token_tables import centred
@@ -149,10 +149,7 @@ class MemoryCapacity(Saved, Drawn):
 
     def __post_init__(self) -> None:
         shape = (len(MEMORIES), len(self.d_models), len(self.seeds))
-        for names, expected in ((_MEASURED, shape), (_EXPECTED, shape[:2])):
-            for name in names:
-                if tuple(getattr(self, name).shape) != expected:
-                    raise ValueError(f"{name} must have shape {expected}, got {tuple(getattr(self, name).shape)}")
+        check_shapes(self, dict.fromkeys(_MEASURED, shape) | dict.fromkeys(_EXPECTED, shape[:2]))
 
     @property
     def recall_stderr(self) -> Float[Tensor, "memory d_model"]:
@@ -167,15 +164,14 @@ class MemoryCapacity(Saved, Drawn):
     def to_pandas(self) -> pd.DataFrame:
         """A row per memory and d_model: `recall` in the mean over seeds, its `stderr`, the `expected_recall`, and the
         same of the root mean square of the `crosstalk`."""
-        index = pd.MultiIndex.from_product([MEMORIES, self.d_models], names=["memory", "d_model"])
-        columns = {
-            "recall": self.recall.mean(-1),
-            "stderr": self.recall_stderr,
-            "expected_recall": self.expected_recall,
-            "crosstalk": self.crosstalk.mean(-1),
-            "expected_crosstalk": self.expected_crosstalk,
-        }
-        return pd.DataFrame({name: x.flatten().numpy() for name, x in columns.items()}, index=index).reset_index()
+        return tidy(
+            {"memory": MEMORIES, "d_model": self.d_models},
+            recall=self.recall.mean(-1),
+            stderr=self.recall_stderr,
+            expected_recall=self.expected_recall,
+            crosstalk=self.crosstalk.mean(-1),
+            expected_crosstalk=self.expected_crosstalk,
+        )
 
 
 _SURE = 0.9

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hijack_lens.attribution.logits import attribute
+from hijack_lens.core.checks import check_shapes
 from hijack_lens.core.circuit import Circuit, Margin
 from hijack_lens.core.files import Saved
 from hijack_lens.core.inputs import Tokens, circuit_of
@@ -17,8 +18,6 @@ from hijack_lens.core.tables import Drawn
 from hijack_lens.memories.token_tables import TokenTables, replaced, token_tables
 
 Winner = Literal["context", "weights", "both", "neither"]
-
-_TENSORS = ("tokens", "context", "weights", "rest", "logits")
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,9 +40,7 @@ class MemoryConflict(TokenTables, Saved, Drawn):
 
     def __post_init__(self) -> None:
         shape = (len(self.query_tokens), len(self.answers))
-        for name in _TENSORS[1:]:
-            if tuple(getattr(self, name).shape) != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {tuple(getattr(self, name).shape)}")
+        check_shapes(self, dict.fromkeys(("context", "weights", "rest", "logits"), shape))
 
     @property
     def completeness_error(self) -> float:

@@ -13,11 +13,12 @@ from tqdm.auto import tqdm
 
 from hijack_lens.attribution.direct import check_additive, check_unembedded
 from hijack_lens.attribution.scores import offset_keys, tolerance
+from hijack_lens.core.checks import check_shapes
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.core.inputs import Tokens, circuit_of, one_head
-from hijack_lens.core.tables import Drawn
+from hijack_lens.core.tables import Drawn, tidy
 from hijack_lens.hooks.edges import changes_attn_out
 from hijack_lens.hooks.intervention import Intervention
 from hijack_lens.memories.token_tables import TokenTables, replaced, token_tables
@@ -61,9 +62,7 @@ class ContextMemory(TokenTables, Saved, Drawn):
             "own_logits": (n_queries, n_answers),
             "scale": (n_queries,),
         }
-        for name, shape in expected.items():
-            if tuple(getattr(self, name).shape) != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {tuple(getattr(self, name).shape)}")
+        check_shapes(self, expected)
 
     @cached_property
     def values(self) -> Float[Tensor, "query answer"]:
@@ -83,9 +82,7 @@ class ContextMemory(TokenTables, Saved, Drawn):
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per query and answer: their texts, whether the query `occurs` in the context, and the `logit`."""
-        index = pd.MultiIndex.from_product([self.query_texts, self.answer_texts], names=["query", "answer"])
-        flat = self.values.detach().cpu().double().flatten().numpy()
-        frame = pd.Series(flat, index=index, name="logit").reset_index()
+        frame = tidy({"query": self.query_texts, "answer": self.answer_texts}, logit=self.values)
         frame.insert(1, "occurs", self.occurs.repeat_interleave(len(self.answers)).numpy())
         return frame
 

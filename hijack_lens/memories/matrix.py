@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hijack_lens.attribution.direct import check_additive
-from hijack_lens.core.checks import check_choice, check_count, check_type
+from hijack_lens.core.checks import check_choice, check_count, check_shapes, check_type
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.inputs import Components, Tokens, components_of, texts_of, token_ids
-from hijack_lens.core.tables import Drawn
+from hijack_lens.core.tables import Drawn, tidy
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.memories.token_tables import NamedTokens, centred, check_logits, context_free
 from hijack_lens.models.linear_maps import linear_norm
@@ -45,10 +45,7 @@ class MemoryMatrix(NamedTokens, Saved, Drawn):
 
     def __post_init__(self) -> None:
         shape = (len(self.key_tokens), len(self.value_tokens))
-        for name in ("values", "log_pi_b"):
-            table = getattr(self, name)
-            if table is not None and tuple(table.shape) != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {tuple(table.shape)}")
+        check_shapes(self, {"values": shape, "log_pi_b": shape})
 
     def recall(self, k: int = 1) -> float:
         """The fraction of keys of which the likeliest value is among the k that the memory gives the largest logits.
@@ -105,15 +102,9 @@ class MemoryMatrix(NamedTokens, Saved, Drawn):
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per cell: the texts of `key` and `value`, the `logit`, `log_pi_b` and `crosstalk`."""
-        texts = [[self.token_text(token) for token in tokens] for tokens in (self.key_tokens, self.value_tokens)]
-        index = pd.MultiIndex.from_product(texts, names=["key", "value"])
-        nothing = torch.full_like(self.values, torch.nan)
-        columns = {
-            "logit": self.values,
-            "log_pi_b": nothing if self.log_pi_b is None else self.log_pi_b,
-            "crosstalk": self.crosstalk,
-        }
-        return pd.DataFrame({name: x.flatten().numpy() for name, x in columns.items()}, index=index).reset_index()
+        keys, values = (map(self.token_text, tokens) for tokens in (self.key_tokens, self.value_tokens))
+        log_pi_b = torch.full_like(self.values, torch.nan) if self.log_pi_b is None else self.log_pi_b
+        return tidy({"key": keys, "value": values}, logit=self.values, log_pi_b=log_pi_b, crosstalk=self.crosstalk)
 
 
 _MOST_CELLS = 2**26

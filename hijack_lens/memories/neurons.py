@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hijack_lens.attribution.direct import check_additive
 from hijack_lens.attribution.scores import tolerance
-from hijack_lens.core.checks import check_count
+from hijack_lens.core.checks import check_count, check_shapes
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.inputs import Components, Tokens, components_of, texts_of, token_ids
@@ -62,9 +62,7 @@ class MemoryNeurons(NamedTokens, Saved, Drawn):
         n = len(self.neurons)
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_BY_KEY, (n, self.key_tokens.shape[-1]))
         shapes |= dict.fromkeys(_BY_VALUE, (n, self.promoted.shape[-1])) | dict.fromkeys(("on", "spread"), (n,))
-        for name, shape in shapes.items():
-            if tuple(getattr(self, name).shape) != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {tuple(getattr(self, name).shape)}")
+        check_shapes(self, shapes)
 
     @property
     def strength(self) -> Float[Tensor, "neuron"]:
