@@ -1,4 +1,4 @@
-"""Tables about tokens: what a model would say if another stood last, and what it makes of each by itself."""
+"""Tables about tokens: a model's answers if another token came last, and to each token by itself."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from hijack_lens.hooks.edges import embeddings
 from hijack_lens.hooks.intervention import Intervention, record
 
 _MOST_CELLS = 2**27
-"""Numbers in a table: 1 GiB in float64."""
+"""The most numbers in a table: 1 GiB in float64."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,12 +67,12 @@ class TokenTables(NamedTokens):
 
     @property
     def answer_texts(self) -> tuple[str, ...]:
-        """Of the columns."""
+        """Texts of the columns."""
         return tuple(map(self.token_text, self.answers))
 
     @property
     def source_texts(self) -> tuple[str, ...]:
-        """Of the prompt."""
+        """Texts of the prompt's tokens."""
         return tuple(map(self.token_text, self.tokens.tolist()))
 
     @cached_property
@@ -94,7 +94,7 @@ class TokenTables(NamedTokens):
         Args:
             query_tokens: by id or text.
             answers: likewise.
-            most: how many of either to take where they were not asked for; of all, where the context holds none.
+            most: how many of each to take by default; if the context holds none of the tokens, from all of them.
         """
         chosen = []
         axes = ("query_tokens", query_tokens, self.query_tokens), ("answers", answers, self.answers)
@@ -107,7 +107,7 @@ class TokenTables(NamedTokens):
         return chosen[0], chosen[1]
 
     def _held(self, ids: Sequence[int], most: int) -> list[int]:
-        """Which of some tokens the context holds, the most frequent in it; all of them where it holds none."""
+        """Where the context's most frequent tokens are in `ids`, at most `most`; if it holds none of them, any."""
         count = Counter(self.tokens[:-1].tolist())
         held = [index for index, token in enumerate(ids) if token in count] or list(range(len(ids)))
         return sorted(sorted(held, key=lambda index: -count[ids[index]])[:most])
@@ -128,7 +128,7 @@ def token_tables(model: Any, prompt: object, position: int, query_tokens: Tokens
     """Rows and columns for one prompt, as a user gives them.
 
     Raises:
-        TypeError, ValueError: for prompts, positions and tokens that the model does not have, and for too many.
+        TypeError, ValueError: for a prompt, position or token that the model does not have, or too many tokens.
     """
     check_model(model)
     ids = single_prompt(model, prompt)
@@ -156,14 +156,14 @@ _ACTIVATIONS = 2**25
 """Activations at once: 128 MiB in float32."""
 
 _CHECKED = 1000
-"""Logits."""
+"""How many logits `check_logits` compares."""
 
 
 def check_logits(model: Any, token: int) -> None:
-    """The logits after a lone token are a sum over what is in the last residual stream.
+    """Checks that the logits after a single token are a sum over the last residual stream.
 
     Raises:
-        ValueError: where they are not, as where a model multiplies its logits.
+        ValueError: if they are not, for example because the model scales its logits.
     """
     stream, answers = (
         f"blocks.{model.cfg.n_layers - 1}.hook_resid_post",
@@ -179,12 +179,12 @@ def context_free(
 ) -> Iterator[dict[str, Float[Tensor, "rows features"]]]:
     """Activations of each token's own run, in parts that fit into memory.
 
-    Each token is a prompt. What attention writes, biases included, and learned positions are zero.
+    Each token is a prompt of its own. Attention outputs (with biases) and learned positions are set to zero.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        tokens: to run.
-        names: of the hook points to read, which have one value per position.
+        tokens: the tokens to run.
+        names: the hook points to read, which have one value per position.
         stop_at_layer: the first layer that need not be run.
     """
     n_layers = model.cfg.n_layers
@@ -211,5 +211,5 @@ def context_free(
 
 
 def centred(table: Float[Tensor, "key value"]) -> Float[Tensor, "key value"]:
-    """Each row relative to its mean: what all columns share decides nothing."""
+    """Each row relative to its mean: what all columns share makes no difference."""
     return table - table.mean(1, keepdim=True)

@@ -22,7 +22,7 @@ _PARTS = ("context", "weights", "rest", "margin")
 
 @report_of.register
 def context_report(memory: ContextMemory) -> Report:
-    """What the memory says to each token that the context holds."""
+    """What the memory says after each token that the context holds."""
     table, rows = centred(memory.values), []
     for row in memory.chosen(None, None, _ROWS_SHOWN)[0]:
         best = table[row].topk(min(2, len(memory.answers)))
@@ -103,8 +103,8 @@ def context_map(memory: ContextMemory, query_tokens: Tokens = None, answers: Tok
 def conflict_maps(conflict: MemoryConflict, query_tokens: Tokens = None, answers: Tokens = None) -> Picture:
     """Both memories side by side in one scale of colours, and the margins between what they say.
 
-    Each row is less its mean over the answers shown, since what these share decides nothing between them.
-    A ring marks what the context says, a square what the weights say; in a row of conflict both are drawn in
+    Each row is shown minus its mean over the answers shown, since what these share makes no difference.
+    A ring marks what the context says, a square what the weights say. In rows in conflict, both are drawn in
     bold, and the margin shows who wins.
 
     Args:

@@ -1,4 +1,4 @@
-"""From learned weights back to the theory: the strengths of the memories that a trained model holds."""
+"""From learned weights back to the theory: the strengths of a trained model's memories."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,16 +43,16 @@ class FittedStrengths:
 
 @torch.no_grad()
 def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = None) -> FittedStrengths:
-    """Reads effective strengths off a model's weights; its predictions are not asked.
+    """Reads effective strengths off a model's weights, without looking at its predictions.
 
-    Each memory is a table of scores, key by value, and the strength is how far the own value's score lies above the
-    others' mean: the previous-token head's over offsets (b1), the induction head's match of remembered by current
-    token (b2), its copy of attended token to logit, by way of the MLP too (b3). The bigram memory's (g) is the slope of
-    the context-free logits over log pi_b. Tokens count as often as they occur; negative b1, b2 and b3 are taken as 0, a
-    negative g as 1. Norms act by their weights.
+    Each memory is a table of scores, key by value. Its strength is how far the right value's score lies above the mean
+    of the others. The previous-token head's table is over offsets (b1); the induction head's match is over remembered
+    and current tokens (b2), its copy over attended tokens and logits, including the way through the MLP (b3). The
+    bigram memory's strength (g) is the slope of the context-free logits against log pi_b. Tokens are weighted by
+    frequency. Negative b1, b2 and b3 become 0, a negative g becomes 1. Norms act through their weights only.
 
     Args:
-        model: with one head in each role, and relative or absolute positions.
+        model: one with a single head in each role, and relative or absolute positions.
         triggers: keys of the match memory; by default the model's own, else all tokens.
 
     Raises:
@@ -83,7 +83,7 @@ def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = N
     copied = effective_copy_scores(model, head, asked / asked.sum())
     copy, copy_purity = _diagonal_strength(copied, torch.arange(len(copied), device=weight.device), weight)
 
-    # The rows of triggers hold what follows them in context, which no bigram memory should know.
+    # Leave out the triggers' rows: what follows triggers depends on the context, so no bigram memory should know it.
     rows = torch.ones(len(weight), dtype=torch.bool)
     if len(ids) < len(weight):
         rows[ids] = False
@@ -109,10 +109,10 @@ class TheoryAgreement:
     """How well the theory, at fitted strengths, predicts a model.
 
     Attributes:
-        r2: of the theory's logits for the model's, over the vocabulary of every prompt's last position, each taken
-            relative to its mean; at most 1, and negative where the mean alone would predict better.
-        winners: the fraction of prompts on which theory and model name the same winner.
-        table: one row per prompt: trigger, in_context, global, repeats, and the margin of theory and model.
+        r2: R^2 of the theory's logits as a prediction of the model's, at every prompt's last position, each relative to
+            its mean over the vocabulary; at most 1, and negative if the mean alone would predict better.
+        winners: the fraction of prompts on which theory and model agree on the winner.
+        table: one row per prompt: trigger, in_context, global, repeats, and the margins of theory and model.
     """
 
     r2: float
@@ -126,11 +126,11 @@ def conflict_prompts(
     """Prompts whose triggers, in-context candidates and numbers of repeats (0 to 6) are drawn at random.
 
     Args:
-        language: of the prompts.
-        triggers: to draw from.
+        language: the prompts' language.
+        triggers: triggers to draw from.
         n_prompts: how many prompts.
         length: tokens in each, at least 14.
-        seed: of the draws.
+        seed: for the random draws.
 
     Raises:
         TypeError, ValueError: for lengths and seeds that are none, and a language too small for a conflict.
@@ -160,11 +160,11 @@ def theory_agreement(
     Triggers, in-context candidates and numbers of repeats (0 to 6) are drawn at random.
 
     Args:
-        model: to compare.
-        fit: of the same model.
+        model: the model to compare.
+        fit: its fitted strengths.
         n_prompts: how many prompts.
         length: tokens in each, at least 14.
-        seed: of the draws.
+        seed: for the random draws.
     """
     check_count("n_prompts", n_prompts, minimum=1)
     if check_count("length", length, minimum=14) > model.cfg.n_ctx:
@@ -174,7 +174,7 @@ def theory_agreement(
 
 @torch.no_grad()
 def agreement_on(model: BigramTransformer, fit: FittedStrengths, prompts: Sequence[HijackPrompt]) -> TheoryAgreement:
-    """The same on given prompts, all equally long."""
+    """Compares them on given prompts, all equally long."""
     language = model.language
     tokens = torch.stack([prompt.tokens for prompt in prompts])
     found = PlainForward(model)(tokens.to(model.W_E.device))[:, -1].double().cpu()
@@ -197,7 +197,7 @@ def agreement_on(model: BigramTransformer, fit: FittedStrengths, prompts: Sequen
 def _diagonal_strength(
     scores: Float[Tensor, "key value"], right: Tensor, weight: Float[Tensor, "key"]
 ) -> tuple[float, float]:
-    """How far the right value's score lies above the mean of the others, and the R^2 of that alone in the table."""
+    """How far the right value's score lies above the others' mean, and how much of the table this explains (R^2)."""
     own = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, right[:, None], True)
     usable = scores.isfinite()
     others = usable & ~own
@@ -211,5 +211,5 @@ def _diagonal_strength(
 
 
 def _centred(table: Tensor, weight: Tensor) -> Tensor:
-    """Each row of logits relative to its mean, since a constant per row changes no prediction."""
+    """Each row of logits relative to its mean: a constant per row changes no prediction."""
     return table - (table * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
