@@ -86,11 +86,7 @@ def precedes(model: Any, sender: Sender, receiver: Receiver) -> bool:
 
 
 def check_edge(model: Any, sender: Sender, receiver: Receiver, via: Via) -> None:
-    """The model has the edge between these of its components, and hook points that reach it alone.
-
-    Raises:
-        ValueError: saying what is wrong, and what to do where anything can be done.
-    """
+    """The model has the edge between these of its components, and hook points that reach it alone."""
     _check_sender(model, sender)
     if via not in inputs_of(receiver):
         raise ValueError(f"via must be one of {inputs_of(receiver)} for receiver {receiver}, got {via!r}")
@@ -129,11 +125,7 @@ def read_stream(model: Any, receiver: Component) -> tuple[str, nn.Module | None]
 
 
 def read_weights(model: Any, receiver: Component, via: str) -> dict[str, Tensor]:
-    """The hook points where an input of a head or MLP arrives, and the weights that took it there.
-
-    Raises:
-        ValueError: where the model has no such hook points, as with mixtures of experts.
-    """
+    """The hook points where an input of a head or MLP arrives, and the weights that took it there."""
     if via != "mlp_in":
         leaves = {f"attn.hook_{via}": f"W_{via.upper()}"}
     elif getattr(model.cfg, "gated_mlp", False):

@@ -157,11 +157,7 @@ def _keep(stored: dict[str, Tensor], name: str, activation: Tensor, hook: Any) -
 
 
 def read_source(model: Any, source: object, names: Sequence[str], argument: str) -> dict[str, Tensor]:
-    """Activations at hook points from a cache, or from a run on a prompt.
-
-    Raises:
-        ValueError: where a cache lacks one of them.
-    """
+    """Activations at hook points from a cache, or from a run on a prompt."""
     if isinstance(source, ActivationCache):
         stored = read_source(model, source.cache_dict, names, argument)
         return stored if source.has_batch_dim else {name: value[None] for name, value in stored.items()}

@@ -53,11 +53,7 @@ class BoundMetric:
         return getattr(self.metric, "name", None) or getattr(self.metric, "__name__", None) or "metric"
 
     def __call__(self, logits: Float[Tensor, "batch pos d_vocab"]) -> float:
-        """The metric of one run.
-
-        Raises:
-            TypeError: where the metric gives anything but one number.
-        """
+        """The metric of one run."""
         value = self.metric(logits)
         if isinstance(value, Tensor) and value.numel() != 1:
             raise TypeError(f"metric must give one number per run, got a tensor of shape {tuple(value.shape)}")
@@ -100,11 +96,7 @@ class PromptPair:
 
     @classmethod
     def of(cls, model: Any, clean: object, corrupted: object, metric: Any, direction: Direction) -> "PromptPair":
-        """The pair of what a user calls prompts, and a metric.
-
-        Raises:
-            TypeError, ValueError: for what are no prompts of this model or not of one shape, and for what is no metric.
-        """
+        """The pair of what a user calls prompts, and a metric."""
         check_choice("direction", direction, ("denoise", "noise"))
         check_model(model)
         tokens = model_tokens(model, clean, "clean"), model_tokens(model, corrupted, "corrupted")
@@ -230,10 +222,6 @@ class GradientRuns:
             fraction: of the way from the base run's embeddings (with positions) to the source run's.
             by: hook points by whose activations to differentiate.
             look: hook points whose activations to return.
-
-        Raises:
-            TypeError: for a metric that cannot be differentiated.
-            ValueError: for an activation on which the metric does not depend at all.
         """
         start = self.base[_START] + fraction * (self.source[_START] - self.base[_START])
         seen: dict[str, Tensor] = {}

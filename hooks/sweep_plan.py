@@ -107,11 +107,7 @@ class Patches:
 def make_plan(
     model: Any, activations: str | Sequence[str], positions: Any, layers: Any, units: Any, length: int
 ) -> Plan:
-    """The plan that a user's arguments describe.
-
-    Raises:
-        TypeError, ValueError: for what the model or the prompts lack, or a mixture that has no common axes.
-    """
+    """The plan that a user's arguments describe."""
     named = [activations] if isinstance(activations, str) else activations
     if not isinstance(named, Sequence) or not named or not all(isinstance(name, str) for name in named):
         raise TypeError(f"activations must be one or several of {', '.join(HOOKS)}, got {activations!r}")

@@ -29,11 +29,7 @@ _ROUNDING = 2e-4
 
 
 def check_additive(model: Any) -> None:
-    """Checks that no setting keeps the logits from being a sum over what heads and MLPs add to the residual stream.
-
-    Raises:
-        ValueError: if one does.
-    """
+    """Checks that no setting keeps the logits from being a sum over what heads and MLPs add to the residual stream."""
     cfg = model.cfg
     if getattr(cfg, "output_logits_soft_cap", -1.0) not in (None, -1.0, 0.0):
         raise ValueError("model caps its logits (cfg.output_logits_soft_cap), so they are not a sum over paths")
@@ -50,11 +46,7 @@ def check_unembedded(
     logits: Float[Tensor, "rows answer"],
     answers: Int[Tensor, "answer"],
 ) -> None:
-    """Checks that a run's logits are the final norm and unembedding of its last residual stream.
-
-    Raises:
-        ValueError: if they are not.
-    """
+    """Checks that a run's logits are the final norm and unembedding of its last residual stream."""
     norm, W_U, b_U = linear_norm(getattr(model, "ln_final", None), stream), model.W_U[:, answers], model.b_U[answers]
     normed = norm(stream)
     errors = (normed @ W_U + b_U - logits).abs()
@@ -80,9 +72,6 @@ def direct_paths(
         circuit: its induction heads and bigram memories are split by what they read from the embeddings and from the
             circuit's earlier heads. A memory with a norm inside, or without weights of its own, stays whole.
         answers: token ids; by default those of the largest logits, for one prompt.
-
-    Raises:
-        ValueError: if the logits are not the sum of these parts.
     """
     found: dict[Path, list[Tensor]] = {}
     of_answers = []

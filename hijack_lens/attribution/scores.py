@@ -38,9 +38,6 @@ def stream_terms(
     """What the residual stream that enters a block is the sum of, at some positions of a run of one prompt.
 
     Heads write without their block's bias b_O, which is among the biases; MLPs with theirs.
-
-    Raises:
-        ValueError: where the stream is not that sum.
     """
     stream = run[f"blocks.{layer}.hook_resid_pre"][0, positions]
     terms: dict[ScoreTerm, Tensor] = {}

@@ -24,12 +24,7 @@ Outputs = Mapping[Site, Tensor | None]
 
 
 def sites_of(model: Any, players: Sequence[Player]) -> dict[str, list[Site]]:
-    """Where each player's outputs are, by its label.
-
-    Raises:
-        ValueError: for components whose edits the model would ignore, and where two overlap, so that one cannot be
-            absent while the other is present.
-    """
+    """Where each player's outputs are, by its label."""
     found = [sites(model, player.parts) for player in players]
     named = list(zip((part for player in players for part in player.parts), chain.from_iterable(found), strict=True))
     check_hook_points(model, (site.name for _, site in named))
@@ -57,9 +52,6 @@ def outputs_when_absent(
         how: as for `shapley`.
         reference: prompts or a cache; `None` for zeros.
         generator: for the draws of "resample".
-
-    Raises:
-        ValueError: for a reference of another length or, with "patch", another number of prompts.
     """
     if how == "zero":
         return dict.fromkeys(present)
@@ -111,11 +103,7 @@ class CoalitionRuns:
         self.at_once = 1 if memory is None else runs_at_once(model, tokens, memory)
 
     def worth(self, coalitions: Bool[Tensor, "coalition player"]) -> Float[Tensor, "coalition"]:
-        """The metric's mean over prompts with only these players present; in float64, on the CPU.
-
-        Raises:
-            ValueError: if the metric is not finite.
-        """
+        """The metric's mean over prompts with only these players present; in float64, on the CPU."""
         worth = []
         with tqdm(total=len(coalitions), disable=None, unit="run") as bar:
             for chunk in coalitions.split(self.at_once):

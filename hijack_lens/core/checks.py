@@ -22,11 +22,7 @@ def as_generator(seed: Any) -> torch.Generator:
 
 
 def fixed_seed(seed: Any) -> int:
-    """An int for a `Seed`: itself, or one drawn from the generator, or from the system's entropy.
-
-    Raises:
-        TypeError, ValueError: for what is no seed, and ints that torch does not take.
-    """
+    """An int for a `Seed`: itself, or one drawn from the generator, or from the system's entropy."""
     if seed is None:
         return secrets.randbits(63)
     if isinstance(seed, torch.Generator):

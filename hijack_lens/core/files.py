@@ -27,11 +27,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
 
 
 def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A safetensors file's tensors, and the header that marks it as our `kind`.
-
-    Raises:
-        ValueError: for any other file.
-    """
+    """A safetensors file's tensors, and the header that marks it as our `kind`."""
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist")
     try:

@@ -43,11 +43,7 @@ def check_model(model: Any) -> None:
 
 
 def check_hook_points(model: Any, names: Iterable[str]) -> None:
-    """The model has the hook points, they fire, and the model honours edits there.
-
-    Raises:
-        TypeError, ValueError: with what to do instead.
-    """
+    """The model has the hook points, they fire, and the model honours edits there."""
     check_model(model)
     known = model.hook_dict
     for name in names:
@@ -135,11 +131,7 @@ class Site:
         return activation if self.head is None else activation.select(self.head_dim, self.head)
 
     def write(self, activation: Tensor, value: Tensor, positions: Sequence[int] | None) -> Tensor:
-        """A copy of the activation with the component's slice replaced, at some or all positions.
-
-        Raises:
-            ValueError: if `value` does not fit, or a position lies outside the run.
-        """
+        """A copy of the activation with the component's slice replaced, at some or all positions."""
         edited = activation.clone()
         view = self.read(edited)
         if value.shape[1:] != view.shape[1:] or value.shape[0] not in (1, view.shape[0]):
@@ -179,11 +171,7 @@ def all_components(model: Any) -> tuple[Component, ...]:
 
 
 def sites(model: Any, parts: Iterable[Component | str], part: Part = "output", name: str = "components") -> list[Site]:
-    """Where the outputs or attention patterns of components and hook points are; `name` is what they were given as.
-
-    Raises:
-        TypeError, ValueError: for components that the model lacks, and the pattern of what is no head.
-    """
+    """Where the outputs or attention patterns of components and hook points are; `name` is what they were given as."""
     check_model(model)
     check_choice("part", part, ("output", "pattern"))
     return [_site(model, one, part, name) for one in parts]

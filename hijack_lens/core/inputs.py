@@ -20,11 +20,7 @@ Tokens = int | str | Iterable[int | str] | Int[Tensor, "token"] | None
 
 
 def model_tokens(model: Any, prompt: object, name: str = "prompt") -> Int[Tensor, "batch pos"]:
-    """Token ids for a model, from text, a list of texts, a `HijackPrompt` or tokens.
-
-    Raises:
-        TypeError, ValueError: for what is none of these, and for tokens that the model cannot take.
-    """
+    """Token ids for a model, from text, a list of texts, a `HijackPrompt` or tokens."""
     texts = [prompt] if isinstance(prompt, str) else prompt
     if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
         if getattr(model, "tokenizer", None) is None:
@@ -51,11 +47,7 @@ def is_single(prompt: Any) -> bool:
 
 
 def text_tokens(model: Any, text: str, name: str) -> Int[Tensor, "pos"]:
-    """Token ids of one text, begun as the model's prompts are.
-
-    Raises:
-        ValueError: for words that the tokenizer does not know, for what is too long, and without a tokenizer.
-    """
+    """Token ids of one text, begun as the model's prompts are."""
     ids = model_tokens(model, text, name)[0]
     if _knows(model, plain_ids(model, text), text):
         return ids
@@ -77,11 +69,7 @@ def _knows(model: Any, ids: list[int], text: str) -> bool:
 
 
 def token_id(model: Any, name: str, token: object) -> int:
-    """The id of a token given by its id or its text; not that the vocabulary has the id.
-
-    Raises:
-        TypeError, ValueError: for what is neither, and text that is not a single token that the model knows.
-    """
+    """The id of a token given by its id or its text; not that the vocabulary has the id."""
     if not isinstance(token, str):
         number = as_int(token)
         if number is None:
@@ -99,9 +87,6 @@ def token_ids(model: Any, name: str, tokens: Any, at_least: int = 1) -> Int[Tens
     """Ids of different tokens in the order given, on the CPU; of the whole vocabulary for `None`.
 
     Where one will do, it may be given by itself.
-
-    Raises:
-        TypeError, ValueError: for what is no token of the model's, and for fewer than `at_least` different ones.
     """
     if tokens is None:
         return torch.arange(model.cfg.d_vocab)
@@ -116,11 +101,7 @@ def token_ids(model: Any, name: str, tokens: Any, at_least: int = 1) -> Int[Tens
 
 
 def answer_tokens(model: Any, answer: str, foil: str) -> list[int]:
-    """The tokens of two answers: as they are written where both are single tokens, else both with a space before them.
-
-    Raises:
-        ValueError: where neither makes them two different tokens that the tokenizer knows.
-    """
+    """The tokens of two answers: as they are written where both are single tokens, else both with a space before them."""
     texts = {"--answer": answer, "--foil": foil}
     for option, text in texts.items():
         if not text.strip() or not _knows(model, plain_ids(model, text), text):
@@ -173,9 +154,6 @@ def indices(name: str, given: Any, size: int | None = None, limit: str = "") -> 
 
     Given the `size`, how many there are, `None` means all, and negative ones are counted from the front. The `limit` is
     that size in words, by default what the model has.
-
-    Raises:
-        TypeError, ValueError: for what are no ints, none, and ints beyond the size.
     """
     given = range(size) if given is None and size is not None else given
     alone = as_int(given) is not None
@@ -195,11 +173,7 @@ def indices(name: str, given: Any, size: int | None = None, limit: str = "") -> 
 
 
 def circuit_of(model: Any, circuit: Any = None, otherwise: Callable[[], Circuit] = Circuit) -> Circuit:
-    """The circuit given, else the model's own, else what `otherwise` gives: by default one without components.
-
-    Raises:
-        TypeError, ValueError: for what is no `Circuit`, and for components that the model lacks.
-    """
+    """The circuit given, else the model's own, else what `otherwise` gives: by default one without components."""
     if circuit is None:
         circuit = _own_circuit(model) or otherwise()
     check_type("circuit", circuit, Circuit)
@@ -252,9 +226,6 @@ def players_of(
         name: of the argument.
         kind: what all must be, if so; a `Circuit` and "all" are then those that are.
         points: whether any other text is the name of a hook point.
-
-    Raises:
-        TypeError, ValueError: for what names no component of the model's.
     """
     check_model(model)
     circuit = circuit or _own_circuit(model) or Circuit()
@@ -277,11 +248,7 @@ def components_of(model: Any, components: Any, *args: Any, **options: Any) -> tu
 
 
 def one_component(model: Any, given: Any, name: str, others: Sequence[str] = (), circuit: Circuit | None = None) -> Any:
-    """The component that a user names, by itself or by a role that it alone plays; or one of some `others`.
-
-    Raises:
-        TypeError, ValueError: where that is not one component of the model.
-    """
+    """The component that a user names, by itself or by a role that it alone plays; or one of some `others`."""
     if isinstance(given, str) and given in others:
         check_model(model)
         return given

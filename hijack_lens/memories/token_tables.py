@@ -81,11 +81,7 @@ class TokenTables(NamedTokens):
         return torch.isin(torch.tensor(self.query_tokens), self.tokens[:-1].cpu())
 
     def row(self, query_token: int | str) -> int:
-        """Which row a query token has.
-
-        Raises:
-            ValueError: for a token, by id or text, that has none.
-        """
+        """Which row a query token has."""
         return self._find("query_token", query_token, self.query_tokens)
 
     def chosen(self, query_tokens: Tokens, answers: Tokens, most: int) -> tuple[list[int], list[int]]:
@@ -125,11 +121,7 @@ class TokenTables(NamedTokens):
 
 
 def token_tables(model: Any, prompt: object, position: int, query_tokens: Tokens, answers: Tokens) -> TokenTables:
-    """Rows and columns for one prompt, as a user gives them.
-
-    Raises:
-        TypeError, ValueError: for a prompt, position or token that the model does not have, or too many tokens.
-    """
+    """Rows and columns for one prompt, as a user gives them."""
     check_model(model)
     ids = single_prompt(model, prompt)
     length = ids.shape[1]
@@ -160,11 +152,7 @@ _CHECKED = 1000
 
 
 def check_logits(model: Any, token: int) -> None:
-    """Checks that the logits after a single token are a sum over the last residual stream.
-
-    Raises:
-        ValueError: if they are not, for example because the model scales its logits.
-    """
+    """Checks that the logits after a single token are a sum over the last residual stream."""
     stream, answers = (
         f"blocks.{model.cfg.n_layers - 1}.hook_resid_post",
         torch.arange(min(_CHECKED, model.W_U.shape[1])),

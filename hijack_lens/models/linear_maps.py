@@ -60,11 +60,7 @@ class LinearNorm:
 
 
 def linear_norm(norm: nn.Module | None, x: Float[Tensor, "*batch d_model"]) -> LinearNorm:
-    """The norm module as it acts on the residual stream `x`; none of its hooks fires.
-
-    Raises:
-        TypeError: for a norm that is unknown here, or not linear at a fixed scale.
-    """
+    """The norm module as it acts on the residual stream `x`; none of its hooks fires."""
     norm = getattr(norm, "original_component", norm)  # the module that a TransformerBridge wraps
     if norm is None or isinstance(norm, nn.Identity):
         return LinearNorm()
@@ -80,11 +76,7 @@ def linear_norm(norm: nn.Module | None, x: Float[Tensor, "*batch d_model"]) -> L
 
 
 def normed(norm: nn.Module | None, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-    """A norm module's output on `x`, with the model's own rounding; none of its hooks fires.
-
-    Raises:
-        TypeError: for a norm that is unknown here.
-    """
+    """A norm module's output on `x`, with the model's own rounding; none of its hooks fires."""
     if isinstance(norm, NormalizationBridge) and (
         norm.use_native_layernorm_autograd or getattr(norm.config, "layer_norm_folding", False)
     ):

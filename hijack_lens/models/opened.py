@@ -193,11 +193,7 @@ class OpenModel:
 
 
 def check_plain(model: Any) -> None:
-    """Checks that the model has no setting that `OpenModel` does not compute.
-
-    Raises:
-        UnknownArchitectureError: if it has one.
-    """
+    """Checks that the model has no setting that `OpenModel` does not compute."""
     for flag, plain in _PLAIN.items():
         if getattr(model.cfg, flag, None) not in (None, False, *plain):
             raise UnknownArchitectureError(f"cfg.{flag}={getattr(model.cfg, flag)!r} is not taken apart")
@@ -210,9 +206,6 @@ def open_model(model: Any) -> OpenModel:
     """The parts of a model. Using them fires their hook points: check first that these have no hooks.
 
     The parts may not be all that the model computes: call `check_plain` first, or compare with a run of the model.
-
-    Raises:
-        UnknownArchitectureError: for a model whose parts are not known.
     """
     cfg = model.cfg
     hooked = isinstance(model, HookedTransformer)

@@ -42,11 +42,7 @@ def write_model(model: Any, folder: Path) -> None:
 
 
 def read_model(kind: Callable[..., Model], folder: Path, device: str | torch.device | None) -> Model:
-    """Reads what `write_model` wrote.
-
-    Raises:
-        ValueError: if the file is missing, truncated, inconsistent or of another kind.
-    """
+    """Reads what `write_model` wrote."""
     path = folder / "model.safetensors"
     tensors, header = read_safetensors(path, _FORMAT)
     try:

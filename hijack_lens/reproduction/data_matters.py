@@ -63,9 +63,6 @@ def data_matters(settings: Settings = Settings(), train: Train = trained) -> Res
     counts as reaching it one step after the last. Models trained on uniform and on bigram-drawn continuations are asked
     on both. The match memory of models with fixed triggers has no need for other keys (section 4; the paper does not
     test it): they are asked on other triggers too. Differences and ratios are of models of the same seed.
-
-    Raises:
-        ValueError: for a vocabulary that is too small for as many other triggers.
     """
     if 2 * settings.triggers > settings.d_vocab:
         raise ValueError(

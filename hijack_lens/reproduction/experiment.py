@@ -153,11 +153,7 @@ def conflict_language(log_ratios: Sequence[float]) -> BigramLanguage:
 def neutral_then_pairs(
     trigger: int, continuations: Sequence[int], *, length: int | None = None, lead: int | None = None
 ) -> Int[Tensor, "pos"]:
-    """Neutral tokens (`lead`, or as many as fill the `length`), the trigger with each continuation, and the trigger.
-
-    Raises:
-        ValueError: for a length that the pairs exceed.
-    """
+    """Neutral tokens (`lead`, or as many as fill the `length`), the trigger with each continuation, and the trigger."""
     pairs = [token for continuation in continuations for token in (trigger, continuation)]
     neutral = lead if lead is not None else (length or 0) - len(pairs) - 1
     if neutral < 0:

@@ -62,9 +62,6 @@ def positions_and_length(
     evidence, the bigrams (q, c), and are the same for every k; before them stand (k - 1) T tokens of the language that
     hold neither q nor c nor g. So for k > 1 all evidence lies beyond T, while the task stays the same. In-context
     accuracy is how often c is the likeliest token. Of absolute positions, the hand-written model knows the first T.
-
-    Raises:
-        ValueError: for `multiples` without 1, or nothing but it.
     """
     if min(settings.multiples) != 1 or max(settings.multiples) == 1:
         raise ValueError(f"multiples must hold 1, and at least one that is greater, got {settings.multiples}")

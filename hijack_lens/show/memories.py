@@ -85,9 +85,6 @@ def context_map(memory: ContextMemory, query_tokens: Tokens = None, answers: Tok
         memory: what to show.
         query_tokens: rows, by id or text; by default tokens that the context holds, the most frequent first.
         answers: columns, likewise.
-
-    Raises:
-        ValueError: for tokens that are not in the table.
     """
     rows, columns = memory.chosen(query_tokens, answers, _MOST)
     picture = Picture(2.2 + 1.2 * _CELL * len(columns), 1.4 + 1.2 * _CELL * len(rows))
@@ -111,9 +108,6 @@ def conflict_maps(conflict: MemoryConflict, query_tokens: Tokens = None, answers
         conflict: what to show.
         query_tokens: rows, by id or text; by default tokens that the context holds, the most frequent first.
         answers: columns, likewise; by default these and what either memory says in one of the rows.
-
-    Raises:
-        ValueError: for tokens that are not in the tables.
     """
     rows, columns = conflict.chosen(query_tokens, answers, _MOST)
     c, g = (candidate[rows].tolist() for candidate in (conflict.in_context, conflict.global_candidate))

@@ -67,9 +67,6 @@ def score_maps(result: ScoreAttribution, key: int | Iterable[int] | None = None)
     Args:
         result: what to show.
         key: a position among its keys, or several; by default the one that gets the most attention.
-
-    Raises:
-        TypeError, ValueError: for positions that are not among its keys.
     """
     listed = [result.top_key] if key is None else list(key) if isinstance(key, Iterable) else [key]
     if not listed:

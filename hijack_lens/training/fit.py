@@ -131,9 +131,6 @@ def conflict_prompts(
         n_prompts: how many prompts.
         length: tokens in each, at least 14.
         seed: for the random draws.
-
-    Raises:
-        TypeError, ValueError: for lengths and seeds that are none, and a language too small for a conflict.
     """
     check_count("n_prompts", n_prompts, minimum=1)
     check_count("length", length, minimum=14)

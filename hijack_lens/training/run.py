@@ -239,11 +239,7 @@ def read_checkpoint(folder: Path) -> tuple[TrainingRun, dict[str, torch.Tensor],
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor], path: Path) -> None:
-    """Restores a stored state into an optimizer of the same parameters.
-
-    Raises:
-        ValueError: if the state belongs to other parameters.
-    """
+    """Restores a stored state into an optimizer of the same parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if isinstance(optimizer, torch.optim.AdamW):
         kind = {"exp_avg", "exp_avg_sq", "step"}
