@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 from hijack_lens.core.checks import check_choice, check_count
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.inputs import Components, circuit_of, components_of
-from hijack_lens.hooks.ablate_and_patch import patch_path
 from hijack_lens.hooks.edges import (
     VIAS,
     Edge,
@@ -22,6 +21,7 @@ from hijack_lens.hooks.edges import (
     check_edge,
     edges_among,
     into_stream,
+    patch_path,
     read_stream,
     read_weights,
     sender_site,

@@ -9,7 +9,7 @@ import torch
 
 import hijack_lens as hl
 from hijack_lens import theory
-from hijack_lens.reproduction import closed_form as cf
+from hijack_lens.reproduction import closed_form_logits as cf
 from hijack_lens.reproduction import competing_continuations as cc
 from hijack_lens.reproduction import flip_window as fw
 from hijack_lens.reproduction import phase_diagram as pd_

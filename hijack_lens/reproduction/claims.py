@@ -20,7 +20,7 @@ from hijack_lens.core.files import write_atomically
 from hijack_lens.grid.journal import Journal
 from hijack_lens.grid.running import run_grid
 from hijack_lens.reproduction.causal_agreement import causal_agreement
-from hijack_lens.reproduction.closed_form import closed_form
+from hijack_lens.reproduction.closed_form_logits import closed_form
 from hijack_lens.reproduction.competing_continuations import competing_continuations
 from hijack_lens.reproduction.data_matters import data_matters
 from hijack_lens.reproduction.denied_facts import facts
