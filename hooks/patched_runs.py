@@ -145,14 +145,7 @@ class ForwardRuns:
     def values(
         self, activation: str, layer: int, patches: Patches, source: Float[Tensor, "batch pos ..."]
     ) -> Float[Tensor, "patch"]:
-        """The metric under each patch.
-
-        Args:
-            activation: which is patched, by its name.
-            layer: of the model.
-            patches: where.
-            source: what to patch in, positions second (of patterns: the query's).
-        """
+        """The metric under each patch."""
         count = len(patches)
 
         def write(current: Tensor, hook: Any) -> Tensor:

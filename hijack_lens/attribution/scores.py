@@ -93,16 +93,7 @@ class HeadInput:
         stream: Float[Tensor, "pos d_model"],
         positions: Int[Tensor, "pos"],
     ) -> "HeadInput":
-        """A head's reading of a residual stream at some positions, by its query or its key.
-
-        Args:
-            block: the head's.
-            norm: the module before its attention, if any.
-            via: "q" or "k".
-            head: the query head; its key is the one that its group shares.
-            stream: the residual stream.
-            positions: of its rows.
-        """
+        """A head's reading of a residual stream at some positions: its query, or the key that its group shares."""
         index, weight, bias = (
             (head, block.W_Q, block.b_Q) if via == "q" else (head // block.n_groups, block.W_K, block.b_K)
         )

@@ -44,15 +44,7 @@ def outputs_when_absent(
     reference: object,
     generator: torch.Generator,
 ) -> Outputs:
-    """What is written in place of absent components.
-
-    Args:
-        model: the components' model.
-        present: what the components write in the run itself, [batch, pos, ...].
-        how: as for `shapley`.
-        reference: prompts or a cache; `None` for zeros.
-        generator: for the draws of "resample".
-    """
+    """What is written in place of components, given what they write in the run itself."""
     if how == "zero":
         return dict.fromkeys(present)
     stored = read_source(model, reference, list(dict.fromkeys(site.name for site in present)), "reference")
@@ -74,10 +66,11 @@ def outputs_when_absent(
     return outputs
 
 
+@dataclass(frozen=True)
 class CoalitionRuns:
     """Runs of a model with some of its components absent, many in one forward pass.
 
-    Args:
+    Attributes:
         model: a HookedTransformer or TransformerBridge.
         tokens: the prompts, the same in all runs.
         players: where each player's outputs are, by its label.
@@ -86,27 +79,19 @@ class CoalitionRuns:
         memory: in bytes; `None` for one run at a time, so that the user's hooks see only their own batch.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokens: Int[Tensor, "batch pos"],
-        players: Mapping[str, Sequence[Site]],
-        outputs: Outputs,
-        reader: BoundMetric,
-        memory: float | None,
-    ):
-        self.model = model
-        self.tokens = tokens
-        self.players = players
-        self.outputs = outputs
-        self.reader = reader
-        self.at_once = 1 if memory is None else runs_at_once(model, tokens, memory)
+    model: Any
+    tokens: Int[Tensor, "batch pos"]
+    players: Mapping[str, Sequence[Site]]
+    outputs: Outputs
+    reader: BoundMetric
+    memory: float | None
 
     def worth(self, coalitions: Bool[Tensor, "coalition player"]) -> Float[Tensor, "coalition"]:
         """The metric's mean over prompts with only these players present; in float64, on the CPU."""
+        at_once = 1 if self.memory is None else runs_at_once(self.model, self.tokens, self.memory)
         worth = []
         with tqdm(total=len(coalitions), disable=None, unit="run") as bar:
-            for chunk in coalitions.split(self.at_once):
+            for chunk in coalitions.split(at_once):
                 with Intervention(self.model, edit=self._edits(chunk)):
                     logits = self.model(repeat(self.tokens, "batch pos -> (run batch) pos", run=len(chunk)))
                 logits = rearrange(logits, "(run batch) pos d_vocab -> run batch pos d_vocab", run=len(chunk))
@@ -159,9 +144,6 @@ def shapley_values(worth: Float[Tensor, "coalition"]) -> Float[Tensor, "player"]
     """Each player's Shapley value (Shapley 1953): what it adds to those who came before it, averaged over all orders.
 
         value_i = Σ_{S without i}  |S|! (n - |S| - 1)! / n!  ·  ( worth(S + i) - worth(S) )
-
-    Args:
-        worth: every coalition's, in the order of `all_coalitions`.
     """
     n, sizes = _sizes(worth)
     weights = torch.tensor([1 / (n * comb(n - 1, size)) for size in range(n)], dtype=worth.dtype)
@@ -178,9 +160,6 @@ def shapley_interactions(worth: Float[Tensor, "coalition"]) -> Float[Tensor, "pl
 
         I_ij = Σ_{S without i, j}  |S|! (n - |S| - 2)! / (n - 1)!  ·  ( worth(S + i + j) - worth(S + i) - worth(S + j)
                                                                         + worth(S) )
-
-    Args:
-        worth: every coalition's, in the order of `all_coalitions`.
 
     Returns:
         A symmetric matrix; NaN on its diagonal, where there is no pair.
@@ -213,39 +192,14 @@ MIN_SAMPLES = 10
 """With fewer samples, standard errors are unreliable: confidence intervals would miss the truth too often."""
 
 
-@dataclass(frozen=True)
-class Estimates:
-    """Means over samples, with their standard errors; NaN where there is no pair, or too few samples of it.
-
-    Attributes:
-        values: Shapley values.
-        stderr: their standard errors.
-        interactions: Shapley interaction indices of pairs.
-        interactions_stderr: their standard errors.
-        pair_samples: how many samples each interaction averages.
-        full: worth of all players together.
-        empty: worth of none.
-        n_runs: how many different coalitions were run.
-    """
-
-    values: Float[Tensor, "player"]
-    stderr: Float[Tensor, "player"]
-    interactions: Float[Tensor, "player player"]
-    interactions_stderr: Float[Tensor, "player player"]
-    pair_samples: Int[Tensor, "player player"]
-    full: float
-    empty: float
-    n_runs: int
-
-
 def estimate(
     worth: Callable[[Bool[Tensor, "coalition player"]], Float[Tensor, "coalition"]],
     n_players: int,
     n_samples: int,
     interactions: bool,
     generator: torch.Generator,
-) -> Estimates:
-    """Unbiased estimates from random orders, each paired with its reverse.
+) -> dict[str, Any]:
+    """Unbiased estimates from random orders, each paired with its reverse; `worth` is called once.
 
     A player that comes early in an order comes late in its reverse, so the errors of the two partly cancel (antithetic
     sampling: Mitchell, Cooper, Frank & Holmes, JMLR 2022, arXiv 2104.12199). In every order the gains telescope, so the
@@ -253,12 +207,8 @@ def estimate(
     runs; without this, what each of two players adds alone would stay in the difference as noise. A pair are neighbours
     in a fraction 2 / n_players of the orders.
 
-    Args:
-        worth: gives coalitions' worth; called once, with each coalition once.
-        n_players: how many players.
-        n_samples: how many orders; each is also run in reverse.
-        interactions: whether to estimate interactions.
-        generator: for the orders.
+    Returns:
+        The attributes of `ShapleyValues` that hang on the draw; NaN where there is no pair, or too few samples of it.
     """
     n = n_players
     ranks = torch.rand(n_samples, n, generator=generator, dtype=torch.float64).argsort(-1)
@@ -282,16 +232,17 @@ def estimate(
     else:
         mean = spread = gains.new_full((n, n), torch.nan)
         counts = torch.zeros(n, n, dtype=torch.long)
-    return Estimates(
-        values=gains.mean(0),
-        stderr=stderr,
-        interactions=mean,
-        interactions_stderr=spread,
-        pair_samples=counts,
-        full=float(come_worth[0, 0, -1]),
-        empty=float(come_worth[0, 0, 0]),
-        n_runs=len(visited),
-    )
+    return {
+        "values": gains.mean(0),
+        "stderr": stderr,
+        "interactions": mean,
+        "interactions_stderr": spread,
+        "pair_samples": counts,
+        "full": float(come_worth[0, 0, -1]),
+        "empty": float(come_worth[0, 0, 0]),
+        "n_runs": len(visited),
+        "n_samples": n_samples,
+    }
 
 
 def _by_pair(

@@ -255,6 +255,5 @@ def shapley(
                 "worth": worth.reshape((2,) * len(players)),
             }
         else:
-            found = vars(estimate(runs.worth, len(players), n_samples, interactions, generator))
-            found = {**found, "n_samples": n_samples}
+            found = estimate(runs.worth, len(players), n_samples, interactions, generator)
     return ShapleyValues(players=players, metric=reader.name, how=how, **found)

@@ -31,16 +31,7 @@ def bigram_evidence(
     generator: torch.Generator,
     tick: Callable[[], object],
 ) -> MLPEvidence:
-    """Measures every MLP's share, and scrambles those whose share is large enough.
-
-    Args:
-        model: the model to measure.
-        vocabulary: ids to draw from; at least 3.
-        first: first token of every prompt; by default one that the rest of the prompt lacks.
-        max_length: tokens per prompt.
-        generator: for the random draws.
-        tick: called after every run.
-    """
+    """Measures every MLP's share, and scrambles those whose share is large enough; calls `tick` after every run."""
     n_layers = model.cfg.n_layers
     contexts = _Contexts(model, vocabulary, first, max_length, generator, tick)
     with_mlp = [] if getattr(model.cfg, "attn_only", False) else range(n_layers)

@@ -68,16 +68,7 @@ def draw_repeats(
     period: int,
     generator: torch.Generator,
 ) -> Repeats:
-    """Draws prompts and their twins.
-
-    Args:
-        vocabulary: ids to draw from; more than `period`.
-        triggers: ids whose pairs are scored, drawn into every prompt first; `None` scores all pairs.
-        first: every prompt's first token; by default one that the prompt otherwise lacks.
-        n_prompts: how many prompts.
-        period: distinct tokens per prompt.
-        generator: for the random draws.
-    """
+    """Prompts of `period` distinct tokens, and their twins; `triggers` are in each, and their pairs alone count."""
     said = _distinct(vocabulary, triggers, n_prompts, period + 1, generator)
     opening, said = said[:, :1], said[:, 1:]
     if first is not None:

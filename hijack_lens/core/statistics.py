@@ -13,11 +13,7 @@ _CONFIDENCE = 0.95
 
 @functools.cache
 def student_quantile(dof: int) -> float:
-    """How many standard errors the 95% interval of a mean reaches to either side (Student 1908).
-
-    Args:
-        dof: degrees of freedom, the number of samples minus one.
-    """
+    """How many standard errors the 95% interval of a mean reaches to either side (Student 1908)."""
     # With t = √dof · tan(angle), the density is proportional to cos(angle)^(dof - 1).
     angles = np.linspace(0.0, np.pi / 2, 200_001)
     density = np.cos(angles) ** (dof - 1)

@@ -77,13 +77,7 @@ def thresholded(c2: float) -> Moments:
 def crosstalk_moments(
     table: Float[Tensor, "key value"], c2: float, neuron: Moments
 ) -> tuple[Float[Tensor, "key value"], Float[Tensor, "key value"]]:
-    """Mean and variance of the cross-talk in every cell.
-
-    Args:
-        table: L.
-        c2: mean square of inner products.
-        neuron: moments of the keys' activations; `Moments(0, c2)` for a linear memory.
-    """
+    """Mean and variance of the cross-talk in every cell of a table, at a mean square `c2` of inner products."""
     squares = table.square()
     same_key = squares.sum(1, keepdim=True) - squares
     same_value = squares.sum(0, keepdim=True) - squares

@@ -168,12 +168,6 @@ def context_free(
     """Activations of each token's own run, in parts that fit into memory.
 
     Each token is a prompt of its own. Attention outputs (with biases) and learned positions are set to zero.
-
-    Args:
-        model: a HookedTransformer or TransformerBridge.
-        tokens: the tokens to run.
-        names: the hook points to read, which have one value per position.
-        stop_at_layer: the first layer that need not be run.
     """
     n_layers = model.cfg.n_layers
     off = [f"blocks.{layer}.hook_attn_out" for layer in range(n_layers if stop_at_layer is None else stop_at_layer)]

@@ -61,11 +61,7 @@ def evidence_report(evidence: CircuitEvidence) -> Report:
 
 @picture_of.register
 def circuit_map(evidence: CircuitEvidence) -> Picture:
-    """Heat maps of the heads' scores for each role, head by layer, and bars of the MLPs' shares; named ones stand out.
-
-    Args:
-        evidence: of a circuit that `find_circuit` found.
-    """
+    """Heat maps of the heads' scores for each role, and bars of the MLPs' shares; named ones stand out."""
     from matplotlib.patches import Rectangle
 
     n_layers, n_heads = evidence.induction.score.shape

@@ -123,15 +123,7 @@ class TheoryAgreement:
 def conflict_prompts(
     language: BigramLanguage, triggers: Triggers, n_prompts: int, length: int, seed: Seed
 ) -> list[HijackPrompt]:
-    """Prompts whose triggers, in-context candidates and numbers of repeats (0 to 6) are drawn at random.
-
-    Args:
-        language: the prompts' language.
-        triggers: triggers to draw from.
-        n_prompts: how many prompts.
-        length: tokens in each, at least 14.
-        seed: for the random draws.
-    """
+    """Prompts of at least 14 tokens, with random triggers, in-context candidates and numbers of repeats (0 to 6)."""
     check_count("n_prompts", n_prompts, minimum=1)
     check_count("length", length, minimum=14)
     if language.d_vocab < 3:
