@@ -83,34 +83,40 @@ def explain(
     written = {"text": text, "level": level, "max-vocab": max_vocab, "positions": positions, **strengths}
     asked = {"prompt": prompt, "answer": answer, "foil": foil}
     if any(value is not None for value in asked.values()):
-        built: dict[str, object] = {"trigger": trigger, "in-context": in_context, "global": global_candidate}
-        built |= {"repeats": repeats, "length": length}
-        _explain_answers(model, asked, {**written, **built}, seed, as_json, out)
-        return
-    repeats, length = 3 if repeats is None else repeats, 64 if length is None else length
-    if model is None:
-        language = _language(text, level, max_vocab)
+        built = {"trigger": trigger, "in-context": in_context, "global": global_candidate}
+        unfit = {**written, **built, "repeats": repeats, "length": length}
+        explanation, found, intro = _explain_answers(model, asked, unfit, seed)
     else:
-        for option, value in written.items():
-            if value is not None:
-                raise ValueError(f"--{option.replace('_', '-')} does not go with --model, which brings its own")
-        if is_hugging_face(model):
-            raise ValueError(f"--model {str(model)!r} is a language model: ask it with --prompt, --answer and --foil")
-        trained = hl.BigramTransformer.from_pretrained(model)
-        language = trained.language
-    q, c = _conflict(language, trigger, in_context, None if model is None else trained.triggers)
-    conflict = hl.hijack_prompt(language, q, c, repeats, length, global_candidate=global_candidate, seed=seed)
-    if model is None:
-        chosen = hl.Strengths(**{name: value for name, value in strengths.items() if value is not None})
-        trained = hl.associative_transformer(
-            language, positions=positions or "relative", strengths=chosen, n_ctx=length
-        )
-    explanation = hl.explain(trained, conflict)
+        repeats, length = 3 if repeats is None else repeats, 64 if length is None else length
+        if model is None:
+            language, triggers = _language(text, level, max_vocab), None
+        else:
+            _refuse(written, "--model, which brings its own")
+            if is_hugging_face(model):
+                raise ValueError(
+                    f"--model {str(model)!r} is a language model: ask it with --prompt, --answer and --foil"
+                )
+            trained = hl.BigramTransformer.from_pretrained(model)
+            language, triggers = trained.language, trained.triggers
+        q, c = _conflict(language, trigger, in_context, triggers)
+        conflict = hl.hijack_prompt(language, q, c, repeats, length, global_candidate=global_candidate, seed=seed)
+        if model is None:
+            chosen = hl.Strengths(**{name: value for name, value in strengths.items() if value is not None})
+            trained = hl.associative_transformer(
+                language, positions=positions or "relative", strengths=chosen, n_ctx=length
+            )
+        explanation = hl.explain(trained, conflict)
+        found, intro = _found(explanation, conflict), _intro(conflict)
     report = hl.write_report(explanation, out).resolve()
     if as_json:
-        print(json.dumps(_as_json(explanation, report), indent=2, ensure_ascii=False))
-    else:
-        _print(explanation, report)
+        print(json.dumps({**found, **_outcome(explanation), "report": str(report)}, indent=2, ensure_ascii=False))
+        return
+    console = Console(markup=False)  # tokens and paths may hold brackets
+    said = report_of(explanation)
+    for line in (*intro, Text(f"\n{said.title}\n", style="bold")):
+        console.print(line)
+    _print_tables(console, said)
+    console.print(f"\nReport: {report}", soft_wrap=True)
 
 
 @app.command
@@ -256,16 +262,21 @@ def _conflict(
     return q, language.index(in_context, "in-context")
 
 
+def _refuse(given: dict[str, Any], reason: str) -> None:
+    """Refuses options that have been given."""
+    for option, value in given.items():
+        if value is not None:
+            raise ValueError(f"--{option.replace('_', '-')} does not go with {reason}")
+
+
 def _explain_answers(
-    name: Path | None, asked: dict[str, str | None], other: dict[str, object], seed: int, as_json: bool, out: Path
-) -> None:
-    """`explain` for a prompt, an answer and a foil of the user's."""
+    name: Path | None, asked: dict[str, str | None], unfit: dict[str, Any], seed: int
+) -> tuple[hl.Explanation, dict[str, Any], list[str | Text]]:
+    """For a prompt, an answer and a foil of the user's: the explanation, JSON, and what to print first."""
     for option, given in {"model": name, **asked}.items():
         if given is None:
             raise ValueError(f"--model, --prompt, --answer and --foil go together; --{option} is missing")
-    for option, unfit in other.items():
-        if unfit is not None:
-            raise ValueError(f"--{option.replace('_', '-')} does not go with --prompt, which is asked as it is")
+    _refuse(unfit, "--prompt, which is asked as it is")
     prompt, answer, foil = (str(value) for value in asked.values())
     if not prompt:
         raise ValueError("--prompt must be a text, got ''")
@@ -274,60 +285,30 @@ def _explain_answers(
     tokens, pair = text_tokens(model, prompt, "--prompt"), answer_tokens(model, answer, foil)
     circuit = circuit_of(model, otherwise=lambda: hl.find_circuit(model, seed=seed))
     explanation = hl.explain(model, tokens, *pair, circuit=circuit)
-    report = hl.write_report(explanation, out).resolve()
-    said = [
-        {"text": model.tokenizer.decode([token]), "id": token, "spaced": spaced_instead(model, text, token)}
-        for token, text in zip(pair, (answer, foil), strict=True)
-    ]
-    if as_json:
-        evidence = circuit.evidence
-        found = {
-            "model": str(name),
-            "prompt": prompt,
-            **{
-                side: {"text": one["text"], "id": one["id"]} for side, one in zip(("answer", "foil"), said, strict=True)
-            },
-            "circuit": {role: [str(part) for part in getattr(circuit, role)] for role in ROLE_NAMES},
-            "evidence": None if evidence is None else evidence.verdicts.splitlines(),
-            **_common(explanation, report, ("answer", "foil")),
-        }
-        print(json.dumps(found, indent=2, ensure_ascii=False))
-        return
-    console = Console(markup=False)
-    console.print(Text("prompt  ", style="bold").append(prompt, style="dim"))
-    for side, one in zip(("answer", "foil"), said, strict=True):
-        other_token = f"; {one['spaced']!r}, with a space, is another" if one["spaced"] else ""
-        console.print(f"{side}: {one['text']!r}, token {one['id']}{other_token}")
-    console.print(f"circuit: {circuit}")
-    if circuit.evidence is not None:
-        console.print(circuit.evidence.verdicts)
-    _print_findings(console, explanation)
-    console.print(f"\nReport: {report}", soft_wrap=True)
+    evidence = circuit.evidence
+    found: dict[str, Any] = {"model": str(name), "prompt": prompt}
+    intro: list[str | Text] = [Text("prompt  ", style="bold").append(prompt, style="dim")]
+    for side, token, text in zip(("answer", "foil"), pair, (answer, foil), strict=True):
+        shown, spaced = model.tokenizer.decode([token]), spaced_instead(model, text, token)
+        found[side] = {"text": shown, "id": token}
+        other = f"; {spaced!r}, with a space, is another" if spaced else ""
+        intro.append(f"{side}: {shown!r}, token {token}{other}")
+    found["circuit"] = {role: [str(part) for part in getattr(circuit, role)] for role in ROLE_NAMES}
+    found["evidence"] = None if evidence is None else evidence.verdicts.splitlines()
+    intro += [f"circuit: {circuit}", *([] if evidence is None else [evidence.verdicts])]
+    return explanation, found, intro
 
 
-def _print(explanation: hl.Explanation, report: Path) -> None:
-    prompt = explanation.prompt
-    assert isinstance(prompt, hl.HijackPrompt)
-    show = prompt.language.display
+def _intro(prompt: hl.HijackPrompt) -> list[str | Text]:
+    """A conflict's prompt, and what either memory says."""
+    show, tokens = prompt.language.display, prompt.tokens.tolist()
     q, c, g = (repr(show(token)) for token in (prompt.trigger, prompt.in_context, prompt.global_candidate))
-    console = Console(markup=False)  # tokens and paths may hold brackets
     shown = Text("prompt  ", style="bold")
-    tokens = prompt.tokens.tolist()
     for i, token in enumerate(tokens):
         after_trigger = i > 0 and tokens[i - 1] == prompt.trigger
         style = "bold blue" if after_trigger else "bold" if token == prompt.trigger else "dim"
         shown.append(show(token) + (" " if prompt.language.level == "word" else ""), style=style)
-    console.print(shown)
-    console.print(f"After {q}, the context says {c}; the weights say {g}. ({prompt.language.d_vocab} tokens known.)")
-    _print_findings(console, explanation)
-    console.print(f"\nReport: {report}", soft_wrap=True)
-
-
-def _print_findings(console: Console, explanation: hl.Explanation) -> None:
-    """The verdict, the paths and the ablations, and theory beside the model."""
-    found = report_of(explanation)
-    console.print(Text(f"\n{found.title}\n", style="bold"))
-    _print_tables(console, found)
+    return [shown, f"After {q}, the context says {c}; the weights say {g}. ({prompt.language.d_vocab} tokens known.)"]
 
 
 def _print_tables(console: Console, found: Report) -> None:
@@ -337,9 +318,7 @@ def _print_tables(console: Console, found: Report) -> None:
         console.print(note)
 
 
-def _as_json(explanation: hl.Explanation, report: Path) -> dict[str, Any]:
-    prompt = explanation.prompt
-    assert isinstance(prompt, hl.HijackPrompt)
+def _found(explanation: hl.Explanation, prompt: hl.HijackPrompt) -> dict[str, Any]:
     tokens = prompt.language.tokens
     return {
         "prompt": prompt.text,
@@ -348,27 +327,22 @@ def _as_json(explanation: hl.Explanation, report: Path) -> dict[str, Any]:
         "global": tokens[prompt.global_candidate],
         "theory": {part: predicted for part, (predicted, _) in explanation.theory_beside_model().items()},
         "repeats_needed": None if explanation.flip is None else explanation.flip.repeats,
-        **_common(explanation, report, ("in_context", "global")),
     }
 
 
-def _common(explanation: hl.Explanation, report: Path, sides: tuple[str, str]) -> dict[str, Any]:
-    """What the explanation of any prompt says; `sides` are the names of its two candidates."""
+def _outcome(explanation: hl.Explanation) -> dict[str, Any]:
+    """What the explanation of any prompt says."""
     attribution = explanation.attribution
-    by_path, pair = attribution.by_path(), attribution.pair()
+    by_path = attribution.by_path()[:, list(attribution.pair())].tolist()
+    sides = ("in_context", "global") if isinstance(explanation.prompt, hl.HijackPrompt) else ("answer", "foil")
     return {
         "winner": explanation.winner,
         "verdict": explanation.verdict,
         "margin": {part: float(getattr(explanation.margin, part)) for part in ("context", "weights", "rest", "total")},
         "ablated": explanation.ablated,
         "paths": [
-            {
-                "path": path.label,
-                "memory": path.memory,
-                **{side: float(by_path[i, index]) for side, index in zip(sides, pair, strict=True)},
-            }
-            for i, path in enumerate(attribution.paths)
+            {"path": path.label, "memory": path.memory, **dict(zip(sides, wrote, strict=True))}
+            for path, wrote in zip(attribution.paths, by_path, strict=True)
         ],
         "completeness_error": attribution.completeness_error,
-        "report": str(report),
     }
