@@ -160,9 +160,6 @@ def attribute_scores(
         key: position or positions attended to, none of them after `query`; by default all of these.
         circuit: the roles of the components, by which terms are named; by default `model.circuit`, if there is one.
 
-    Returns:
-        A `ScoreAttribution`.
-
     Raises:
         TypeError, ValueError: for prompts, heads and positions that the model does not have; for more numbers than
             2^27; and for models whose scores are no such sum, among them those with capped scores or ALiBi.

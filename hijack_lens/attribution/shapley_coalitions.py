@@ -156,13 +156,10 @@ def shapley_values(worth: Float[Tensor, "coalition"]) -> Float[Tensor, "player"]
 
 def shapley_interactions(worth: Float[Tensor, "coalition"]) -> Float[Tensor, "player player"]:
     """The Shapley interaction index of each pair (Grabisch & Roubens 1999): what two add together beyond what each adds
-    alone, averaged over all orders in which they come one after the other.
+    alone, averaged over all orders in which they come one after the other; NaN on the diagonal, where there is no pair.
 
         I_ij = Σ_{S without i, j}  |S|! (n - |S| - 2)! / (n - 1)!  ·  ( worth(S + i + j) - worth(S + i) - worth(S + j)
                                                                         + worth(S) )
-
-    Returns:
-        A symmetric matrix; NaN on its diagonal, where there is no pair.
     """
     n, sizes = _sizes(worth)
     weights = torch.tensor([1 / ((n - 1) * comb(n - 2, size)) for size in range(n - 1)], dtype=worth.dtype)
@@ -205,10 +202,7 @@ def estimate(
     sampling: Mitchell, Cooper, Frank & Holmes, JMLR 2022, arXiv 2104.12199). In every order the gains telescope, so the
     values sum to full − empty exactly. For interactions, neighbours in an order are also swapped, which doubles the
     runs; without this, what each of two players adds alone would stay in the difference as noise. A pair are neighbours
-    in a fraction 2 / n_players of the orders.
-
-    Returns:
-        The attributes of `ShapleyValues` that hang on the draw; NaN where there is no pair, or too few samples of it.
+    in a fraction 2 / n_players of the orders; a pair with too few samples, or none, gets NaN.
     """
     n = n_players
     ranks = torch.rand(n_samples, n, generator=generator, dtype=torch.float64).argsort(-1)

@@ -132,9 +132,6 @@ def memory_conflict(
         answers: tokens whose logits to give, at least two; likewise.
         circuit: the roles of the components; by default `model.circuit`.
 
-    Returns:
-        A `MemoryConflict`.
-
     Raises:
         TypeError, ValueError: as for `attribute`, for a circuit without induction heads, and for tables of more than
             2^27 numbers, with a large vocabulary.

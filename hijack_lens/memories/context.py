@@ -126,9 +126,6 @@ def context_memory(
         answers: tokens whose logits to give; likewise.
         circuit: the roles of the components; by default `model.circuit`, if there is one.
 
-    Returns:
-        A `ContextMemory`.
-
     Raises:
         TypeError, ValueError: for prompts, heads, positions and tokens that the model does not have; for tables of more
             than 2^27 numbers, with a large vocabulary; and for models whose logits are no sum over what heads write.

@@ -10,7 +10,7 @@ from hijack_lens.attribution.shapley_values import ShapleyValues
 from hijack_lens.circuits.evidence import CircuitEvidence
 from hijack_lens.core.circuit import ROLE_NAMES
 from hijack_lens.core.tables import Report, Table, picture_of, report_of
-from hijack_lens.show.style import BLUE, GREY, ORANGE, Picture, frameless, heatmap
+from hijack_lens.show.style import BLUE, GREY, ORANGE, Picture, frameless, heatmap, write_beside
 
 _LEGEND = (
     "Heads: score is attention; effect, the nats of in-context gain lost without the head; on its own, those it brings "
@@ -125,14 +125,7 @@ def shapley_bars(result: ShapleyValues) -> Picture:
     ax.barh(range(n), values, xerr=None if result.exact else error, color=BLUE, height=0.62, ecolor="black", capsize=3)
     if n <= _PLAYERS_WITH_NUMBERS:
         for row, value in enumerate(values):
-            ax.annotate(
-                f"{value:+.3g}",
-                (value + np.copysign(error[row], value), row),
-                xytext=(5 if value >= 0 else -5, 0),
-                textcoords="offset points",
-                ha="left" if value >= 0 else "right",
-                va="center",
-            )
+            write_beside(ax, f"{value:+.3g}", value + np.copysign(error[row], value), row, 5)
         ax.margins(x=0.2)  # for the numbers beside the bars
     ax.axvline(0, color="black", linewidth=1)
     named = range(0, n, -(-n // _PLAYERS_NAMED))

@@ -9,7 +9,7 @@ from hijack_lens.core.tables import Report, Table, picture_of, report_of
 from hijack_lens.explanation import Explanation
 from hijack_lens.language import HijackPrompt
 from hijack_lens.show.logits import logit_html, path_table
-from hijack_lens.show.style import COLOURS, PAGE_STYLE, Picture, frameless
+from hijack_lens.show.style import PAGE_STYLE, Picture, frameless, stacked_bars, write_beside
 from hijack_lens.show.views import attention, circuitsvis_script, token_paths
 
 _NOTHING_NAMED = "The circuit names no component, so there is none to switch off."
@@ -56,29 +56,16 @@ def margin_bars(explanation: Explanation) -> Picture:
     rows = ["whole model", *(f"{name} off" for name in explanation.ablated)]
     picture = Picture(8.0, 1.3 + 0.5 * len(rows))
     ax = picture.figure.add_subplot()
-    ends = {1: 0.0, -1: 0.0}
-    for memory, colour in COLOURS.items():
-        value = float(getattr(margin, memory))
-        side = 1 if value >= 0 else -1
-        ax.barh(0, value, left=ends[side], color=colour, label=memory, height=0.62)
-        ends[side] += value
+    high, low = stacked_bars(ax, 0, margin, 0.62)
+    box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.85, "edgecolor": "none"}
     for row, total in enumerate([float(margin.total), *explanation.ablated.values()]):
         if row:
             ax.barh(row, total, color="#555555", height=0.62)
         ax.plot(total, row, "D", color="black", markersize=6, label="total" if row == 0 else None)
-        ax.annotate(
-            f"{total:+.2f}",
-            (total, row),
-            xytext=(9 if total >= 0 else -9, 0),
-            textcoords="offset points",
-            ha="left" if total >= 0 else "right",
-            va="center",
-            bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.85, "edgecolor": "none"},
-        )
-    ax.axvline(0, color="black", linewidth=1)
+        write_beside(ax, f"{total:+.2f}", total, row, 9, bbox=box)
     ax.set_yticks(range(len(rows)), rows)
     ax.invert_yaxis()
-    extent = [*ends.values(), *explanation.ablated.values()]
+    extent = [*high, *low, *explanation.ablated.values()]
     room = 0.15 * ((max(extent) - min(extent)) or 1.0)  # for the numbers beside the bars
     ax.set_xlim(min(extent) - room, max(extent) + room)
     ax.set_xlabel(f"weights win: {g!r}   ←   logit {c!r} − logit {g!r}   →   context wins: {c!r}")
@@ -95,9 +82,6 @@ def write_report(explanation: Explanation, path: str | os.PathLike[str]) -> Path
     Args:
         explanation: from `hijack_lens.explain`.
         path: the file to write; its folder must exist.
-
-    Returns:
-        The file's path.
 
     Raises:
         ValueError: if the folder does not exist.

@@ -7,12 +7,13 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from hijack_lens.core.circuit import Margin
 from hijack_lens.core.inputs import Tokens
 from hijack_lens.core.tables import Report, Table, picture_of, report_of
 from hijack_lens.memories.conflict import MemoryConflict
 from hijack_lens.memories.context import ContextMemory
 from hijack_lens.memories.token_tables import centred
-from hijack_lens.show.style import COLOURS, Picture, frameless, heatmap, spread_of
+from hijack_lens.show.style import Picture, frameless, heatmap, spread_of, stacked_bars
 
 _ROWS_SHOWN = 20
 _MOST = 32
@@ -137,16 +138,10 @@ def _margins(ax: Any, conflict: MemoryConflict, rows: Sequence[int]) -> None:
     """Margins of the rows in conflict, by memory."""
     margin = conflict.margin
     against = [place for place, row in enumerate(rows) if bool(conflict.conflicts[row])]
-    ends = {side: np.zeros(len(against)) for side in (1, -1)}
     chosen = [rows[place] for place in against]
-    for memory, colour in COLOURS.items():
-        values = getattr(margin, memory)[chosen].detach().cpu().double().numpy()
-        left = np.where(values >= 0, ends[1], ends[-1])
-        ax.barh(against, values, left=left, color=colour, height=0.7, label=memory)
-        ends[1], ends[-1] = ends[1] + np.maximum(values, 0), ends[-1] + np.minimum(values, 0)
+    stacked_bars(ax, against, Margin(*(part[chosen] for part in (margin.context, margin.weights, margin.rest))), 0.7)
     total = margin.total[chosen].detach().cpu().double().numpy()
     ax.plot(total, against, "D", color="black", ms=5, label="total")
-    ax.axvline(0, color="black", linewidth=1)
     ax.set_xlabel("← weights win      context wins →")
     ax.set_title("margin: logit ○ − logit □", fontsize=10)
     ax.tick_params(axis="y", labelleft=False)

@@ -76,6 +76,23 @@ def frameless(*axes: Any) -> None:
         ax.spines[["top", "right"]].set_visible(False)
 
 
+def stacked_bars(ax: Any, rows: Any, margin: Any, height: float) -> tuple[np.ndarray, np.ndarray]:
+    """Bars of a margin's parts, end to end on either side of zero; returns where either side ends."""
+    high, low = np.zeros(np.size(rows)), np.zeros(np.size(rows))
+    for memory, colour in COLOURS.items():
+        values = np.atleast_1d(getattr(margin, memory).detach().cpu().double().numpy())
+        ax.barh(rows, values, left=np.where(values >= 0, high, low), color=colour, height=height, label=memory)
+        high, low = high + np.maximum(values, 0), low + np.minimum(values, 0)
+    ax.axvline(0, color="black", linewidth=1)
+    return high, low
+
+
+def write_beside(ax: Any, text: str, end: float, row: float, points: float, **style: Any) -> None:
+    """A text beside the end of a horizontal bar, away from zero by some points."""
+    side, align = (points, "left") if end >= 0 else (-points, "right")
+    ax.annotate(text, (end, row), xytext=(side, 0), textcoords="offset points", ha=align, va="center", **style)
+
+
 def spread_of(image: np.ndarray, centre: float = 0.0) -> float:
     """The largest distance from the centre; 1 if there is none."""
     return float(np.max(np.abs(image - centre), initial=0.0, where=np.isfinite(image))) or 1.0

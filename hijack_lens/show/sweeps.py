@@ -34,11 +34,6 @@ def sweep_report(sweep: Sweep) -> Report:
     return Report(head, [f"  {sweep.describe(i)}: {float(values[i]):.4g} ({float(effect[i]):+.4g})" for i in largest])
 
 
-@html_of.register
-def sweep_html(sweep: Sweep) -> None:
-    """Its picture says it all."""
-
-
 @report_of.register
 def comparison_report(comparison: Comparison) -> Report:
     """How far the estimates are off, and where most."""
@@ -51,9 +46,10 @@ def comparison_report(comparison: Comparison) -> Report:
     )
 
 
-@html_of.register
-def comparison_html(comparison: Comparison) -> None:
-    """As text."""
+@html_of.register(Sweep)
+@html_of.register(Comparison)
+def no_html(result: object) -> None:
+    """A sweep's picture says it all, and a comparison's text."""
 
 
 @picture_of.register
