@@ -99,47 +99,16 @@ def counterfactuals(answers: Mapping[str, str], template: str = _TEMPLATE) -> tu
     )
 
 
-CAPITALS: tuple[tuple[str, str], ...] = (
-    ("Albania", "Tirana"),
-    ("Australia", "Canberra"),
-    ("Austria", "Vienna"),
-    ("Belgium", "Brussels"),
-    ("Bulgaria", "Sofia"),
-    ("Canada", "Ottawa"),
-    ("Chile", "Santiago"),
-    ("China", "Beijing"),
-    ("Croatia", "Zagreb"),
-    ("Cuba", "Havana"),
-    ("Denmark", "Copenhagen"),
-    ("Egypt", "Cairo"),
-    ("England", "London"),
-    ("Estonia", "Tallinn"),
-    ("Finland", "Helsinki"),
-    ("France", "Paris"),
-    ("Germany", "Berlin"),
-    ("Ghana", "Accra"),
-    ("Greece", "Athens"),
-    ("Hungary", "Budapest"),
-    ("Iceland", "Reykjavik"),
-    ("Iran", "Tehran"),
-    ("Iraq", "Baghdad"),
-    ("Ireland", "Dublin"),
-    ("Italy", "Rome"),
-    ("Japan", "Tokyo"),
-    ("Kenya", "Nairobi"),
-    ("Latvia", "Riga"),
-    ("Morocco", "Rabat"),
-    ("Norway", "Oslo"),
-    ("Peru", "Lima"),
-    ("Poland", "Warsaw"),
-    ("Portugal", "Lisbon"),
-    ("Romania", "Bucharest"),
-    ("Russia", "Moscow"),
-    ("Senegal", "Dakar"),
-    ("Spain", "Madrid"),
-    ("Sweden", "Stockholm"),
-    ("Thailand", "Bangkok"),
-    ("Turkey", "Ankara"),
+_CAPITALS = """
+Albania Tirana, Australia Canberra, Austria Vienna, Belgium Brussels, Bulgaria Sofia, Canada Ottawa, Chile Santiago,
+China Beijing, Croatia Zagreb, Cuba Havana, Denmark Copenhagen, Egypt Cairo, England London, Estonia Tallinn, Finland
+Helsinki, France Paris, Germany Berlin, Ghana Accra, Greece Athens, Hungary Budapest, Iceland Reykjavik, Iran Tehran,
+Iraq Baghdad, Ireland Dublin, Italy Rome, Japan Tokyo, Kenya Nairobi, Latvia Riga, Morocco Rabat, Norway Oslo, Peru
+Lima, Poland Warsaw, Portugal Lisbon, Romania Bucharest, Russia Moscow, Senegal Dakar, Spain Madrid, Sweden Stockholm,
+Thailand Bangkok, Turkey Ankara
+"""
+CAPITALS: tuple[tuple[str, str], ...] = tuple(
+    (country, capital) for country, capital in map(str.split, _CAPITALS.split(","))
 )
 """Countries and their capitals."""
 
