@@ -14,15 +14,7 @@ from .attribution import (
 from .circuits import CircuitEvidence, find_circuit
 from .core.circuit import Circuit, Component, Strengths
 from .explanation import Explanation, explain
-from .language import (
-    Bigram,
-    BigramLanguage,
-    Fact,
-    HijackPrompt,
-    SampledSequences,
-    default_text,
-    hijack_prompt,
-)
+from .language import Bigram, BigramLanguage, Fact, HijackPrompt, SampledSequences, default_text, hijack_prompt
 from .memories import (
     ContextMemory,
     MemoryCapacity,

@@ -167,10 +167,7 @@ def train(
 
 @app.command
 def reproduce(
-    *claims: str,
-    out: Path = Path("hijack-lens-claims"),
-    quick: bool = False,
-    workers: int | None = None,
+    *claims: str, out: Path = Path("hijack-lens-claims"), quick: bool = False, workers: int | None = None
 ) -> None:
     """Put the papers' claims to the test, and say which hold, how far, and where they do not.
 

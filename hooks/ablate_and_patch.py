@@ -9,14 +9,7 @@ from torch import Tensor
 from hijack_lens.core.checks import Seed, as_generator, fixed_seed
 from hijack_lens.core.hook_points import Part, Site, check_hook_points, sites
 from hijack_lens.core.inputs import Components, components_of, indices
-from hijack_lens.hooks.intervention import (
-    HookFunction,
-    Intervention,
-    check_reference,
-    draw_rows,
-    read_source,
-    stand_in,
-)
+from hijack_lens.hooks.intervention import HookFunction, Intervention, check_reference, draw_rows, read_source, stand_in
 
 
 def ablate(

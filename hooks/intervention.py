@@ -42,10 +42,7 @@ class Intervention:
     """
 
     def __init__(
-        self,
-        model: Any,
-        edit: Sequence[tuple[str, HookFunction]] = (),
-        look: Sequence[tuple[str, HookFunction]] = (),
+        self, model: Any, edit: Sequence[tuple[str, HookFunction]] = (), look: Sequence[tuple[str, HookFunction]] = ()
     ):
         check_model(model)
         known = model.hook_dict

@@ -38,11 +38,7 @@ def sites_of(model: Any, players: Sequence[Player]) -> dict[str, list[Site]]:
 
 
 def outputs_when_absent(
-    model: Any,
-    present: Mapping[Site, Tensor],
-    how: How,
-    reference: object,
-    generator: torch.Generator,
+    model: Any, present: Mapping[Site, Tensor], how: How, reference: object, generator: torch.Generator
 ) -> Outputs:
     """What is written in place of components, given what they write in the run itself."""
     if how == "zero":

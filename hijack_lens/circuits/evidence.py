@@ -152,14 +152,7 @@ class CircuitEvidence(Drawn):
         return pd.DataFrame(rows).astype({"head": "Int64"})
 
     def _row(
-        self,
-        role: str,
-        part: Component,
-        score: float,
-        null: float,
-        effect: float,
-        regained: float,
-        effect_null: float,
+        self, role: str, part: Component, score: float, null: float, effect: float, regained: float, effect_null: float
     ) -> dict[str, Any]:
         return {
             "role": role,

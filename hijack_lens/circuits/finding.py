@@ -27,13 +27,7 @@ _MIN_PERIOD = 3
 
 
 def find_circuit(
-    model: Any,
-    *,
-    triggers: Any = None,
-    vocabulary: Any = None,
-    n_prompts: int = 32,
-    period: int = 24,
-    seed: Seed = 0,
+    model: Any, *, triggers: Any = None, vocabulary: Any = None, n_prompts: int = 32, period: int = 24, seed: Seed = 0
 ) -> Circuit:
     """Finds previous-token heads, induction heads and the bigram memory, as far as there are any.
 

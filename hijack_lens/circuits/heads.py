@@ -135,12 +135,7 @@ def head_scores(model: Any, prompts: Repeats, tick: Callable[[], object]) -> Hea
         target = torch.stack(said.targets, 1) - torch.stack(shuffled.targets, 1)
         parts.append((distances, target, answers - twins))
     distances, target, gain = (torch.cat(values).double().cpu() for values in zip(*parts, strict=True))
-    return HeadScores(
-        previous=distances[:, 0],
-        elsewhere=distances[:, 1:].mean(0).amax(0),
-        target=target,
-        gain=gain,
-    )
+    return HeadScores(previous=distances[:, 0], elsewhere=distances[:, 1:].mean(0).amax(0), target=target, gain=gain)
 
 
 class _AttentionProbe:

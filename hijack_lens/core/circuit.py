@@ -37,11 +37,7 @@ class Component:
         return f"L{self.layer}H{self.head}" if self.kind == "head" else f"L{self.layer}MLP"
 
 
-ROLE_NAMES = {
-    "previous_token": "previous-token head",
-    "induction": "induction head",
-    "bigram": "bigram memory",
-}
+ROLE_NAMES = {"previous_token": "previous-token head", "induction": "induction head", "bigram": "bigram memory"}
 """The name of each role of a `Circuit`, for readers."""
 
 

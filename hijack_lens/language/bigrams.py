@@ -79,11 +79,7 @@ class BigramLanguage(Vocabulary):
 
     @classmethod
     def from_text(
-        cls,
-        text: str,
-        level: Literal["char", "word"] = "char",
-        max_vocab: int | None = None,
-        smoothing: float = 0.1,
+        cls, text: str, level: Literal["char", "word"] = "char", max_vocab: int | None = None, smoothing: float = 0.1
     ) -> "BigramLanguage":
         """The bigram language of a text, by counting.
 

@@ -177,9 +177,7 @@ _FRACTIONS = (1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 
 
 @torch.no_grad()
 def memory_capacity(
-    language: BigramLanguage | int,
-    d_models: Iterable[int] | None = None,
-    seeds: Iterable[int] = (0, 1, 2, 3, 4),
+    language: BigramLanguage | int, d_models: Iterable[int] | None = None, seeds: Iterable[int] = (0, 1, 2, 3, 4)
 ) -> MemoryCapacity:
     """Recall of `log pi_b` against d_model, for two memories over the same random directions.
 

@@ -82,9 +82,7 @@ class RelativeAttention(Attention):
         self.hook_rel_scores = HookPoint()
 
     def calculate_attention_scores(
-        self,
-        q: Float[Tensor, "batch query_pos head_index d_head"],
-        k: Float[Tensor, "batch key_pos head_index d_head"],
+        self, q: Float[Tensor, "batch query_pos head_index d_head"], k: Float[Tensor, "batch key_pos head_index d_head"]
     ) -> Float[Tensor, "batch head_index query_pos key_pos"]:
         """Scores before masking."""
         relative = self.relative_scores(q, n_key=k.shape[1])

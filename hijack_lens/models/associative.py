@@ -85,12 +85,7 @@ def associative_transformer(
     d_model = orthonormal if d_model is None else check_count("d_model", d_model, minimum=1)
 
     architecture = Architecture(
-        d_model=d_model,
-        d_head=max(size, learned),
-        d_mlp=size,
-        n_ctx=n_ctx,
-        positions=positions,
-        scale_attention=False,
+        d_model=d_model, d_head=max(size, learned), d_mlp=size, n_ctx=n_ctx, positions=positions, scale_attention=False
     )
     model = BigramTransformer(
         architecture,

@@ -40,11 +40,7 @@ def hf_tokenizer(language: BigramLanguage) -> PreTrainedTokenizerFast:
         # Without a decoder, tokens are joined by spaces.
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END,
-        pad_token=END,
-        clean_up_tokenization_spaces=False,
-        **unknown,
+        tokenizer_object=tokenizer, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False, **unknown
     )
 
 
@@ -128,11 +124,7 @@ class BigramTransformer(HookedTransformer):
 
     @classmethod
     def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        device: str | torch.device | None = None,
+        cls, folder: str | os.PathLike[str], *, revision: str | None = None, device: str | torch.device | None = None
     ) -> "BigramTransformer":
         """Reads a model that `save_pretrained` wrote.
 

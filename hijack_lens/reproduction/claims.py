@@ -118,10 +118,7 @@ class Reproduction:
 
 
 def reproduce(
-    out: str | os.PathLike[str],
-    quick: bool = False,
-    claims: Sequence[str] | None = None,
-    workers: int | None = None,
+    out: str | os.PathLike[str], quick: bool = False, claims: Sequence[str] | None = None, workers: int | None = None
 ) -> Reproduction:
     """Tests the papers' claims, and says which hold, how far, and where they do not.
 

@@ -98,10 +98,7 @@ class View:
 
 
 def attention(
-    model: Any,
-    prompt: "HijackPrompt | str | Tensor",
-    heads: Components | None = None,
-    circuit: Circuit | None = None,
+    model: Any, prompt: "HijackPrompt | str | Tensor", heads: Components | None = None, circuit: Circuit | None = None
 ) -> View:
     """Attention patterns of heads on one prompt.
 
@@ -142,10 +139,7 @@ def attention(
 
 
 def attention_patterns(
-    model: Any,
-    prompt: "HijackPrompt | str | Tensor",
-    heads: Components | None = None,
-    circuit: Circuit | None = None,
+    model: Any, prompt: "HijackPrompt | str | Tensor", heads: Components | None = None, circuit: Circuit | None = None
 ) -> dict[str, Float[Tensor, "query key"]]:
     """The patterns that `attention` shows, by the heads' names."""
     circuit = circuit_of(model, circuit)

@@ -38,10 +38,7 @@ _BLOCK = 16
 
 
 def train(
-    model: BigramTransformer,
-    language: BigramLanguage,
-    config: TrainConfig,
-    out: str | os.PathLike[str] | None = None,
+    model: BigramTransformer, language: BigramLanguage, config: TrainConfig, out: str | os.PathLike[str] | None = None
 ) -> TrainingRun:
     """Trains a two-layer model, in place, on sequences of a bigram language with triggers.
 
@@ -263,11 +260,7 @@ def _interruptible() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-STEPS = {
-    "copy": "blocks.1.attn.W_V",
-    "match": "blocks.1.attn.W_K",
-    "previous_token": "blocks.0.attn.W_K",
-}
+STEPS = {"copy": "blocks.1.attn.W_V", "match": "blocks.1.attn.W_K", "previous_token": "blocks.0.attn.W_K"}
 """Which matrix each step learns: the induction head's W_OV, its keys, and the previous-token head's keys."""
 
 
