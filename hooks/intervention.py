@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -143,14 +143,18 @@ def record(model: Any, tokens: Tensor, names: Sequence[str]) -> tuple[Tensor, di
     Unlike TransformerLens's cache it is keyed by the names asked for, also where those are aliases.
     """
     stored: dict[str, Tensor] = {}
-
-    with torch.no_grad(), Intervention(model, look=[(name, functools.partial(_keep, stored, name)) for name in names]):
+    with torch.no_grad(), Intervention(model, look=keeping(stored, names)):
         logits = model(tokens)
     return logits, stored
 
 
-def _keep(stored: dict[str, Tensor], name: str, activation: Tensor, hook: Any) -> None:
-    stored[name] = activation.detach().clone()
+def keeping(stored: dict[str, Tensor], names: Iterable[str]) -> list[tuple[str, HookFunction]]:
+    """Hooks that keep copies of activations, by the names of their hook points."""
+
+    def keep(name: str, activation: Tensor, hook: Any) -> None:
+        stored[name] = activation.detach().clone()
+
+    return [(name, functools.partial(keep, name)) for name in names]
 
 
 def read_source(model: Any, source: object, names: Sequence[str], argument: str) -> dict[str, Tensor]:

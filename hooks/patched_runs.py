@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange, repeat
@@ -12,7 +12,7 @@ from torch import Tensor
 from hijack_lens.core.checks import check_choice
 from hijack_lens.core.hook_points import check_model
 from hijack_lens.core.inputs import model_tokens
-from hijack_lens.hooks.intervention import HookFunction, Intervention, record
+from hijack_lens.hooks.intervention import HookFunction, Intervention, keeping, record
 from hijack_lens.hooks.sweep_plan import Patches, hook_name
 from hijack_lens.metrics import Logits, Metric
 
@@ -113,23 +113,22 @@ class PromptPair:
         return BoundMetric.of(model, self.metric, *runs)
 
 
+@dataclass(frozen=True)
 class ForwardRuns:
     """Patched runs through the model itself.
 
-    Args:
+    Attributes:
         model: a HookedTransformer or TransformerBridge.
         tokens: of the unpatched run.
         reader: of the metric.
         together: whether patches may share a forward pass. Hooks of the user's must not see a batch other than theirs.
     """
 
-    name: Literal["forward"] = "forward"
-
-    def __init__(self, model: Any, tokens: Int[Tensor, "batch pos"], reader: BoundMetric, together: bool):
-        self.model = model
-        self.tokens = tokens
-        self.reader = reader
-        self.together = together
+    name: ClassVar[Literal["forward"]] = "forward"
+    model: Any
+    tokens: Int[Tensor, "batch pos"]
+    reader: BoundMetric
+    together: bool
 
     def reaches(self, activation: str, layer: int, patches: Patches) -> Tensor:
         """Which patches can change the metric; whole runs need no such knowledge."""
@@ -209,12 +208,9 @@ class GradientRuns:
     def at(
         self, fraction: float, by: Sequence[str], look: Sequence[str] = ()
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The metric's derivative in one run by activations, and other activations of that run.
+        """The metric's derivative in one run by activations at hook points, and the activations at others.
 
-        Args:
-            fraction: of the way from the base run's embeddings (with positions) to the source run's.
-            by: hook points by whose activations to differentiate.
-            look: hook points whose activations to return.
+        Its embeddings (with positions) lie a fraction of the way from the base run's to the source run's.
         """
         start = self.base[_START] + fraction * (self.source[_START] - self.base[_START])
         seen: dict[str, Tensor] = {}
@@ -230,15 +226,9 @@ class GradientRuns:
 
             return hook_fn
 
-        def keep(name: str) -> HookFunction:
-            def hook_fn(activation: Tensor, hook: Any) -> None:
-                looked[name] = activation.detach()
-
-            return hook_fn
-
         edits = [(name, watch(name)) for name in dict.fromkeys([_START, *by])]
         # Entered second, what only looks sees what was handed back.
-        looks = Intervention(self.model, look=[(name, keep(name)) for name in look])
+        looks = Intervention(self.model, look=keeping(looked, look))
         with torch.enable_grad(), Intervention(self.model, edit=edits), looks:
             value = self._value(self.model(self.pair.base))
         gradients = torch.autograd.grad(value, [seen[name] for name in by], allow_unused=True)

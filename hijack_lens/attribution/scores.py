@@ -67,15 +67,7 @@ def tolerance(*dtypes: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class HeadInput:
-    """How one head makes its queries, or its keys, at some positions of a run.
-
-    Attributes:
-        block: the head's.
-        norm: with the scales at the positions.
-        W: from the normed stream.
-        b: added to that.
-        positions: of the rows.
-    """
+    """How one head makes its queries, or its keys, at some positions of a run: normed stream times W, plus b."""
 
     block: Block
     norm: LinearNorm

@@ -66,13 +66,7 @@ def outputs_when_absent(
 class CoalitionRuns:
     """Runs of a model with some of its components absent, many in one forward pass.
 
-    Attributes:
-        model: a HookedTransformer or TransformerBridge.
-        tokens: the prompts, the same in all runs.
-        players: where each player's outputs are, by its label.
-        outputs: what is written there while it is absent.
-        reader: reads the metric.
-        memory: in bytes; `None` for one run at a time, so that the user's hooks see only their own batch.
+    As many as fit into `memory`, in bytes; with `None` one at a time, so that the user's hooks see their own batch.
     """
 
     model: Any

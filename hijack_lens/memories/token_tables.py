@@ -18,7 +18,7 @@ from hijack_lens.core.hook_points import check_model, evaluating, rows_at_once
 from hijack_lens.core.inputs import Tokens, single_prompt, texts_of, token_ids
 from hijack_lens.core.tables import visible
 from hijack_lens.hooks.edges import embeddings
-from hijack_lens.hooks.intervention import Intervention, record
+from hijack_lens.hooks.intervention import Intervention, keeping, record
 
 _MOST_CELLS = 2**27
 """The most numbers in a table: 1 GiB in float64."""
@@ -85,13 +85,7 @@ class TokenTables(NamedTokens):
         return self._find("query_token", query_token, self.query_tokens)
 
     def chosen(self, query_tokens: Tokens, answers: Tokens, most: int) -> tuple[list[int], list[int]]:
-        """Rows and columns to show: those asked for, else those that the context holds, the most frequent first.
-
-        Args:
-            query_tokens: by id or text.
-            answers: likewise.
-            most: how many of each to take by default; if the context holds none of the tokens, from all of them.
-        """
+        """Rows and columns to show: those asked for, by id or text, else the `most` frequent that the context holds."""
         chosen = []
         axes = ("query_tokens", query_tokens, self.query_tokens), ("answers", answers, self.answers)
         for name, asked, ids in axes:
@@ -174,21 +168,14 @@ def context_free(
     if "pos_embed" in embeddings(model):
         off.append("hook_pos_embed")
     found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def read(activation: Tensor, hook: Any) -> None:
-            found[name] = activation[:, -1].detach().clone()
-
-        return read
-
     edit = [(name, lambda activation, hook: torch.zeros_like(activation)) for name in off]
-    look = [(name, keep(name)) for name in names]
+    look = keeping(found, names)
     at_once = min(rows_at_once(model, 1), _ACTIVATIONS // (model.cfg.d_mlp or model.cfg.d_model))
     with tqdm(total=len(tokens), disable=None, unit="token", desc="context-free") as bar:
         for rows in tokens.split(max(1, at_once)):
             with evaluating(model), Intervention(model, edit=edit, look=look):
                 model(rows[:, None].to(model.cfg.device), stop_at_layer=stop_at_layer)
-            yield dict(found)
+            yield {name: activation[:, -1] for name, activation in found.items()}
             bar.update(len(rows))
 
 

@@ -167,20 +167,13 @@ def unpositioned_transformer(
 ) -> BigramTransformer:
     """A three-layer associative-memory transformer without positional encoding; derived in docs/no_positions.md.
 
-    With the directions of `associative_transformer`, three more for codes c_0, c_1, c_2, and B the token that begins
-    the text:
+    Prompts begin with the language's last token, B, and do not hold it again; up to `reach` tokens, the previous-token
+    head is at least as strong as `strengths` says. With the directions of `associative_transformer`, three more for
+    codes c_0, c_1, c_2, and B:
 
         block 0, head j   scores log(1 + j) for B, 0 for others; writes c_j / (1 + j) for B: in all, c_j / (t + j)
         block 1, head 0   query (u_1 - 1, u_0 + 1), key scale * (u_1, u_2), with u_j what c_j holds; E(v) -> Phi(v)
         block 2           the second block of `associative_transformer`
-
-    Args:
-        language: with B its last token; prompts must begin with it, and not hold it again.
-        triggers: tokens the induction head matches.
-        strengths: of the memories; `previous_token` at least, for prompts up to `reach`.
-        reach: in tokens.
-        n_ctx: the longest prompt.
-        dtype: of the weights.
     """
     d_model = 3 * language.d_vocab + _CODES
     two = associative_transformer(

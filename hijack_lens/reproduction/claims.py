@@ -173,11 +173,7 @@ def reproduce(
 
 
 def run_claim(claim: str, settings: str) -> dict[str, str]:
-    """Tests one claim, as a point of a grid: other settings are another point.
-
-    Args:
-        claim: its name.
-        settings: the repr of its quick or its full ones; others raise a `KeyError`.
+    """Tests one claim, as a point of a grid: other settings, by their repr, are another point.
 
     Returns:
         The "verdict", and as JSON the "outcome": verdict, findings, note, table and figure (SVG).

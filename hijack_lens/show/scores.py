@@ -7,7 +7,7 @@ import torch
 
 from hijack_lens.attribution.score_attribution import LogOdds, ScoreAttribution
 from hijack_lens.core.tables import Report, Table, html_of, picture_of, report_of
-from hijack_lens.show.style import Picture, heatmap, spread_of
+from hijack_lens.show.style import Picture, heatmap, map_axes, spread_of
 
 _SHOWN = 12
 _NEGLIGIBLE = 1e-3
@@ -108,20 +108,16 @@ def _maps(
     images, rows = _fewer(images, labels[0], axis=1)
     images, columns = _fewer(images, labels[1], axis=2)
     across = min(len(images), _MAPS_PER_ROW)
-    lines = -(-len(images) // across)
-    picture = Picture(3.0 + across * max(2.2, 0.52 * len(columns)), 0.6 + lines * (2.2 + max(1.2, 0.36 * len(rows))))
-    axes = picture.figure.subplots(lines, across, squeeze=False, sharex=True, sharey=True).flatten()
-    for ax, image, name in zip(axes, images, titles, strict=False):
+    width, height = 3.0 + across * max(2.2, 0.52 * len(columns)), 2.2 + max(1.2, 0.36 * len(rows))
+    picture, axes, lowest, first = map_axes(len(images), across, width, 0.6 + -(-len(images) // across) * height)
+    for ax, image, name in zip(axes, images, titles, strict=True):
         drawn = heatmap(ax, image, rows, columns, spread=spread_of(images), numbers=True, rotation=90, fontsize=8)
         ax.set_title(name, fontsize=9)
-    for ax in axes[len(images) :]:
-        ax.remove()
-    for ax in axes[max(0, len(images) - across) : len(images)]:  # the lowest of each column
-        ax.tick_params(labelbottom=True)
+    for ax in lowest:
         ax.set_xlabel("key path: what wrote the key")
-    for ax in axes[::across]:
+    for ax in first:
         ax.set_ylabel("query path: what wrote the query")
-    picture.figure.colorbar(drawn, ax=axes[: len(images)].tolist(), label=unit, pad=0.02)
+    picture.figure.colorbar(drawn, ax=axes.tolist(), label=unit, pad=0.02)
     picture.figure.suptitle(title, fontsize=10)
     return picture
 

@@ -76,6 +76,19 @@ def frameless(*axes: Any) -> None:
         ax.spines[["top", "right"]].set_visible(False)
 
 
+def map_axes(count: int, across: int, width: float, height: float) -> tuple[Picture, Any, Any, Any]:
+    """A picture of so many maps, line by line: its axes, the lowest of each column, and the first of each line."""
+    picture = Picture(width, height)
+    lines = -(-count // across)
+    axes = picture.figure.subplots(lines, across, squeeze=False, sharex=True, sharey=True).flatten()
+    lowest = axes[max(0, count - across) : count]
+    for ax in axes[count:]:
+        ax.remove()
+    for ax in lowest:
+        ax.tick_params(labelbottom=True)
+    return picture, axes[:count], lowest, axes[::across]
+
+
 def stacked_bars(ax: Any, rows: Any, margin: Any, height: float) -> tuple[np.ndarray, np.ndarray]:
     """Bars of a margin's parts, end to end on either side of zero; returns where either side ends."""
     high, low = np.zeros(np.size(rows)), np.zeros(np.size(rows))

@@ -8,7 +8,7 @@ from torch import Tensor
 from hijack_lens.core.tables import Report, Table, html_of, picture_of, report_of, visible
 from hijack_lens.hooks.edges import name_of
 from hijack_lens.hooks.sweep_results import Comparison, PathSweep, Sweep
-from hijack_lens.show.style import Picture, heatmap, spread_of
+from hijack_lens.show.style import Picture, heatmap, map_axes, spread_of
 
 _LARGEST = 5
 _ROWS_NAMED, _POSITIONS_NAMED = 40, 64
@@ -72,29 +72,24 @@ def sweep_maps(sweep: Sweep, normalised: bool | None = None) -> Picture:
     n_rows = maps.shape[1]
     flat = n_rows <= _FEW_ROWS and n_positions > _MANY_POSITIONS  # such maps are stacked
     across = 1 if flat else min(n_maps, _MAPS_PER_ROW)
-    lines = -(-n_maps // across)
-    picture = Picture(
-        2.2 + across * min(6.0, max(2.6, 0.16 * n_positions)), lines * (1.6 + min(7.0, max(1.2, 0.16 * n_rows)))
-    )
-    axes = picture.figure.subplots(lines, across, squeeze=False, sharex=True, sharey=True).flatten()
+    height = -(-n_maps // across) * (1.6 + min(7.0, max(1.2, 0.16 * n_rows)))
+    width = 2.2 + across * min(6.0, max(2.6, 0.16 * n_positions))
+    picture, axes, lowest, first = map_axes(n_maps, across, width, height)
     labels = [
         f"L{layer}" if sweep.unit is None else f"L{layer}{'H' if sweep.unit == 'head' else 'N'}{unit}"
         for layer in sweep.layers
         for unit in (sweep.units if sweep.unit else (None,))
     ]
-    for ax, name, image in zip(axes, sweep.activations, maps, strict=False):
+    for ax, name, image in zip(axes, sweep.activations, maps, strict=True):
         drawn = heatmap(ax, image, labels, centre=centre, spread=spread_of(maps, centre), named=_ROWS_NAMED, fontsize=8)
         ax.set_title(name)
-    for ax in axes[n_maps:]:
-        ax.remove()
-    for ax in axes[max(0, n_maps - across) : n_maps]:  # the lowest of each column
-        ax.tick_params(labelbottom=True)
+    for ax in lowest:
         _name_positions(ax, sweep)
-    for line in range(lines):
-        axes[line * across].set_ylabel("layer" if sweep.unit is None else f"layer and {sweep.unit}")
+    for ax in first:
+        ax.set_ylabel("layer" if sweep.unit is None else f"layer and {sweep.unit}")
     verb = {"denoise": "clean patched into corrupted", "noise": "corrupted patched into clean", "ablate": "ablated"}
     scale = "0 = corrupted, 1 = clean" if normalised else "change from the unpatched run"
-    picture.figure.colorbar(drawn, ax=axes[:n_maps].tolist(), label=f"{sweep.metric}\n{scale}", pad=0.02)
+    picture.figure.colorbar(drawn, ax=axes.tolist(), label=f"{sweep.metric}\n{scale}", pad=0.02)
     picture.figure.suptitle(verb[sweep.direction], fontsize=10)
     return picture
 
