@@ -105,12 +105,7 @@ def explain(
         trained = hl.associative_transformer(
             language, positions=positions or "relative", strengths=chosen, n_ctx=length
         )
-    explanation = hl.explain(trained, conflict)
-    report = hl.write_report(explanation, out).resolve()
-    if as_json:
-        print(json.dumps(_as_json(explanation, report), indent=2, ensure_ascii=False))
-    else:
-        _print(explanation, report)
+    _explain_conflict(hl.explain(trained, conflict), conflict, as_json, out)
 
 
 @app.command
@@ -176,7 +171,6 @@ def reproduce(
         quick: Small settings, for a first look: a third of the time.
         workers: Processes to run claims in. [default: as many as there are cores]
     """
-
     from hijack_lens import reproduction
 
     try:
@@ -186,17 +180,15 @@ def reproduce(
     found = done.to_pandas()
     marks = {True: "✓ ", False: "✗ "}
     rows, ruled = [], []
-    for claim in done.verdicts:
-        shown = claim, done.verdicts[claim]
+    for claim, verdict in done.verdicts.items():
+        shown = claim, verdict
         for finding in found[found["claim"] == claim].to_dict(orient="records"):
             measured = marks.get(finding["holds"], "") + finding["measured"]
             rows.append((shown[0], "· " * bool(finding["predicted"]) + finding["predicted"], measured, shown[1]))
             shown = "", ""
         ruled.append(len(rows) - 1)
-    columns = ("claim", "predicted", "measured", "verdict")
-    table = Table(columns, rows, align="l", title="the papers' claims", ruled=ruled)
-    console = Console(markup=False)
-    console.print(table.rich())
+    columns, console = ("claim", "predicted", "measured", "verdict"), Console(markup=False)
+    console.print(Table(columns, rows, align="l", title="the papers' claims", ruled=ruled).rich())
     console.print(f"Report: {done.report.resolve()}", soft_wrap=True)
     if "failed" in done.verdicts.values():
         raise SystemExit(1)
@@ -274,60 +266,82 @@ def _explain_answers(
     tokens, pair = text_tokens(model, prompt, "--prompt"), answer_tokens(model, answer, foil)
     circuit = circuit_of(model, otherwise=lambda: hl.find_circuit(model, seed=seed))
     explanation = hl.explain(model, tokens, *pair, circuit=circuit)
-    report = hl.write_report(explanation, out).resolve()
-    said = [
-        {"text": model.tokenizer.decode([token]), "id": token, "spaced": spaced_instead(model, text, token)}
-        for token, text in zip(pair, (answer, foil), strict=True)
-    ]
-    if as_json:
-        evidence = circuit.evidence
-        found = {
-            "model": str(name),
-            "prompt": prompt,
-            **{
-                side: {"text": one["text"], "id": one["id"]} for side, one in zip(("answer", "foil"), said, strict=True)
-            },
-            "circuit": {role: [str(part) for part in getattr(circuit, role)] for role in ROLE_NAMES},
-            "evidence": None if evidence is None else evidence.verdicts.splitlines(),
-            **_common(explanation, report, ("answer", "foil")),
-        }
-        print(json.dumps(found, indent=2, ensure_ascii=False))
-        return
-    console = Console(markup=False)
-    console.print(Text("prompt  ", style="bold").append(prompt, style="dim"))
-    for side, one in zip(("answer", "foil"), said, strict=True):
-        other_token = f"; {one['spaced']!r}, with a space, is another" if one["spaced"] else ""
-        console.print(f"{side}: {one['text']!r}, token {one['id']}{other_token}")
-    console.print(f"circuit: {circuit}")
-    if circuit.evidence is not None:
-        console.print(circuit.evidence.verdicts)
-    _print_findings(console, explanation)
-    console.print(f"\nReport: {report}", soft_wrap=True)
+    evidence, sides = circuit.evidence, {"answer": (pair[0], answer), "foil": (pair[1], foil)}
+    said: dict[str, Any] = {side: {"text": model.tokenizer.decode([i]), "id": i} for side, (i, _) in sides.items()}
+    found = {
+        "model": str(name),
+        "prompt": prompt,
+        **said,
+        "circuit": {role: [str(part) for part in getattr(circuit, role)] for role in ROLE_NAMES},
+        "evidence": None if evidence is None else evidence.verdicts.splitlines(),
+    }
+    lines: list[str | Text] = [Text("prompt  ", style="bold").append(prompt, style="dim")]
+    for side, (token, text) in sides.items():
+        spaced = spaced_instead(model, text, token)
+        other_token = f"; {spaced!r}, with a space, is another" if spaced else ""
+        lines.append(f"{side}: {said[side]['text']!r}, token {token}{other_token}")
+    lines += [f"circuit: {circuit}", *([] if evidence is None else [evidence.verdicts])]
+    _tell(explanation, ("answer", "foil"), found, lines, as_json, out)
 
 
-def _print(explanation: hl.Explanation, report: Path) -> None:
-    prompt = explanation.prompt
-    assert isinstance(prompt, hl.HijackPrompt)
-    show = prompt.language.display
-    q, c, g = (repr(show(token)) for token in (prompt.trigger, prompt.in_context, prompt.global_candidate))
-    console = Console(markup=False)  # tokens and paths may hold brackets
+def _explain_conflict(explanation: hl.Explanation, prompt: hl.HijackPrompt, as_json: bool, out: Path) -> None:
+    """`explain` for a prompt that sets the memories against each other."""
+    texts, show = prompt.language.tokens, prompt.language.display
+    said = {"trigger": prompt.trigger, "in_context": prompt.in_context, "global": prompt.global_candidate}
+    found = {
+        "prompt": prompt.text,
+        **{name: texts[token] for name, token in said.items()},
+        "theory": {part: predicted for part, (predicted, _) in explanation.theory_beside_model().items()},
+        "repeats_needed": None if explanation.flip is None else explanation.flip.repeats,
+    }
     shown = Text("prompt  ", style="bold")
     tokens = prompt.tokens.tolist()
     for i, token in enumerate(tokens):
         after_trigger = i > 0 and tokens[i - 1] == prompt.trigger
         style = "bold blue" if after_trigger else "bold" if token == prompt.trigger else "dim"
         shown.append(show(token) + (" " if prompt.language.level == "word" else ""), style=style)
-    console.print(shown)
-    console.print(f"After {q}, the context says {c}; the weights say {g}. ({prompt.language.d_vocab} tokens known.)")
-    _print_findings(console, explanation)
-    console.print(f"\nReport: {report}", soft_wrap=True)
+    q, c, g = (repr(show(token)) for token in said.values())
+    asked = f"After {q}, the context says {c}; the weights say {g}. ({prompt.language.d_vocab} tokens known.)"
+    _tell(explanation, ("in_context", "global"), found, [shown, asked], as_json, out)
 
 
-def _print_findings(console: Console, explanation: hl.Explanation) -> None:
-    """The verdict, the paths and the ablations, and theory beside the model."""
-    found = report_of(explanation)
-    console.print(Text(f"\n{found.title}\n", style="bold"))
-    _print_tables(console, found)
+def _tell(
+    explanation: hl.Explanation,
+    sides: tuple[str, str],
+    asked: dict[str, Any],
+    lines: Sequence[str | Text],
+    as_json: bool,
+    out: Path,
+) -> None:
+    """Writes the report; prints what was asked, as data or in lines, and what the explanation of any prompt says.
+
+    `sides` are the names of its two candidates.
+    """
+    report = hl.write_report(explanation, out).resolve()
+    if not as_json:
+        console, found = Console(markup=False), report_of(explanation)  # tokens and paths may hold brackets
+        for line in (*lines, Text(f"\n{found.title}\n", style="bold")):
+            console.print(line)
+        _print_tables(console, found)
+        console.print(f"\nReport: {report}", soft_wrap=True)
+        return
+    attribution, margin = explanation.attribution, explanation.margin
+    by_path, pair = attribution.by_path(), attribution.pair()
+    paths = [
+        {"path": path.label, "memory": path.memory, **dict(zip(sides, row[list(pair)].tolist(), strict=True))}
+        for path, row in zip(attribution.paths, by_path, strict=True)
+    ]
+    said = {
+        **asked,
+        "winner": explanation.winner,
+        "verdict": explanation.verdict,
+        "margin": {part: float(getattr(margin, part)) for part in ("context", "weights", "rest", "total")},
+        "ablated": explanation.ablated,
+        "paths": paths,
+        "completeness_error": attribution.completeness_error,
+        "report": str(report),
+    }
+    print(json.dumps(said, indent=2, ensure_ascii=False))
 
 
 def _print_tables(console: Console, found: Report) -> None:
@@ -335,40 +349,3 @@ def _print_tables(console: Console, found: Report) -> None:
         console.print(table.rich())
     for note in found.notes:
         console.print(note)
-
-
-def _as_json(explanation: hl.Explanation, report: Path) -> dict[str, Any]:
-    prompt = explanation.prompt
-    assert isinstance(prompt, hl.HijackPrompt)
-    tokens = prompt.language.tokens
-    return {
-        "prompt": prompt.text,
-        "trigger": tokens[prompt.trigger],
-        "in_context": tokens[prompt.in_context],
-        "global": tokens[prompt.global_candidate],
-        "theory": {part: predicted for part, (predicted, _) in explanation.theory_beside_model().items()},
-        "repeats_needed": None if explanation.flip is None else explanation.flip.repeats,
-        **_common(explanation, report, ("in_context", "global")),
-    }
-
-
-def _common(explanation: hl.Explanation, report: Path, sides: tuple[str, str]) -> dict[str, Any]:
-    """What the explanation of any prompt says; `sides` are the names of its two candidates."""
-    attribution = explanation.attribution
-    by_path, pair = attribution.by_path(), attribution.pair()
-    return {
-        "winner": explanation.winner,
-        "verdict": explanation.verdict,
-        "margin": {part: float(getattr(explanation.margin, part)) for part in ("context", "weights", "rest", "total")},
-        "ablated": explanation.ablated,
-        "paths": [
-            {
-                "path": path.label,
-                "memory": path.memory,
-                **{side: float(by_path[i, index]) for side, index in zip(sides, pair, strict=True)},
-            }
-            for i, path in enumerate(attribution.paths)
-        ],
-        "completeness_error": attribution.completeness_error,
-        "report": str(report),
-    }
