@@ -102,9 +102,8 @@ def explain(
     conflict = hl.hijack_prompt(language, q, c, repeats, length, global_candidate=global_candidate, seed=seed)
     if model is None:
         chosen = hl.Strengths(**{name: value for name, value in strengths.items() if value is not None})
-        trained = hl.associative_transformer(
-            language, positions=positions or "relative", strengths=chosen, n_ctx=length
-        )
+        options: dict[str, Any] = {"positions": positions or "relative", "strengths": chosen, "n_ctx": length}
+        trained = hl.associative_transformer(language, **options)
     _explain_conflict(hl.explain(trained, conflict), conflict, as_json, out)
 
 

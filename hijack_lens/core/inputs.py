@@ -101,7 +101,7 @@ def token_ids(model: Any, name: str, tokens: Any, at_least: int = 1) -> Int[Tens
 
 
 def answer_tokens(model: Any, answer: str, foil: str) -> list[int]:
-    """The tokens of two answers: as they are written where both are single tokens, else both with a space before them."""
+    """The tokens of two answers: as written where both are single tokens, else both with a space before them."""
     texts = {"--answer": answer, "--foil": foil}
     for option, text in texts.items():
         if not text.strip() or not _knows(model, plain_ids(model, text), text):
