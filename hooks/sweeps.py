@@ -1,6 +1,7 @@
 """The sweeps as a user calls them: by patched runs, by ablated ones, or estimated from derivatives."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -75,11 +76,8 @@ def patch_sweep(
     pair = PromptPair.of(model, clean, corrupted, metric, direction)
     plan = make_plan(model, activations, positions, layers, units, pair.base.shape[1])
     source_logits, source = record(model, pair.source, [hook_name(*point) for point in plan.points])
-
-    def reader_of(base_logits: Tensor) -> BoundMetric:
-        return pair.reader(model, base_logits, source_logits)
-
-    return _sweep(model, pair.base, plan, source, reader_of, method, memory_gb, direction, source_logits)
+    bound = partial(pair.reader, model, source=source_logits)
+    return _sweep(model, pair.base, plan, source, bound, method, memory_gb, direction, source_logits)
 
 
 @torch.no_grad()
@@ -134,11 +132,8 @@ def ablate_sweep(
             raise ValueError(f"reference must be as long as prompt, {tokens.shape[1]}, got {length}")
         rows = draw_rows(how, len(first), len(tokens), generator)
         written = {name: stand_in(how, x, rows).expand(len(tokens), *x.shape[1:]) for name, x in source.items()}
-
-    def reader_of(logits: Tensor) -> BoundMetric:
-        return BoundMetric.of(model, metric, logits)
-
-    return _sweep(model, tokens, plan, written, reader_of, method, memory_gb, "ablate", None)
+    bound = partial(BoundMetric.of, model, metric)
+    return _sweep(model, tokens, plan, written, bound, method, memory_gb, "ablate", None)
 
 
 @torch.no_grad()
@@ -209,13 +204,13 @@ def _sweep(
     tokens: Int[Tensor, "batch pos"],
     plan: Plan,
     source: dict[str, Tensor] | None,
-    reader_of: Callable[[Tensor], BoundMetric],
+    bound: Callable[[Tensor], BoundMetric],
     method: Method,
     memory_gb: float,
     direction: Literal["denoise", "noise", "ablate"],
     source_logits: Tensor | None,
 ) -> Sweep:
-    """What patching and ablation share: `source` holds what is written, or is `None` for zeros."""
+    """What patching and ablation share: `source` is what is written, `None` for zeros; `bound` reads the base run."""
     check_choice("method", method, ("auto", "incremental", "forward"))
     memory = check_number("memory_gb", memory_gb, positive=True) * 2**30
     why_not = "there are hooks on the model" if is_hooked(model) else None
@@ -230,7 +225,7 @@ def _sweep(
     base_logits, base = record(
         model, tokens, list(dict.fromkeys(names + ([] if opened is None else IncrementalRuns.names(opened))))
     )
-    reader = reader_of(base_logits)
+    reader = bound(base_logits)
     unpatched = reader(base_logits)
     runs: ForwardRuns | IncrementalRuns = ForwardRuns(model, tokens, reader, together=not is_hooked(model))
     if opened is not None:

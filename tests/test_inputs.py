@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -483,3 +484,20 @@ def test_a_seed_as_an_int_and_as_a_generator():
     generator = torch.Generator()
     assert as_generator(generator) is generator
     assert torch.equal(torch.rand(3, generator=as_generator(7)), torch.rand(3, generator=generator.manual_seed(7)))
+
+
+# Files of the version before, in the old words
+
+
+def test_files_in_the_old_words_are_read_in_the_new_ones():
+    saved = Path(__file__).parent / "saved"
+    sweep = hooks.Sweep.load(saved / "Sweep.safetensors")
+    assert sweep.axes[0] == "activation" == sweep.to_pandas().columns[0]
+    assert all(
+        torch.equal(sweep[name].values[0], values) for name, values in zip(sweep.activations, sweep.values, strict=True)
+    )
+    for kind in (hl.ContextMemory, hl.MemoryConflict):
+        tables = kind.load(saved / f"{kind.__name__}.safetensors")
+        assert [tables.row(token) for token in tables.query_tokens] == list(range(len(tables.query_tokens)))
+    neurons = hl.MemoryNeurons.load(saved / "MemoryNeurons.safetensors")
+    assert neurons.key_tokens.shape == neurons.pre.shape

@@ -236,6 +236,10 @@ def players_of(
         )
         raise ValueError(f"{name} must {wanted}, got none")
     for player in found:
+        if not isinstance(player.label, str):
+            raise TypeError(f"{name} must have names as keys, got {player.label!r:.80}")
+        if not player.parts:
+            raise ValueError(f"{name}[{player.label!r}] must name at least one, got none")
         at = sites(model, player.parts, name=name)  # refuses what the model lacks
         if kind == "mlp":
             check_hook_points(model, (site.name for site in at))
@@ -283,16 +287,8 @@ def _is_name(text: str) -> bool:
 
 def _players(model: Any, given: Any, circuit: Circuit, name: str, kind: str | None, points: bool) -> list[Player]:
     if isinstance(given, Mapping):
-        found = []
-        for label, value in given.items():
-            if not isinstance(label, str):
-                raise TypeError(f"{name} must have names as keys, got {label!r:.80}")
-            one = f"{name}[{label!r}]"
-            parts = _parts(_players(model, value, circuit, one, kind, points))
-            if not parts:
-                raise ValueError(f"{one} must name at least one, got none")
-            found.append(Player(label, parts))
-        return found
+        inside = [(label, f"{name}[{label!r}]", value) for label, value in given.items()]
+        return [Player(label, _parts(_players(model, v, circuit, one, kind, points))) for label, one, v in inside]
     alone = isinstance(given, (Component, str, Circuit)) or not isinstance(given, Iterable)
     return [p for one in ([given] if alone else given) for p in _named(model, one, circuit, name, kind, points)]
 
