@@ -228,7 +228,7 @@ def test_the_simplifications_of_bietti_et_al():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"freeze": ("W_X",)}, "freeze names 'W_X', which is no parameter; known are .*W_E"),
+        ({"freeze": ("W_X",)}, "freeze names 'W_X', which is not a parameter; known are .*W_E"),
         ({"freeze": "W_E"}, "freeze"),
         ({"freeze": ("blocks.7.attn.W_Q",)}, "blocks.7.attn.W_Q"),
         ({"init": {"W_R2": "zeros"}}, "init names 'W_R2'"),

@@ -1,4 +1,4 @@
-"""The bigram language: a Markov chain over tokens, estimated from text or drawn, and sampled in batches."""
+"""The bigram language: a Markov chain over tokens, estimated from text or drawn at random, and sampled in batches."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class SampledSequences:
 class BigramLanguage(Vocabulary):
     """A Markov chain over `d_vocab` tokens: `pi_b[v, u]` is the probability of u after v.
 
-    The world of Bietti et al. 2023 (arXiv 2306.00802, section 3) and Wang & Sato (arXiv 2412.11459). All
+    The setting of Bietti et al. 2023 (arXiv 2306.00802, section 3) and Wang & Sato (arXiv 2412.11459). All
     probabilities are float64, on the CPU.
 
     Args:
@@ -50,10 +50,10 @@ class BigramLanguage(Vocabulary):
         pi_u: probabilities of the first token, [d_vocab]; by default the chain's long-run frequencies.
         tokens: the text of each token, distinct; by default "0", "1", ...
         level: how text is cut into tokens, "char" (every character one token) or "word" (at white
-            space); by default "char" where every token is one character.
+            space); by default "char" if every token is one character.
 
     Raises:
-        TypeError, ValueError: for probabilities or token texts that are none.
+        TypeError, ValueError: for invalid probabilities or token texts.
     """
 
     def __init__(
@@ -88,10 +88,9 @@ class BigramLanguage(Vocabulary):
         Args:
             text: any text of two tokens or more.
             level: tokens are characters, or words and punctuation marks.
-            max_vocab: keep this many tokens, the most frequent; the rest become one token, "<unk>".
+            max_vocab: how many tokens to have: the most frequent, and "<unk>" for all the rest.
             smoothing: added to every bigram's count, so that no `log_pi_b` is -inf. With 0, bigrams
-                that the text lacks have probability 0, and a model of the language must be built from
-                `language.floored(...)`.
+                that the text lacks have probability 0; then build models from `language.floored(...)`.
 
         Raises:
             ValueError: for a text of fewer than two tokens, or a negative smoothing.
@@ -114,7 +113,7 @@ class BigramLanguage(Vocabulary):
         bigrams = torch.bincount(ids[:-1] * size + ids[1:], minlength=size * size).double()
         bigrams = bigrams.reshape(size, size) + smoothing
         unigrams = torch.bincount(ids, minlength=size).double() + smoothing
-        # The text's last token may be followed by nothing at all: then by anything, as often as it occurs.
+        # The text's last token may have no successor: then any token follows it, by its frequency.
         bigrams = torch.where(bigrams.sum(-1, keepdim=True) > 0, bigrams, unigrams)
         return cls(bigrams / bigrams.sum(-1, keepdim=True), unigrams / unigrams.sum(), tokens=tokens, level=level)
 
@@ -125,7 +124,7 @@ class BigramLanguage(Vocabulary):
         Args:
             d_vocab: number of tokens, named "0", "1", ...
             concentration: below 1, few likely continuations per token; above, many.
-            seed: of the draw.
+            seed: for the random draw.
         """
         check_count("d_vocab", d_vocab, minimum=2)
         check_number("concentration", concentration, positive=True)
@@ -134,7 +133,7 @@ class BigramLanguage(Vocabulary):
         return cls(rows, level="word")
 
     def floored(self, floor: float) -> "BigramLanguage":
-        """The same language, mixed with just enough of a uniform one that every probability is at least `floor`."""
+        """The language mixed with a uniform one, just enough that every probability is at least `floor`."""
         if check_number("floor", floor, positive=True) >= 1 / self.d_vocab:
             raise ValueError(f"floor must lie between 0 and 1/d_vocab = {1 / self.d_vocab:g}, got {floor!r}")
         mixed = self.pi_b * (1 - self.d_vocab * floor) + floor
@@ -149,10 +148,10 @@ class BigramLanguage(Vocabulary):
         return self.pi_b.log()
 
     def finite_log_pi_b(self) -> Float[Tensor, "d_vocab d_vocab"]:
-        """`log_pi_b`, for what cannot work with -inf.
+        """`log_pi_b`, without any -inf.
 
         Raises:
-            ValueError: where a bigram has probability 0.
+            ValueError: if a bigram has probability 0.
         """
         if bool((self.pi_b == 0).any()):
             v, u = (self.pi_b == 0).nonzero()[0].tolist()
@@ -164,7 +163,7 @@ class BigramLanguage(Vocabulary):
 
     @cached_property
     def entropy_rate(self) -> float:
-        """Nats per token of a long sequence: the least loss that any predictor without context can reach."""
+        """Nats per token of a long sequence: the lowest loss that a predictor without context can reach."""
         per_token = -torch.special.xlogy(self.pi_b, self.pi_b).sum(-1)
         return float(self.long_run @ per_token)
 
@@ -174,7 +173,7 @@ class BigramLanguage(Vocabulary):
         return self._long_run(self.pi_u)
 
     def global_candidate(self, trigger: Token) -> int:
-        """What the weights say after a trigger: the id of its most likely successor, other than itself."""
+        """The weights' answer after a trigger: the id of its most likely successor other than itself."""
         q = self.index(trigger, "trigger")
         others = self.pi_b[q].clone()
         others[q] = -1.0
@@ -190,23 +189,22 @@ class BigramLanguage(Vocabulary):
         continuations: Literal["uniform", "bigram"] | Sequence[float] | Float[Tensor, "d_vocab"] = "uniform",
         seed: int | torch.Generator,
     ) -> SampledSequences:
-        """Sequences in which each trigger has a continuation of its own, drawn anew per sequence.
+        """Samples sequences in which each trigger has its own continuation, drawn anew per sequence.
 
-        A sequence is the chain's, except that a trigger is always followed by its continuation
-        (Bietti et al. 2023, section 3). A whole batch is drawn per time step.
+        Sequences follow the chain, except that a trigger is always followed by its continuation
+        (Bietti et al. 2023, section 3). Each time step draws the whole batch.
 
         Args:
-            n_sequences: how many.
+            n_sequences: how many sequences.
             length: tokens in each.
             triggers: the triggers, the same in every sequence; `None` means every token, `()` none.
-            n_triggers: instead, this many triggers drawn per sequence, without repeats, as frequent
-                first tokens are (`pi_u`).
+            n_triggers: instead, draw this many distinct triggers per sequence from `pi_u`.
             continuations: drawn uniformly from the vocabulary, from the trigger's own row of `pi_b`
                 ("bigram"), or from a given distribution over the vocabulary.
-            seed: of all draws.
+            seed: for all random draws.
 
         Raises:
-            ValueError: for counts, triggers or distributions that are none.
+            ValueError: for an invalid count, trigger or distribution.
         """
         check_count("n_sequences", n_sequences, minimum=1)
         check_count("length", length, minimum=1)
@@ -225,7 +223,7 @@ class BigramLanguage(Vocabulary):
             chosen = (arrivals / self.pi_u).topk(n_triggers, largest=False).indices
         follow = self._draw_continuations(chosen, continuations, generator)
 
-        # What must follow each token, sequence by sequence; -1 where the chain decides.
+        # What must follow each token in each sequence; -1 where the chain decides.
         forced = torch.full((n_sequences, self.d_vocab), -1).scatter_(1, chosen, follow)
         forced_flat, row_start = forced.flatten(), torch.arange(n_sequences) * self.d_vocab
         uniform = torch.rand(length, n_sequences, generator=generator, dtype=torch.float64)
@@ -245,13 +243,13 @@ class BigramLanguage(Vocabulary):
 
     def step(self, tokens: Int[Tensor, "sequence"], uniform: Float[Tensor, "sequence"]) -> Int[Tensor, "sequence"]:
         """One step of the chain: the successor of each token, by inverting its row's distribution at `uniform`."""
-        # Kept clear of 1, lest tokens + uniform round up into the next token's row.
+        # Stay below 1, or tokens + uniform could round up into the next token's row.
         drawn = tokens + uniform.clamp(max=1 - 2**-32)
         return torch.searchsorted(self._stacked_cdf, drawn, right=True) - tokens * self.d_vocab
 
     @cached_property
     def _stacked_cdf(self) -> Float[Tensor, "cells"]:
-        # Row v of the cumulative distribution, shifted to (v, v+1]: one sorted array that serves every row.
+        # Row v of the cumulative distribution, shifted to (v, v+1]: one sorted array serves every row.
         cdf = self.pi_b.cumsum(-1)
         return (cdf / cdf[:, -1:] + torch.arange(self.d_vocab)[:, None]).flatten()
 
@@ -283,7 +281,7 @@ class BigramLanguage(Vocabulary):
 
 
 def default_text() -> str:
-    """Real English that is always at hand: the Python documentation that CPython's own help() prints."""
+    """Real English text that needs no download: the Python documentation that CPython's help() prints."""
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions strip pydoc_data

@@ -1,4 +1,4 @@
-"""Facts that a language model's weights may hold, and what a context is to say instead."""
+"""Facts that a language model's weights may hold, and what a context says instead."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ _TEMPLATE = "{subject}'s capital is {answer}."
 
 @dataclass(frozen=True)
 class Fact:
-    """What a language model's weights say, and what a context is to say instead.
+    """What a language model's weights say, and what a context says instead.
 
-    Answers may be of several tokens; they are told apart and scored by their first.
+    Answers may have several tokens; only the first tells them apart and is scored.
 
     Attributes:
         subject: what the fact is about.
         weights: the answer that the weights hold.
         context: the answer that the context gives.
-        template: a statement, with "{answer}" once, and before it whatever asks for it.
+        template: a statement with "{answer}" once, after the text that asks for it.
     """
 
     subject: str
@@ -38,7 +38,7 @@ class Fact:
 
     @property
     def name(self) -> str:
-        """For tables and legends."""
+        """A name for tables and legends."""
         return f"{self.subject}: {self.context}, not {self.weights}"
 
     @property
@@ -47,7 +47,7 @@ class Fact:
         return self._before.rstrip()
 
     def statement(self, answer: str, end: str | None = None) -> str:
-        """The template with the subject and an answer; `end` in place of what follows the answer."""
+        """The template with the subject and an answer; `end`, if given, replaces what follows the answer."""
         after = self.template.split("{answer}")[1] if end is None else end
         return self._before + answer + after.replace("{subject}", self.subject)
 
@@ -62,7 +62,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Bigram:
-    """The same for single tokens, given as ids or texts: the context says (trigger, context), then asks at the trigger.
+    """A fact of single tokens, by id or text: the context says (trigger, context); the prompt ends with the trigger.
 
     Attributes:
         trigger: q.
@@ -76,10 +76,10 @@ class Bigram:
 
 
 def counterfactuals(answers: Mapping[str, str], template: str = _TEMPLATE) -> tuple[Fact, ...]:
-    """Facts from {subject: what the weights say}: for each, the context says what is true of the next subject.
+    """Facts from {subject: what the weights say}; the context gives each subject the next subject's answer.
 
     Raises:
-        ValueError: for fewer than two subjects, and neighbours with the same answer.
+        ValueError: for fewer than two subjects, or neighbours with the same answer.
     """
     if len(answers) < 2:
         raise ValueError(f"answers must hold two subjects or more, got {dict(answers)!r:.80}")

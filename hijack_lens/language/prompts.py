@@ -16,7 +16,7 @@ from hijack_lens.language.vocabulary import Token
 class HijackPrompt:
     """A prompt, or a batch of them, whose context says one thing and whose language says another.
 
-    It ends with the trigger. In its context the trigger is always followed by `in_context`; the language
+    It ends with the trigger. In its context, the trigger is always followed by `in_context`; the language
     says `global_`. `clean` and `corrupted` differ only in what followed the trigger.
 
     Attributes:
@@ -39,7 +39,7 @@ class HijackPrompt:
 
     @property
     def clean(self) -> Int[Tensor, "*batch pos"]:
-        """The prompt itself, by its name in activation patching."""
+        """The prompt itself, under its name in activation patching."""
         return self.tokens
 
     @property
@@ -71,25 +71,25 @@ def hijack_prompt(
     n_prompts: int | None = None,
     seed: int | torch.Generator,
 ) -> HijackPrompt:
-    """A prompt in which `trigger` is followed by `in_context`, `repeats` times, and which ends with `trigger`.
+    """A prompt in which `in_context` follows `trigger`, `repeats` times, and which ends with `trigger`.
 
-    What stands between is drawn from the language, without the trigger, so that `repeats` is exact. A filler
-    token always comes first, since position 1 has no token before it to remember.
+    The rest is drawn from the language without the trigger, so that `repeats` is exact. A filler token always
+    comes first, since position 1 has no previous token to remember.
 
     Args:
-        language: of the prompt.
+        language: the prompt's language.
         trigger: q.
         in_context: c, what follows q in the context.
-        repeats: how often it does; 0 for a prompt without evidence.
+        repeats: how often c follows q; 0 for a prompt without evidence.
         length: tokens in the prompt, the final trigger included.
-        distance: how far before the final trigger the last repeat's trigger stands; by default all repeats
-            stand at random places.
-        filler: "sample" draws any token but the trigger; "avoid" keeps both candidates out as well, so
-            that they occur nowhere but in the repeats.
+        distance: from the last repeat's trigger to the final trigger; by default, all repeats are at random
+            places.
+        filler: "sample" draws any token but the trigger; "avoid" also leaves out both candidates, so that
+            they occur only in the repeats.
         global_: g, what the weights say; by default the most likely successor of q.
         alternative: what follows q in the corrupted prompt; by default g.
-        n_prompts: for a batch of prompts, how many; by default one prompt, without a batch axis.
-        seed: of places and filler.
+        n_prompts: prompts in a batch; by default one prompt, without a batch axis.
+        seed: for places and filler.
 
     Raises:
         TypeError, ValueError: for unknown tokens, candidates that do not conflict, and repeats that do not fit.
@@ -139,8 +139,8 @@ def hijack_prompt(
 def _pair_starts(
     count: int, repeats: int, latest: int, at_latest: bool, generator: torch.Generator
 ) -> Int[Tensor, "prompt repeat"]:
-    """Where the pairs begin: apart from one another, between 1 and `latest`, the last at `latest` if asked."""
-    # Pairs apart from one another are distinct places once each pair before is counted as one token.
+    """Where the pairs begin: without overlap, between 1 and `latest`, the last at `latest` if asked."""
+    # Pairs that do not overlap are distinct places once each earlier pair counts as one token.
     free = repeats - 1 if at_latest else repeats
     places = latest - (repeats - 1) - (1 if at_latest else 0)
     chosen = torch.rand(count, max(places, 0), generator=generator).argsort(1)[:, :free].sort(1).values + 1
@@ -158,7 +158,7 @@ def _fill(
     length: int,
     generator: torch.Generator,
 ) -> Int[Tensor, "prompt length"]:
-    """Prompts with the pairs in place and the rest drawn from the language without the tokens kept out."""
+    """Prompts with the pairs in place; the rest is drawn from the language without the tokens in `kept_out`."""
     allowed = torch.ones(language.d_vocab, dtype=torch.float64)
     allowed[kept_out] = 0
     if not bool(allowed.any()):

@@ -1,4 +1,4 @@
-"""A vocabulary: what a token is, and from text to token ids and back."""
+"""A vocabulary: its tokens, and text to token ids and back."""
 
 import re
 from collections import Counter
@@ -60,7 +60,7 @@ class Vocabulary:
         """The id of a token given as text or as id.
 
         Raises:
-            ValueError: naming `name`, where the vocabulary has no such token.
+            ValueError: naming `name`, if the vocabulary has no such token.
         """
         if isinstance(token, str):
             if token not in self._ids:
@@ -92,10 +92,10 @@ class Vocabulary:
     def tokenize(self, text: str) -> list[str]:
         """Cuts a text into the language's tokens.
 
-        Words are cut at white space; one that the vocabulary lacks is then parted from its punctuation.
+        Words are cut at white space; a word outside the vocabulary is then split from its punctuation.
 
         Raises:
-            ValueError: for a piece outside the vocabulary, unless the language has "<unk>" for it.
+            ValueError: for a piece outside the vocabulary, unless the language has "<unk>".
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, got {type(text).__name__}")
@@ -116,14 +116,14 @@ class Vocabulary:
         return torch.tensor([self._ids[piece] for piece in self.tokenize(text)], dtype=torch.long)
 
     def decode(self, tokens: object) -> str:
-        """The text of token ids: characters run together, words with spaces between."""
+        """The text of token ids: characters are joined directly, words by spaces."""
         if isinstance(tokens, Tensor) and tokens.numel() == 0:
             return ""
         return self.joiner.join(self.tokens[i] for i in check_tokens("tokens", tokens, self.d_vocab).flatten())
 
     @property
     def joiner(self) -> str:
-        """What stands between two tokens in a text."""
+        """What separates two tokens in a text."""
         return "" if self.level == "char" else " "
 
     def display(self, token: Token) -> str:

@@ -1,4 +1,4 @@
-"""The two-layer model as a HookedTransformer, written by hand or to be trained; and any model opened."""
+"""The two-layer model as a HookedTransformer, written by hand or trained, and any model opened as plain functions."""
 
 from hijack_lens.models.architecture import Architecture, RelativeAttention
 from hijack_lens.models.associative import associative_transformer

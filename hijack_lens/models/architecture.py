@@ -16,11 +16,11 @@ from hijack_lens.core.circuit import Circuit, Component
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shape of a model, in TransformerLens's terms; together with a language it determines every parameter's.
+    """The shape of a model, in TransformerLens's terms. With a language, it fixes the shape of every parameter.
 
     Attributes:
         positions: "relative" (layer 0 is a `RelativeAttention`), "absolute" (learned `W_pos`), "rotary" or "none".
-        n_layers: of attention, each with `n_heads` heads of size `d_head`.
+        n_layers: number of attention layers, each with `n_heads` heads of size `d_head`.
         mlp: the last block's MLP: "relu", "linear" or `None`. Earlier blocks' MLPs are zero.
         norm: `None`, "LN" or "RMS", before each head and MLP and before the unembedding.
         n_ctx: the longest prompt.
@@ -53,7 +53,7 @@ class Architecture:
 
     @property
     def circuit(self) -> Circuit:
-        """The roles that the layers are meant for: first layer, last layer, last MLP."""
+        """The intended roles: first layer's heads, last layer's heads, last MLP."""
         heads = range(self.n_heads)
         last = self.n_layers - 1
         return Circuit(
@@ -67,13 +67,13 @@ class RelativeAttention(Attention):
     """TransformerLens's attention, with scores q_t . (k_s + r_{t-s}) (Shaw et al. 2018, arXiv 1803.02155).
 
     The offset keys r are the parameter `W_R`, [head_index, offset, d_head], for offsets 0, 1, ...; larger
-    offsets have the key 0, so that nothing depends on the context's length. Their part of the scores passes
+    offsets have the key 0, so nothing depends on the context's length. Their part of the scores passes
     through `hook_rel_scores`, [batch, head_index, query_pos, key_pos].
 
     Args:
-        cfg: of the model.
+        cfg: the model's configuration.
         n_offsets: how many offsets have a key.
-        layer_id: of the block.
+        layer_id: the block's index.
     """
 
     def __init__(self, cfg: HookedTransformerConfig, n_offsets: int, layer_id: int):
@@ -93,11 +93,11 @@ class RelativeAttention(Attention):
     def relative_scores(
         self, q: Float[Tensor, "batch query_pos head_index d_head"], n_key: int
     ) -> Float[Tensor, "batch head_index query_pos key_pos"]:
-        """The offset keys' part; with a key-value cache the queries are the last of the keys' positions."""
+        """The offset keys' part of the scores. With a key-value cache, the queries are at the last key positions."""
         n_query, n_offsets = q.shape[1], self.W_R.shape[1]
         by_offset = torch.einsum("bqhd,hod->bhqo", q, self.W_R.flip(1)) / self.attn_scale
-        # Rows of the offsets' scores, largest offset first, are to be shifted right by one more from row to row:
-        # pad them to one more than the width wanted, and read the same memory with that width.
+        # Each row (largest offset first) must shift right by one more than the row before: pad the rows to one more
+        # than the wanted width, then read the same memory at that width.
         wide = nn.functional.pad(by_offset, (n_key - n_query, n_query))
         width = wide.shape[-1] - 1
         shifted = wide.flatten(2)[..., : n_query * width].unflatten(2, (n_query, width))

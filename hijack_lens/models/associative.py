@@ -26,7 +26,7 @@ def associative_transformer(
 ) -> BigramTransformer:
     """A two-layer HookedTransformer whose context memory and weight memory are known exactly.
 
-    The construction of Wang & Sato (arXiv 2412.11459) after Bietti et al. 2023 (arXiv 2306.00802). With
+    The construction is that of Wang & Sato (arXiv 2412.11459), after Bietti et al. 2023 (arXiv 2306.00802). With
     directions E(v), Phi(v), U(v) (token v; v was the previous token; v in the logits), p_t (position t), and
     unit vectors e_i of head space:
 
@@ -39,27 +39,26 @@ def associative_transformer(
 
     Block 0's MLP and all biases are 0. (With nearly orthogonal directions, see `d_model`, W_in is doubled, b_in is -1,
     and W_out holds log pi_b relative to each row's mean.) Weights take memory of order d_vocab^2: keep word-level
-    vocabularies to some thousands. Predictions follow `theory.logits` to float precision.
+    vocabularies to a few thousand. Predictions follow `theory.logits` to float precision.
 
     Args:
         language: the global bigrams; none may have probability 0.
         triggers: tokens the induction head matches; `None` means all.
-        positions: how the previous-token head finds the position before: by a key per offset, at any
-            length; or by pairs of absolute positions, up to `n_ctx_train`.
-        strengths: of the memories.
+        positions: how the previous-token head finds the previous position: by a key per offset, at any
+            length, or by pairs of absolute positions, up to `n_ctx_train`.
+        strengths: the memories' strengths.
         n_ctx: the longest prompt.
         n_ctx_train: with absolute positions, the last position with a learned pair; by default `n_ctx`.
-        d_model: by default just enough for orthonormal directions, the residual stream's axes. With fewer, the
-            directions are those of a random subspace, nearly orthogonal at first (superposition), and logits are
-            approximate: relative to their mean, and with noise from every stored pair. For the 103 characters of
-            English text, which need 309, the likeliest token stays the same at 98% of positions with 308, 78% with
-            256, and 35% with 128.
-        seed: of those random directions.
-        dtype: of the weights.
+        d_model: by default, just enough for orthonormal directions: the residual stream's axes. With fewer dimensions,
+            the directions come from a random subspace and are only nearly orthogonal (superposition). Logits are then
+            approximate: relative to their mean, with noise from every stored pair. The 103 characters of English text
+            need 309; the likeliest token stays the same at 98% of positions with 308, at 78% with 256, 35% with 128.
+        seed: for the random directions.
+        dtype: the weights' dtype.
         device: by default TransformerLens's choice.
 
     Raises:
-        TypeError, ValueError: for an argument that is none of the above.
+        TypeError, ValueError: for an invalid argument.
     """
     check_type("language", language, BigramLanguage)
     check_type("strengths", strengths, Strengths)
@@ -121,8 +120,8 @@ def associative_transformer(
         "blocks.1.mlp.W_out": strengths.bigram * log_pi_b @ unembed,
     }
     if d_model < orthonormal:
-        # Crosstalk turns neurons on that should be off, and each stored value adds noise: so a neuron fires only where
-        # its key is at least half there, and values are stored relative to their mean, which no prediction depends on.
+        # Crosstalk turns on neurons that should be off, and each stored value adds noise. So a neuron fires only where
+        # at least half its key is present, and values are relative to their mean, which no prediction depends on.
         centred = log_pi_b - log_pi_b.mean(-1, keepdim=True)
         weights |= {
             "blocks.1.mlp.W_in": 2 * embed.T,
@@ -149,6 +148,6 @@ def associative_transformer(
 def _directions(count: int, d_model: int, generator: torch.Generator) -> Float[Tensor, "count d_model"]:
     if d_model >= count:
         return torch.eye(count, d_model, dtype=torch.float64)
-    # Rows of a random subspace's basis: as far from one another as random directions get, on average.
+    # The rows of a random subspace's basis: on average, as far apart as random directions can be.
     random = torch.linalg.qr(torch.randn(count, d_model, generator=generator, dtype=torch.float64)).Q
     return random / random.norm(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Parts of a model as the linear maps that they are, once a run has settled their scales."""
+"""Parts of a model as linear maps, their scales frozen at those of a run."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from transformer_lens.components import LayerNorm, LayerNormPre, RMSNorm, RMSNor
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 
 _UNNAMED_EPS = 1e-5
-"""What OLMo's norm, which has no attribute for it, adds to the variance."""
+"""The epsilon of OLMo's norm, which has no attribute for it."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class LinearNorm:
     """A norm with its scale frozen: x -> (x - mean(x) if centred) / scale * w, and then + b.
 
     Attributes:
-        centred: whether the mean is taken off (LayerNorm, not RMSNorm).
-        scale: of the actual run; `None` where there is no norm.
+        centred: whether the mean is subtracted (LayerNorm, not RMSNorm).
+        scale: the actual run's scale; `None` if there is no norm.
         w: weight, if any.
         b: bias, if any.
     """
@@ -31,11 +31,11 @@ class LinearNorm:
     def linear(
         self, x: Float[Tensor, "*rows d_model"], scale: Float[Tensor, "*rows_scale 1"] | None = None
     ) -> Float[Tensor, "*rows d_model"]:
-        """The map without its bias, so that a sum of terms maps to the sum of what they map to.
+        """The map without its bias, so that the image of a sum of terms is the sum of their images.
 
         Args:
             x: terms of the residual stream.
-            scale: those of the run's scales that broadcast against x; by default all of them.
+            scale: the part of the run's scales that broadcasts against x; by default, all of them.
         """
         if self.scale is None:
             return x
@@ -45,7 +45,7 @@ class LinearNorm:
         return x if self.w is None else x * self.w
 
     def before(self, W: Float[Tensor, "d_model out"], position: int) -> Float[Tensor, "*batch d_model out"]:
-        """The map at a position, without its bias, and a matrix that comes after it, as one matrix."""
+        """The map at a position (without its bias), then the matrix `W`, as one matrix."""
         if self.scale is None:
             return W
         W = W if self.w is None else self.w[:, None] * W
@@ -54,7 +54,7 @@ class LinearNorm:
         return W / self.scale[:, position, None]
 
     def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The norm itself, where its scale is x's own."""
+        """The norm itself, if its scale was computed from x."""
         x = self.linear(x)
         return x if self.b is None else x + self.b
 
@@ -63,9 +63,9 @@ def linear_norm(norm: nn.Module | None, x: Float[Tensor, "*batch d_model"]) -> L
     """The norm module as it acts on the residual stream `x`; none of its hooks fires.
 
     Raises:
-        TypeError: for a kind of norm that is not linear once its scale is known, or is unknown here.
+        TypeError: for a norm that is unknown here, or not linear at a fixed scale.
     """
-    norm = getattr(norm, "original_component", norm)  # what a TransformerBridge wraps
+    norm = getattr(norm, "original_component", norm)  # the module that a TransformerBridge wraps
     if norm is None or isinstance(norm, nn.Identity):
         return LinearNorm()
     if isinstance(norm, (LayerNorm, LayerNormPre, nn.LayerNorm)):
@@ -80,7 +80,7 @@ def linear_norm(norm: nn.Module | None, x: Float[Tensor, "*batch d_model"]) -> L
 
 
 def normed(norm: nn.Module | None, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-    """What a norm module makes of `x`, to the model's own rounding; none of its hooks fires.
+    """A norm module's output on `x`, with the model's own rounding; none of its hooks fires.
 
     Raises:
         TypeError: for a norm that is unknown here.
@@ -88,15 +88,15 @@ def normed(norm: nn.Module | None, x: Float[Tensor, "*batch d_model"]) -> Float[
     if isinstance(norm, NormalizationBridge) and (
         norm.use_native_layernorm_autograd or getattr(norm.config, "layer_norm_folding", False)
     ):
-        # The bridge asks the module it wraps, which may well compute in float32 whatever the model's dtype.
+        # The bridge calls the module it wraps, which may compute in float32 whatever the model's dtype.
         return norm.original_component.forward(x).to(x.dtype)
     return linear_norm(norm, x)(x)
 
 
 def _tried_out(norm: nn.Module, x: Float[Tensor, "*batch d_model"]) -> LinearNorm:
-    """A norm of an unknown class, where it proves to be an RMSNorm or a LayerNorm on `x` itself.
+    """A norm of an unknown class, if it turns out to compute an RMSNorm or a LayerNorm on `x`.
 
-    Every family of Hugging Face's models has a class of its own; some multiply by 1 + weight.
+    Every Hugging Face model family has its own norm class; some multiply by 1 + weight.
     """
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
@@ -126,15 +126,15 @@ def _scale(x: Float[Tensor, "*batch d_model"], eps: float | None, centred: bool)
 
 @dataclass(frozen=True)
 class Readout:
-    """A linear reading of the residual stream x before some component: sum over s of weight[s] * x[s] @ directions.
+    """A linear readout of the residual stream x before some component: sum over s of weight[s] * x[s] @ directions.
 
-    Paths are followed backwards, from the logits to what wrote them (Elhage et al. 2021, "A Mathematical Framework for
-    Transformer Circuits"): few directions, one per answer, pass through weights and frozen patterns, norms and gates,
-    where a term of the stream for each component and source position would be [head, source, d_model].
+    Paths are traced backwards, from the logits to what wrote them (Elhage et al. 2021, "A Mathematical Framework for
+    Transformer Circuits"). One direction per answer passes back through weights and frozen patterns, norms and gates;
+    forwards, the terms of each component and source position would take [head, source, d_model].
 
     Attributes:
-        directions: what is read; with a batch axis where gates lie between, which differ by prompt.
-        weight: how strongly each position that is read counts.
+        directions: the directions read; with a batch axis once they passed through gates, which differ by prompt.
+        weight: the weight of each position read.
         where: those positions.
     """
 
@@ -143,7 +143,7 @@ class Readout:
     where: slice
 
     def before(self, norm: LinearNorm) -> "Readout":
-        """What is read before a norm (its bias aside) to read this after it; the norm's scales are of `where`."""
+        """The readout before a norm (without bias) that equals this one after it; the scales are those at `where`."""
         directions = self.directions if norm.w is None else norm.w[:, None] * self.directions
         if norm.centred:
             directions = directions - directions.mean(-2, keepdim=True)
@@ -156,7 +156,7 @@ class Readout:
         W_V: Float[Tensor, "d_model d_head"],
         W_O: Float[Tensor, "d_head d_model"],
     ) -> "Readout":
-        """What a head reads, at all positions, of what this reads of its output; the norm is still to come."""
+        """The readout of a head's normed input, at all positions, that equals this one of its output."""
         weight = torch.einsum("br,brs->bs", self.weight, pattern)
         return Readout(W_V @ (W_O @ self.directions), weight, slice(None))
 
@@ -166,11 +166,11 @@ class Readout:
         W_in: Float[Tensor, "d_model d_mlp"],
         W_out: Float[Tensor, "d_mlp d_model"],
     ) -> "Readout":
-        """What an MLP with these gates reads, likewise; this being a reading of one position."""
+        """The same for an MLP with these gates; this readout must be of one position."""
         return Readout(W_in @ (gate[..., None] * (W_out @ self.directions)), self.weight, self.where)
 
     def stream(self, x: Float[Tensor, "batch read d_model"]) -> Float[Tensor, "batch read answer"]:
-        """What is read of a term of the stream, by the position where it is read."""
+        """What this reads of a term of the residual stream, by position."""
         return self.weight[..., None] * (x @ self.directions)
 
     def heads(
@@ -179,6 +179,6 @@ class Readout:
         v: Float[Tensor, "batch pos head d_head"],
         W_O: Float[Tensor, "head d_head d_model"],
     ) -> Float[Tensor, "batch head pos answer"]:
-        """What is read of the outputs of heads, by the position that they attend to."""
+        """What this reads of heads' outputs, by the position they attend to."""
         weight = torch.einsum("br,bhrs->bhs", self.weight, pattern)
         return weight[..., None] * (v.transpose(1, 2) @ (W_O @ self.directions.unsqueeze(-3)))

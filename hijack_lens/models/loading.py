@@ -1,4 +1,4 @@
-"""Models by name."""
+"""Loading models by name."""
 
 import json
 import sys
@@ -13,21 +13,21 @@ from hijack_lens.models.transformer import BigramTransformer
 
 
 def load_model(name: Path) -> Any:
-    """One of our own models from its folder, or a Hugging Face model by folder or name, in float32, ready to be read.
+    """One of our own models from its folder, or a Hugging Face model by folder or name, in float32, in eval mode.
 
     Raises:
-        ValueError: for what is neither.
+        ValueError: if it is neither.
     """
     if name.is_dir() and not is_hugging_face(name):
         return BigramTransformer.from_pretrained(name)
     if not name.is_dir() and (name.is_absolute() or len(name.parts) > 2 or name.parts[:1] == ("..",)):
         raise ValueError(f"--model {str(name)!r} is not a folder")
     bars = logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():  # where a bar would be written line by line
+    if not sys.stderr.isatty():  # in a log, a bar would be written line by line
         logging.disable_progress_bar()
     try:
         model = TransformerBridge.boot_transformers(str(name), dtype=torch.float32).eval()
-        if not getattr(model.tokenizer, "vocab_size", 0):  # transformers makes an empty one up where there is none
+        if not getattr(model.tokenizer, "vocab_size", 0):  # transformers makes up an empty one if there is none
             raise ValueError("it has no tokenizer")
         return model
     except Exception as error:

@@ -23,10 +23,10 @@ from transformer_lens.model_bridge.generalized_components import (
 from hijack_lens.models.architecture import RelativeAttention
 
 Pointwise = Callable[[Tensor], Tensor]
-"""A module that treats every position by itself, [batch, pos, d_model] in and out."""
+"""A module that treats each position independently, [batch, pos, d_model] in and out."""
 
 
-# Settings whose effect a comparison at one position, or on one prompt, could overlook; beside None and False.
+# Settings whose effect a comparison on one prompt or position could miss: harmless values, besides None and False.
 _PLAIN: dict[str, tuple] = {
     "attention_dir": ("causal",),
     "positional_embedding_type": ("standard", "rotary", "none"),
@@ -53,18 +53,18 @@ class Block:
     """A transformer block's parts. Keys and values may be shared by groups of query heads.
 
     Attributes:
-        W_Q: with b_Q: queries of a normalised residual stream, as one matrix whose rows are head by head.
-        W_K: with b_K: keys; of every key-value head.
-        W_V: with b_V: values.
-        W_O: by head.
+        W_Q: with b_Q, maps the normalised residual stream to queries; one matrix, its rows ordered by head.
+        W_K: with b_K, maps it to the keys of every key-value head.
+        W_V: with b_V, maps it to values.
+        W_O: each head's output matrix.
         scale: what scores are divided by.
         ln1: the norm before attention.
-        mlp: the norm before the MLP and the MLP; `None` where there is none.
-        W_out: a neuron's direction each, where there is an MLP.
+        mlp: the MLP and the norm before it; `None` if there is none.
+        W_out: each neuron's output direction, if there is an MLP.
         parallel: whether the MLP reads what attention reads.
-        rotate: turns queries or keys, [*rows, head, d_head], by their positions, [*rows].
+        rotate: rotates queries or keys, [*rows, head, d_head], by their positions, [*rows].
         W_R: keys per offset, in a `RelativeAttention`.
-        softmax_dtype: what the softmax is computed in, where that is not the scores' own dtype.
+        softmax_dtype: the softmax's dtype, if not the scores' own.
     """
 
     W_Q: Float[Tensor, "queries d_model"]
@@ -90,7 +90,7 @@ class Block:
         return len(self.b_Q) // len(self.b_K)
 
     def group(self, index: int) -> "Block":
-        """The block with one key-value head, and the query heads that read it, alone."""
+        """The block with only one key-value head and the query heads that read it."""
         heads = slice(index * self.n_groups, (index + 1) * self.n_groups)
         one, d_head = slice(index, index + 1), self.b_Q.shape[1]
         return replace(
@@ -106,19 +106,19 @@ class Block:
         )
 
     def normed(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-        """What attention reads of a residual stream."""
+        """The residual stream after the norm, as attention reads it."""
         return _pointwise(self.ln1, x)
 
     def q(
         self, normed: Float[Tensor, "*rows d_model"], positions: Int[Tensor, "..."]
     ) -> Float[Tensor, "*rows head d_head"]:
-        """Queries, turned by their positions (broadcast against the rows)."""
+        """Queries, rotated by their positions (which broadcast against the rows)."""
         return self.turned(_heads(normed, self.W_Q, self.b_Q), positions)
 
     def k(
         self, normed: Float[Tensor, "*rows d_model"], positions: Int[Tensor, "..."]
     ) -> Float[Tensor, "*rows kv_head d_head"]:
-        """Keys, turned by their positions."""
+        """Keys, rotated by their positions."""
         return self.turned(_heads(normed, self.W_K, self.b_K), positions)
 
     def v(self, normed: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows kv_head d_head"]:
@@ -152,7 +152,7 @@ class Block:
         return scores.masked_fill((offsets < 0)[..., None, :, :], -torch.inf)
 
     def pattern(self, scores: Float[Tensor, "*rows head query key"]) -> Float[Tensor, "*rows head query key"]:
-        """Attention patterns of scores."""
+        """The attention patterns that scores give."""
         return scores.softmax(-1, dtype=self.softmax_dtype).to(scores.dtype)
 
     def mixed(
@@ -169,7 +169,7 @@ class Block:
     def mlp_out(
         self, resid_pre: Float[Tensor, "*rows d_model"], attn_out: Float[Tensor, "*rows d_model"]
     ) -> Float[Tensor, "*rows d_model"]:
-        """What the MLP adds to it."""
+        """What the MLP adds to the residual stream."""
         if self.mlp is None:
             return torch.zeros_like(attn_out)
         return _pointwise(self.mlp, resid_pre if self.parallel else resid_pre + attn_out)
@@ -193,10 +193,10 @@ class OpenModel:
 
 
 def check_plain(model: Any) -> None:
-    """Nothing that the model is known for lies outside what `OpenModel` computes.
+    """Checks that the model has no setting that `OpenModel` does not compute.
 
     Raises:
-        UnknownArchitectureError: where it has such a setting.
+        UnknownArchitectureError: if it has one.
     """
     for flag, plain in _PLAIN.items():
         if getattr(model.cfg, flag, None) not in (None, False, *plain):
@@ -207,10 +207,9 @@ def check_plain(model: Any) -> None:
 
 
 def open_model(model: Any) -> OpenModel:
-    """The parts of a model. Their hook points fire when they are used: see first that no hooks are on them.
+    """The parts of a model. Using them fires their hook points: check first that these have no hooks.
 
-    What is opened need not be the whole of what the model computes: `check_plain` first, or compare with a run of the
-    model before relying on it.
+    The parts may not be all that the model computes: call `check_plain` first, or compare with a run of the model.
 
     Raises:
         UnknownArchitectureError: for a model whose parts are not known.
@@ -273,7 +272,7 @@ def _bridge_block(model: TransformerBridge, block: Any) -> Block:
 
 
 def _check_known(module: Any, *kinds: type) -> None:
-    # Not isinstance: what a subclass does differently is not known.
+    # Not isinstance: a subclass may compute something else.
     if type(module) not in kinds:
         raise UnknownArchitectureError(f"a part of type {type(module).__name__} is not taken apart")
 
@@ -299,7 +298,7 @@ def _block(block: Any, every: int, mlp: Any, **rest: Any) -> Block:
         b_O=bias(attn.b_O, W_O.shape[-1]),
         ln1=block.ln1,
         mlp=None if mlp is None else lambda x: mlp(ln2(x)),
-        W_out=getattr(mlp, "W_out", None),  # mixtures of experts have none of their own
+        W_out=getattr(mlp, "W_out", None),  # mixtures of experts have none
         **rest,
     )
 
@@ -324,5 +323,5 @@ def _heads(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _pointwise(module: Pointwise, x: Tensor) -> Tensor:
-    # Modules expect [batch, pos, d_model]; to them all rows are positions of one prompt.
+    # Modules expect [batch, pos, d_model]: pass all rows as positions of one prompt.
     return module(x.reshape(1, -1, x.shape[-1])).view(*x.shape[:-1], -1)

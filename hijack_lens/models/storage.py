@@ -17,13 +17,13 @@ from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.models.architecture import Architecture
 
 Model = TypeVar("Model")
-"""A `BigramTransformer`, which calls this file."""
+"""A `BigramTransformer`, whose file imports this one."""
 
 _FORMAT = "hijack_lens.TwoLayerTransformer.1"
 
 
 def write_model(model: Any, folder: Path) -> None:
-    """Writes a model's folder. The weights' file holds all there is to know; it alone is read back."""
+    """Writes a model's folder. The weights file holds everything; only it is read back."""
     header = {
         "format": _FORMAT,
         "architecture": asdict(model.architecture),
@@ -45,7 +45,7 @@ def read_model(kind: Callable[..., Model], folder: Path, device: str | torch.dev
     """Reads what `write_model` wrote.
 
     Raises:
-        ValueError: for a folder without it, and for files that are truncated, foreign or inconsistent.
+        ValueError: if the file is missing, truncated, inconsistent or of another kind.
     """
     path = folder / "model.safetensors"
     tensors, header = read_safetensors(path, _FORMAT)
@@ -78,14 +78,14 @@ def read_model(kind: Callable[..., Model], folder: Path, device: str | torch.dev
                 parameter.requires_grad_(name not in header["frozen"])
         names = {name for name, _ in model.named_parameters()}
         if tensors or not names.issuperset(header["frozen"]):
-            raise ValueError(f"it holds {sorted(tensors) or header['frozen']}, of which the architecture knows nothing")
+            raise ValueError(f"it holds {sorted(tensors) or header['frozen']}, which the architecture does not have")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a model of hijack-lens: {error}") from error
     return model
 
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """A training run's checkpoints, oldest first; other folders are none of ours."""
+    """A training run's checkpoints, oldest first; other folders are ignored."""
     return sorted(found for found in Path(folder).glob("checkpoint-*") if found.name[11:].isdigit())
 
 
@@ -104,7 +104,7 @@ def find_model(folder: str | os.PathLike[str], revision: str | None) -> Path:
         if latest is None:
             raise ValueError(f"{path} holds neither model.safetensors nor a checkpoint")
         return latest
-    if path.is_absolute() or len(path.parts) != 2:  # what cannot be the name of a repository
+    if path.is_absolute() or len(path.parts) != 2:  # cannot be a repository's name
         raise ValueError(f"{path} is not a folder")
     from huggingface_hub import snapshot_download
 
@@ -112,14 +112,14 @@ def find_model(folder: str | os.PathLike[str], revision: str | None) -> Path:
     try:
         return Path(snapshot_download(str(folder), revision=revision, allow_patterns=files))
     except Exception as error:
-        raise ValueError(f"{path} is not a folder, nor to be had from the Hugging Face Hub: {error}") from error
+        raise ValueError(f"{path} is not a folder, and its Hugging Face Hub download failed: {error}") from error
 
 
 def _check_shapes(architecture: Architecture, language: BigramLanguage, tensors: dict[str, torch.Tensor]) -> None:
-    """The stored tensors bear out the sizes that the header claims, before anything of that size is built."""
+    """Checks the header's sizes against the stored tensors before anything of that size is built."""
     a = architecture
     if a.n_layers > len(tensors):
-        raise ValueError(f"n_layers={a.n_layers} is more than the {len(tensors)} tensors bear out")
+        raise ValueError(f"n_layers={a.n_layers} is more than the {len(tensors)} stored tensors allow")
     expected: dict[str, tuple[int, ...]] = {
         "embed.W_E": (language.d_vocab, a.d_model),
         "pos_embed.W_pos": (a.n_ctx, a.d_model),
@@ -127,7 +127,7 @@ def _check_shapes(architecture: Architecture, language: BigramLanguage, tensors:
     if a.positions == "rotary":
         del expected["pos_embed.W_pos"]
         if a.n_ctx > 1_000_000:
-            raise ValueError(f"n_ctx={a.n_ctx} is more than any stored table bears out")
+            raise ValueError(f"n_ctx={a.n_ctx} is more than any stored table allows")
     expected |= {f"blocks.{layer}.attn.W_Q": (a.n_heads, a.d_model, a.d_head) for layer in range(a.n_layers)}
     if a.mlp is not None:
         expected["blocks.0.mlp.W_in"] = (a.d_model, a.d_mlp)

@@ -36,8 +36,8 @@ def trainable_transformer(
 ) -> BigramTransformer:
     """A randomly initialised HookedTransformer of the architecture that `associative_transformer` writes by hand.
 
-    Weights are drawn from N(0, 1/fan_in), embeddings have rows of norm about 1; biases, offset keys and all MLPs
-    but the last block's are 0, the last of these for good. With relative positions, layer 0's query bias is drawn
+    Weights are drawn from N(0, 1/fan_in); embedding rows have norm about 1. Biases and offset keys start at 0, as do
+    all MLPs but the last block's, which stay 0. With relative positions, layer 0's query bias is drawn
     from N(0, 1). The simplifications of Bietti et al. 2023 (arXiv 2306.00802, section 4) are options:
 
         trainable_transformer(
@@ -47,26 +47,26 @@ def trainable_transformer(
         )
 
     Args:
-        language: of its vocabulary.
+        language: gives the vocabulary.
         positions: "relative" (layer 0 has keys for the last `n_offsets` offsets), "absolute" (learned), "rotary",
             or "none".
-        d_model: of the residual stream.
-        n_heads: per layer.
-        mlp: of the last block.
+        d_model: width of the residual stream.
+        n_heads: heads per layer.
+        mlp: the last block's MLP.
         norm: before heads, MLP and unembedding.
         freeze: names of parameters that training leaves alone, short ("W_E") or full ("blocks.0.attn.W_Q").
         init: how to initialise parameters by name: "normal", "identity" (ones on the diagonal) or "zeros".
-        seed: of the draws.
-        n_layers: for comparison, other depths.
+        seed: for the random draws.
+        n_layers: other depths, for comparison.
         d_head: by default d_model / n_heads.
         d_mlp: by default 2 * d_model.
         n_ctx: the longest prompt.
         n_offsets: with relative positions, how many offsets have a key.
-        dtype: of the weights.
+        dtype: the weights' dtype.
         device: by default TransformerLens's choice.
 
     Raises:
-        TypeError, ValueError: for an argument that is none of the above, and for names of no parameter.
+        TypeError, ValueError: for an invalid argument, or a name that no parameter has.
     """
     if d_head is None and d_model % n_heads:
         raise ValueError(f"n_heads must divide d_model={d_model}, got {n_heads}; or give d_head=")
@@ -92,7 +92,7 @@ def trainable_transformer(
         for name in names:
             if name not in known:
                 raise ValueError(
-                    f"{argument} names {name!r}, which is no parameter; known are {', '.join(sorted(known))}"
+                    f"{argument} names {name!r}, which is not a parameter; known are {', '.join(sorted(known))}"
                 )
 
     unused_mlps = tuple(f"blocks.{layer}.mlp." for layer in range(n_layers - 1))
@@ -102,7 +102,7 @@ def trainable_transformer(
             how = chosen.get(name, chosen.get(leaf))
             frozen = name in freeze or leaf in freeze
             if name == "blocks.0.attn.b_Q" and positions == "relative" and how is None:
-                how = "normal"  # a query that all tokens share, for the offset keys to answer
+                how = "normal"  # a query shared by all tokens, for the offset keys to match
             if name.startswith(unused_mlps) or (leaf == "W_pos" and positions != "absolute"):
                 how, frozen = "zeros", True
             if how is None and leaf == "w":

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer for a bigram language, so that TransformerLens takes strings."""
+"""The two-layer model as a HookedTransformer, and a Hugging Face tokenizer for its bigram language."""
 
 import inspect
 import os
@@ -27,8 +27,8 @@ END = "<|endoftext|>"
 def hf_tokenizer(language: BigramLanguage) -> PreTrainedTokenizerFast:
     """A tokenizer with the language's token ids.
 
-    TransformerLens wants an end-of-text and a padding token; they get the id d_vocab, just outside the
-    vocabulary, so that no real token is ever taken for one of them.
+    TransformerLens wants an end-of-text and a padding token. Both get the id d_vocab, just outside the
+    vocabulary, so that no real token is taken for one of them.
     """
     vocabulary = {token: index for index, token in enumerate(language.tokens)}
     unknown = {"unk_token": UNKNOWN} if UNKNOWN in vocabulary else {}
@@ -51,8 +51,8 @@ def hf_tokenizer(language: BigramLanguage) -> PreTrainedTokenizerFast:
 class BigramTransformer(HookedTransformer):
     """A HookedTransformer (of two layers, unless asked otherwise) over the vocabulary of a bigram language.
 
-    All of TransformerLens works on it. Beyond that, text that the language cannot encode and prompts longer
-    than `n_ctx` are refused, where TransformerLens would truncate them.
+    All of TransformerLens works on it. In addition, it refuses text that the language cannot encode, and prompts
+    longer than `n_ctx`, which TransformerLens would truncate.
 
     Weights are uninitialised: build it with `associative_transformer` or `trainable_transformer`.
 
@@ -60,9 +60,9 @@ class BigramTransformer(HookedTransformer):
         architecture: its shape.
         language: its vocabulary, and the bigrams it was written or trained for.
         circuit: the components that carry the two memories.
-        strengths: of its memories, for a model written by hand; else `None`.
-        triggers: token ids that its induction head was written or trained to match, where known.
-        n_ctx_train: with absolute positions, the last position whose predecessor it knows, where known.
+        strengths: its memories' strengths, for a model written by hand; else `None`.
+        triggers: token ids that its induction head was written or trained to match, if known.
+        n_ctx_train: with absolute positions, the last position whose predecessor it knows, if known.
     """
 
     def __init__(
@@ -137,9 +137,9 @@ class BigramTransformer(HookedTransformer):
         """Reads a model that `save_pretrained` wrote.
 
         Args:
-            folder: where it is; a training run's folder stands for its latest checkpoint. What is no folder
+            folder: the model's folder, or a training run's, which stands for its latest checkpoint. Any other name
                 is looked up on the Hugging Face Hub.
-            revision: of a model on the Hub.
+            revision: which revision, for a model on the Hub.
             device: by default TransformerLens's choice.
 
         Raises:
@@ -165,10 +165,10 @@ class BigramTransformer(HookedTransformer):
         move_to_device: bool = True,
         truncate: bool = True,
     ) -> Int[Tensor, "batch pos"]:
-        """TransformerLens's `to_tokens`, refusing what it would cut short, pad or begin with another token.
+        """TransformerLens's `to_tokens`; it refuses text that would be truncated, padded or given a begin token.
 
         Raises:
-            ValueError: for text outside the vocabulary, too long for `n_ctx`, or of several lengths.
+            ValueError: for text outside the vocabulary, longer than `n_ctx`, or of several lengths.
         """
         if prepend_bos is True:
             raise ValueError("prepend_bos must not be True: the language has no token that begins a text")
@@ -183,13 +183,13 @@ class BigramTransformer(HookedTransformer):
         return tokens.to(self.cfg.device) if move_to_device else tokens
 
     def input_to_embed(self, input: Any, *args: Any, **kwargs: Any) -> Any:
-        """The first residual stream; refuses token ids outside the vocabulary, which -1 would not be in PyTorch."""
+        """The first residual stream. Refuses token ids outside the vocabulary; PyTorch would accept -1."""
         if isinstance(input, Tensor):
             check_tokens("input", input, self.cfg.d_vocab, self.cfg.n_ctx)
         return super().input_to_embed(input, *args, **kwargs)
 
     def get_residual(self, embed: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The residual stream of embeddings; refuses to go on beyond `n_ctx`, also while generating."""
+        """The residual stream of embeddings. Refuses to go beyond `n_ctx`, also while generating."""
         given = inspect.signature(super().get_residual).bind(embed, *args, **kwargs).arguments
         mask = given.get("attention_mask")
         # With a key-value cache, only the mask is sure to cover what came before.

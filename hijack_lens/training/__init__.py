@@ -1,4 +1,4 @@
-"""Train a two-layer model, and watch what it memorises."""
+"""Training a two-layer model, and measuring what it memorises."""
 
 from hijack_lens.training.fit import FittedStrengths, TheoryAgreement, fit_strengths, theory_agreement
 from hijack_lens.training.loop import train

@@ -1,4 +1,4 @@
-"""From learned weights back to the theory: the strengths of the memories that a trained model holds."""
+"""From learned weights back to the theory: the strengths of a trained model's memories."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ class FittedStrengths:
     Attributes:
         strengths: for `theory`, with the triggers and the language below.
         language: the bigrams that the weights hold: g * log pi_b are the model's own context-free logits, up to a
-            constant per token. After a token that was always a trigger in training they need not be the true ones.
-        triggers: token ids that were taken as keys of the match memory.
-        purity: by memory ("previous_token", "match", "copy", "bigram"), the R^2 of the pure associative memory in the
-            model's own table of scores: 1 for a model written by hand, less as other structure is added.
+            constant per token. After a token that was always a trigger in training, they need not be the true ones.
+        triggers: token ids taken as keys of the match memory.
+        purity: by memory ("previous_token", "match", "copy", "bigram"), how much of the model's own table of scores the
+            pure associative memory explains (R^2): 1 for a model written by hand, less where there is other structure.
     """
 
     strengths: Strengths
@@ -39,16 +39,16 @@ class FittedStrengths:
 
 @torch.no_grad()
 def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = None) -> FittedStrengths:
-    """Reads effective strengths off a model's weights; its predictions are not asked.
+    """Reads effective strengths off a model's weights, without looking at its predictions.
 
-    Each memory is a table of scores, key by value, and the strength is how far the own value's score lies above the
-    others' mean: the previous-token head's over offsets (b1), the induction head's match of remembered by current
-    token (b2), its copy of attended token to logit, by way of the MLP too (b3). The bigram memory's (g) is the slope of
-    the context-free logits over log pi_b. Tokens count as often as they occur; negative b1, b2 and b3 are taken as 0, a
-    negative g as 1. Norms act by their weights.
+    Each memory is a table of scores, key by value. Its strength is how far the right value's score lies above the mean
+    of the others. The previous-token head's table is over offsets (b1); the induction head's match is over remembered
+    and current tokens (b2), its copy over attended tokens and logits, including the way through the MLP (b3). The
+    bigram memory's strength (g) is the slope of the context-free logits against log pi_b. Tokens are weighted by
+    frequency. Negative b1, b2 and b3 become 0, a negative g becomes 1. Norms act through their weights only.
 
     Args:
-        model: with one head in each role, and relative or absolute positions.
+        model: one with a single head in each role, and relative or absolute positions.
         triggers: keys of the match memory; by default the model's own, else all tokens.
 
     Raises:
@@ -79,7 +79,7 @@ def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = N
     copied = effective_copy_scores(model, head, asked / asked.sum())
     copy, copy_purity = _diagonal_strength(copied, torch.arange(len(copied), device=weight.device), weight)
 
-    # The rows of triggers hold what follows them in context, which no bigram memory should know.
+    # Leave out the triggers' rows: what follows triggers depends on the context, so no bigram memory should know it.
     rows = torch.ones(len(weight), dtype=torch.bool)
     if len(ids) < len(weight):
         rows[ids] = False
@@ -104,10 +104,10 @@ class TheoryAgreement:
     """How well the theory, at fitted strengths, predicts a model.
 
     Attributes:
-        r2: of the theory's logits for the model's, over the vocabulary of every prompt's last position, each taken
-            relative to its mean; at most 1, and negative where the mean alone would predict better.
-        winners: the fraction of prompts on which theory and model name the same winner.
-        table: one row per prompt: trigger, in_context, global, repeats, and the margin of theory and model.
+        r2: R^2 of the theory's logits as a prediction of the model's, at every prompt's last position, each relative to
+            its mean over the vocabulary; at most 1, and negative if the mean alone would predict better.
+        winners: the fraction of prompts on which theory and model agree on the winner.
+        table: one row per prompt: trigger, in_context, global, repeats, and the margins of theory and model.
     """
 
     r2: float
@@ -121,14 +121,14 @@ def conflict_prompts(
     """Prompts whose triggers, in-context candidates and numbers of repeats (0 to 6) are drawn at random.
 
     Args:
-        language: of the prompts.
-        triggers: to draw from.
+        language: the prompts' language.
+        triggers: triggers to draw from.
         n_prompts: how many prompts.
         length: tokens in each, at least 14.
-        seed: of the draws.
+        seed: for the random draws.
 
     Raises:
-        ValueError: for lengths and seeds that are none, and a language too small for a conflict.
+        ValueError: for an invalid length or seed, or a language too small for a conflict.
     """
     check_count("n_prompts", n_prompts, minimum=1)
     check_count("length", length, minimum=14)
@@ -155,11 +155,11 @@ def theory_agreement(
     Triggers, in-context candidates and numbers of repeats (0 to 6) are drawn at random.
 
     Args:
-        model: to compare.
-        fit: of the same model.
+        model: the model to compare.
+        fit: its fitted strengths.
         n_prompts: how many prompts.
         length: tokens in each, at least 14.
-        seed: of the draws.
+        seed: for the random draws.
     """
     check_count("n_prompts", n_prompts, minimum=1)
     if check_count("length", length, minimum=14) > model.cfg.n_ctx:
@@ -169,7 +169,7 @@ def theory_agreement(
 
 @torch.no_grad()
 def agreement_on(model: BigramTransformer, fit: FittedStrengths, prompts: Sequence[HijackPrompt]) -> TheoryAgreement:
-    """The same on given prompts, all equally long."""
+    """Compares them on given prompts, all equally long."""
     language = model.language
     positions: Positions = "absolute" if model.positions == "absolute" else "relative"
     tokens = torch.stack([prompt.tokens for prompt in prompts])
@@ -178,7 +178,7 @@ def agreement_on(model: BigramTransformer, fit: FittedStrengths, prompts: Sequen
     rows = []
     for prompt, theirs, ours in zip(prompts, found, predicted, strict=True):
         c, g = prompt.in_context, prompt.global_
-        repeats = int((prompt.tokens == prompt.trigger).sum()) - 1  # the last is the question
+        repeats = int((prompt.tokens == prompt.trigger).sum()) - 1  # the last one asks
         names = [language.tokens[i] for i in (prompt.trigger, c, g)]
         rows.append((*names, repeats, float(ours[c] - ours[g]), float(theirs[c] - theirs[g])))
     table = pd.DataFrame(rows, columns=["trigger", "in_context", "global", "repeats", "theory_margin", "model_margin"])
@@ -193,7 +193,7 @@ def agreement_on(model: BigramTransformer, fit: FittedStrengths, prompts: Sequen
 def _diagonal_strength(
     scores: Float[Tensor, "key value"], right: Tensor, weight: Float[Tensor, "key"]
 ) -> tuple[float, float]:
-    """How far the right value's score lies above the mean of the others, and the R^2 of that alone in the table."""
+    """How far the right value's score lies above the others' mean, and how much of the table this explains (R^2)."""
     own = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, right[:, None], True)
     usable = scores.isfinite()
     others = usable & ~own
@@ -207,5 +207,5 @@ def _diagonal_strength(
 
 
 def _centred(table: Tensor, weight: Tensor) -> Tensor:
-    """Each row of logits relative to its mean, since a constant per row changes no prediction."""
+    """Each row of logits relative to its mean: a constant per row changes no prediction."""
     return table - (table * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)

@@ -1,9 +1,8 @@
-"""A two-layer model's logits on the same parameters, without the hook points: what the training loop runs.
+"""A two-layer model's forward pass on the same parameters, without hook points: what the training loop runs.
 
-Two identities save most of the matrix products that a hooked forward does. What enters the first layer is a function of
-the token alone (where positions are not added to it), so its queries, keys and values are computed once per vocabulary
-entry and looked up. And a lone head as wide as the residual stream needs its W_Q and W_K, and its W_V and W_O, only as
-products.
+Two identities save most of the matrix products of a hooked forward pass. The first layer's input depends on the token
+alone (unless positions are added to it), so its queries, keys and values are computed once per vocabulary entry and
+looked up. And a single head as wide as the residual stream needs only the products of W_Q and W_K and of W_V and W_O.
 """
 
 from typing import Any
@@ -24,7 +23,7 @@ class PlainForward:
     """What `model(tokens)` returns, to float precision; hooks do not fire.
 
     Args:
-        model: to run. Its parameters may change afterwards; but what is frozen at zero now (MLPs, positional
+        model: the model to run. Its parameters may change afterwards, but what is frozen at zero now (MLPs, positional
             embeddings) is left out.
     """
 
@@ -67,7 +66,7 @@ def _attention(attn: Any, x: Stream) -> Stream:
     n_heads, d_model, d_head = attn.W_Q.shape
     relative = isinstance(attn, RelativeAttention)
     if n_heads == 1 and d_head == d_model and not relative and attn.cfg.positional_embedding_type != "rotary":
-        # What the keys' bias adds is the same for all keys, and the softmax does not see it.
+        # The key bias adds the same score to all keys, so the softmax does not see it.
         q = F.linear(x, attn.W_K[0] @ attn.W_Q[0].T, attn.W_K[0] @ attn.b_Q[0])
         v = x @ (attn.W_V[0] @ attn.W_O[0])
         mixed = _mix(attn, q[:, None], x[:, None], v[:, None])[:, 0]
@@ -77,7 +76,7 @@ def _attention(attn: Any, x: Stream) -> Stream:
 
 
 def _attention_by_token(attn: Any, x: Float[Tensor, "d_vocab d_model"], tokens: Int[Tensor, "batch pos"]) -> Stream:
-    """Attention whose input at each position is its token's row of `x`."""
+    """Attention whose input at each position is the token's row of `x`."""
     n_heads, _, d_head = attn.W_Q.shape
     table = _projected(attn, x)
     if n_heads > 1:

@@ -1,4 +1,4 @@
-"""The training loop: fresh sequences at every step, deterministic, resumable to the bit."""
+"""The training loop: fresh sequences at every step, deterministic, resumable bit for bit."""
 
 import hashlib
 import os
@@ -43,27 +43,27 @@ def train(
 ) -> TrainingRun:
     """Trains a two-layer model, in place, on sequences of a bigram language with triggers.
 
-    With `out`, checkpoints are written there, each whole or not at all. Called again with the same `out`, model,
-    language and config, a run that was killed goes on where its last checkpoint left it, and on a CPU ends with the
-    same weights, bit for bit, as one that was not. A Ctrl-C ends the run after the step under way, with a checkpoint;
-    what has been trained is returned.
+    With `out`, checkpoints are written there, each whole or not at all. If a run is killed, the same call again (same
+    `out`, model, language and config) resumes it from its last checkpoint; on a CPU, the final weights are the same,
+    bit for bit, as without the interruption. Ctrl-C ends the run after the current step, writes a checkpoint and
+    returns the run so far.
 
     Args:
         model: from `trainable_transformer`, on any device; at least one parameter must not be frozen.
-        language: whose sequences to train on; of the model's tokens.
-        config: what to do.
+        language: the language to train on; it has the model's tokens.
+        config: how to train.
         out: folder for checkpoints.
 
     Raises:
-        TypeError, ValueError: for triggers that the language lacks, lengths beyond the model's n_ctx, and where
-            `out` holds a run of another config or model.
+        TypeError, ValueError: for triggers that the language lacks, lengths beyond the model's n_ctx, or an
+            `out` that holds a run of another config or model.
     """
     _check(model, language, config)
     folder = None if out is None else Path(out)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(parameters, config)
     step, rows = _resume(model, language, config, optimizer, folder)
-    model.strengths = None  # whatever was written into it is about to change
+    model.strengths = None  # training is about to change them
     model.triggers = None if config.n_triggers else language.trigger_ids(config.triggers).tolist()
     model.n_ctx_train = config.length if model.positions == "absolute" else None
 
@@ -151,7 +151,7 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     folder: Path | None,
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Steps taken and rows written so far; the model and the optimizer take up where they were."""
+    """Steps taken and rows written so far; restores the model and the optimizer."""
     checkpoint = None if folder is None else latest_checkpoint(folder)
     if checkpoint is None:
         return 0, []
@@ -184,7 +184,7 @@ def _shown(theirs: object, ours: object) -> str:
 
 
 def _sequences(language: BigramLanguage, config: TrainConfig, block: int) -> SampledSequences:
-    """The training sequences of a block of steps; a function of the seed and the block alone."""
+    """The training sequences of a block of steps; they depend on the seed and the block alone."""
     return language.sample(
         _BLOCK * config.batch_size,
         config.length,
@@ -236,16 +236,16 @@ def _evaluate(
 
 
 def _seed(seed: int, purpose: str, index: int) -> int:
-    """A seed of its own for each use: mixed, so that neighbouring seeds and blocks share nothing."""
+    """A separate seed for each use, hashed so that neighbouring seeds and blocks share nothing."""
     digest = hashlib.sha256(f"hijack-lens {seed} {purpose} {index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Turns a Ctrl-C into an entry of the list, so that the step under way is finished; a second one interrupts."""
+    """Records a Ctrl-C in the list, so that the current step can finish; a second one interrupts at once."""
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # where signals cannot be handled
+    if threading.current_thread() is not threading.main_thread():  # other threads cannot handle signals
         yield received
         return
 

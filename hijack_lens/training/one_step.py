@@ -32,26 +32,26 @@ def gradient_steps(
 
     The setting of Bietti et al. 2023 (arXiv 2306.00802, section 5 and its appendix): embeddings, unembedding,
     positions and layer-0 values are random, nearly orthogonal and frozen; W_Q and W_O are the identity; there is no
-    MLP; keys, and the last layer's values, start from 0. The population gradient of the loss on predictable tokens
+    MLP; keys, and the last layer's values, start at 0. The population gradient of the loss on predictable tokens
     is averaged over `n_sequences`.
 
     Args:
-        language: whose sequences; works best where tokens follow one another almost at random.
-        d_model: large against the vocabulary, so that random directions are nearly orthogonal.
+        language: the sequences' language; works best if tokens follow one another almost at random.
+        d_model: large compared with the vocabulary, so that random directions are nearly orthogonal.
         length: tokens per sequence.
-        n_sequences: to average each gradient over.
-        n_triggers: per sequence, drawn anew.
+        n_sequences: sequences to average each gradient over.
+        n_triggers: triggers per sequence, drawn anew for each.
         step_norms: Frobenius norm of each step. A first step that saturates the softmax leaves the later ones
             little to learn from.
         batch_size: sequences at a time.
-        seed: of weights and sequences.
+        seed: for weights and sequences.
 
     Returns:
         The model, and its `memory_recall` before ("start") and after each step, by the memory that the step learns.
-        The previous-token memory is asked up to three quarters of `length`: what stands later is hardly ever read.
+        The previous-token memory is tested up to three quarters of `length`; later positions are hardly ever read.
 
     Raises:
-        TypeError, ValueError: for counts that are none.
+        TypeError, ValueError: for an invalid count.
     """
     for name, value in (("length", length), ("n_sequences", n_sequences), ("batch_size", batch_size)):
         check_count(name, value, minimum=4 if name == "length" else 1)
@@ -82,7 +82,7 @@ def gradient_steps(
             loss = F.cross_entropy(logits, sequences.tokens.roll(-1, 1)[known].to(weight.device))
             gradient += torch.autograd.grad(loss, weight)[0] * (count / n_sequences)
         with torch.no_grad():
-            # A memory whose predecessor was left out (a step of norm 0) may have no gradient at all.
+            # Without the step before it (norm 0), a memory may have no gradient at all.
             weight -= gradient * (norm / gradient.norm().clamp_min(torch.finfo(weight.dtype).tiny))
         recalls[memory] = memory_recall(model, asked)
     return model.requires_grad_(False), recalls

@@ -1,7 +1,7 @@
 """What a two-layer model has memorised, read off its weights, its attention and its predictions.
 
-The memory recalls are those of Bietti et al. 2023 (arXiv 2306.00802, section 4): with W_E(v), the previous-token
-head's output Phi(v) and the unembedding as the directions, each associative memory should map its key to its value.
+The memory recalls are those of Bietti et al. 2023 (arXiv 2306.00802, section 4). The directions are W_E(v), the
+previous-token head's output Phi(v), and the unembedding; each associative memory should map its key to its value.
 """
 
 from collections.abc import Sequence
@@ -24,20 +24,20 @@ Scores = dict[str, float]
 
 @torch.no_grad()
 def memory_recall(model: BigramTransformer, length: int, triggers: Sequence[Token] | None = None) -> Scores:
-    """How well each associative memory recalls: the fraction of keys whose own value scores highest, and by how much.
+    """How well each associative memory recalls: the fraction of keys whose right value scores highest, and by how much.
 
-    Norms act by their weights alone. Where a role has several heads, the best one counts for each memory.
+    Norms act through their weights only. If a role has several heads, the best one counts.
 
     Args:
-        model: with a circuit.
-        length: up to which positions the previous-token memory is asked.
+        model: a model with a circuit.
+        length: how many positions the previous-token memory is tested on.
         triggers: keys of the match memory; by default every token.
 
     Returns:
         "previous_token_recall", "match_recall" and "copy_recall", fractions in [0, 1], each with its "..._margin",
-        the mean of (own score - best other) in units of attention score or logit; and "bigram_kl", the mean KL
+        the mean of (right score - best other) in units of attention score or logit; and "bigram_kl", the mean KL
         divergence in nats of the token's own prediction (no attention) from pi_b, over tokens other than `triggers`.
-        NaN where a memory is not there to be asked: without a head in that role, or without positions.
+        NaN if the model lacks the memory: no head in that role, or no positions.
     """
     check_count("length", length, minimum=2)
     if model.positions == "absolute" and length > model.cfg.n_ctx:
@@ -90,7 +90,7 @@ def context_free_logits(
 ) -> Float[Tensor, "... token d_vocab"]:
     """What the model predicts after each token by its embedding and MLPs alone, all attention off.
 
-    With `added`, the last block's heads write that into the residual stream.
+    `added` is what the last block's heads write into the residual stream, if given.
     """
     x = model.W_E
     for layer, block in enumerate(model.blocks):
@@ -106,7 +106,7 @@ def context_free_logits(
 def effective_copy_scores(
     model: BigramTransformer, head: Component, weight: Float[Tensor, "token"]
 ) -> Float[Tensor, "token d_vocab"]:
-    """What full attention to each token adds to the logits, MLP included, in the mean over current tokens."""
+    """What full attention to each token adds to the logits (also through the MLP), averaged over current tokens."""
     attn = model.blocks[head.layer].attn
     read = _norm_weights(model.blocks[head.layer].ln1).linear(model.W_E)
     written = read @ attn.W_V[head.head] @ attn.W_O[head.head]
@@ -121,11 +121,11 @@ def behaviour(model: BigramTransformer, sequences: SampledSequences) -> Scores:
 
     Returns:
         "in_context_accuracy" and "in_context_loss" (nats) where the next token follows from the context;
-        "bigram_loss" and "bigram_excess" (nats), the loss after other tokens than triggers and how far it lies above
-        that of the true bigrams on the same tokens; "previous_token_attention", the mean attention to the position
-        before; "induction_attention", the induction heads' attention, where the next token is predictable, to
+        "bigram_loss" and "bigram_excess" (nats), the loss after tokens that are not triggers, and how far it lies
+        above the true bigrams' loss on the same tokens; "previous_token_attention", the mean attention to the previous
+        position; "induction_attention", the induction heads' attention, where the next token is predictable, to
         positions whose previous token is the current one; "attended_correct", how often the position they attend to
-        most holds the right answer. For roles of several heads, the best head's. NaN where there is nothing to score.
+        most holds the right answer. If a role has several heads, the best one's. NaN if there is nothing to score.
     """
     device = model.W_E.device
     tokens, predictable = sequences.tokens.to(device), sequences.predictable.to(device)
@@ -163,11 +163,11 @@ def behaviour(model: BigramTransformer, sequences: SampledSequences) -> Scores:
 def previous_token_scores(
     model: BigramTransformer, head: Component, length: int
 ) -> tuple[Float[Tensor, "query key"], Tensor] | None:
-    """Scores of positions (or offsets) as keys, and which key is right, for the head's positional part alone."""
+    """The positional part of the head's scores, by position (or offset) as key, and which key is right."""
     attn = model.blocks[head.layer].attn
     norm = _norm_weights(model.blocks[head.layer].ln1)
     if isinstance(attn, RelativeAttention):
-        # For each query token, the scores of the offsets with a key, and of all others, which is 0.
+        # For each query token, the scores of the offsets that have a key, then 0 for all others.
         queries = norm.linear(model.W_E) @ attn.W_Q[head.head] + attn.b_Q[head.head]
         by_offset = F.pad(queries @ attn.W_R[head.head].T / attn.attn_scale, (0, 1))
         return by_offset, torch.ones(len(by_offset), dtype=torch.long, device=by_offset.device)
@@ -182,7 +182,7 @@ def previous_token_scores(
 
 
 def _best(name: str, tables: Sequence[tuple[Tensor, Tensor]]) -> Scores:
-    """Recall and margin of the head that recalls most."""
+    """Recall and margin of the head that recalls best."""
     found = [(torch.nan, torch.nan)]
     for scores, right in tables:
         own = scores.gather(1, right[:, None])[:, 0]
@@ -197,6 +197,6 @@ def _mean(values: Tensor) -> float:
 
 
 def _norm_weights(norm: torch.nn.Module | None) -> LinearNorm:
-    """A norm whose scale is taken to be 1."""
+    """A norm with its scale set to 1."""
     known = linear_norm(norm, torch.ones(1, 1))
     return LinearNorm(known.centred, None if known.scale is None else torch.ones(1), known.w, None)

@@ -24,30 +24,30 @@ from hijack_lens.models.transformer import BigramTransformer
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What the training loop does; the same config, model and language give the same run.
+    """How to train; the same config, model and language give the same run.
 
     Attributes:
         triggers: tokens whose continuation is fixed per sequence; `()` with `n_triggers`.
         length: tokens per training sequence.
-        seed: of the data.
-        steps: of the optimizer, each on `batch_size` fresh sequences.
+        seed: for the data.
+        steps: optimizer steps, each on `batch_size` fresh sequences.
         batch_size: sequences per step.
-        n_triggers: instead of `triggers`, this many drawn per sequence.
-        continuations: of the triggers, drawn "uniform" or from "bigram" (their own row of pi_b).
-        loss: over "all" tokens, or over the in-context "predictable" ones only (Bietti et al. 2023).
+        n_triggers: draw this many triggers per sequence, instead of `triggers`.
+        continuations: how the triggers' continuations are drawn: "uniform", or "bigram" (from their own row of pi_b).
+        loss: over "all" tokens, or only over those "predictable" in context (Bietti et al. 2023).
         optimizer: "adamw", or "sgd" with momentum.
-        lr: peak learning rate; reached after `warmup` steps, and lowered along a cosine to `final_lr` times itself.
+        lr: peak learning rate, reached after `warmup` steps; then it decays along a cosine to `final_lr` times itself.
         warmup: steps of linear warm-up.
         final_lr: as a fraction of `lr`.
-        momentum: of SGD.
-        betas: of AdamW.
-        weight_decay: of either.
+        momentum: SGD's.
+        betas: AdamW's.
+        weight_decay: for either optimizer.
         evaluate_every: steps between probes.
         eval_sequences: how many held-out sequences the probes see, at each length.
-        eval_lengths: lengths they see, as multiples of `length`; those beyond the model's n_ctx are left out.
+        eval_lengths: the lengths of these, as multiples of `length`; those beyond the model's n_ctx are left out.
         checkpoint_every: steps between checkpoints.
         compile: run the forward pass through torch.compile.
-        bf16: compute in bfloat16 where autocast does (CUDA), weights staying as they are.
+        bf16: compute in bfloat16 where autocast does (CUDA); the weights keep their dtype.
     """
 
     triggers: Token | Sequence[Token]
@@ -120,18 +120,18 @@ class TrainConfig:
 _FORMAT = "hijack_lens.TrainingRun.1"
 
 COLUMNS = ["step", "seconds", "probe", "continuations", "length", "value"]
-"""Of a run's table."""
+"""The columns of a run's table."""
 
 
 @dataclass(frozen=True, repr=False)
 class TrainingRun(Drawn):
-    """What training gives back.
+    """What training returns.
 
     Attributes:
-        model: as trained so far.
-        config: it was trained with.
+        model: the model as trained so far.
+        config: the config it was trained with.
         step: optimizer steps taken.
-        table: probes over time, tidy: step, seconds, probe, continuations, length, value. Probes of the weights
+        table: probes over time, in tidy form: step, seconds, probe, continuations, length, value. Probes of the weights
             have no continuations and no length.
     """
 
@@ -146,7 +146,7 @@ class TrainingRun(Drawn):
         return self.step == self.config.steps
 
     def probe(self, name: str, length: int | None = None, continuations: str | None = None) -> pd.Series:
-        """One probe over time, indexed by step; at the training length and continuations unless told otherwise.
+        """One probe over time, indexed by step; by default, at the training length and continuations.
 
         Raises:
             ValueError: for a probe that the table lacks.
@@ -171,7 +171,7 @@ class TrainingRun(Drawn):
         """The latest checkpoint of a run.
 
         Raises:
-            ValueError: for a folder without one, and for files that are truncated or hold something else.
+            ValueError: if there is none, or its files are truncated or hold something else.
         """
         checkpoint = latest_checkpoint(folder)
         if checkpoint is None:
@@ -180,14 +180,14 @@ class TrainingRun(Drawn):
 
 
 def fingerprint(language: BigramLanguage) -> str:
-    """What tells the language of a run's sequences from another."""
+    """A hash that identifies the language of a run's sequences."""
     return hashlib.sha256(language.pi_b.numpy().tobytes() + language.pi_u.numpy().tobytes()).hexdigest()
 
 
 def write_checkpoint(
     folder: Path, run: TrainingRun, optimizer: torch.optim.Optimizer, language: BigramLanguage
 ) -> None:
-    """Writes everything that a run needs to go on as `folder/checkpoint-STEP`, whole or not at all."""
+    """Writes everything needed to resume a run to `folder/checkpoint-STEP`, whole or not at all."""
     target = folder / f"checkpoint-{run.step:08d}"
     partial = folder / f".{target.name}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -215,12 +215,12 @@ def write_checkpoint(
     for older in checkpoints(folder):
         if older.name < target.name:
             shutil.rmtree(older)
-    for abandoned in folder.glob(".checkpoint-*.partial"):  # by runs that were killed
+    for abandoned in folder.glob(".checkpoint-*.partial"):  # left by runs that were killed
         shutil.rmtree(abandoned, ignore_errors=True)
 
 
 def read_checkpoint(folder: Path) -> tuple[TrainingRun, dict[str, torch.Tensor], str]:
-    """A checkpoint's run, its optimizer's state, and the fingerprint of the language it was trained on."""
+    """A checkpoint's run, its optimizer's state, and the fingerprint of the training language."""
     path = folder / "training.safetensors"
     state, header = read_safetensors(path, _FORMAT)
     model = BigramTransformer.from_pretrained(folder)
@@ -239,10 +239,10 @@ def read_checkpoint(folder: Path) -> tuple[TrainingRun, dict[str, torch.Tensor],
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor], path: Path) -> None:
-    """Puts a stored state back into an optimizer of the same parameters.
+    """Restores a stored state into an optimizer of the same parameters.
 
     Raises:
-        ValueError: where the state is of other parameters.
+        ValueError: if the state belongs to other parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if isinstance(optimizer, torch.optim.AdamW):
@@ -253,7 +253,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, torch.T
     for key, value in state.items():
         index, _, name = key.partition(".")
         known = index.isdigit() and int(index) < len(parameters) and name in kind
-        # A fused optimizer writes through these tensors without looking at their shapes again.
+        # A fused optimizer writes to these tensors without checking their shapes again.
         if not known or value.shape != (() if name == "step" else parameters[int(index)].shape):
             raise ValueError(f"{path} holds an optimizer's state of other parameters ({key})")
         nested.setdefault(int(index), {})[name] = value
