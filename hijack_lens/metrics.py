@@ -1,4 +1,4 @@
-"""What a run's logits say, as one number: the metrics of activation patching."""
+"""A run's logits as one number: the metrics of activation patching."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from hijack_lens.core.checks import as_int, check_choice, check_tokens
 from hijack_lens.language.prompts import HijackPrompt
 
 Answer = int | str | Sequence[int] | Sequence[str] | Int[Tensor, "batch"]
-"""A token, by its id or text; or one for each prompt."""
+"""A token, by id or text; or one token per prompt."""
 
 Logits = Float[Tensor, "batch pos d_vocab"]
 _Run = Literal["clean", "corrupted"]
@@ -20,18 +20,18 @@ _Run = Literal["clean", "corrupted"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A number per prompt, read from the logits of one position; its mean over a batch is what `metric(logits)` gives.
+    """A number per prompt, read from the logits at one position; `metric(logits)` is its mean over a batch.
 
-    It fits wherever a function of the logits does, TransformerLens's own `patching` included. That it reads a single
-    position is what `hooks.patch_sweep` needs to be fast; so wrap a function of your own likewise:
+    It works wherever a function of the logits does, including TransformerLens's own `patching`. Reading one position
+    is what makes `hooks.patch_sweep` fast; so wrap your own function in the same way:
 
         hl.Metric("entropy", lambda logits: torch.distributions.Categorical(logits=logits).entropy())
 
     Attributes:
         name: for tables and axes.
-        of_logits: from the position's logits, [..., batch, d_vocab], to a number per prompt, [..., batch]. Row by row:
-            no row's number depends on another row.
-        position: whose logits are read; negative ones count from the end.
+        of_logits: from the position's logits, [..., batch, d_vocab], to a number per prompt, [..., batch]. No row's
+            number may depend on another row.
+        position: where logits are read; negative values count from the end.
         resolve: for metrics that need a model or the unpatched runs: from (model, clean logits, corrupted logits),
             both [batch, pos, d_vocab] or `None`, to `of_logits`.
     """
@@ -55,12 +55,12 @@ class Metric:
         """The mean over prompts.
 
         Raises:
-            ValueError: for logits of another shape or too short, and before `on` where the metric needs that.
+            ValueError: for logits of another shape or too short, or if the metric needs `on` first.
         """
         return self.per_prompt(logits).mean()
 
     def per_prompt(self, logits: Logits) -> Float[Tensor, "batch"]:
-        """The number of each prompt; errors as for a call."""
+        """The number of each prompt; raises as a call does."""
         if not isinstance(logits, Tensor) or logits.ndim != 3:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"logits must be a tensor [batch, pos, d_vocab], got {got}")
@@ -72,7 +72,7 @@ class Metric:
         """The number of each row of the position's logits.
 
         Raises:
-            TypeError: where `of_logits` gives anything else.
+            TypeError: if `of_logits` returns anything else.
         """
         assert self.of_logits is not None
         numbers = self.of_logits(logits)
@@ -85,17 +85,17 @@ class Metric:
         return numbers
 
     def index(self, n_positions: int) -> int:
-        """The position, counted from the front of prompts that are `n_positions` long.
+        """The position, counted from the start of prompts that are `n_positions` long.
 
         Raises:
-            ValueError: where they are too short.
+            ValueError: if they are too short.
         """
         if not -n_positions <= self.position < n_positions:
             raise ValueError(f"metric {self.name!r} reads position {self.position}; the prompts have {n_positions}")
         return self.position % n_positions
 
     def on(self, model: Any, clean: Logits | None = None, corrupted: Logits | None = None) -> "Metric":
-        """The metric with its tokens looked up in the model's tokenizer, and its reference taken from the runs."""
+        """The metric with its tokens looked up in the model's tokenizer and its reference taken from the runs."""
         return self if self.resolve is None else replace(self, of_logits=self.resolve(model, clean, corrupted))
 
     def normalised(self, clean: Logits, corrupted: Logits) -> "Metric":
@@ -106,7 +106,7 @@ class Metric:
             corrupted: the corrupted run's.
 
         Raises:
-            ValueError: where both give the same number.
+            ValueError: if both give the same number.
         """
         low, high = self(corrupted).detach(), self(clean).detach()
         if bool(low == high):
@@ -122,12 +122,12 @@ def logit_diff(answer: Answer, foil: Answer, position: int = -1) -> Metric:
     """logit[answer] - logit[foil].
 
     Args:
-        answer: token id or text; or one for each prompt.
+        answer: token id or text; or one per prompt.
         foil: likewise.
-        position: whose logits are read.
+        position: where logits are read.
 
     Raises:
-        TypeError: for what is no token.
+        TypeError: for anything but tokens.
     """
 
     def of_logits(logits: Tensor, ids: dict[str, Tensor]) -> Tensor:
@@ -141,7 +141,7 @@ def margin(prompt: HijackPrompt, position: int = -1) -> Metric:
     """The hijack margin of a prompt, logit[c] - logit[g]: positive where the context wins.
 
     Raises:
-        TypeError: for what is no `HijackPrompt`; use `logit_diff` with other prompts.
+        TypeError: for anything but a `HijackPrompt`; use `logit_diff` with other prompts.
     """
     if not isinstance(prompt, HijackPrompt):
         raise TypeError(f"prompt must be a HijackPrompt, got {type(prompt).__name__}; logit_diff takes any two tokens")
@@ -171,8 +171,8 @@ def kl(reference: _Run | Logits = "clean", position: int = -1) -> Metric:
     """KL(reference || run), in nats: how far a run's next-token distribution is from the reference's.
 
     Args:
-        reference: whose distribution: of the "clean" or the "corrupted" run of a sweep, or logits.
-        position: whose logits are read.
+        reference: the "clean" or the "corrupted" run of a sweep, or logits.
+        position: where logits are read.
 
     Raises:
         TypeError, ValueError: for any other reference.
@@ -211,7 +211,7 @@ def kl(reference: _Run | Logits = "clean", position: int = -1) -> Metric:
 def _of_tokens(
     name: str, answers: dict[str, Answer], of_logits: Callable[[Tensor, dict[str, Tensor]], Tensor], position: int
 ) -> Metric:
-    """A metric of tokens; those given as text wait for a model."""
+    """A metric of tokens; tokens given as text are looked up once there is a model."""
 
     def resolve(model: Any, clean: Logits | None = None, corrupted: Logits | None = None) -> Callable[[Tensor], Tensor]:
         ids = {argument: _ids(argument, answer, model) for argument, answer in answers.items()}

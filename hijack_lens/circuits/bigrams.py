@@ -15,10 +15,10 @@ from hijack_lens.hooks.intervention import Intervention
 _N_TOKENS = 32
 _N_CONTEXTS = 8
 _N_SCRAMBLES = 499
-"""So many that a random model's MLP exceeds them all in one of 500 cases."""
+"""So many that a random model's MLP exceeds all of them in 1 of 500 cases."""
 
 _MOST_AT_ONCE = 32
-"""Scrambles per run: most models without a bigram memory are told by the first few."""
+"""Scrambles per run: most models without a bigram memory are recognised after the first few."""
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -31,14 +31,14 @@ def bigram_evidence(
     generator: torch.Generator,
     tick: Callable[[], object],
 ) -> MLPEvidence:
-    """Measures every MLP's share, and scrambles those whose share is worth it.
+    """Measures every MLP's share, and scrambles those whose share is large enough.
 
     Args:
-        model: to measure.
+        model: the model to measure.
         vocabulary: ids to draw from; at least 3.
-        first: first token of every prompt; by default one that the rest of the prompt does not hold.
+        first: first token of every prompt; by default one that the rest of the prompt lacks.
         max_length: tokens per prompt.
-        generator: of the draws.
+        generator: for the random draws.
         tick: called after every run.
     """
     n_layers = model.cfg.n_layers
@@ -68,7 +68,7 @@ def bigram_evidence(
 
 
 def told(p: Float[Tensor, "token d_vocab"], q: Float[Tensor, "token d_vocab"]) -> float:
-    """What predictions q tell about the current token, in nats, where p is what comes; both log-probabilities.
+    """What predictions q tell about the current token, in nats, if the truth is p; both are log-probabilities.
 
     At most told(p, p), since KL divergence is convex.
     """
@@ -77,7 +77,7 @@ def told(p: Float[Tensor, "token d_vocab"], q: Float[Tensor, "token d_vocab"]) -
 
 
 def moved(p: Float[Tensor, "token d_vocab"], q: Float[Tensor, "token d_vocab"]) -> float:
-    """Root mean square of p - q, beyond what is the same for all tokens or for all predictions."""
+    """Root mean square of p - q, without its parts that are the same for all tokens or for all predictions."""
     change = p - q
     change = change - change.mean(-1, keepdim=True)
     return float((change - change.mean(0)).square().mean().sqrt())
@@ -88,7 +88,7 @@ def _constant(value: Tensor) -> Edit:
 
 
 class _Contexts:
-    """The same tokens in several random orders: each occurs once in every prompt, after some of the others."""
+    """The same tokens in several random orders: each occurs once in every prompt, in different contexts."""
 
     def __init__(
         self,
@@ -123,11 +123,11 @@ class _Contexts:
         return found
 
     def predict(self, edits: Mapping[str, Edit]) -> Float[Tensor, "token d_vocab"]:
-        """Log-probabilities after each token in the mean over contexts, with some outputs changed."""
+        """Log-probabilities after each token, averaged over contexts, with some outputs edited."""
         return self._run(self.prompts, edits)[0]
 
     def scrambled(self, name: str, mean: Float[Tensor, "d_model"]) -> Iterator[Float[Tensor, "token d_vocab"]]:
-        """Predictions with what is specific to a token in an output turned to random directions of the stream."""
+        """Predictions with the token-specific part of an output turned in random directions of the residual stream."""
         d_model, device = len(mean), mean.device
         at_once = max(1, min(rows_at_once(self.model, self.prompts.shape[1]) // _N_CONTEXTS, _MOST_AT_ONCE))
         for done in range(0, _N_SCRAMBLES, at_once):
@@ -151,7 +151,7 @@ class _Contexts:
             logits = self.model(prompts)[:, 1:]
         self.tick()
         log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
-        # Back from each context's order to that of the tokens.
+        # Back from each context's order to the tokens' own.
         where = self.order.argsort(1)[None, :, :, None].expand(-1, -1, -1, logits.shape[-1])
         grouped = log_probs.unflatten(0, (-1, _N_CONTEXTS))
         return list(grouped.gather(2, where.expand(len(grouped), -1, -1, -1)).mean(1).log_softmax(-1))

@@ -1,4 +1,4 @@
-"""What speaks for each component of a circuit that was found, and why others were not named."""
+"""The evidence for each component of a circuit that was found, and why others were not named."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +12,11 @@ from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
 from hijack_lens.core.tables import Drawn
 
 MIN_ATTENTION = 0.1
-"""Heads whose score is lower are not named, however surely it differs from chance: in random models that are tiny or
-have very large weights, some head reaches 0.05."""
+"""Heads with a lower score are not named, even if it is clearly above chance: in random models that are tiny or have
+very large weights, some head reaches 0.05."""
 
 MIN_GAIN = 0.05
-"""Nats: a model whose in-context gain is lower has no induction circuit."""
+"""Nats: a model with a lower in-context gain has no induction circuit."""
 
 MIN_EFFECT = 0.02
 """Heads that carry a smaller part of the in-context gain are not named."""
@@ -33,15 +33,15 @@ class HeadEvidence:
     """Every head's scores for one role. NaN: not measured, since the head's attention had ruled it out.
 
     Attributes:
-        score: attention to where the role looks. For previous-token heads, to the position before; for induction
-            heads, to the token after the current one's previous occurrence, minus what the same positions get when
-            the tokens before are in another order.
+        score: attention to where the role looks. For previous-token heads, the previous position; for induction heads,
+            the token after the current one's previous occurrence, minus what the same positions get if the earlier
+            tokens are in another order.
         null: what the score must exceed.
-        lost: nats of in-context gain lost when this head alone is switched off.
-        regained: nats of it that come back when, of all the role's candidates switched off, this head is on again;
-            heads that back one another up show here.
+        lost: nats of in-context gain lost when only this head is switched off.
+        regained: nats regained when all the role's candidates are switched off and then this head is switched on
+            again; heads that back one another up show here.
         effect_null: what one of these two must exceed.
-        lost_together: nats lost with all the role's candidates switched off.
+        lost_together: nats lost when all the role's candidates are switched off.
     """
 
     score: Float[Tensor, "layer head"]
@@ -65,20 +65,20 @@ class HeadEvidence:
 
 @dataclass(frozen=True)
 class MLPEvidence:
-    """Every MLP's part in the context-free prediction: P(v), what follows token v in the mean over random contexts.
+    """Every MLP's part in the context-free prediction P(v): what follows token v, averaged over random contexts.
 
     Attributes:
-        information: nats that P tells about v, the mean of KL(P(v) || mean over v of P). With Q in place of P inside
-            the logarithms, this is what another model's predictions Q tell of P: never more.
-        share: of the information, the part that is lost once the MLP's output no longer depends on the token; from
-            0 to 1, also where the loss is larger (Q is then worse than no prediction). NaN: there is no MLP. Shares
-            need not add up to 1: MLPs in a row each carry what passes through all of them.
-        direct_share: the part that is left when no head's or MLP's output depends on the token: what the
-            embedding tells the unembedding directly; from 0 to 1.
-        effect: root mean square, in logits, of what the MLP's output changes in the log-probabilities, beyond what
-            it changes for all v or all predicted tokens alike. NaN: not measured, the share had ruled the MLP out.
-        null: what the effect must exceed: the largest effect of the same output with the residual stream's
-            coordinates shuffled and their signs flipped, as 499 random draws have it; or the first that is as large.
+        information: nats that P tells about v, the mean of KL(P(v) || mean over v of P). With other predictions Q in
+            place of P inside the logarithms, this is what Q tells about v: never more.
+        share: the part of the information that is lost once the MLP's output no longer depends on the token. Clipped
+            to [0, 1] (if more is lost, Q is worse than no prediction). NaN: there is no MLP. Shares need not add up
+            to 1: MLPs in series each carry what passes through all of them.
+        direct_share: the part that is left when no head's or MLP's output depends on the token: what goes directly
+            from the embedding to the unembedding; from 0 to 1.
+        effect: root mean square, in logits, of how the MLP's output changes the log-probabilities, without changes that
+            all v or all predicted tokens share. NaN: not measured, since the share had ruled the MLP out.
+        null: what the effect must exceed: the largest effect of the same output over 499 random draws that shuffle the
+            residual stream's coordinates and flip their signs. Drawing stops at the first that is as large.
     """
 
     information: float
@@ -90,17 +90,17 @@ class MLPEvidence:
 
 @dataclass(frozen=True, repr=False)
 class CircuitEvidence(Drawn):
-    """What `find_circuit` measured, and what it concluded; a table where it is displayed.
+    """What `find_circuit` measured and concluded; displayed as a table.
 
     Attributes:
         circuit: the components named (without evidence).
-        previous_token: of every head.
-        induction: of every head.
-        bigram: of every MLP.
-        gain: the in-context gain, in nats: how much likelier the right next token is on repeated random tokens than
-            after the same tokens in another order.
+        previous_token: every head's evidence.
+        induction: every head's evidence.
+        bigram: every MLP's evidence.
+        gain: the in-context gain, in nats: how much more log-probability the right next token gets on repeated random
+            tokens than after the same tokens in another order.
         gain_null: what the gain must exceed.
-        n_prompts: prompts scored; as many others were ablated.
+        n_prompts: prompts scored; as many other prompts were used for ablation.
         period: tokens that each prompt repeats.
     """
 
@@ -114,7 +114,7 @@ class CircuitEvidence(Drawn):
     period: int
 
     def verdict(self, role: str) -> str:
-        """What was found for a role, or why nothing was, in a sentence.
+        """One sentence: what was found for a role, or why nothing was.
 
         Raises:
             ValueError: for a role that circuits do not have.
@@ -128,7 +128,7 @@ class CircuitEvidence(Drawn):
 
     @property
     def verdicts(self) -> str:
-        """The verdicts on all roles, a line each."""
+        """The verdicts on all roles, one per line."""
         return "\n".join(map(self.verdict, ROLE_NAMES))
 
     def to_pandas(self) -> pd.DataFrame:

@@ -35,41 +35,41 @@ def find_circuit(
     period: int = 24,
     seed: int | torch.Generator = 0,
 ) -> Circuit:
-    """Finds previous-token heads, induction heads and the bigram memory; names none where there are none.
+    """Finds previous-token heads, induction heads and the bigram memory, as far as there are any.
 
-    The model reads `period` random tokens twice, the second time from another starting point, and, for comparison,
-    with the first time in another order (the prompt's twin). What differs is due to the order of tokens in the
-    context, which is all that induction can use. A head is named where both hold:
+    The model reads `period` random tokens twice, the second time from another starting point. In the prompt's twin,
+    the first half has the same tokens in another order. So any difference between the two comes from the order of
+    the context, which is all that induction can use. A head is named if both hold:
 
     - Attention. An induction head attends to what followed the current token's previous occurrence, more than to
-      the same positions in the twin. A previous-token head attends to the position before, more than to any other
-      distance. Either by `evidence.MIN_ATTENTION` at least, and by more than chance gives the best of all heads.
-    - Effect, on prompts other than those scored: with the head's output taken from the twin, the right next token
-      becomes less likely; or, with all the role's candidates off, likelier once this one is on again, which
-      also shows heads that back one another up. A previous-token head comes before an induction head.
+      the same positions in the twin. A previous-token head attends to the previous position, more than to any other
+      distance. Both by at least `evidence.MIN_ATTENTION`, and by more than the best of all heads reaches by chance.
+    - Effect, on other prompts than those scored: the right next token becomes less likely if the head's output is
+      taken from the twin, or more likely if all the role's candidates are off and this one is switched on again (which
+      also finds heads that back one another up). A previous-token head comes before an induction head.
 
-    An MLP is a bigram memory where the prediction for a token in random contexts loses a share of what it tells
-    about that token once the MLP's output is the same for all tokens, and where its output moves the logits by more
-    than in random directions of the residual stream. That its predictions are *true* is not asked: the model's own
-    are the measure. So a random model whose predictions are sure enough differs from one that has learned a random
-    language by its directions alone, and is named in one case of 500 per MLP.
+    An MLP is a bigram memory if two things hold. With its output the same for all tokens, the prediction for a token
+    in random contexts loses a share of what it tells about the token. And its output moves the logits by more than it
+    would in random directions of the residual stream. The predictions need not be *true*: they are compared with the
+    model's own. So a random model with confident predictions differs only in its directions from one that has learned
+    a random language; it is named in 1 of 500 cases per MLP.
 
     The model and the global random state are left as they were; hooks on the model act as usual.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        triggers: tokens whose successor is asked for, as ids or texts; by default the model's own (`model.triggers`
+        triggers: tokens whose successor is tested, as ids or texts; by default the model's own (`model.triggers`
             of a two-layer model), else all.
-        vocabulary: tokens that prompts are drawn from; by default all but the tokenizer's special ones.
-        n_prompts: how many are scored; as many others are ablated.
-        period: how many tokens are repeated; fewer where the vocabulary or the model's context is too small.
-        seed: of the prompts.
+        vocabulary: tokens to draw prompts from; by default all but the tokenizer's special ones.
+        n_prompts: how many prompts are scored; as many others are used for ablation.
+        period: how many tokens are repeated; fewer if the vocabulary or the model's context is too small.
+        seed: for the prompts.
 
     Returns:
-        the circuit, with its `evidence`.
+        The circuit, with its `evidence`.
 
     Raises:
-        TypeError, ValueError: for tokens that the model lacks, and a vocabulary or context too small to repeat
+        TypeError, ValueError: for tokens that the model lacks, or a vocabulary or context too small to repeat
             three tokens.
     """
     check_model(model)
@@ -82,7 +82,7 @@ def find_circuit(
     if asked is not None and not bool(torch.isin(asked, drawn_from).any()):
         raise ValueError(f"triggers must be among the vocabulary's tokens, got {triggers!r:.80}")
     first = _first_token(model)
-    # Where a model's absolute positions end, its previous-token head does.
+    # A previous-token head works only as far as the model's learned absolute positions.
     longest = min(model.cfg.n_ctx, getattr(model, "n_ctx_train", None) or model.cfg.n_ctx)
     period = min(period, len(drawn_from) - 1, (longest - 1) // 2)
     if period < _MIN_PERIOD:
@@ -106,7 +106,7 @@ def find_circuit(
             "previous_token": scores.elsewhere.clamp_min(MIN_ATTENTION),
             "induction": torch.full_like(target, target_null),
         }
-        # A head has one role: that of its larger score.
+        # A head has one role: the one with the larger score.
         fits = {
             "previous_token": (previous > nulls["previous_token"]) & (previous >= target),
             "induction": (target > nulls["induction"]) & (target > previous),
@@ -137,7 +137,7 @@ def _judged(
     gain: float,
     generator: torch.Generator,
 ) -> tuple[HeadEvidence, tuple[Component, ...]]:
-    """The evidence for a role, and the heads that it names."""
+    """The evidence for a role, and the heads it names."""
     lost, regained = torch.full_like(score, torch.nan), torch.full_like(score, torch.nan)
     if found is None:
         return HeadEvidence(score, null, lost, regained, torch.nan, torch.nan), ()
@@ -153,7 +153,7 @@ def _judged(
 
 
 def _named_mlps(bigram: MLPEvidence) -> tuple[Component, ...]:
-    # Where the effect was not measured, it is NaN, and above nothing.
+    # An effect that was not measured is NaN, which exceeds nothing.
     return tuple(Component(layer, "mlp") for layer in (bigram.effect > bigram.null).nonzero()[:, 0].tolist())
 
 
@@ -166,7 +166,7 @@ def _vocabulary(model: Any) -> Tensor:
 
 
 def _first_token(model: Any) -> int | None:
-    """The id of the token that begins a text, where the model's prompts have one."""
+    """The id of the token that begins a text, if the model's prompts have one."""
     tokenizer = getattr(model, "tokenizer", None)
     wanted = tokenizer is not None and bool(getattr(model.cfg, "default_prepend_bos", False))
     return getattr(tokenizer, "bos_token_id", None) if wanted else None

@@ -1,4 +1,4 @@
-"""How much each head attends where previous-token and induction heads do, and what ablating it costs."""
+"""How much each head attends as previous-token and induction heads do, and what ablating it costs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -14,23 +14,23 @@ from hijack_lens.hooks.ablate_and_patch import patch
 from hijack_lens.hooks.intervention import Intervention, record
 
 _TRIES = 8
-"""Orders drawn per twin, of which the one that keeps fewest pairs is taken."""
+"""Orders drawn per twin; the one that keeps the fewest pairs is used."""
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """Prompts whose second half is predictable from their first, and twins of them in which it is not.
+    """Prompts whose second half is predictable from the first, and twins in which it is not.
 
-    A prompt is one first token, then `period` distinct tokens, then the same again from another starting point: so
-    where a query's successor stood differs from prompt to prompt, and a head that looks back a fixed distance finds
-    it no more often than chance. A twin has the first half's tokens in another order; all that the two halves share
-    but the order is in both. Of the first half's pairs (token, successor), numbered by `pair`:
+    A prompt is one first token, then `period` distinct tokens, then the same tokens again from another starting point.
+    So the distance back to a query's successor differs between prompts, and a head that looks back a fixed distance
+    finds it only by chance. A twin has the first half's tokens in another order, and is otherwise the same. The axis
+    `pair` numbers the first half's pairs (token, successor):
 
     Attributes:
         tokens: the prompts.
-        twins: the same prompts, their first half in another order.
-        query: where the pair's first token stands the second time.
-        target: where its second token stood the first time.
+        twins: the same prompts with the first half in another order.
+        query: position of the pair's first token in the second half.
+        target: position of its second token in the first half.
         answer: its second token, which the context predicts at the query.
         scored: whether the pair counts: whether its first token is a trigger.
     """
@@ -44,14 +44,14 @@ class Repeats:
 
     @property
     def period(self) -> int:
-        """How many tokens are said twice."""
+        """How many tokens are repeated."""
         return self.query.shape[1] + 1
 
     def __getitem__(self, rows: slice) -> "Repeats":
         return Repeats(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def to(self, device: torch.device | str | None) -> "Repeats":
-        """The same on another device."""
+        """The prompts on another device."""
         return Repeats(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def mean(self, values: Float[Tensor, "... prompt pair"]) -> Float[Tensor, "... prompt"]:
@@ -73,10 +73,10 @@ def draw_repeats(
     Args:
         vocabulary: ids to draw from; more than `period`.
         triggers: ids whose pairs are scored, drawn into every prompt first; `None` scores all pairs.
-        first: every prompt's first token; by default one that the prompt does not hold.
-        n_prompts: how many.
+        first: every prompt's first token; by default one that the prompt otherwise lacks.
+        n_prompts: how many prompts.
         period: distinct tokens per prompt.
-        generator: of the draws.
+        generator: for the random draws.
     """
     said = _distinct(vocabulary, triggers, n_prompts, period + 1, generator)
     opening, said = said[:, :1], said[:, 1:]
@@ -102,7 +102,7 @@ def draw_repeats(
 def _distinct(
     vocabulary: Tensor, triggers: Tensor | None, n_prompts: int, count: int, generator: torch.Generator
 ) -> Int[Tensor, "prompt count"]:
-    """Distinct tokens per prompt: triggers first, as many as there are, but none at either end if others are left."""
+    """Distinct tokens per prompt: all triggers if they fit, but none at either end as long as there are others."""
     weight = torch.rand(n_prompts, len(vocabulary), generator=generator)
     if triggers is None:
         return vocabulary[weight.topk(count).indices]
@@ -114,11 +114,11 @@ def _distinct(
 
 @dataclass(frozen=True)
 class HeadScores:
-    """Of each prompt.
+    """Scores of each prompt.
 
     Attributes:
-        previous: mean attention to the position before.
-        elsewhere: the largest mean attention to any one other distance, of 2 to the period; the mean over prompts.
+        previous: mean attention to the previous position.
+        elsewhere: the largest of the attentions to distances from 2 to the period, each the mean over prompts.
         target: mean attention to the targets, minus that on the twins.
         gain: mean log-probability of the answers, in nats, minus that on the twins.
     """
@@ -130,7 +130,7 @@ class HeadScores:
 
 
 def head_scores(model: Any, prompts: Repeats, tick: Callable[[], object]) -> HeadScores:
-    """Attention on the prompts and their twins, without keeping any pattern."""
+    """Attention on the prompts and their twins, without storing any pattern."""
     step = rows_at_once(model, prompts.tokens.shape[1])
     parts = []
     for start in range(0, len(prompts.tokens), step):
@@ -173,7 +173,7 @@ class _AttentionProbe:
         distances = [late.diagonal(first - distance, 2, 3).mean(-1) for distance in range(1, self.prompts.period + 1)]
         self.distances.append(torch.stack(distances, 1))
         rows = torch.arange(len(pattern), device=pattern.device)[:, None]
-        # Indices on both sides of a slice come out first: [prompt, pair, head].
+        # Indices on both sides of a slice put their axes first: [prompt, pair, head].
         at_targets = pattern[rows, :, self.prompts.query, self.prompts.target].float()
         self.targets.append(self.prompts.mean(at_targets.movedim(-1, 0)).T)
 
@@ -189,12 +189,12 @@ def answer_log_prob(model: Any, tokens: Tensor, prompts: Repeats) -> Float[Tenso
 
 @dataclass(frozen=True)
 class AblationEffects:
-    """Nats of log-probability of the right answers, of each prompt.
+    """Log-probability of each prompt's right answers, in nats.
 
     Attributes:
-        lost: without one candidate.
-        regained: with that candidate alone, above having none.
-        lost_together: without all candidates.
+        lost: lost without one candidate.
+        regained: regained with that candidate alone, compared with none.
+        lost_together: lost without all candidates.
     """
 
     lost: Float[Tensor, "prompt candidate"]
@@ -207,8 +207,8 @@ def ablation_effects(
 ) -> AblationEffects:
     """Ablates candidates one by one, and all but one.
 
-    A head that is off writes what it writes on the prompt's twin: the tokens are the same and only their order
-    differs, so what is lost is what the head knew of that order, and nothing else (resample ablation).
+    An ablated head writes what it writes on the prompt's twin, which has the same tokens in another order. So exactly
+    what the head knew of the order is lost (resample ablation).
     """
     names = [f"blocks.{layer}.attn.hook_z" for layer in sorted({head.layer for head in candidates})]
     step = rows_at_once(model, prompts.tokens.shape[1])

@@ -1,1 +1,1 @@
-"""What all rooms share: checks, inputs, files, tables, statistics, and a circuit's words."""
+"""What all packages share: checks, inputs, files, tables, statistics, and the names of a circuit's parts."""

@@ -1,4 +1,4 @@
-"""Checks of what a user hands in: every error names the argument, what it was and what it should be."""
+"""Checks of a user's arguments: every error names the argument, its value, and what it should be."""
 
 import math
 import numbers
@@ -23,7 +23,7 @@ def as_generator(seed: Any) -> torch.Generator:
 
 
 def as_int(value: object) -> int | None:
-    """`value` as an int, where it is one (NumPy's and PyTorch's scalars are, truth values are not); else `None`."""
+    """`value` as an int, if it is one (NumPy and PyTorch integers are, booleans are not); else `None`."""
     if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool):
         return None
     try:
@@ -33,7 +33,7 @@ def as_int(value: object) -> int | None:
 
 
 def check_type(name: str, value: object, kind: type) -> None:
-    """`value` is of a type."""
+    """`value` is of type `kind`."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, got {value!r:.80}")
 
@@ -72,7 +72,7 @@ def check_count(name: str, value: object, minimum: int = 0) -> int:
 
 
 def check_position(name: str, value: object, length: int, last: int) -> int:
-    """`value` as a position from 0 to `last`, counted from the front; negative ones count from a prompt's end."""
+    """`value` as a position from 0 to `last`; negative values count from the prompt's end."""
     number = as_int(value)
     if number is None:
         raise TypeError(f"{name} must be a position (an int), got {value!r}")
@@ -84,7 +84,7 @@ def check_position(name: str, value: object, length: int, last: int) -> int:
 
 
 def check_number(name: str, value: object, positive: bool = False) -> float:
-    """`value` as a finite float >= 0, or > 0 where it must be `positive`."""
+    """`value` as a finite float >= 0, or > 0 if `positive`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
@@ -109,7 +109,7 @@ def check_distribution(name: str, values: object, shape: tuple[int, ...]) -> Flo
             (values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))).detach().cpu().clone()
         )
         if probabilities.is_complex():
-            raise TypeError("complex numbers are no probabilities")
+            raise TypeError("complex numbers are not probabilities")
         probabilities = probabilities.double()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a tensor of probabilities, got {type(values).__name__}") from error
@@ -126,5 +126,5 @@ def check_distribution(name: str, values: object, shape: tuple[int, ...]) -> Flo
         raise ValueError(
             f"{name} must sum to 1 along its last axis; {where} sums to {float(sums.flatten()[off.argmax()]):g}"
         )
-    # Rows that are already normalised stay as they are, to the bit, when a language is saved and loaded.
+    # Rows already normalised stay the same, bit for bit, when a language is saved and loaded.
     return torch.where(off.unsqueeze(-1) > 1e-14, probabilities / sums.unsqueeze(-1), probabilities)

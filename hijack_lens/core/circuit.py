@@ -39,7 +39,7 @@ ROLE_NAMES = {
     "induction": "induction head",
     "bigram": "bigram memory",
 }
-"""What a person calls each role of a `Circuit`."""
+"""The name of each role of a `Circuit`, for readers."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Circuit:
     """The components that carry the two memories; a role may have several or none.
 
     Attributes:
-        previous_token: heads that write into each position the token before it.
-        induction: heads that attend to where the current token's successor stands, and copy it.
+        previous_token: heads that write the previous token into each position.
+        induction: heads that attend to what followed the current token before, and copy it.
         bigram: MLPs that hold the global bigrams.
         evidence: the `CircuitEvidence` of a circuit that `find_circuit` found, else `None`; equality ignores it.
     """
@@ -72,19 +72,19 @@ class Circuit:
         return next((role for role, member in self if member == component), None)
 
     def label(self, component: Component) -> str:
-        """What to call a component: by its role where that names just one, else by its place."""
+        """What to call a component: its role, if no other component has it, else its place."""
         role = self.role(component)
         return ROLE_NAMES[role] if role is not None and len(getattr(self, role)) == 1 else str(component)
 
 
 @dataclass(frozen=True)
 class Strengths:
-    """Strengths of the memories of the associative-memory transformer; pure numbers, all >= 0.
+    """Strengths of the associative-memory transformer's memories; pure numbers, all >= 0.
 
     Attributes:
         previous_token: b1, the previous-token head's attention score for the token before. Holds over
             contexts of up to about e^b1 tokens. `math.inf` in theory only.
-        match: b2, the induction head's score where a position remembers the current token. One match
+        match: b2, the induction head's score for a position that remembers the current token. One match
             outweighs about e^b2 other positions.
         copy: b3, the logit that the induction head writes for a token it attends to fully.
         bigram: g, the bigram memory's scale: it writes g * log pi_b.

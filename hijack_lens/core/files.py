@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read without trusting them; results that are kept in one."""
+"""Files that are written whole or not at all, and read without trust; results saved to such a file."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Writes a file under another name and then moves it into place, so that no reader sees a part of it."""
+    """Writes a file under another name, then moves it into place, so that no reader sees part of it."""
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
@@ -27,7 +27,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
 
 
 def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A safetensors file's tensors, and the header that says it is of our `kind`.
+    """A safetensors file's tensors, and the header that marks it as our `kind`.
 
     Raises:
         ValueError: for any other file.
@@ -51,13 +51,13 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Saved:
-    """A dataclass that is kept in a safetensors file: its tensors as such, all else as JSON in the file's header.
+    """A dataclass saved in a safetensors file: tensors as tensors, all else as JSON in the file's header.
 
-    What becomes of a field follows from its annotation; a dataclass in a field is kept likewise, its tensors named
-    "field.part". Fields that equality ignores are not kept.
+    A field is restored by its annotation. A dataclass in a field is saved the same way, its tensors named "field.part".
+    Fields that equality ignores are not saved.
 
     Attributes:
-        older_names: fields by the names that they had in files of earlier versions.
+        older_names: today's field names, by their names in files of earlier versions.
     """
 
     older_names: ClassVar[Mapping[str, str]] = {}
@@ -99,7 +99,7 @@ def _format(kind: type) -> str:
 
 
 def _plain_fields(value: Any, prefix: str, tensors: Tensors) -> dict[str, Any]:
-    """A dataclass's fields in JSON's types; its tensors are put aside."""
+    """A dataclass's fields as JSON types; its tensors go into `tensors`."""
     parts = {name: _plain(getattr(value, name), f"{prefix}{name}", tensors) for name in _kept(type(value))}
     return {name: part for name, part in parts.items() if f"{prefix}{name}" not in tensors}
 
@@ -122,7 +122,7 @@ def _restored_fields(kind: Any, header: Mapping[str, Any], tensors: Tensors, pre
     unknown = set(header) - set(known)
     unknown |= {name for name in tensors if name.startswith(prefix) and name[len(prefix) :].split(".")[0] not in known}
     if unknown:
-        raise ValueError(f"it holds {sorted(unknown)}, which a {kind.__name__} has not")
+        raise ValueError(f"it holds {sorted(unknown)}, which a {kind.__name__} does not have")
     values = {}
     for name, (field, hint) in known.items():
         if prefix + name in tensors:
@@ -130,7 +130,7 @@ def _restored_fields(kind: Any, header: Mapping[str, Any], tensors: Tensors, pre
         elif name in header:
             values[name] = _restored(hint, header[name], tensors, prefix + name)
         elif field.default is MISSING:
-            # A tensor that may be absent is no part of a file without it.
+            # An optional tensor may be missing from the file.
             if not any(_is_array(part) for part in get_args(hint)):
                 raise ValueError(f"it lacks {name}")
             values[name] = None
@@ -138,7 +138,7 @@ def _restored_fields(kind: Any, header: Mapping[str, Any], tensors: Tensors, pre
 
 
 def _restored(hint: Any, value: Any, tensors: Tensors, name: str) -> Any:
-    """A value of an annotated type from what JSON has made of it."""
+    """A value of an annotated type, from its JSON form."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return _restored(_member(arguments, value, name in tensors), value, tensors, name)
@@ -157,7 +157,7 @@ def _restored(hint: Any, value: Any, tensors: Tensors, name: str) -> Any:
         )
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
         of_key, of_item = arguments
-        pairs = _checked(value, dict, name).items()  # whose keys JSON has made strings
+        pairs = _checked(value, dict, name).items()  # JSON turned the keys into strings
         return {of_key(key): _restored(of_item, item, tensors, f"{name}.{key}") for key, item in pairs}
     if origin is Literal:
         if value not in arguments:
@@ -167,7 +167,7 @@ def _restored(hint: Any, value: Any, tensors: Tensors, name: str) -> Any:
 
 
 def _member(arguments: tuple[Any, ...], value: Any, is_tensor: bool) -> Any:
-    """The one of several annotated types that a value in JSON's types is of."""
+    """Which of several annotated types a JSON value has."""
 
     def fits(hint: Any) -> bool:
         origin = get_origin(hint)

@@ -1,4 +1,4 @@
-"""A model's hook points: which there are, which can be edited, and where a component's slice lies."""
+"""A model's hook points: which exist, which can be edited, and where a component's slice is."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ _NEEDS_FLAG = {
     "hook_v_input": "use_split_qkv_input",
     "hook_mlp_in": "use_hook_mlp_in",
 }
-# Bridges with attention of these kinds compute it step by step; others hand it to the wrapped model, patterns and all.
+# Bridges compute these kinds of attention step by step; all others are left to the wrapped model, patterns included.
 _REBUILT_ATTENTION = (
     JointQKVAttentionBridge,
     JointQKVPositionEmbeddingsAttentionBridge,
@@ -36,8 +36,8 @@ _FORKED_INPUTS = ("ln1.hook_in", "ln1.hook_out", "ln1.hook_scale", "ln1.hook_nor
 
 
 def check_model(model: Any) -> None:
-    """`model` is one of TransformerLens's, with hook points."""
-    # A bridge is not asked for them: it would put them together anew.
+    """`model` is a TransformerLens model with hook points."""
+    # Do not ask a bridge: it would assemble its hook_dict anew.
     if not isinstance(model, TransformerBridge) and not hasattr(model, "hook_dict"):
         raise TypeError(f"model must be a HookedTransformer or TransformerBridge, got {model!r:.80}")
 
@@ -46,7 +46,7 @@ def check_hook_points(model: Any, names: Iterable[str]) -> None:
     """The model has the hook points, they fire, and the model honours edits there.
 
     Raises:
-        TypeError, ValueError: saying what to do instead.
+        TypeError, ValueError: with what to do instead.
     """
     check_model(model)
     known = model.hook_dict
@@ -76,7 +76,7 @@ def _check_hook_point(model: Any, known: Mapping[str, Any], name: str, edits: bo
 
 
 def _why_ignored(model: TransformerBridge, name: str) -> str | None:
-    """Why an edit at a bridge's hook point would have no effect, or less than one would think."""
+    """Why an edit at a bridge's hook point would have no effect, or less than expected."""
     leaf = name.rsplit(".", 1)[-1]
     if leaf in ("hook_pattern", "hook_attn_scores"):
         attn = model.blocks[int(name.split(".")[1])].attn
@@ -93,7 +93,7 @@ def _why_ignored(model: TransformerBridge, name: str) -> str | None:
 
 
 def every_module(model: Any) -> set[nn.Module]:
-    """The model's modules; a bridge's own leave out parts of the model that it wraps, dropout of embeddings say."""
+    """All modules; a bridge's own leave out parts of the wrapped model (the embeddings' dropout, for one)."""
     wrapped = getattr(model, "original_model", None)
     return {*model.modules(), *(wrapped.modules() if isinstance(wrapped, nn.Module) else ())}
 
@@ -102,7 +102,7 @@ def is_hooked(model: Any) -> bool:
     """Whether running a part of the model alone would run someone's hook."""
     if any(point.fwd_hooks for point in model.hook_dict.values()):
         return True
-    # A bridge's modules bear hooks of its own and of transformers', which are not the user's.
+    # A bridge's modules carry hooks of its own and of transformers, which are not the user's.
     of_torch = [
         hook for m in every_module(model) for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
     ]
@@ -121,10 +121,10 @@ class Site:
     """A hook point, and the slice of it that belongs to one component.
 
     Attributes:
-        name: of the hook point.
-        head: index on the head axis, where the component is a head.
-        head_dim: which axis that is.
-        pos_dim: the axis of (query) positions, once the head is picked.
+        name: the hook point's name.
+        head: index on the head axis, if the component is a head.
+        head_dim: the head axis.
+        pos_dim: the axis of (query) positions, once the head is selected.
     """
 
     name: str
@@ -140,7 +140,7 @@ class Site:
         """A copy of the activation with the component's slice replaced, at some or all positions.
 
         Raises:
-            ValueError: where `value` does not fit, or a position lies outside the run.
+            ValueError: if `value` does not fit, or a position lies outside the run.
         """
         edited = activation.clone()
         view = self.read(edited)
@@ -170,7 +170,7 @@ def sites(model: Any, components: Components, part: Part = "output") -> list[Sit
     """Where the components' outputs or attention patterns are.
 
     Raises:
-        TypeError, ValueError: for components that the model lacks, and the pattern of an MLP.
+        TypeError, ValueError: for a component that the model lacks, or the pattern of an MLP.
     """
     check_model(model)
     check_choice("part", part, ("output", "pattern"))
@@ -181,7 +181,7 @@ def sites(model: Any, components: Components, part: Part = "output") -> list[Sit
 
 
 def some_sites(model: Any, components: Components, part: Part) -> list[Site]:
-    """The same, of one component at least."""
+    """Like `sites`, but at least one."""
     found = sites(model, components, part)
     if not found:
         raise ValueError("component must name at least one component, got none")
@@ -222,7 +222,7 @@ def rows_at_once(model: Any, length: int) -> int:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """No dropout and no gradients meanwhile; every module's training flag is what it was afterwards."""
+    """Turns off dropout and gradients; afterwards, every module's training flag is restored."""
     training = [module for module in every_module(model) if module.training]
     try:
         for module in training:

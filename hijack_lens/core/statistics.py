@@ -1,4 +1,4 @@
-"""How uncertain a mean of few samples is, and what chance alone would give."""
+"""How uncertain a mean of few samples is, and how large it can get by chance."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ def student_quantile(dof: int) -> float:
     """How many standard errors the 95% interval of a mean reaches to either side (Student 1908).
 
     Args:
-        dof: degrees of freedom, one less than there are samples.
+        dof: degrees of freedom, the number of samples minus one.
     """
     # With t = √dof · tan(angle), the density is proportional to cos(angle)^(dof - 1).
     angles = np.linspace(0.0, np.pi / 2, 200_001)
@@ -30,10 +30,10 @@ _LEVEL = 0.99
 
 
 def chance(values: Float[Tensor, "prompt statistic"], generator: torch.Generator) -> float:
-    """What the largest of several means over prompts reaches by chance in one of 100 cases, if all are truly 0.
+    """What the largest of several means over prompts exceeds by chance in 1 of 100 cases, if all are truly 0.
 
-    Each prompt's deviations from the means keep or change their signs together, at random (a wild bootstrap): so
-    however the statistics hang together, the number accounts for how many there are.
+    Each prompt's deviations from the means keep or flip their signs together, at random (a wild bootstrap). So the
+    number accounts for how many statistics there are, however they are correlated.
     """
     n_prompts = len(values)
     signs = torch.randint(2, (_DRAWS, n_prompts), generator=generator).to(values) * 2 - 1

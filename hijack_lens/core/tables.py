@@ -1,4 +1,4 @@
-"""Tables and reports as data, and as text or HTML; results that show themselves without knowing how."""
+"""Tables and reports as data, text or HTML; results that display themselves through registered functions."""
 
 import importlib
 import io
@@ -16,12 +16,12 @@ _ALIGN = {"l": "left", "r": "right"}
 
 
 def visible(text: str) -> str:
-    """A token's text with white space made visible, also as byte-level tokenizers write it."""
+    """A token's text with white space made visible, including the forms of byte-level tokenizers."""
     return "".join(_VISIBLE.get(character, character) for character in text)
 
 
 class Markup(str):
-    """A cell that is HTML already."""
+    """A cell that is already HTML."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Table:
 
     Attributes:
         columns: their names.
-        rows: cells, each a text or `Markup`.
-        align: a letter per column, "l" or "r"; the last one holds for all that follow.
-        title: of the table; may be empty.
-        ruled: rows that a line follows.
+        rows: cells, each text or `Markup`.
+        align: a letter per column, "l" or "r"; the last one holds for all further columns.
+        title: the table's title; may be empty.
+        ruled: rows with a line below them.
         total: whether the last row is the sum of the others.
     """
 
@@ -45,7 +45,7 @@ class Table:
     total: bool = False
 
     def rich(self) -> "rich.table.Table":
-        """For a terminal."""
+        """The table for a terminal."""
         from rich.table import Table as RichTable
 
         table = RichTable(title=self.title or None)
@@ -59,13 +59,13 @@ class Table:
         """As plain text, 120 characters wide at most."""
         from rich.console import Console
 
-        # In a notebook a console would display the table at once, beside returning it.
+        # In a notebook, a console would display the table as well.
         buffer = io.StringIO()
         Console(file=buffer, width=120, color_system=None, force_jupyter=False, markup=False).print(self.rich())
         return buffer.getvalue().rstrip()
 
     def html(self) -> str:
-        """As an HTML table, its title above it."""
+        """As an HTML table with its title above."""
         sides = self._sides()
 
         def line(cells: Sequence[str], tag: str, weight: str = "") -> str:
@@ -92,9 +92,9 @@ class Report:
     Attributes:
         title: what it is.
         lines: what it found, in words.
-        tables: in full.
-        notes: what a reader should know besides.
-        figure: draws it, as an SVG element; drawn only where it is shown.
+        tables: the full numbers.
+        notes: what else a reader should know.
+        figure: draws it as an SVG element; called only when shown.
     """
 
     title: str
@@ -108,7 +108,7 @@ class Report:
         return "\n".join([self.title, *self.lines, *(table.text() for table in self.tables), *self.notes])
 
     def html(self) -> str:
-        """For a notebook or a page: the figure over the tables."""
+        """For a notebook or a page: the figure above the tables."""
         lines = "".join(f"<br>{escape(line)}" for line in self.lines)
         figure = "" if self.figure is None else self.figure()
         notes = "".join(f"<p style='font-size:85%'>{escape(note)}</p>" for note in self.notes)
@@ -121,7 +121,7 @@ def report_of(result: Any) -> Report:
     """What a result says of itself, as lines and tables.
 
     Raises:
-        TypeError: for what is no result.
+        TypeError: if it is not a result.
     """
     raise TypeError(f"result must be a result of hijack_lens, got {type(result).__name__}")
 
@@ -130,23 +130,23 @@ def report_of(result: Any) -> Report:
 def picture_of(result: Any) -> Any:
     """A result drawn: a `show.Picture`.
 
-    What may be chosen differs by result: `normalised=` of a `Sweep`, `key=` of a `ScoreAttribution`, `queries=` and
-    `answers=` of a `ContextMemory` or `MemoryConflict`, `most=` of `MemoryNeurons`.
+    The options depend on the result: `normalised=` for a `Sweep`, `key=` for a `ScoreAttribution`, `queries=` and
+    `answers=` for a `ContextMemory` or `MemoryConflict`, `most=` for `MemoryNeurons`.
 
     Raises:
-        TypeError: for what has no picture.
+        TypeError: if it has no picture.
     """
     raise TypeError(f"result must be a result of hijack_lens with a picture, got {type(result).__name__}")
 
 
 @singledispatch
 def html_of(result: Any) -> str | None:
-    """A result for a notebook; `None` where its picture says it all."""
+    """A result for a notebook; `None` if its picture says it all."""
     return report_of(result).html()
 
 
 class Shown:
-    """A result that prints and displays itself, by what the module that `shown_by` names has registered for it."""
+    """A result that prints and displays itself, with the functions registered by the module that `shown_by` names."""
 
     def __repr__(self) -> str:
         _registered()
@@ -158,10 +158,10 @@ class Shown:
 
 
 class Drawn(Shown):
-    """A result that draws itself, too."""
+    """A result that also draws itself."""
 
     def picture(self, *chosen: Any, **options: Any) -> Any:
-        """The result drawn: a `show.Picture`. What may be chosen differs by result: see `show.picture_of`."""
+        """The result drawn: a `show.Picture`. The options depend on the result: see `show.picture_of`."""
         _registered()
         return picture_of(self, *chosen, **options)
 
