@@ -170,7 +170,7 @@ def test_a_deep_model_without_a_circuit_is_said_to_have_none(capsys, monkeypatch
     said = "Neither memory decides, but the rest of the model: " in out
     assert said == (float(parts.rest * parts.total) > 0 and abs(float(parts.rest)) >= abs(float(parts.weights)))
     page = Path("hijack-lens-report.html").read_text(encoding="utf-8")
-    assert "Where the heads look that wrote most; the circuit names none" in page
+    assert "Where the heads that wrote most look; the circuit names none" in page
 
 
 def test_answers_are_taken_as_written_where_both_are_tokens_and_else_both_with_a_space(bpe):

@@ -202,7 +202,7 @@ test_values_refused = refused(
         "language must be at least 3, got 2": lambda: memory_capacity(2),
         "language.pi_b holds zeros": lambda: memory_capacity(hl.BigramLanguage(torch.eye(7))),
         "d_models must be at least 2, got 1": lambda: memory_capacity(5, d_models=[1]),
-        "d_models must be one at least": lambda: memory_capacity(5, d_models=[]),
+        "d_models must hold at least one": lambda: memory_capacity(5, d_models=[]),
         "seeds two different ones": lambda: memory_capacity(5, d_models=[4], seeds=[1, 1]),
         "seeds must be at least 0": lambda: memory_capacity(5, d_models=[4], seeds=[-1, 1]),
         "recall must have shape": lambda: MemoryCapacity(

@@ -86,7 +86,7 @@ def test_answers_of_several_tokens_are_scored_by_their_first(bpe):
     assert one.context == pieces[0]
     found = dose_response(bpe, Fact("France", "Paris", "Romulan"), 3)
     close(found.margin.total[0], margins(bpe, one))
-    assert "first token of answers of several tokens: 1 of the facts" in repr(found)
+    assert "Answers of several tokens are scored by the first: 1 of the facts" in repr(found)
 
 
 def test_bigrams_are_given_as_ids_where_there_is_no_tokenizer():

@@ -1,8 +1,8 @@
-"""What every head and MLP of a model of any depth wrote into chosen logits, straight or through one named component.
+"""What every head and MLP of a model of any depth wrote into chosen logits, directly or through one named component.
 
-Unlike in `terms`, what a component writes is taken from the run, whatever it read: patterns, values and MLP outputs as
-they were. Only what induction heads and bigram memories wrote is split further, by who had written what they read,
-given their patterns, norm scales and gates.
+Unlike in `terms`, the outputs of components are taken from the run as they were (patterns, values, MLP outputs). Only
+those of induction heads and bigram memories are split further, by which components wrote their inputs, given their
+patterns, norm scales and gates.
 """
 
 from collections.abc import Callable
@@ -25,18 +25,18 @@ from hijack_lens.models.linear_maps import Readout, linear_norm
 
 _DEFAULT_ANSWERS = 10
 _ROUNDING = 2e-4
-"""Relative, between a sum of parts and the model; in float32 a dozen layers stay far below it."""
+"""Relative error allowed between a sum of parts and the model; in float32, a dozen layers stay far below it."""
 
 
 def check_additive(model: Any) -> None:
-    """Logits are a sum over what heads and MLPs add to the residual stream.
+    """Checks that no setting keeps the logits from being a sum over what heads and MLPs add to the residual stream.
 
     Raises:
-        ValueError: where it is known beforehand that they are not.
+        ValueError: if one does.
     """
     cfg = model.cfg
     if getattr(cfg, "output_logits_soft_cap", -1.0) not in (None, -1.0, 0.0):
-        raise ValueError("model caps its logits (cfg.output_logits_soft_cap), so that they are no sum over paths")
+        raise ValueError("model caps its logits (cfg.output_logits_soft_cap), so they are not a sum over paths")
     if getattr(cfg, "use_normalization_before_and_after", False):
         raise ValueError(
             "model has cfg.use_normalization_before_and_after=True, norms of all that heads write together, which "
@@ -50,10 +50,10 @@ def check_unembedded(
     logits: Float[Tensor, "rows answer"],
     answers: Int[Tensor, "answer"],
 ) -> None:
-    """Logits of a run are what the final norm and the unembedding make of its last residual stream.
+    """Checks that a run's logits are the final norm and unembedding of its last residual stream.
 
     Raises:
-        ValueError: where something else comes after.
+        ValueError: if they are not.
     """
     norm, W_U, b_U = linear_norm(getattr(model, "ln_final", None), stream), model.W_U[:, answers], model.b_U[answers]
     normed = norm(stream)
@@ -69,20 +69,20 @@ def check_unembedded(
 def direct_paths(
     model: Any, tokens: Int[Tensor, "batch pos"], query: int, circuit: Circuit, answers: Int[Tensor, "answer"] | None
 ) -> tuple[dict[Path, Tensor], Float[Tensor, "batch answer"], Int[Tensor, "answer"]]:
-    """Values [batch, source, answer] by path, the logits that they sum to, and whose logits these are.
+    """Values [batch, source, answer] by path, the logits they sum to, and the answers' token ids.
 
     The prompts are run in parts that fit into memory.
 
     Args:
-        model: of any depth.
+        model: a model of any depth.
         tokens: the prompts.
-        query: the position whose logits these are.
+        query: the position of the logits.
         circuit: its induction heads and bigram memories are split by what they read from the embeddings and from the
             circuit's earlier heads. A memory with a norm inside, or without weights of its own, stays whole.
-        answers: token ids; by default those of the largest logits, there being one prompt.
+        answers: token ids; by default those of the largest logits, for one prompt.
 
     Raises:
-        ValueError: where the logits turn out not to be the sum of these parts.
+        ValueError: if the logits are not the sum of these parts.
     """
     found: dict[Path, list[Tensor]] = {}
     of_answers = []
@@ -101,12 +101,12 @@ def direct_paths(
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run of a model has settled, as far as one position's logits depend on it.
+    """What one position's logits depend on in a run of a model.
 
     Attributes:
-        kept: activations by (what, whose): "embed" and "pos_embed" of `None`; "rows" (patterns at the query) and "v"
-            of a layer; "out" of an MLP; "pattern" of a head that others read; "reads" (the stream), "pre", "linear"
-            and "post" of a component that is split. Those of MLPs are of the query position alone.
+        kept: activations by (what, whose): "embed" and "pos_embed" for `None`; "rows" (patterns at the query) and "v"
+            for a layer; "out" for an MLP; "pattern" for a head that others read; "reads" (the stream), "pre", "linear"
+            and "post" for a component that is split. Those of MLPs are for the query position only.
     """
 
     model: Any
@@ -117,10 +117,10 @@ class _Run:
 
     @classmethod
     def of(cls, model: Any, tokens: Int[Tensor, "batch pos"], query: int, circuit: Circuit) -> "_Run":
-        """Runs the model, and keeps no more than is needed."""
+        """Runs the model and keeps only what is needed."""
         at = (slice(None), slice(query, query + 1))
         learned = "pos_embed" in _sources(model)
-        # Whatever scales or norms token embeddings by themselves has done so where the stream starts.
+        # Any scale or norm of the token embeddings has been applied where the residual stream starts.
         wanted: dict[tuple[str, Any], tuple[str, Any]] = {
             ("embed", None): ("hook_embed" if learned else "blocks.0.hook_resid_pre", ...),
             ("stream", None): (f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", at),
@@ -191,7 +191,7 @@ class _Run:
         return values
 
     def _split(self, component: Component, readout: Readout) -> list[tuple[Source, Component | None, Tensor]]:
-        """What a component passed on of the embeddings and of earlier heads: (source, head, value)."""
+        """What a component passed on from the embeddings and from earlier heads: (source, head, value)."""
         if not _is_split(self.model, self.circuit, component):
             return []
         through = (self._before_head if component.kind == "head" else self._before_mlp)(component, readout)
@@ -249,12 +249,12 @@ class _Run:
 
 
 def _per_head(shared: Tensor, n_heads: int, dim: int = 0) -> Tensor:
-    """Weights or values of each query head, where groups of heads may share them."""
+    """Weights or values of each query head; groups of heads may share them."""
     return shared.repeat_interleave(n_heads // shared.shape[dim], dim)
 
 
 def _alone(head: Component) -> slice:
-    """A head on the head axis of its layer."""
+    """A head, as a slice of its layer's head axis."""
     assert head.head is not None
     return slice(head.head, head.head + 1)
 
@@ -271,7 +271,7 @@ def _senders(model: Any, circuit: Circuit, component: Component) -> list[Compone
 
 
 def _is_split(model: Any, circuit: Circuit, component: Component) -> bool:
-    """Whether it is told apart who wrote what a component reads: the ends of the circuit, where they are linear."""
+    """Whether to split what a component reads by who wrote it: for the circuit's last components, if linear."""
     if component not in (*circuit.induction, *circuit.bigram):
         return False
     if component.kind == "head":
@@ -295,7 +295,7 @@ def _check_reads(component: Component, expected: Tensor, actual: Tensor) -> None
 
 
 def _check_complete(values: list[Float[Tensor, "batch source answer"]], logits: Float[Tensor, "batch answer"]) -> None:
-    """The parts sum to the logits, up to rounding, which is in proportion to the largest of them."""
+    """Checks that the parts sum to the logits, up to rounding in proportion to their sizes."""
     by_path = torch.stack([value.sum(1) for value in values])
     errors = (by_path.sum(0) - logits).abs()
     if not bool((errors <= _tolerance(logits) * (by_path.abs().sum(0) + logits.abs())).all()):

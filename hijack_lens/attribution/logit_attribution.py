@@ -32,12 +32,12 @@ class Path:
     """A route from where a term enters the residual stream to the unembedding.
 
     Attributes:
-        source: "embed", "pos_embed", or "biases": every bias, by whichever route. In a deep model also "stream": all
-            that `through[0]` reads from the residual stream and that no longer path beside this one carries.
+        source: "embed", "pos_embed", or "biases" (all biases, by any route). In a deep model also "stream": all that
+            `through[0]` reads from the residual stream, except what paths that start further back carry.
         through: the heads and MLPs on the way, in order.
         label: the path in words, by the roles of the circuit's components.
-        memory: "context" through an induction head; "weights" from the embedding through MLPs alone, from the stream
-            through bigram memories alone, or biases; else "rest".
+        memory: "context" through an induction head; "weights" for biases, or through MLPs only from the embedding, or
+            through bigram memories only from the stream; else "rest".
     """
 
     source: Source
@@ -50,7 +50,7 @@ class Path:
 
     @classmethod
     def of(cls, source: Source, through: tuple[Component, ...], circuit: Circuit) -> "Path":
-        """A path in the words of a circuit."""
+        """A path, labelled by the roles of a circuit."""
         words = [_SOURCE_NAMES[source], *(circuit.label(component) for component in through)]
         label = words[0] if source == "biases" else " → ".join([*words, "unembed"])
         if any(component in circuit.induction for component in through):
@@ -69,17 +69,17 @@ class LogitAttribution(Saved, Shown):
     """What each path wrote into each logit, exactly.
 
     Attributes:
-        values: in logits; summed over paths and sources they give `logits`. With position="all" the third
-            axis from the end is still the path, and the next the position, summed over sources.
-        logits: of the run.
+        values: in logits; they sum to `logits` over paths and sources. With position="all", they are already summed
+            over sources: the axis after the path is the position.
+        logits: the run's logits.
         tokens: the prompts.
-        paths: what the path axis holds.
-        position: whose logits these are, or "all".
-        vocab: text of each vocabulary entry, where the model has a tokenizer; of a deep model, of the tokens that occur
-            here, by their ids.
+        paths: the paths along the path axis.
+        position: the position of the logits, or "all".
+        vocab: text of each vocabulary entry, if the model has a tokenizer; for a deep model, only of the tokens that
+            occur here, by id.
         candidates: two token ids that the prompt sets against each other, (in-context, global).
-        joiner: what stands between two tokens in a text.
-        answers: ids of the tokens on the last axis; `None` where that is the whole vocabulary.
+        joiner: what separates two tokens in a text.
+        answers: ids of the tokens on the last axis; `None` for the whole vocabulary.
     """
 
     values: Float[Tensor, "*batch path source d_vocab"]
@@ -137,7 +137,7 @@ class LogitAttribution(Saved, Shown):
         return {memory: self._of(memory).sum(-3) for memory in MEMORIES}
 
     def margin(self, a: str | int | None = None, b: str | int | None = None) -> Margin:
-        """`logit[a] - logit[b]`, split by memory; by default of the prompt's two candidates."""
+        """`logit[a] - logit[b]`, split by memory; by default for the prompt's two candidates."""
         first, second = self.pair(a, b)
         context, weights, rest = (part[..., first] - part[..., second] for part in self.by_memory().values())
         return Margin(context, weights, rest)
@@ -166,7 +166,7 @@ class LogitAttribution(Saved, Shown):
         return table[[*kept[:-1], "path", "memory", kept[-1], "token", "logit"]]
 
     def token_text(self, index: int) -> str:
-        """The text of a token on the last axis with white space visible; its id where there is no tokenizer."""
+        """The text of a token on the last axis, with white space visible; its id if there is no tokenizer."""
         return self._text(self._ids[index])
 
     def source_texts(self) -> list[str]:
@@ -176,10 +176,10 @@ class LogitAttribution(Saved, Shown):
         return [self._text(int(token)) for token in self.tokens]
 
     def pair(self, a: str | int | None = None, b: str | int | None = None) -> tuple[int, int]:
-        """Where two tokens to compare are on the last axis; by default the prompt's candidates, else the two largest.
+        """The places of two tokens on the last axis; by default the prompt's candidates, else the two largest logits.
 
         Raises:
-            TypeError, ValueError: for tokens that are not on it, and where there is no default.
+            TypeError, ValueError: for tokens that are not on it, or if there is no default.
         """
         if a is not None or b is not None:
             return self._index(a, "a"), self._index(b, "b")

@@ -25,35 +25,35 @@ class _ByTerms:
 
     @property
     def query_labels(self) -> tuple[str, ...]:
-        """What to call each query term."""
+        """The query terms' names."""
         return tuple(term_label(term, self.circuit) for term in self.query_terms)
 
     @property
     def key_labels(self) -> tuple[str, ...]:
-        """What to call each key term."""
+        """The key terms' names."""
         return tuple(term_label(term, self.circuit) for term in self.key_terms)
 
 
 @dataclass(frozen=True, repr=False)
 class LogOdds(_ByTerms, Drawn):
-    """The log-odds of one key against competitors: log of its attention over all of theirs.
+    """The log-odds of one key against competitors: log of its attention over their total.
 
-    With one competitor this is the difference of two scores, and splits over paths exactly. With several, it is
+    With one competitor, this is the difference of two scores, and splits over paths exactly. With several, it is
 
         score[key] - log sum_i exp(score[i])  =  sum_i w_i (score[key] - score[i])  -  H(w)
 
-    where w are the competitors' shares of the attention that they get together, and H their entropy. This is an
-    identity; the differences split over paths, the entropy does not: it is between 0 and the log of how many they are,
-    and is what it costs to have many competitors. Given w, `values` are also the derivative: what the log-odds lose, to
-    first order, where a path is weakened.
+    where w are the competitors' shares of their total attention, and H is the entropy of w. This is an identity. The
+    differences split over paths; the entropy does not. It lies between 0 and the log of the number of competitors, and
+    is the cost of having many. Given w, `values` are also the derivative: what the log-odds lose, to first order, if a
+    path is weakened.
 
     Attributes:
-        values: of the weighted differences of scores, by path; in nats, as `entropy` and `total`.
-        entropy: of the competitors' shares; 0 for a single one.
-        total: log-odds by the run's scores: the sum of `values`, less `entropy`.
-        key: its position.
+        values: the weighted differences of scores, by path; in nats, like `entropy` and `total`.
+        entropy: the entropy of the competitors' shares; 0 for a single one.
+        total: log-odds from the run's scores: the sum of `values`, minus `entropy`.
+        key: the key's position.
         against: positions of the competitors.
-        shares: of the attention that the competitors get together.
+        shares: the competitors' shares of their total attention.
         query_terms: along the first axis.
         key_terms: along the second.
         circuit: names components by their roles.
@@ -79,15 +79,15 @@ class LogOdds(_ByTerms, Drawn):
         against: tuple[int, ...],
         labels: tuple[tuple[ScoreTerm, ...], tuple[ScoreTerm, ...], Circuit],
     ) -> "LogOdds":
-        """The log-odds of one of some keys against others of them.
+        """The log-odds of one key against others.
 
         Args:
-            values: of every key's score, by path.
-            scores: of every key.
-            keys: their positions.
-            key: the position of the one.
+            values: every key's score, by path.
+            scores: every key's score.
+            keys: the keys' positions.
+            key: the position of the one key.
             against: the positions of the others.
-            labels: terms of queries, of keys, and the circuit that names them.
+            labels: query terms, key terms, and the circuit that names them.
         """
         own, others = keys.index(key), [keys.index(other) for other in against]
         shares = scores[others].softmax(0)
@@ -109,7 +109,7 @@ class LogOdds(_ByTerms, Drawn):
         return abs(float(self.values.sum()) - self.entropy - self.total)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row per path: query_path, key_path, log_odds; the entropy, which belongs to none, is not among them."""
+        """A row per path: query_path, key_path, log_odds; without the entropy, which belongs to no path."""
         index = pd.MultiIndex.from_product([self.query_labels, self.key_labels], names=["query_path", "key_path"])
         return pd.Series(self.values.cpu().double().flatten().numpy(), index=index, name="log_odds").reset_index()
 
@@ -121,19 +121,19 @@ class LogOdds(_ByTerms, Drawn):
 class ScoreAttribution(_ByTerms, Saved, Drawn):
     """What each pair of paths, into the query and into the key, adds to a head's scores at one query position, exactly.
 
-    A term of a query or key is "embed", "pos_embed", the `Component` that wrote it, "biases" (every bias, by whichever
-    route; of an MLP's output its own is part), or, in keys alone, "offset" (the key of a relative position).
+    A term of a query or key is "embed", "pos_embed", the `Component` that wrote it, "biases" (all biases, by any route,
+    except an MLP's own, which are part of its output), or, for keys only, "offset" (the key of a relative position).
 
     Attributes:
-        values: in nats (scores, as they enter the softmax); summed over both terms they give `scores`.
-        scores: of the run.
-        attention: that the keys get in the run.
-        head: whose scores.
-        query: position that attends.
+        values: in nats (scores as they enter the softmax); they sum to `scores` over both terms.
+        scores: the run's scores.
+        attention: what the keys get in the run.
+        head: the head.
+        query: the position that attends.
         keys: positions attended to, along the first axis.
         query_terms: along the second axis.
         key_terms: along the third.
-        texts: of the prompt's tokens, white space made visible.
+        texts: the prompt's tokens, with white space visible.
         circuit: names components by their roles.
     """
 
@@ -170,14 +170,14 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
 
     @property
     def top_key(self) -> int:
-        """The position, of those in `keys`, that gets most attention."""
+        """The position in `keys` that gets the most attention."""
         return self.keys[int(self.scores.argmax())]
 
     def cell(self, query_term: ScoreTerm, key_term: ScoreTerm | tuple[Component, ...]) -> Float[Tensor, "key"]:
         """What one pair of paths adds to each key's score.
 
         Args:
-            query_term: one of `query_terms`, or a role of a `Circuit` that just one component plays.
+            query_term: one of `query_terms`, or a role of a `Circuit` that only one component has.
             key_term: one of `key_terms`, likewise.
 
         Raises:
@@ -187,12 +187,12 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
         return self.values[:, row, _index("key_term", key_term, self.key_terms)]
 
     def log_odds(self, key: int | None = None, against: int | Iterable[int] | None = None) -> LogOdds:
-        """Why the head preferred a key to others: log of its attention over all of theirs, by path.
+        """Why the head preferred a key to others: log of its attention over their total, by path.
 
-        A part of the score that all keys share drops out here, as it does in the softmax.
+        A part of the score that all keys share cancels here, as it does in the softmax.
 
         Args:
-            key: a position in `keys`; by default the one that gets most attention.
+            key: a position in `keys`; by default the one that gets the most attention.
             against: a competitor or several; by default every other key up to the query.
 
         Raises:

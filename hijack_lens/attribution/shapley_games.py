@@ -1,4 +1,4 @@
-"""The game whose Shapley values are asked for: what coalitions are worth, and how it is shared out."""
+"""The game behind the Shapley values: what coalitions are worth, and how that is divided among players."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from hijack_lens.hooks.patched_runs import BoundMetric, runs_at_once
 
 How = Literal["zero", "mean", "resample", "patch"]
 Outputs = Mapping[Site, Tensor | None]
-"""What is written where a component is absent, [batch or 1, pos, ...]; `None` for zeros."""
+"""What is written in place of an absent component, [batch or 1, pos, ...]; `None` for zeros."""
 
 
 def outputs_when_absent(
@@ -27,17 +27,17 @@ def outputs_when_absent(
     reference: object,
     generator: torch.Generator,
 ) -> Outputs:
-    """What is written where a component is absent.
+    """What is written in place of absent components.
 
     Args:
-        model: whose components they are.
+        model: the components' model.
         present: what the components write in the run itself, [batch, pos, ...].
         how: as for `shapley`.
         reference: prompts or a cache; `None` for zeros.
         generator: for the draws of "resample".
 
     Raises:
-        ValueError: for a reference of another length; and with "patch" of another number of prompts.
+        ValueError: for a reference of another length or, with "patch", another number of prompts.
     """
     if how == "zero":
         return dict.fromkeys(present)
@@ -70,11 +70,11 @@ class CoalitionRuns:
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        tokens: of the prompts, the same in all runs.
+        tokens: the prompts, the same in all runs.
         players: where each player's outputs are, by its label.
         outputs: what is written there while it is absent.
-        reader: of the metric.
-        memory: in bytes; `None` for one run at a time, since hooks of the user's must see no batch but theirs.
+        reader: reads the metric.
+        memory: in bytes; `None` for one run at a time, so that the user's hooks see only their own batch.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class CoalitionRuns:
         """The metric's mean over prompts with only these players present; in float64, on the CPU.
 
         Raises:
-            ValueError: where the metric is not finite, since nothing could be shared out.
+            ValueError: if the metric is not finite.
         """
         worth = []
         with tqdm(total=len(coalitions), disable=None, unit="run") as bar:
@@ -117,7 +117,7 @@ class CoalitionRuns:
         return found
 
     def _edits(self, coalitions: Bool[Tensor, "coalition player"]) -> list[tuple[str, HookFunction]]:
-        """Hooks that write over absent players, where any are absent. The model's order makes later ones see it."""
+        """Hooks that overwrite absent players, if there are any; components later in the model see the change."""
         absent: dict[str, list[tuple[Site, Tensor]]] = {}
         for sites, present in zip(self.players.values(), coalitions.T, strict=True):
             for site in sites:
@@ -131,7 +131,7 @@ class CoalitionRuns:
         def overwrite(activation: Tensor, hook: Any) -> Tensor:
             edited = activation.clone()
             for site, runs in absent:
-                # Rotary angles, say: with one copy for all prompts, they cannot be absent from some.
+                # Rotary angles, for example: all prompts share one copy, so it cannot be absent from some of them.
                 if len(edited) != n_rows:
                     raise ValueError(
                         f"components must have an output for each prompt; {site.name!r} has {len(edited)} for {n_rows}"
@@ -144,7 +144,7 @@ class CoalitionRuns:
 
 
 def all_coalitions(n_players: int) -> Bool[Tensor, "coalition player"]:
-    """Every coalition, who is in it; their order is that of a tensor with an axis (absent, present) per player."""
+    """Every coalition: who is in it. The order is that of a tensor with an axis (absent, present) per player."""
     axes = [torch.tensor([False, True])] * n_players
     return torch.cartesian_prod(*axes).reshape(-1, n_players)
 
@@ -155,7 +155,7 @@ def shapley_values(worth: Float[Tensor, "coalition"]) -> Float[Tensor, "player"]
         value_i = Σ_{S without i}  |S|! (n - |S| - 1)! / n!  ·  ( worth(S + i) - worth(S) )
 
     Args:
-        worth: of every coalition, in the order of `all_coalitions`.
+        worth: every coalition's, in the order of `all_coalitions`.
     """
     n, sizes = _sizes(worth)
     weights = torch.tensor([1 / (n * comb(n - 1, size)) for size in range(n)], dtype=worth.dtype)
@@ -174,7 +174,7 @@ def shapley_interactions(worth: Float[Tensor, "coalition"]) -> Float[Tensor, "pl
                                                                         + worth(S) )
 
     Args:
-        worth: of every coalition, in the order of `all_coalitions`.
+        worth: every coalition's, in the order of `all_coalitions`.
 
     Returns:
         A symmetric matrix; NaN on its diagonal, where there is no pair.
@@ -183,7 +183,7 @@ def shapley_interactions(worth: Float[Tensor, "coalition"]) -> Float[Tensor, "pl
     weights = torch.tensor([1 / ((n - 1) * comb(n - 2, size)) for size in range(n - 1)], dtype=worth.dtype)
     indices = worth.new_full((n, n), torch.nan)
     for first in range(n):
-        # Without the first player's axis, the second's is one further to the front.
+        # Without the first player's axis, the second player's is one place earlier.
         without, joined = _split(worth, first).unbind(1)
         gain, others = (joined - without).flatten(), _split(sizes, first)[:, 0].flatten()
         for second in range(first + 1, n):
@@ -204,7 +204,7 @@ def _split(values: Tensor, player: int) -> Tensor:
 
 
 MIN_SAMPLES = 10
-"""Means of fewer say too little about their own errors: their intervals would hold the truth too rarely."""
+"""With fewer samples, standard errors are unreliable: confidence intervals would miss the truth too often."""
 
 
 @dataclass(frozen=True)
@@ -213,10 +213,10 @@ class Estimates:
 
     Attributes:
         values: Shapley values.
-        stderr: theirs.
+        stderr: their standard errors.
         interactions: Shapley interaction indices of pairs.
-        interactions_stderr: theirs.
-        pair_samples: how many samples each interaction is the mean of.
+        interactions_stderr: their standard errors.
+        pair_samples: how many samples each interaction averages.
         full: worth of all players together.
         empty: worth of none.
         n_runs: how many different coalitions were run.
@@ -239,26 +239,26 @@ def estimate(
     interactions: bool,
     generator: torch.Generator,
 ) -> Estimates:
-    """Estimates from random orders, each together with its reverse, without bias.
+    """Unbiased estimates from random orders, each paired with its reverse.
 
-    Whoever comes early in an order comes late in its reverse, so that errors of the two cancel in part (antithetic
+    A player that comes early in an order comes late in its reverse, so the errors of the two partly cancel (antithetic
     sampling: Mitchell, Cooper, Frank & Holmes, JMLR 2022, arXiv 2104.12199). In every order the gains telescope, so the
-    values sum to full − empty exactly, as they should. For interactions, each two neighbours in an order are swapped as
-    well, which doubles the runs: without, whatever two players add alone would stay in the difference as noise. A pair
-    is neighbours in a share 2 / n_players of the orders.
+    values sum to full − empty exactly. For interactions, neighbours in an order are also swapped, which doubles the
+    runs; without this, what each of two players adds alone would stay in the difference as noise. A pair are neighbours
+    in a fraction 2 / n_players of the orders.
 
     Args:
-        worth: of coalitions; asked once, for each coalition once.
-        n_players: how many.
-        n_samples: how many orders, each of them run in reverse, too.
-        interactions: whether to estimate these.
-        generator: of the orders.
+        worth: gives coalitions' worth; called once, with each coalition once.
+        n_players: how many players.
+        n_samples: how many orders; each is also run in reverse.
+        interactions: whether to estimate interactions.
+        generator: for the orders.
     """
     n = n_players
     ranks = torch.rand(n_samples, n, generator=generator, dtype=torch.float64).argsort(-1)
-    # Who has come after k players, k = 0 ... n; the complements are who has come in the reverse order after n - k.
+    # Who has joined after k players, k = 0 ... n; the complement has joined after n - k players in the reverse order.
     come = ranks[:, None] < torch.arange(n + 1)[:, None]
-    # The k-th and the one after it swapped: who has come in between.
+    # With the players at places k and k + 1 swapped: who has joined after the first of the two.
     k = torch.arange(n - 1 if interactions else 0)[:, None]
     swapped = (ranks[:, None] < k) | (ranks[:, None] == k + 1)
     forward = torch.cat([come, swapped], 1)
@@ -270,7 +270,7 @@ def estimate(
     gains = ((ahead - behind) / 2).gather(1, ranks)
     stderr = gains.std(0) / math.sqrt(n_samples)
     if interactions and n > 1:
-        # Both ways round it is the same difference of differences.
+        # Forwards and in reverse, it is the same difference of differences.
         beyond = come_worth[..., 2:] - come_worth[..., 1:-1] - swapped_worth + come_worth[..., :-2]
         mean, spread, counts = _by_pair(beyond.mean(0), ranks.argsort(-1).unfold(1, 2, 1), n)
     else:

@@ -23,7 +23,7 @@ from hijack_lens.models.linear_maps import LinearNorm, linear_norm
 
 @dataclass(frozen=True)
 class FrozenMLP:
-    """An MLP whose gates, activation / pre-activation per neuron, are those of a run. A bias may be absent."""
+    """An MLP with its gates (activation / pre-activation per neuron) frozen at a run's. Biases may be absent."""
 
     norm: LinearNorm
     gate: Float[Tensor, "batch pos d_mlp"]
@@ -33,7 +33,7 @@ class FrozenMLP:
     b_out: Float[Tensor, "d_model"] | None
 
     def bias(self, at: slice = slice(None)) -> Float[Tensor, "batch some d_model"]:
-        """What it adds at each position whatever it reads."""
+        """What it adds at each position regardless of its input."""
         before = torch.zeros_like(self.W_in[0])
         if self.b_in is not None:
             before = before + self.b_in
@@ -43,11 +43,11 @@ class FrozenMLP:
         return total if self.b_out is None else total + self.b_out
 
     def everywhere(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """What it makes of a term at every position, biases aside."""
+        """Its output for a term at every position, without biases."""
         return (self.norm.linear(x) @ self.W_in * self.gate) @ self.W_out
 
     def at(self, query: int, x: Float[Tensor, "*batch rows d_model"]) -> Float[Tensor, "batch rows d_model"]:
-        """What it makes of terms at one position, biases aside."""
+        """Its output for terms at one position, without biases."""
         x = x.expand(len(self.gate), -1, -1)
         scale = None if self.norm.scale is None else self.norm.scale[:, query, None]
         return (self.norm.linear(x, scale) @ self.W_in * self.gate[:, query, None]) @ self.W_out
@@ -55,10 +55,7 @@ class FrozenMLP:
 
 @dataclass(frozen=True)
 class FrozenBlock:
-    """A block's weights, and what the run has settled: patterns, scales and gates. A bias may be absent.
-
-    So may the MLP, as it is where it writes nothing.
-    """
+    """A block's weights, and a run's patterns, scales and gates. Biases and an MLP that adds nothing may be absent."""
 
     pattern: Float[Tensor, "batch head query key"]
     norm: LinearNorm
@@ -99,7 +96,7 @@ class FrozenBlock:
         return [head for head, W_O in enumerate(self.W_O) if bool(W_O.any())]
 
     def bias(self) -> Float[Tensor, "batch pos d_model"]:
-        """What the attention adds at each position whatever it reads."""
+        """What attention adds at each position regardless of its input."""
         total = self.W_V.new_zeros(self.pattern.shape[0], self.pattern.shape[2], self.W_V.shape[1])
         for head, W_O in enumerate(self.W_O):
             value = torch.zeros_like(W_O[:, 0])
@@ -111,17 +108,17 @@ class FrozenBlock:
         return total if self.b_O is None else total + self.b_O
 
     def values(self, x: Tensor, head: int) -> Tensor:
-        """The value vectors that a head reads from a term at every position, bias aside."""
+        """The value vectors that a head reads from a term at every position, without bias."""
         return self.norm.linear(x) @ self.W_V[head]
 
     def unscaled_values(self, x: Tensor, head: int) -> Tensor:
-        """The same before the division by the norm's scale, which `reading` then does."""
+        """The same before the division by the norm's scale, which is left to `reading`."""
         if self.norm.scale is None:
             return x @ self.W_V[head]
         return self.norm.linear(x, torch.ones_like(self.norm.scale[0, :1])) @ self.W_V[head]
 
     def reading(self, head: int, query: int) -> Float[Tensor, "batch key"]:
-        """With which weight a query position reads each position's unscaled values."""
+        """The weight with which a query position reads each position's unscaled values."""
         pattern = self.pattern[:, head, query]
         return pattern if self.norm.scale is None else pattern / self.norm.scale[..., 0]
 
@@ -132,7 +129,7 @@ def gate(mlp: Any, pre: Float[Tensor, "*rows d_mlp"], post: Float[Tensor, "*rows
 
 
 def _slope_at_zero(mlp: Any) -> float:
-    """The activation's gate where its input is 0, and any gate would make the sum right."""
+    """The activation's gate at input 0, where any gate would give the right sum."""
     act_fn = getattr(mlp, "act_fn", None)
     if act_fn is None:
         return 0.0
@@ -170,7 +167,7 @@ class SummedBlock:
 
 @dataclass(frozen=True)
 class Local:
-    """A term at every position, each of its own position's making."""
+    """A term whose source at each position is that position."""
 
     x: Float[Tensor, "batch pos d_model"]
 
@@ -186,7 +183,7 @@ class Mixed:
 
 @dataclass(frozen=True)
 class Gated:
-    """What an MLP makes of a head's output, at every position."""
+    """An MLP's response to a head's output, at every position."""
 
     mixed: Mixed
     mlp: FrozenMLP
@@ -194,7 +191,7 @@ class Gated:
 
 @dataclass(frozen=True)
 class Point:
-    """A term at the query position, of that position's own making."""
+    """A term at the query position, with that position as its source."""
 
     x: Float[Tensor, "batch d_model"]
 
@@ -210,14 +207,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Through:
-    """What the last MLP makes of a term at the query position."""
+    """The last MLP's response to a term at the query position."""
 
     term: Point | Spread
 
 
 @dataclass(frozen=True)
 class FirstBlock:
-    """The block whose every position matters, since the last block may attend to it."""
+    """The block of which every position matters, since the last block may attend to any."""
 
     block: FrozenBlock
 
@@ -244,7 +241,7 @@ class FirstBlock:
 
 @dataclass(frozen=True)
 class LastBlock:
-    """The block of which one query position matters."""
+    """The block of which only the query position matters."""
 
     block: FrozenBlock
     query: int
@@ -271,7 +268,7 @@ class LastBlock:
         if isinstance(term, Mixed):
             weight = torch.einsum("bq,bqs->bs", reading, term.pattern)
             return Spread(weight, term.v @ block.unscaled_values(term.basis, head), W_O)
-        # Between the two heads stands an MLP, whose gates differ by position: mix neuron by neuron.
+        # An MLP lies between the two heads, and its gates differ by position: mix neuron by neuron.
         mixed, mlp = term.mixed, term.mlp
         basis = mixed.basis
         if mlp.norm.scale is not None:
@@ -292,9 +289,9 @@ class LastBlock:
 
 @dataclass(frozen=True)
 class Unembedding:
-    """How the residual stream at the query position becomes logits, straight and through the last MLP.
+    """How the residual stream at the query position becomes logits, directly and through the last MLP.
 
-    Each is one matrix, multiplied out once, and so is what it makes of each basis: terms through one head share theirs.
+    Each way is one matrix, multiplied out once. So is its product with each basis, which terms through a head share.
     """
 
     query: int

@@ -1,19 +1,19 @@
 """How well a linear associative memory recalls once its directions are only nearly orthogonal, in closed form.
 
-A memory of the table L keeps, for every key v and value u, L[v, u] in the outer product of u's direction and v's. Asked
-for key q, it gives value u the score, with f the activation and unit vectors for tokens,
+A memory stores a table L: for every key v and value u, L[v, u] times the outer product of u's direction and v's. Given
+key q, it gives value u the score, with f the activation and unit vectors for tokens,
 
     S[q, u] = sum_v f(v.q) sum_w L[v, w] (w.u)
 
-whose wanted part is L[q, u] where f(1) = 1. All other inner products are taken to be independent, of mean 0 and mean
-square c^2, the `overlap`. With m1 and m2 the first two moments of f there (a linear memory: 0 and c^2),
+The wanted part is L[q, u], if f(1) = 1. All other inner products are taken to be independent, with mean 0 and mean
+square c^2, the `overlap`. With m1 and m2 the first two moments of f there (0 and c^2 for a linear memory),
 
     mean  of the cross-talk   m1 sum_{v != q} L[v, u]
     its variance              c^2 sum_{w != u} L[q, w]^2  +  (m2 - m1^2) sum_{v != q} L[v, u]^2
                               + c^2 m2 sum_{v != q, w != u} L[v, w]^2
 
-For k one-hot pairs and c^2 = 1/d that is about 2/d + k/d^2. The vector that all other pairs write together has a length
-of order sqrt(k/d); each value's direction picks up one part in sqrt(d) of it.
+For k one-hot pairs and c^2 = 1/d, the variance is about 2/d + k/d^2. The vector that all other pairs write together has
+a length of order sqrt(k/d); each value's direction picks up one part in sqrt(d) of it.
 """
 
 import math
@@ -52,14 +52,14 @@ class Moments(NamedTuple):
 def overlap(n_directions: int, d_model: int) -> float:
     """The mean square of two directions' inner product, c^2.
 
-    n unit vectors that fill d dimensions evenly have Gram matrices with squares that sum to n^2/d, n of it on the
-    diagonal (they reach the bound of Welch 1974). Many such vectors in few dimensions: 1/d; with one for each, 0.
+    If n unit vectors fill d dimensions evenly, the squares in their Gram matrix sum to n^2/d, with n on the diagonal
+    (the bound of Welch 1974). So c^2 is about 1/d for many vectors in few dimensions, and 0 for one per dimension.
     """
     return max(0.0, (n_directions - d_model) / (d_model * (n_directions - 1)))
 
 
 def thresholded(c2: float) -> Moments:
-    """Moments of relu(2x - 1), a neuron that fires where its key is at least half there.
+    """Moments of relu(2x - 1), a neuron that fires if at least half of its key is present.
 
     x = cos(t) is one coordinate of a random unit vector in n = 1/c2 dimensions: t has the density sin(t)^(n - 2).
     """
@@ -82,7 +82,7 @@ def crosstalk_moments(
     Args:
         table: L.
         c2: mean square of inner products.
-        neuron: of the keys' activations; `Moments(0, c2)` for a linear memory.
+        neuron: moments of the keys' activations; `Moments(0, c2)` for a linear memory.
     """
     squares = table.square()
     same_key = squares.sum(1, keepdim=True) - squares
@@ -94,16 +94,16 @@ def crosstalk_moments(
 
 
 def expected_recall(table: Float[Tensor, "key value"], c2: float, neuron: Moments) -> float:
-    """The fraction of keys whose largest value in L gets the largest score, cross-talk being independent and Gaussian.
+    """The fraction of keys whose largest value in L gets the largest score, if cross-talk is independent and Gaussian.
 
     With score means mu and deviations s, and r the right value, per key
 
         P = integral dx phi(x) prod_{u != r} Phi( (mu_r + s_r x - mu_u) / s_u )
 
-    by Gauss-Hermite quadrature. Cross-talk that two values share harms less, so this errs on the low side: within the
-    error of measurement for tables without structure, by up to a tenth for those whose rows are alike or hold one large
-    entry each. Of a thresholded memory in few dimensions (d_model = 8 for 64 one-hot pairs), where few neurons fire by
-    mistake, so that cross-talk is far from Gaussian, it misses more: 0.5 for a measured 0.8.
+    by Gauss-Hermite quadrature. Cross-talk that two values share does less harm, so this errs on the low side: within
+    the measurement error for tables without structure, by up to a tenth for tables whose rows are alike or have one
+    large entry each. The error is larger for a thresholded memory in few dimensions (d_model = 8 for 64 one-hot pairs),
+    where few neurons fire by mistake and cross-talk is far from Gaussian: 0.5 for a measured 0.8.
     """
     if c2 == 0:
         return 1.0
@@ -127,14 +127,14 @@ MEMORIES = ("linear memory", "hand-written model")
 
 @dataclass(frozen=True, repr=False)
 class MemoryCapacity(Saved, Drawn):
-    """Recall and cross-talk against d_model, of the two `MEMORIES` in that order; in float64, on the CPU.
+    """Recall and cross-talk against d_model, for the two `MEMORIES` in that order; in float64, on the CPU.
 
     Attributes:
-        d_models: what was tried, smallest first.
-        seeds: of the directions.
-        d_vocab: how many tokens have three directions each.
+        d_models: the sizes tried, smallest first.
+        seeds: seeds of the directions.
+        d_vocab: how many tokens, with three directions each.
         recall: the fraction of keys whose likeliest value gets the largest score.
-        crosstalk: root mean square of what is written beside the table, in logits.
+        crosstalk: root mean square of the scores minus the table, in logits.
         expected_recall: by theory.
         expected_crosstalk: likewise.
     """
@@ -156,17 +156,16 @@ class MemoryCapacity(Saved, Drawn):
 
     @property
     def recall_stderr(self) -> Float[Tensor, "memory d_model"]:
-        """Standard error of the mean over keys and seeds, never below that of as many independent draws.
+        """Standard error of the mean over keys and seeds.
 
-        The latter at the expected recall, so that it is not 0 where all seeds agree.
+        At least that of as many independent draws at the expected recall, so that it is not 0 where all seeds agree.
         """
         draws = self.d_vocab * len(self.seeds)
         binomial = (self.expected_recall * (1 - self.expected_recall) / draws).clamp_min(0).sqrt()
         return torch.maximum(self.recall.std(-1) / len(self.seeds) ** 0.5, binomial)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row per memory and d_model: `recall` in the mean over seeds, its `stderr`, the `expected_recall`, and the
-        same of the root mean square of the `crosstalk`."""
+        """A row per memory and d_model: means over seeds of `recall` (with `stderr`) and `crosstalk`, beside theory."""
         index = pd.MultiIndex.from_product([MEMORIES, self.d_models], names=["memory", "d_model"])
         columns = {
             "recall": self.recall.mean(-1),
@@ -182,7 +181,7 @@ _SURE = 0.9
 """Probability of the right next token, in a language of one fact per token."""
 
 _FRACTIONS = (1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 19 / 20, 1)
-"""Of 3 d_vocab, by default: d_model."""
+"""The default values of d_model, as fractions of 3 d_vocab."""
 
 
 @torch.no_grad()
@@ -194,22 +193,23 @@ def memory_capacity(
     """Recall of `log pi_b` against d_model, for two memories over the same random directions.
 
     The directions are those of `associative_transformer`: three per token (embedding, previous token, unembedding),
-    orthonormal from d_model = 3 d_vocab on, and as nearly orthogonal as random ones get below. On them are measured
+    orthonormal from d_model = 3 d_vocab on; below that, as nearly orthogonal as random ones get. Two memories are
+    measured on them:
 
     - a linear memory, W = sum over v, u of log pi_b(u|v) U(u) E(v)^T, each row relative to its mean;
-    - the hand-written model's own bigram memory, whose ReLU neurons fire where their key is at least half there and so
-      keep most of the cross-talk out: `memory_matrix` of the model.
+    - the hand-written model's own bigram memory (its `memory_matrix`), whose ReLU neurons fire only if at least half of
+      their key is present, which keeps out most cross-talk.
 
-    Beside them stands what independent Gaussian cross-talk gives (see `memories.crosstalk`), without any fit.
+    The expected values assume independent Gaussian cross-talk (see `memories.capacity`); nothing is fitted.
 
     Args:
-        language: the bigrams to hold, every one of positive probability; or a d_vocab, for a language of one fact per
-            token: each token's next follows it with probability 0.9, and all others are equally likely.
+        language: the bigrams to hold, all of positive probability; or a d_vocab, for a language of one fact per
+            token: one token follows each with probability 0.9, and all others are equally likely.
         d_models: by default a dozen from d_vocab / 8 to 3 d_vocab.
-        seeds: of the directions, two at least.
+        seeds: seeds of the directions, at least two.
 
     Raises:
-        TypeError, ValueError: for a language with zeros, and sizes or seeds that are none.
+        TypeError, ValueError: for a language with zeros, or invalid sizes or seeds.
     """
     if not isinstance(language, BigramLanguage):
         language = _facts(check_count("language", language, minimum=3))
@@ -220,7 +220,7 @@ def memory_capacity(
     sizes = sorted({check_count("d_models", d_model, minimum=2) for d_model in _listed("d_models", d_models)})
     chosen = [check_count("seeds", seed) for seed in _listed("seeds", seeds)]
     if not sizes or len(set(chosen)) < max(2, len(chosen)):
-        raise ValueError(f"d_models must be one at least, and seeds two different ones, got {sizes} and {chosen}")
+        raise ValueError(f"d_models must hold at least one, and seeds two different ones, got {sizes} and {chosen}")
 
     recall, crosstalk = (torch.zeros(len(MEMORIES), len(sizes), len(chosen), dtype=torch.float64) for _ in range(2))
     with tqdm(total=len(sizes) * len(chosen), disable=None, unit="model", desc="memory_capacity") as bar:
@@ -252,7 +252,7 @@ def memory_capacity(
 def _memories(
     language: BigramLanguage, table: Float[Tensor, "key value"], d_model: int, seed: int
 ) -> tuple[Float[Tensor, "key value"], Float[Tensor, "key value"]]:
-    """Scores of the linear memory, and logits of the hand-written model's."""
+    """Scores of the linear memory, and logits of the hand-written model's memory."""
     model = associative_transformer(
         language,
         strengths=Strengths(bigram=1.0),

@@ -1,4 +1,4 @@
-"""Tables about tokens: what a model would say if another stood last, and what it makes of each by itself."""
+"""Tables about tokens: a model's answers if another token came last, and to each token by itself."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,21 +21,21 @@ from hijack_lens.hooks.edges import embeddings
 from hijack_lens.hooks.intervention import Intervention, record
 
 Tokens = Iterable[int | str] | Int[Tensor, "token"] | None
-"""Tokens that a user names, by id or text; `None` for a default."""
+"""Tokens as a user gives them, by id or text; `None` for a default."""
 
 _MOST_CELLS = 2**27
-"""Numbers in a table: 1 GiB in float64."""
+"""The most numbers in a table: 1 GiB in float64."""
 
 
 @dataclass(frozen=True, repr=False)
 class TokenTables:
-    """What the rows and columns of such tables stand for.
+    """What the rows (query tokens) and columns (answers) of a table stand for.
 
     Attributes:
-        tokens: of the prompt, up to the position whose token is replaced; that one is the last.
-        queries: ids of what it is replaced by, row by row.
-        answers: ids of the tokens whose logits these are, column by column.
-        vocab: texts of all these tokens by their ids; `None` where the model has no tokenizer.
+        tokens: the prompt's tokens, up to the position whose token is replaced, which is the last.
+        queries: ids of the tokens that replace it, one per row.
+        answers: ids of the tokens with these logits, one per column.
+        vocab: texts of all these tokens, by id; `None` if the model has no tokenizer.
     """
 
     tokens: Int[Tensor, "source"]
@@ -50,26 +50,26 @@ class TokenTables:
 
     @property
     def query_texts(self) -> tuple[str, ...]:
-        """Of the rows."""
+        """Texts of the rows."""
         return tuple(map(self.token_text, self.queries))
 
     @property
     def answer_texts(self) -> tuple[str, ...]:
-        """Of the columns."""
+        """Texts of the columns."""
         return tuple(map(self.token_text, self.answers))
 
     @property
     def source_texts(self) -> tuple[str, ...]:
-        """Of the prompt."""
+        """Texts of the prompt's tokens."""
         return tuple(map(self.token_text, self.tokens.tolist()))
 
     @cached_property
     def occurs(self) -> Bool[Tensor, "query"]:
-        """Which query tokens the context, before the position, holds at all."""
+        """Which query tokens occur in the context, before the position."""
         return torch.isin(torch.tensor(self.queries), self.tokens[:-1].cpu())
 
     def token_text(self, token: int) -> str:
-        """A token's text with white space visible; its id where there is no tokenizer."""
+        """A token's text with white space visible; its id if there is no tokenizer."""
         return str(token) if self.vocab is None else visible(self.vocab[token])
 
     def row(self, query: int | str) -> int:
@@ -81,12 +81,12 @@ class TokenTables:
         return self._find("query", query, self.queries)
 
     def chosen(self, queries: Tokens, answers: Tokens, most: int) -> tuple[list[int], list[int]]:
-        """Rows and columns to show: those asked for, else those that the context holds, the most frequent first.
+        """Rows and columns to show: those given, else those of tokens in the context, the most frequent first.
 
         Args:
             queries: by id or text.
             answers: likewise.
-            most: how many of either to take where they were not asked for; of all, where the context holds none.
+            most: how many of each to take by default; if the context holds none of the tokens, from all of them.
         """
         chosen = []
         for name, asked, ids in (("queries", queries, self.queries), ("answers", answers, self.answers)):
@@ -97,7 +97,7 @@ class TokenTables:
         return chosen[0], chosen[1]
 
     def _held(self, ids: Sequence[int], most: int) -> list[int]:
-        """Which of some tokens the context holds, the most frequent in it; all of them where it holds none."""
+        """Where the context's most frequent tokens are in `ids`, at most `most`; if it holds none of them, any."""
         count = Counter(self.tokens[:-1].tolist())
         held = [index for index, token in enumerate(ids) if token in count] or list(range(len(ids)))
         return sorted(sorted(held, key=lambda index: -count[ids[index]])[:most])
@@ -118,7 +118,7 @@ def token_tables(model: Any, tokens: object, position: int, queries: object, ans
     """Rows and columns for one prompt, as a user gives them.
 
     Raises:
-        TypeError, ValueError: for prompts, positions and tokens that the model does not have, and for too many.
+        TypeError, ValueError: for a prompt, position or token that the model does not have, or too many tokens.
     """
     check_model(model)
     ids = model_tokens(model, tokens)
@@ -138,7 +138,7 @@ def token_tables(model: Any, tokens: object, position: int, queries: object, ans
 
 
 def replaced(tokens: Int[Tensor, "source"], queries: Sequence[int]) -> Int[Tensor, "query source"]:
-    """The prompt with each query token in its last token's place."""
+    """The prompt with its last token replaced by each query token in turn."""
     prompts = tokens.repeat(len(queries), 1)
     prompts[:, -1] = torch.tensor(queries).to(prompts)
     return prompts
@@ -154,10 +154,10 @@ _ACTIVATIONS = 2**25
 """Activations at once: 128 MiB in float32."""
 
 _CHECKED = 1000
-"""Logits."""
+"""How many logits `check_logits` compares."""
 
 SomeTokens = Iterable[int | str] | None
-"""SomeTokens by id or text; `None` means the whole vocabulary."""
+"""Tokens by id or text; `None` means the whole vocabulary."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -165,13 +165,13 @@ class NamedTokens:
     """A result about tokens, which knows their texts.
 
     Attributes:
-        vocab: texts of the tokens that occur in it, by id; `None` where the model has no tokenizer.
+        vocab: texts of the tokens that occur in it, by id; `None` if the model has no tokenizer.
     """
 
     vocab: Mapping[int, str] | None
 
     def token_text(self, token: int) -> str:
-        """A token's text with white space visible; its id where there is no tokenizer."""
+        """A token's text with white space visible; its id if there is no tokenizer."""
         return str(token) if self.vocab is None else visible(self.vocab[token])
 
 
@@ -179,7 +179,7 @@ def chosen_tokens(model: Any, name: str, tokens: SomeTokens) -> Int[Tensor, "tok
     """Distinct token ids, on the CPU.
 
     Raises:
-        TypeError, ValueError: for none, and for what is no token of the model's.
+        TypeError, ValueError: for no tokens, or tokens that the model lacks.
     """
     if tokens is None:
         return torch.arange(model.cfg.d_vocab)
@@ -187,10 +187,10 @@ def chosen_tokens(model: Any, name: str, tokens: SomeTokens) -> Int[Tensor, "tok
 
 
 def memory_mlps(model: Any, components: Any) -> tuple[Component, ...]:
-    """MLPs of the model's; by default its circuit's bigram memory.
+    """MLPs of the model; by default its circuit's bigram memory.
 
     Raises:
-        TypeError, ValueError: for what is no MLP of the model's, and where there is no default.
+        TypeError, ValueError: for anything but MLPs of the model, or if there is no default.
     """
     if components is None:
         circuit = getattr(model, "circuit", None)
@@ -213,10 +213,10 @@ def memory_mlps(model: Any, components: Any) -> tuple[Component, ...]:
 
 
 def check_logits(model: Any, token: int) -> None:
-    """The logits after a lone token are a sum over what is in the last residual stream.
+    """Checks that the logits after a single token are a sum over the last residual stream.
 
     Raises:
-        ValueError: where they are not, as where a model multiplies its logits.
+        ValueError: if they are not, for example because the model scales its logits.
     """
     stream, answers = (
         f"blocks.{model.cfg.n_layers - 1}.hook_resid_post",
@@ -232,12 +232,12 @@ def context_free(
 ) -> Iterator[dict[str, Float[Tensor, "rows features"]]]:
     """Activations of each token's own run, in parts that fit into memory.
 
-    Each token is a prompt. What attention writes, biases included, and learned positions are zero.
+    Each token is a prompt of its own. Attention outputs (with biases) and learned positions are set to zero.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        tokens: to run.
-        names: of the hook points to read, which have one value per position.
+        tokens: the tokens to run.
+        names: the hook points to read, which have one value per position.
         stop_at_layer: the first layer that need not be run.
     """
     n_layers = model.cfg.n_layers
@@ -264,5 +264,5 @@ def context_free(
 
 
 def centred(table: Float[Tensor, "key value"]) -> Float[Tensor, "key value"]:
-    """Each row relative to its mean: what all columns share decides nothing."""
+    """Each row relative to its mean: what all columns share makes no difference."""
     return table - table.mean(1, keepdim=True)

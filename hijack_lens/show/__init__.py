@@ -1,6 +1,6 @@
 """How results are shown: reports, pictures, circuitsvis views, and one-file HTML reports.
 
-Each file registers what it can show; results know nothing of it.
+Each file registers what it can show; results know nothing about it.
 """
 
 from hijack_lens.core.tables import html_of, picture_of, report_of

@@ -35,7 +35,7 @@ _ABLATION = {
 
 @report_of.register
 def evidence_report(evidence: CircuitEvidence) -> Report:
-    """The verdicts in words; the named components and, of each role, the best of the rest."""
+    """The verdicts in words; each role's named components, and the best of the rest."""
     found = evidence.to_pandas().sort_values(["named", "score"], ascending=False)
     rows, ruled = [], []
     for role, name in ROLE_NAMES.items():
@@ -61,7 +61,7 @@ def evidence_report(evidence: CircuitEvidence) -> Report:
 
 @picture_of.register
 def circuit_map(evidence: CircuitEvidence) -> Picture:
-    """Heat maps of the heads' scores for each role, head by layer, and bars of the MLPs' shares; those named stand out.
+    """Heat maps of the heads' scores for each role, head by layer, and bars of the MLPs' shares; named ones stand out.
 
     Args:
         evidence: of a circuit that `find_circuit` found.
@@ -117,7 +117,7 @@ def shapley_report(result: ShapleyValues) -> Report:
 
 @picture_of.register
 def shapley_bars(result: ShapleyValues) -> Picture:
-    """Each player's value with its 95% confidence interval; beside it what pairs add. Grey cells were not scored."""
+    """Each player's value with its 95% confidence interval, and the pairs' interactions. Grey cells were not scored."""
     n = len(result.players)
     scored = bool(result.interactions.isfinite().any())
     side = max(2.4, min(0.5 * n, 9.0))
@@ -151,7 +151,7 @@ def shapley_bars(result: ShapleyValues) -> Picture:
             ax, result.interactions, columns=result.labels, numbers=numbers, named=_PLAYERS_NAMED, rotation=90
         )
         ax.set_xlabel("with which player")
-        ax.set_title("pairs (+ need each other, − do alike)", fontsize=10)
+        ax.set_title("pairs (+ need each other, − do the same)", fontsize=10)
         picture.figure.colorbar(drawn, ax=ax, label=f"interaction, in {result.metric}")
     return picture
 
@@ -171,7 +171,7 @@ def _values(result: ShapleyValues) -> Table:
 
 
 def _interactions(result: ShapleyValues) -> Table:
-    """Of pairs that were scored."""
+    """The pairs that were scored."""
     table = result.interactions_to_pandas().dropna()
     table = table.sort_values("interaction", key=abs, ascending=False, kind="stable")
     rows = [

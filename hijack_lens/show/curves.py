@@ -1,4 +1,4 @@
-"""Curves: a dose-response with the theory's over it, and the birth of the two memories over training."""
+"""Curves: a dose-response with the theory's prediction, and the birth of the two memories over training."""
 
 import math
 
@@ -68,7 +68,7 @@ def _notes(result: DoseResponse) -> list[str]:
         how = "fitted to these margins, with b1 = inf: "
     notes = [f"Theory, {how}b2 = {s.match:.3g}, b3 = {s.copy:.3g}; R² = {theory.r2:.3f} of the change over repeats."]
     if not result.circuit.induction:
-        notes.append("No induction head is named in the circuit, so that nothing counts as the context's.")
+        notes.append("No induction head is named in the circuit, so nothing counts as the context's.")
     if not all(result.known):
         unknown = [one.name for one, known in zip(result.conflicts, result.known, strict=True) if not known]
         notes.append(
@@ -77,7 +77,7 @@ def _notes(result: DoseResponse) -> list[str]:
         )
     cut = [one for one in result.conflicts if not all(one.whole)]
     if cut:
-        notes.append(f"Scored by the first token of answers of several tokens: {len(cut)} of the facts.")
+        notes.append(f"Answers of several tokens are scored by the first: {len(cut)} of the facts.")
     return notes
 
 
@@ -127,7 +127,7 @@ def dose_curves(result: DoseResponse) -> Picture:
 
 @report_of.register
 def run_report(run: TrainingRun) -> Report:
-    """What each memory was at the start, and is now."""
+    """Each memory at the start, and now."""
     probes = ("in_context_accuracy", "bigram_excess", "previous_token_attention", "induction_attention")
     series = {name.replace("_", " "): run.probe(name) for name in probes}
     rows = [(name, f"{one.iloc[0]:.3f}", f"{one.iloc[-1]:.3f}") for name, one in series.items()]
@@ -141,7 +141,7 @@ def run_report(run: TrainingRun) -> Report:
 
 @picture_of.register
 def birth_of_memories(run: TrainingRun) -> Picture:
-    """Both memories on one axis of steps: how much of each has been learned."""
+    """How much of each memory has been learned, by training step."""
     picture = Picture(8.0, 4.2)
     ax = picture.figure.add_subplot()
     excess = run.probe("bigram_excess")

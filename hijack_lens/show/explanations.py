@@ -12,7 +12,7 @@ from hijack_lens.show.logits import logit_html, path_table
 from hijack_lens.show.style import COLOURS, PAGE_STYLE, Picture, frameless
 from hijack_lens.show.views import attention, circuitsvis_script, token_paths
 
-_NOTHING_NAMED = "The circuit names no component, so that there is none to switch off."
+_NOTHING_NAMED = "The circuit names no component, so there is none to switch off."
 
 
 @report_of.register
@@ -94,13 +94,13 @@ def write_report(explanation: Explanation, path: str | os.PathLike[str]) -> Path
 
     Args:
         explanation: from `hijack_lens.explain`.
-        path: of the file; its folder must exist.
+        path: the file to write; its folder must exist.
 
     Returns:
         The file's path.
 
     Raises:
-        ValueError: where the folder does not exist.
+        ValueError: if the folder does not exist.
     """
     _check(explanation)
     target = Path(path)
@@ -137,7 +137,7 @@ def _page(explanation: Explanation) -> str:
 
 
 def _question(explanation: Explanation) -> str:
-    """What was asked; and how the circuit is known, where it was found."""
+    """The question; and the evidence for the circuit, if it was found."""
     attribution, evidence = explanation.attribution, explanation.circuit.evidence
     q, c, g = (f"<code>{escape(text)}</code>" for text in (attribution.source_texts()[-1], *explanation.names))
     if isinstance(explanation.prompt, HijackPrompt):
@@ -156,7 +156,7 @@ def _question(explanation: Explanation) -> str:
 
 
 def _heads(explanation: Explanation) -> str:
-    """The named heads' attention; where none is named, that of the heads which wrote most of the margin."""
+    """The named heads' attention; if none is named, that of the heads that wrote most of the margin."""
     attribution, title = explanation.attribution, "Where the heads look"
     heads = [part for _, part in explanation.circuit if part.kind == "head"]
     if not heads:
@@ -165,7 +165,7 @@ def _heads(explanation: Explanation) -> str:
         by_size = sorted(zip(wrote, attribution.paths, strict=True), key=lambda pair: -pair[0])
         last = [path.through[-1] for _, path in by_size if path.through]
         heads = list(dict.fromkeys(part for part in last if part.kind == "head"))[:2]
-        title = "Where the heads look that wrote most; the circuit names none"
+        title = "Where the heads that wrote most look; the circuit names none"
     if not heads:
         return ""
     view = attention(explanation.model, explanation.prompt, heads, explanation.circuit)

@@ -62,7 +62,7 @@ def path_table(result: LogitAttribution) -> Table:
 
 
 def incomplete(result: LogitAttribution) -> str:
-    """A warning where the paths do not add up: hooks have changed what the attribution rests on."""
+    """A warning if the paths do not add up: hooks have changed what the attribution relies on."""
     if result.completeness_error <= 1e-3 * (1 + float(result.logits.abs().max())):
         return ""
     return (

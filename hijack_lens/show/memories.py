@@ -21,7 +21,7 @@ _PARTS = ("context", "weights", "rest", "margin")
 
 @report_of.register
 def context_report(memory: ContextMemory) -> Report:
-    """What the memory says to each token that the context holds."""
+    """What the memory says after each token that the context holds."""
     table, rows = centred(memory.values), []
     for row in memory.chosen(None, None, _ROWS_SHOWN)[0]:
         best = table[row].topk(min(2, len(memory.answers)))
@@ -78,7 +78,7 @@ def conflict_report(conflict: MemoryConflict) -> Report:
 
 @picture_of.register
 def context_map(memory: ContextMemory, queries: Tokens = None, answers: Tokens = None) -> Picture:
-    """A context's memory, each row less its mean over the answers shown.
+    """The context's memory, each row minus its mean over the answers shown.
 
     Args:
         memory: what to show.
@@ -100,16 +100,16 @@ def context_map(memory: ContextMemory, queries: Tokens = None, answers: Tokens =
 
 @picture_of.register
 def conflict_maps(conflict: MemoryConflict, queries: Tokens = None, answers: Tokens = None) -> Picture:
-    """Both memories side by side in one scale of colours, and the margins between what they say.
+    """Both memories side by side on one colour scale, and the margins between what they say.
 
-    Each row is less its mean over the answers shown, since what these share decides nothing between them.
-    A ring marks what the context says, a square what the weights say; in a row of conflict both are drawn in
+    Each row is shown minus its mean over the answers shown, since what these share makes no difference.
+    A ring marks what the context says, a square what the weights say. In rows in conflict, both are drawn in
     bold, and the margin shows who wins.
 
     Args:
         conflict: what to show.
         queries: rows, by id or text; by default tokens that the context holds, the most frequent first.
-        answers: columns, likewise; by default these and what either memory says in one of the rows.
+        answers: columns, likewise; by default also what either memory says in one of the rows.
 
     Raises:
         ValueError: for tokens that are not in the tables.

@@ -20,7 +20,7 @@ _MAPS_PER_ROW = 3
 
 @report_of.register
 def score_report(result: ScoreAttribution) -> Report:
-    """The cells that matter most to the key that gets most attention."""
+    """The cells that matter most for the key that gets the most attention."""
     shape = ", ".join(f"{axis}={size}" for axis, size in zip(result.axes, result.values.shape, strict=True))
     columns = ("score", "log-odds against all other keys") if _has_odds(result) else ("score",)
     query, key = (f"{at} {result.texts[at]!r}" for at in (result.query, result.top_key))
@@ -44,7 +44,7 @@ def score_report(result: ScoreAttribution) -> Report:
 
 @report_of.register
 def odds_report(odds: LogOdds) -> Report:
-    """A line."""
+    """One line."""
     several = f" - entropy {odds.entropy:.4g}" if len(odds.against) > 1 else ""
     return Report(
         f"LogOdds({odds.total:+.4g} = paths {float(odds.values.sum()):+.4g}{several}) of key {odds.key} against "
@@ -59,14 +59,14 @@ def odds_html(odds: LogOdds) -> None:
 
 @picture_of.register
 def score_maps(result: ScoreAttribution, key: int | Iterable[int] | None = None) -> Picture:
-    """One heat map per key position: query paths against key paths, in one scale of colours.
+    """One heat map per key position: query paths against key paths, on one colour scale.
 
-    Of many terms, those with the largest cells are shown, and the others summed up in one more row and column: cells
-    always add up to the score.
+    If there are many terms, those with the largest cells are shown, and the others are summed in one more row and
+    column, so that cells always add up to the score.
 
     Args:
         result: what to show.
-        key: a position among its keys, or several; by default the one that gets most attention.
+        key: a position among its keys, or several; by default the one that gets the most attention.
 
     Raises:
         TypeError, ValueError: for positions that are not among its keys.
@@ -91,7 +91,7 @@ def score_maps(result: ScoreAttribution, key: int | Iterable[int] | None = None)
 
 @picture_of.register
 def odds_map(odds: LogOdds) -> Picture:
-    """The same of log-odds, whose cells add up to them and to the entropy of the competitors' shares."""
+    """The same for log-odds: the cells add up to these plus the entropy of the competitors' shares."""
     against = f"key {odds.against[0]}" if len(odds.against) == 1 else f"{len(odds.against)} other keys"
     total = f"log-odds {odds.total:+.3g}"
     if len(odds.against) > 1:
@@ -159,12 +159,12 @@ def _has_odds(result: ScoreAttribution) -> bool:
 
 
 def _rows(result: ScoreAttribution) -> list[tuple[str, ...]]:
-    """The largest cells, whatever else there is, and the sum of all."""
+    """The largest cells, the sum of the rest, and the sum of all."""
     tables = [result.values[result.keys.index(result.top_key)]]
     if _has_odds(result):
         odds = result.log_odds()
         tables.append(odds.values)
-    # What every key's score shares tells nothing about where the head looks: with competitors, those decide.
+    # What all keys' scores share does not affect where the head looks: with competitors, sort by log-odds.
     sizes = tables[-1].abs().flatten()
     order = sizes.argsort(descending=True, stable=True)[:_SHOWN].tolist()
     shown = [index for index in order if bool(sizes[index] > _NEGLIGIBLE * sizes.max())]

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-# Okabe & Ito's palette, told apart also by colour-blind readers.
+# Okabe & Ito's palette, whose colours colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#999999"
 COLOURS = {"context": BLUE, "weights": ORANGE, "rest": GREY}
-"""Of the memories."""
+"""The memories' colours."""
 
 PAGE_STYLE = """
 body { font-family: system-ui, sans-serif; max-width: 1040px; margin: 2em auto; padding: 0 1em;
@@ -22,7 +22,7 @@ thead th { border-bottom: 1px solid #999 } td:first-child, th:first-child { text
 .weights { border-left-color: #D55E00 }
 code { background: #f2f2f2; padding: 0 0.2em } svg { max-width: 100%; height: auto }
 """
-"""CSS of HTML files."""
+"""The style sheet of HTML files."""
 
 _DIVERGING = "PuOr_r"  # purple one way, orange the other
 _ABSENT = "#dcdcdc"
@@ -66,18 +66,18 @@ class Picture:
 
 
 def plain(text: str) -> str:
-    """A label that matplotlib does not take for mathematics."""
+    """A label that matplotlib does not read as mathematics."""
     return text.replace("$", r"\$")
 
 
 def frameless(*axes: Any) -> None:
-    """Leaves out the frame where nothing is read off it."""
+    """Removes the top and right lines of the frame."""
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
 
 
 def spread_of(image: np.ndarray, centre: float = 0.0) -> float:
-    """The largest distance from the centre, where there is any."""
+    """The largest distance from the centre; 1 if there is none."""
     return float(np.max(np.abs(image - centre), initial=0.0, where=np.isfinite(image))) or 1.0
 
 
@@ -95,23 +95,23 @@ def heatmap(
     named: int = _NAMES_SHOWN,
     **font: Any,
 ) -> Any:
-    """Draws a matrix on some axes; cells that are NaN, where there is nothing, are grey.
+    """Draws a matrix; cells with NaN are grey.
 
     Args:
-        ax: to draw on.
+        ax: the axes to draw on.
         image: [row, column], an array or tensor.
         rows: their names.
         columns: likewise.
         centre: the value that is drawn white.
-        spread: how far colours reach to either side of it; by default to the largest value.
-        attention: on a scale of blues from 0 to 1, instead.
+        spread: how far colours reach on either side of it; by default to the largest value.
+        attention: use a scale of blues from 0 to 1 instead.
         numbers: whether to write the value into each cell.
-        texts: what to write there, instead.
-        named: how many rows, and how many columns, to name at most.
-        **font: of the names: fontsize, family; and rotation, of the columns' names.
+        texts: texts to write there instead.
+        named: the most rows, and the most columns, to name.
+        **font: the names' fontsize and family; and rotation, for the columns' names.
 
     Returns:
-        What a colour bar is made for.
+        The image, from which to make a colour bar.
     """
     import matplotlib
 

@@ -62,11 +62,11 @@ def sweep_maps(sweep: Sweep, normalised: bool | None = None) -> Picture:
 
     Args:
         sweep: what to show.
-        normalised: whether on the scale 0 = corrupted, 1 = clean, rather than as the metric's change; by default
-            where there is such a scale.
+        normalised: whether to use the scale 0 = corrupted, 1 = clean, instead of the metric's change; by default,
+            if there is such a scale.
 
     Raises:
-        ValueError: where `normalised` is asked for and there is no such scale.
+        ValueError: if `normalised` is asked for and there is no such scale.
     """
     if normalised is None:
         normalised = sweep.source is not None and sweep.source != sweep.base

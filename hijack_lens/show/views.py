@@ -32,11 +32,11 @@ _TOKENS_NAMED = 48
 
 @cache
 def circuitsvis_script() -> str:
-    """The script that the circuitsvis wheel carries, fit to stand inside a <script> element; it defines CircuitsVis."""
+    """The script from the circuitsvis wheel, safe inside a <script> element; it defines CircuitsVis."""
     import circuitsvis
 
     script = (Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
-    # The source map beside it would be looked for on the network.
+    # A browser would look for its source map on the network.
     return script.replace("</script", r"<\/script").rsplit("//# sourceMappingURL", 1)[0]
 
 
@@ -46,9 +46,9 @@ class Panel:
 
     Attributes:
         element: its name.
-        props: its properties, in JSON's types.
-        title: stands above it; may be empty.
-        still: a static picture of the same, as HTML, for where scripts do not run.
+        props: its properties, as JSON types.
+        title: shown above it; may be empty.
+        still: a static picture of the same, as HTML, for when scripts do not run.
     """
 
     element: str
@@ -61,8 +61,8 @@ class Panel:
 class View:
     """circuitsvis panels side by side. In a notebook it draws itself, offline.
 
-    circuitsvis's own notebook form probes the network and loads from a CDN where it finds one; this one
-    carries the script with it.
+    circuitsvis's own notebook form probes the network and loads from a CDN if it finds one; this one
+    includes the script.
 
     Attributes:
         panels: what to draw.
@@ -105,9 +105,9 @@ def attention(
     heads: list[Component] | None = None,
     circuit: Circuit | None = None,
 ) -> View:
-    """Attention patterns of heads on one prompt; by default of the circuit's previous-token and induction heads.
+    """Attention patterns of heads on one prompt; by default, the circuit's previous-token and induction heads.
 
-    The circuit, by which heads are called, is by default the model's own.
+    The circuit, which also names the heads, is by default the model's own.
 
     Raises:
         TypeError, ValueError: for prompts the model cannot take, batches, and heads that it lacks.
@@ -177,7 +177,7 @@ def attention_maps(patterns: dict[str, Float[Tensor, "query key"]], tokens: list
     Args:
         patterns: by the head's name.
         tokens: texts of the positions.
-        width: of the picture, in inches.
+        width: the picture's width, in inches.
     """
     picture = Picture(width, width / len(patterns) + 0.6)
     axes = picture.figure.subplots(1, len(patterns), squeeze=False)[0]
@@ -195,8 +195,8 @@ def attention_maps(patterns: dict[str, Float[Tensor, "query key"]], tokens: list
 def token_paths(result: LogitAttribution, a: str | int | None = None, b: str | int | None = None) -> View:
     """The prompt, each token shaded by what its paths add to `logit[a] - logit[b]`; one button per path.
 
-    All paths share one colour scale, so that shades compare. Paths that add nothing are left out, and of a deep model's
-    hundreds all but those that add most.
+    All paths share one colour scale, so shades can be compared. Paths that add nothing are left out; so are all but the
+    largest of a deep model's hundreds.
 
     Raises:
         ValueError: for a batch, or an attribution of all positions.
@@ -216,7 +216,7 @@ def token_paths(result: LogitAttribution, a: str | int | None = None, b: str | i
     bound = max(float(values.abs().max()), 1e-6)
     names = [repr(result.token_text(token)) for token in (first, second)]
     props = {
-        # This element takes its tokens for HTML.
+        # This element treats its tokens as HTML.
         "tokens": [escape(text + result.joiner) for text in texts],
         "values": _rounded(values, 6),
         "labels": list(columns),

@@ -54,7 +54,7 @@ def neurons_report(result: MemoryNeurons) -> Report:
 
 @picture_of.register
 def neuron_map(result: MemoryNeurons, most: int = 12) -> Picture:
-    """The strongest neurons: their keys, shaded by activation, and what they write for the first of these, by logit.
+    """The strongest neurons: their keys, shaded by activation, and what they write for the first key, shaded by logit.
 
     Args:
         result: what to show.
@@ -69,7 +69,7 @@ def neuron_map(result: MemoryNeurons, most: int = 12) -> Picture:
     axes = picture.figure.subplots(1, 2, sharey=True)
     for ax, (title, label, tokens, numbers) in zip(axes, sides, strict=True):
         image, chosen = numbers[rows, :_RANKS], tokens[rows, :_RANKS].tolist()
-        # Tokens that leave a neuron off are no keys of it.
+        # Tokens that leave a neuron off are not its keys.
         texts = [
             [_short(result.token_text(token)) if value else "·" for token, value in zip(*pair, strict=True)]
             for pair in zip(chosen, image.tolist(), strict=True)
@@ -86,7 +86,7 @@ def neuron_map(result: MemoryNeurons, most: int = 12) -> Picture:
 
 @report_of.register
 def matrix_report(result: MemoryMatrix) -> Report:
-    """The keys with the most cross-talk, or without a language the strongest; a row each."""
+    """The keys with the most cross-talk (without a language, the strongest), a row each."""
     scored = result.log_pi_b is not None
     by_row = (result.crosstalk if scored else result.values).square().mean(1).sqrt()
     tables = [result.values] if result.log_pi_b is None else [result.values, result.log_pi_b]
@@ -181,8 +181,7 @@ def capacity_report(result: MemoryCapacity) -> Report:
 
 @picture_of.register
 def capacity_curves(result: MemoryCapacity) -> Picture:
-    """Recall and cross-talk against d_model: what was measured as points with standard errors over seeds, theory as
-    lines."""
+    """Recall and cross-talk against d_model: points are measured, with standard errors over seeds; lines are theory."""
     picture = Picture(11.0, 4.4)
     axes = picture.figure.subplots(1, 2)
     errors = result.crosstalk.std(-1) / len(result.seeds) ** 0.5
