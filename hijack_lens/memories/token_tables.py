@@ -29,13 +29,13 @@ class NamedTokens:
     """A result about tokens, which knows their texts.
 
     Attributes:
-        vocab: texts of the tokens that occur in it, by id; `None` where the model has no tokenizer.
+        vocab: texts of the tokens that occur in it, by id; `None` if the model has no tokenizer.
     """
 
     vocab: Mapping[int, str] | None
 
     def token_text(self, token: int) -> str:
-        """A token's text with white space visible; its id where there is no tokenizer."""
+        """A token's text with white space visible; its id if there is no tokenizer."""
         return str(token) if self.vocab is None else visible(self.vocab[token])
 
 
