@@ -143,7 +143,7 @@ def all_coalitions(n_players: int) -> Bool[Tensor, "coalition player"]:
 def shapley_values(worth: Float[Tensor, "coalition"]) -> Float[Tensor, "player"]:
     """Each player's Shapley value (Shapley 1953): what it adds to those who came before it, averaged over all orders.
 
-        value_i = Σ_{S without i}  |S|! (n - |S| - 1)! / n!  ·  ( worth(S + i) - worth(S) )
+    value_i = Σ_{S without i}  |S|! (n - |S| - 1)! / n!  ·  ( worth(S + i) - worth(S) )
     """
     n, sizes = _sizes(worth)
     weights = torch.tensor([1 / (n * comb(n - 1, size)) for size in range(n)], dtype=worth.dtype)
