@@ -141,8 +141,8 @@ def report_of(result: Any) -> Report:
 def picture_of(result: Any) -> Any:
     """A result drawn: a `show.Picture`.
 
-    The options depend on the result: `normalised=` for a `Sweep`, `key=` for a `ScoreAttribution`, `queries=` and
-    `answers=` for a `ContextMemory` or `MemoryConflict`, `most=` for `MemoryNeurons`.
+    The options depend on the result: `normalised=` for a `Sweep`, `key=` for a `ScoreAttribution`, `query_tokens=`
+    and `answers=` for a `ContextMemory` or `MemoryConflict`, `most=` for `MemoryNeurons`.
 
     Raises:
         TypeError: if it has no picture.

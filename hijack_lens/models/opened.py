@@ -45,7 +45,7 @@ _PLAIN: dict[str, tuple] = {
 
 
 class UnknownArchitectureError(TypeError):
-    """A model that `open_blocks` cannot take apart."""
+    """A model that `open_model` cannot take apart."""
 
 
 @dataclass(frozen=True)
