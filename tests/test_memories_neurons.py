@@ -145,7 +145,7 @@ def test_the_vocabulary_and_the_neurons_may_be_taken_in_parts(monkeypatch):
     monkeypatch.setattr(token_tables, "_ACTIVATIONS", 2 * SHAPE["d_mlp"])
     monkeypatch.setattr(neurons, "_CELLS", 1)
     parts = memory_neurons(model, k=3)
-    for name in ("keys", "promoted", "suppressed"):
+    for name in ("key_tokens", "promoted", "suppressed"):
         assert torch.equal(getattr(parts, name), getattr(whole, name))
     for name in ("pre", "post", "on", "promoted_logits", "suppressed_logits", "spread"):
         close(getattr(parts, name), getattr(whole, name), atol=1e-13)

@@ -159,7 +159,7 @@ DAMAGE = {
     "lacks number": lambda header, tensors: header.pop("number"),
     "lacks place": lambda header, tensors: header["nested"].pop("place"),
     r"holds \['colour'\]": lambda header, tensors: header.update(colour="red"),
-    r"holds \['colour'\], which a Part has not": lambda header, tensors: header["nested"].update(colour="red"),
+    r"holds \['colour'\], which a Part does not have": lambda header, tensors: header["nested"].update(colour="red"),
     r"holds \['other'\]": lambda header, tensors: tensors.update(other=torch.zeros(1)),
     "values must be a": lambda header, tensors: tensors.update(values=torch.zeros(2)),
     "values must be a .*int": lambda header, tensors: tensors.update(values=torch.zeros(2, 2, dtype=torch.int64)),

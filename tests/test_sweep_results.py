@@ -151,7 +151,6 @@ def test_the_table_has_a_row_per_patch(sweep):
                     assert sweep.texts is None or row.token == sweep.texts[p]
 
 
-@pytest.mark.xfail(strict=True, reason="TypeError: Got unsupported ScalarType BFloat16")
 def test_half_precision_has_a_table_too():
     sweep = patch_sweep(hooked("LN", dtype=torch.bfloat16), CLEAN, CORRUPTED, METRIC, "resid_pre")
     assert sweep.values.dtype == torch.bfloat16

@@ -98,7 +98,7 @@ def drawn(*arguments, **options):
 
 def test_a_heat_map_is_centred_and_shows_where_there_is_nothing():
     image = np.array([[1.0, -4.0], [np.nan, 2.0]])
-    ax, found = drawn(torch.from_numpy(image), ["r0", "r1"], ["c0", "c$1$"], numbers=True)
+    ax, found = drawn(torch.from_numpy(image), ["r0", "r1"], ["c0", "c$1$"], decimals=0)
     assert found.get_clim() == (-4.0, 4.0)
     np.testing.assert_array_equal(found.get_array().filled(np.nan), image)
     grey = found.cmap(np.ma.masked_invalid([np.nan]))[0]
@@ -117,7 +117,7 @@ def test_a_heat_maps_scale_can_be_given():
     assert drawn([[0.5, 1.5]], centre=1.0)[1].get_clim() == (0.5, 1.5)
     assert drawn([[0.5, 1.5]], spread=3.0)[1].get_clim() == (-3.0, 3.0)
     assert drawn([[0.2, 0.3]], attention=True)[1].get_clim() == (0.0, 1.0)
-    assert drawn(np.full((2, 2), np.nan), numbers=True)[1].get_clim() == (-1.0, 1.0)
+    assert drawn(np.full((2, 2), np.nan), decimals=0)[1].get_clim() == (-1.0, 1.0)
     assert drawn(np.zeros((2, 2)))[1].get_clim() == (-1.0, 1.0)
 
 

@@ -179,13 +179,27 @@ MIN_SAMPLES = 10
 """With fewer samples, standard errors are unreliable: confidence intervals would miss the truth too often."""
 
 
+@dataclass(frozen=True)
+class Estimates:
+    """What `ShapleyValues` has, where it hangs on the draw; NaN where there is no pair, or too few samples of it."""
+
+    values: Float[Tensor, "player"]
+    stderr: Float[Tensor, "player"]
+    interactions: Float[Tensor, "player player"]
+    interactions_stderr: Float[Tensor, "player player"]
+    pair_samples: Int[Tensor, "player player"]
+    full: float
+    empty: float
+    n_runs: int
+
+
 def estimate(
     worth: Callable[[Bool[Tensor, "coalition player"]], Float[Tensor, "coalition"]],
     n_players: int,
     n_samples: int,
     interactions: bool,
     generator: torch.Generator,
-) -> dict[str, Any]:
+) -> Estimates:
     """Unbiased estimates from random orders, each paired with its reverse; `worth` is called once.
 
     A player that comes early in an order comes late in its reverse, so the errors of the two partly cancel (antithetic
@@ -216,17 +230,8 @@ def estimate(
     else:
         mean = spread = gains.new_full((n, n), torch.nan)
         counts = torch.zeros(n, n, dtype=torch.long)
-    return {
-        "values": gains.mean(0),
-        "stderr": stderr,
-        "interactions": mean,
-        "interactions_stderr": spread,
-        "pair_samples": counts,
-        "full": float(come_worth[0, 0, -1]),
-        "empty": float(come_worth[0, 0, 0]),
-        "n_runs": len(visited),
-        "n_samples": n_samples,
-    }
+    full, empty = float(come_worth[0, 0, -1]), float(come_worth[0, 0, 0])
+    return Estimates(gains.mean(0), stderr, mean, spread, counts, full, empty, len(visited))
 
 
 def _by_pair(

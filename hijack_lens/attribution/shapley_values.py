@@ -255,5 +255,6 @@ def shapley(
                 "worth": worth.reshape((2,) * len(players)),
             }
         else:
-            found = estimate(runs.worth, len(players), n_samples, interactions, generator)
+            drawn = estimate(runs.worth, len(players), n_samples, interactions, generator)
+            found = {**vars(drawn), "n_samples": n_samples}
     return ShapleyValues(players=players, metric=reader.name, how=how, **found)

@@ -135,9 +135,9 @@ def shapley_bars(result: ShapleyValues) -> Picture:
     ax.set_title(f"Shapley values: {result.empty:+.3g} with none, {result.full:+.3g} with all", fontsize=10)
     frameless(ax)
     if scored:
-        ax, numbers = axes[1], n <= _PLAYERS_WITH_NUMBERS
+        ax, decimals = axes[1], 0 if n <= _PLAYERS_WITH_NUMBERS else None
         drawn = heatmap(
-            ax, result.interactions, columns=result.labels, numbers=numbers, named=_PLAYERS_NAMED, rotation=90
+            ax, result.interactions, columns=result.labels, decimals=decimals, named=_PLAYERS_NAMED, rotation=90
         )
         ax.set_xlabel("with which player")
         ax.set_title("pairs (+ need each other, − do the same)", fontsize=10)

@@ -31,8 +31,8 @@ def logit_html(result: LogitAttribution) -> str:
     """The verdict and the shaded prompt over the table, with a bar for each path."""
     if not _is_single(result):
         return f"<pre>{escape(report_of(result).text())}</pre>"
-    a, b = result.pair()
-    rows = _rows(result)
+    (a, b), rows = result.pair(), _rows(result)
+    columns = ["path", "memory", *(f"logit {result.token_text(token)}" for token in (a, b)), "difference", ""]
     widest = max(abs(row[4]) for row in rows) or 1.0
     table = path_table(result)
     drawn = [
@@ -43,7 +43,7 @@ def logit_html(result: LogitAttribution) -> str:
     return (
         f"<div class='hijack-lens'><p><b>{escape(incomplete(result))}</b></p>"
         f"<p><b>Which memory wrote the logits at position {result.position}?</b> {_verdict(result)}</p>"
-        f"{shaded_prompt(result, a, b)}{Table([*table.columns, ''], drawn, table.align, total=True).html()}"
+        f"{shaded_prompt(result, a, b)}{Table(columns, drawn, table.align, total=True).html()}"
         f"<p style='font-size:85%'>{_hidden(result)} "
         f"Sum over all paths minus the model's logits: at most {result.completeness_error:.1e}.</p></div>"
     )

@@ -111,7 +111,7 @@ def _maps(
     width, height = 3.0 + across * max(2.2, 0.52 * len(columns)), 2.2 + max(1.2, 0.36 * len(rows))
     picture, axes, lowest, first = map_axes(len(images), across, width, 0.6 + -(-len(images) // across) * height)
     for ax, image, name in zip(axes, images, titles, strict=True):
-        drawn = heatmap(ax, image, rows, columns, spread=spread_of(images), numbers=True, rotation=90, fontsize=8)
+        drawn = heatmap(ax, image, rows, columns, spread=spread_of(images), decimals=2, rotation=90, fontsize=8)
         ax.set_title(name, fontsize=9)
     for ax in lowest:
         ax.set_xlabel("key path: what wrote the key")

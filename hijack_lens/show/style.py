@@ -100,7 +100,7 @@ def stacked_bars(ax: Any, rows: Any, margin: Any, height: float) -> tuple[np.nda
     return high, low
 
 
-def write_beside(ax: Any, text: str, end: float, row: float, points: float, **style: Any) -> None:
+def write_beside(ax: Any, text: str, end: float, row: int, points: int, **style: Any) -> None:
     """A text beside the end of a horizontal bar, away from zero by some points."""
     side, align = (points, "left") if end >= 0 else (-points, "right")
     ax.annotate(text, (end, row), xytext=(side, 0), textcoords="offset points", ha=align, va="center", **style)
@@ -120,7 +120,7 @@ def heatmap(
     centre: float = 0.0,
     spread: float | None = None,
     attention: bool = False,
-    numbers: bool = False,
+    decimals: int | None = None,
     texts: Sequence[Sequence[str]] | None = None,
     named: int = _NAMES_SHOWN,
     **font: Any,
@@ -135,7 +135,7 @@ def heatmap(
         centre: the value that is drawn white.
         spread: how far colours reach on either side of it; by default to the largest value.
         attention: use a scale of blues from 0 to 1 instead.
-        numbers: whether to write the value into each cell.
+        decimals: the fewest of the values, which are then written into the cells; none in the hundreds.
         texts: texts to write there instead.
         named: the most rows, and the most columns, to name.
         **font: the names' fontsize and family; and rotation, for the columns' names.
@@ -155,8 +155,9 @@ def heatmap(
         if names is not None:
             ticks = range(0, len(names), -(-len(names) // named) or 1)
             set_ticks(ticks, [plain(names[i]) for i in ticks], rotation=turn, **font)
-    if numbers or texts is not None:
-        decimals = max(0, 1 - math.floor(math.log10(spread)))
+    if decimals is not None or texts is not None:
+        fewest = decimals if decimals and spread < 100 else 0
+        decimals = max(fewest, 1 - math.floor(math.log10(spread)))
         for (row, column), value in np.ndenumerate(image):
             if np.isfinite(value):
                 number = f"{value:+.{decimals}f}" if round(value, decimals) else "0"

@@ -165,7 +165,7 @@ def edge_map(sweep: PathSweep) -> Picture:
         image,
         [name_of(sender, sweep.circuit) for sender in senders],
         [name_of(receiver, sweep.circuit) + (f" {via}" if via != "unembed" else "") for receiver, via in inputs],
-        numbers=image.size <= _CELLS_WITH_NUMBERS,
+        decimals=0 if image.size <= _CELLS_WITH_NUMBERS else None,
         rotation=90,
         fontsize=9,
     )

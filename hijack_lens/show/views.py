@@ -169,6 +169,7 @@ def attention_maps(patterns: dict[str, Float[Tensor, "query key"]], tokens: list
         drawn = heatmap(
             ax, pattern, tokens, tokens, attention=True, named=_TOKENS_NAMED, fontsize=7, family="monospace"
         )
+        ax.set_aspect("equal")
         ax.set_title(name)
         ax.set_xlabel("source token (attended to)")
         ax.set_ylabel("destination token (attending)")
