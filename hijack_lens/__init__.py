@@ -2,7 +2,7 @@
 
 A model that has seen "q c" in its context and "q g" all through its training must choose at the next "q". The
 context speaks through the induction circuit, the weights through the bigram memory; this package attributes
-every logit to them, switches either off, and predicts which one hijacks the other.
+every logit to them, switches either one off, and predicts which one hijacks the other.
 """
 
 try:
@@ -20,4 +20,4 @@ from hijack_lens.core.tables import shown_by
 __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-shown_by("hijack_lens.show")  # of which no result knows
+shown_by("hijack_lens.show")  # the result classes do not import this module

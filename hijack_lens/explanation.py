@@ -1,4 +1,4 @@
-"""The main job in one call: a prompt's verdict, its attribution, its ablations and the theory beside it."""
+"""The whole analysis in one call: the verdict on a prompt, its attribution, ablations and the theory's prediction."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,19 +22,19 @@ from hijack_lens.theory.flips import Flip
 
 @dataclass(frozen=True, repr=False)
 class Explanation(Drawn):
-    """Which memory wrote the last position's logits, and how that is known.
+    """Which memory wrote the last position's logits, and the evidence for it.
 
-    All margins are `logit[in_context] - logit[global_candidate]` at the last position, in logits; for prompts other
-    than a `HijackPrompt`, `logit[answer] - logit[foil]`, the answer standing for what the context says.
+    All margins are `logit[in_context] - logit[global_candidate]` at the last position, in logits. For prompts other
+    than a `HijackPrompt`, they are `logit[answer] - logit[foil]`, where the answer is what the context says.
 
     Attributes:
-        model: that was explained.
-        prompt: it was asked; token ids, where that was no `HijackPrompt`.
-        attribution: of the last position's logits.
+        model: the model that was explained.
+        prompt: the prompt; token ids if it was not a `HijackPrompt`.
+        attribution: the attribution of the last position's logits.
         circuit: the roles of the model's components.
-        ablated: the margin with each role of the circuit switched off (zeroed), by what it is called.
-        theory: the closed form's margin, where the model was written by hand, with positions.
-        flip: the least number of repeats that wins at the prompt's length, likewise.
+        ablated: the margin with each role of the circuit zero-ablated, by the role's label.
+        theory: the closed form's margin, if the model was written by hand, with positions; else `None`.
+        flip: the smallest number of repeats at which the context wins at the prompt's length; `None` likewise.
     """
 
     model: Any
@@ -51,7 +51,7 @@ class Explanation(Drawn):
         return self.attribution.margin()
 
     def theory_beside_model(self) -> dict[str, tuple[float, float]]:
-        """The margin and its parts, as (theory, model); empty for a model that was not written by hand."""
+        """The margin and its parts, as (theory, model); empty if `theory` is `None`."""
         if self.theory is None:
             return {}
         parts = ("context", "weights", "rest", "total")
@@ -59,13 +59,13 @@ class Explanation(Drawn):
 
     @property
     def winner(self) -> str:
-        """ "context" or "weights": whose candidate has the larger logit; "neither" on a tie."""
+        """ "context" or "weights", whichever candidate has the larger logit; "neither" on a tie."""
         total = float(self.margin.total)
         return "neither" if total == 0 else "context" if total > 0 else "weights"
 
     @property
     def names(self) -> tuple[str, str]:
-        """The texts of the two candidates, with white space visible."""
+        """The texts of the two candidates, with white space made visible."""
         first, second = (self.attribution.token_text(index) for index in self.attribution.pair())
         return first, second
 
@@ -103,19 +103,19 @@ def explain(
     *,
     circuit: Circuit | None = None,
 ) -> Explanation:
-    """Explains what a model predicts at the end of a prompt that sets its memories against each other.
+    """Explains what a model predicts at the end of a prompt that puts its two memories in conflict.
 
     Args:
-        model: a `BigramTransformer`; for other prompts than `HijackPrompt`s, any HookedTransformer or
+        model: a `BigramTransformer`; for prompts other than a `HijackPrompt`, any HookedTransformer or
             TransformerBridge.
-        prompt: one `HijackPrompt`, of the model's language; or a text or tokens.
-        answer: with a text or tokens, the token that the context says, by its text or id.
-        foil: likewise, the one that the weights say.
-        circuit: the roles of the components; by default the model's own, else what `find_circuit` finds.
+        prompt: one `HijackPrompt` in the model's language; or a text or tokens.
+        answer: with a text or tokens, the token that the context suggests, as text or id.
+        foil: with a text or tokens, the token that the weights suggest, as text or id.
+        circuit: the roles of the components; by default the model's own circuit, else what `find_circuit` finds.
 
     Raises:
-        TypeError, ValueError: for other models and prompts, for batches of prompts, and for answers that are no single
-            tokens.
+        TypeError, ValueError: for other models and prompts, for batches of prompts, and for answers that are not
+            single tokens.
     """
     if isinstance(prompt, HijackPrompt):
         if answer is not None or foil is not None:
@@ -146,7 +146,7 @@ def _of_hijack_prompt(model: Any, prompt: HijackPrompt, circuit: Circuit | None)
     attribution = attribute(model, prompt, circuit=circuit)
     ablated = _ablated(model, prompt.tokens[None], circuit, [prompt.in_context, prompt.global_candidate])
     predicted = flip = None
-    if model.strengths is not None and model.positions != "none":  # of which the closed form knows nothing
+    if model.strengths is not None and model.positions != "none":  # the closed form needs positions
         setting = theory.Setting.of(model)
         predicted = theory.margin(prompt, model.language, setting)
         flip = theory.min_repeats(
@@ -156,7 +156,7 @@ def _of_hijack_prompt(model: Any, prompt: HijackPrompt, circuit: Circuit | None)
 
 
 def _joiner(model: Any, tokens: Int[Tensor, "pos"]) -> str:
-    """What to show between tokens: nothing, where they bring their own spaces."""
+    """What to show between tokens: nothing if they contain their own spaces."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         return " "
@@ -165,7 +165,7 @@ def _joiner(model: Any, tokens: Int[Tensor, "pos"]) -> str:
 
 
 def _ablated(model: Any, tokens: Int[Tensor, "1 pos"], circuit: Circuit, pair: list[int]) -> dict[str, float]:
-    """The margin with each role that has components switched off."""
+    """The margin with each role ablated in turn, for the roles that have components."""
     found = {}
     for role in ROLE_NAMES:
         if components := getattr(circuit, role):

@@ -1,4 +1,4 @@
-"""The game behind the Shapley values: what coalitions are worth, and how that is divided among players."""
+"""The game behind the Shapley values: what coalitions are worth, and how the worth is divided among players."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +24,13 @@ Outputs = Mapping[Site, Tensor | None]
 
 
 def sites_of(model: Any, players: Sequence[Player]) -> dict[str, list[Site]]:
-    """Where each player's outputs are, by its label."""
+    """The sites of each player's outputs, by label."""
     found = [sites(model, player.parts) for player in players]
     named = list(zip((part for player in players for part in player.parts), chain.from_iterable(found), strict=True))
     check_hook_points(model, (site.name for _, site in named))
     points = model.hook_dict
     for (first, at), (second, there) in combinations(named, 2):
-        # By the point itself, since a bridge has several names for one.
+        # Compare the points themselves, since a bridge has several names for one point.
         same_point = points[at.name] is points[there.name]
         if same_point and (at.head is None or there.head is None or at.head == there.head):
             raise ValueError(f"components must not overlap, got {first} and {second}")
@@ -40,7 +40,7 @@ def sites_of(model: Any, players: Sequence[Player]) -> dict[str, list[Site]]:
 def outputs_when_absent(
     model: Any, present: Mapping[Site, Tensor], how: How, reference: object, generator: torch.Generator
 ) -> Outputs:
-    """What is written in place of components, given what they write in the run itself."""
+    """What replaces the components' outputs when they are absent, given their outputs in the run itself."""
     if how == "zero":
         return dict.fromkeys(present)
     stored = read_source(model, reference, list(dict.fromkeys(site.name for site in present)), "reference")
@@ -66,7 +66,7 @@ def outputs_when_absent(
 class CoalitionRuns:
     """Runs of a model with some of its components absent, many in one forward pass.
 
-    As many as fit into `memory`, in bytes; with `None` one at a time, so that the user's hooks see their own batch.
+    A pass holds as many runs as fit into `memory`, in bytes; with `None`, just one, so that user hooks see their batch.
     """
 
     model: Any
@@ -98,7 +98,7 @@ class CoalitionRuns:
         return found
 
     def _edits(self, coalitions: Bool[Tensor, "coalition player"]) -> list[tuple[str, HookFunction]]:
-        """Hooks that overwrite absent players, if there are any; components later in the model see the change."""
+        """Hooks that overwrite the outputs of absent players; components later in the model see the change."""
         absent: dict[str, list[tuple[Site, Tensor]]] = {}
         for outputs, present in zip(self.players.values(), coalitions.T, strict=True):
             for site in outputs:
@@ -125,7 +125,7 @@ class CoalitionRuns:
 
 
 def all_coalitions(n_players: int) -> Bool[Tensor, "coalition player"]:
-    """Every coalition: who is in it. The order is that of a tensor with an axis (absent, present) per player."""
+    """Every coalition, as who is in it; ordered like a tensor with an axis (absent, present) for each player."""
     axes = [torch.tensor([False, True])] * n_players
     return torch.cartesian_prod(*axes).reshape(-1, n_players)
 
@@ -145,8 +145,8 @@ def shapley_values(worth: Float[Tensor, "coalition"]) -> Float[Tensor, "player"]
 
 
 def shapley_interactions(worth: Float[Tensor, "coalition"]) -> Float[Tensor, "player player"]:
-    """The Shapley interaction index of each pair (Grabisch & Roubens 1999): what two add together beyond what each adds
-    alone, averaged over all orders in which they come one after the other; NaN on the diagonal, where there is no pair.
+    """The Shapley interaction index of each pair (Grabisch & Roubens 1999): what two add together beyond what each
+    adds alone, averaged over all orders in which they are adjacent; NaN on the diagonal, where there is no pair.
 
         I_ij = Σ_{S without i, j}  |S|! (n - |S| - 2)! / (n - 1)!  ·  ( worth(S + i + j) - worth(S + i) - worth(S + j)
                                                                         + worth(S) )
@@ -171,7 +171,7 @@ def _sizes(worth: Float[Tensor, "coalition"]) -> tuple[int, Int[Tensor, "coaliti
 
 
 def _split(values: Tensor, player: int) -> Tensor:
-    """[those before it, absent or present, those after it]."""
+    """Values as [players before it, it absent or present, players after it]."""
     return values.reshape(2**player, 2, -1)
 
 
@@ -181,7 +181,7 @@ MIN_SAMPLES = 10
 
 @dataclass(frozen=True)
 class Estimates:
-    """What `ShapleyValues` has, where it hangs on the draw; NaN where there is no pair, or too few samples of it."""
+    """The sampled fields of `ShapleyValues`; NaN where there is no pair, or too few samples of it."""
 
     values: Float[Tensor, "player"]
     stderr: Float[Tensor, "player"]
@@ -205,7 +205,7 @@ def estimate(
     A player that comes early in an order comes late in its reverse, so the errors of the two partly cancel (antithetic
     sampling: Mitchell, Cooper, Frank & Holmes, JMLR 2022, arXiv 2104.12199). In every order the gains telescope, so the
     values sum to full − empty exactly. For interactions, neighbours in an order are also swapped, which doubles the
-    runs; without this, what each of two players adds alone would stay in the difference as noise. A pair are neighbours
+    runs; without this, what each of two players adds alone would stay in the difference as noise. A pair is adjacent
     in a fraction 2 / n_players of the orders; a pair with too few samples, or none, gets NaN.
     """
     n = n_players
@@ -224,7 +224,7 @@ def estimate(
     gains = ((ahead - behind) / 2).gather(1, ranks)
     stderr = gains.std(0) / math.sqrt(n_samples)
     if interactions and n > 1:
-        # Forwards and in reverse, it is the same difference of differences.
+        # An order and its reverse give the same difference of differences.
         beyond = come_worth[..., 2:] - come_worth[..., 1:-1] - swapped_worth + come_worth[..., :-2]
         mean, spread, counts = _by_pair(beyond.mean(0), ranks.argsort(-1).unfold(1, 2, 1), n)
     else:

@@ -1,4 +1,4 @@
-"""The result of sharing out a metric among components: Shapley values, interactions, and views of them."""
+"""How a metric is divided among components: Shapley values, interactions, and views of them."""
 
 from dataclasses import dataclass
 from itertools import combinations
@@ -40,20 +40,20 @@ class ShapleyValues(Saved, Drawn):
 
     Attributes:
         values: each player's Shapley value; they sum to `full - empty`.
-        interactions: each pair's Shapley interaction index: positive where two need each other, negative where one
-            does for the other. NaN on the diagonal, and where a pair was not scored.
-        players: what the axes hold.
-        metric: its name.
-        how: what absent components wrote.
+        interactions: each pair's Shapley interaction index: positive if two need each other, negative if either
+            can replace the other. NaN on the diagonal, and where a pair was not scored.
+        players: the players along the axes.
+        metric: the metric's name.
+        how: what absent components write.
         full: the metric with all players present, that is, of the run itself.
         empty: the metric with none present.
         n_runs: how many coalitions were run.
         worth: the metric of every coalition, with an axis (absent, present) for each player: `worth[1, 0, 1]` is that
-            with the second of three absent. `None` where values were sampled.
-        stderr: standard errors of the values; `None` where they are exact, and likewise what follows.
-        interactions_stderr: those of the interactions.
-        n_samples: how many samples a value is the mean of, each an order of the players and its reverse.
-        pair_samples: how many an interaction is the mean of.
+            with the second of three absent. `None` if values were sampled.
+        stderr: standard errors of the values; this and all fields below are `None` if the values are exact.
+        interactions_stderr: standard errors of the interactions.
+        n_samples: the number of samples behind each value; a sample is an order of the players and its reverse.
+        pair_samples: the number of samples behind each interaction.
     """
 
     values: Float[Tensor, "player"]
@@ -86,42 +86,42 @@ class ShapleyValues(Saved, Drawn):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What the players are called."""
+        """The players' labels."""
         return tuple(player.label for player in self.players)
 
     @property
     def efficiency_error(self) -> float:
-        """|sum of the values - (full - empty)|; rounding alone, sampled or not."""
+        """|sum of the values - (full - empty)|; only rounding error, even if sampled."""
         return abs(float(self.values.sum()) - (self.full - self.empty))
 
     @property
     def alone(self) -> Float[Tensor, "player"]:
-        """What each player adds where no other is present; NaN where values were sampled."""
+        """What each player adds when no other is present; NaN if values were sampled."""
         return self._single(present=1) - self.empty
 
     @property
     def last(self) -> Float[Tensor, "player"]:
-        """What each player adds where all others are present, which is what its ablation takes away; NaN likewise."""
+        """What each player adds when all others are present, that is, its ablation effect; NaN if sampled."""
         return self.full - self._single(present=0)
 
     @property
     def main(self) -> Float[Tensor, "player"]:
         """Each value without the player's half of its interactions (Lundberg, Erion & Lee 2018, arXiv 1802.03888).
 
-        With the interactions of all pairs they sum to `full - empty`. NaN where some of them were not scored.
+        With the interactions of all pairs, they sum to `full - empty`. NaN if any of a player's were not scored.
         """
         return self.values - self.interactions.clone().fill_diagonal_(0.0).sum(1) / 2
 
     @property
     def ci(self) -> Float[Tensor, "player 2"]:
-        """Lower and upper ends of 95% confidence intervals of the values, by Student's t; the values, where exact."""
+        """Lower and upper ends of 95% confidence intervals (Student's t) of the values; the values if exact."""
         width = 0.0 if self.stderr is None or self.n_samples is None else student_quantile(self.n_samples - 1)
         half = width * (torch.zeros_like(self.values) if self.stderr is None else self.stderr)
         return torch.stack([self.values - half, self.values + half], -1)
 
     @property
     def interactions_ci(self) -> Float[Tensor, "player player 2"]:
-        """The same, of the interactions."""
+        """Lower and upper ends of 95% confidence intervals of the interactions."""
         half = torch.zeros_like(self.interactions)
         if self.interactions_stderr is not None and self.pair_samples is not None:
             widths = [[student_quantile(max(1, count - 1)) for count in row] for row in self.pair_samples.tolist()]
@@ -139,7 +139,7 @@ class ShapleyValues(Saved, Drawn):
         return float(self.values[self.labels.index(label)])
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row per player: its label and parts, value, standard error and confidence interval, `alone` and `last`."""
+        """One row per player: label and parts, value, standard error and confidence interval, `alone` and `last`."""
         frame = pd.DataFrame({"player": self.labels, "parts": [", ".join(map(str, p.parts)) for p in self.players]})
         frame["value"] = self.values.numpy()
         frame["stderr"] = 0.0 if self.stderr is None else self.stderr.numpy()
@@ -147,7 +147,7 @@ class ShapleyValues(Saved, Drawn):
         return frame.assign(alone=self.alone.numpy(), last=self.last.numpy())
 
     def interactions_to_pandas(self) -> pd.DataFrame:
-        """A row per pair: `first`, `second`, the `interaction`, its standard error and confidence interval."""
+        """One row per pair: `first`, `second`, the `interaction`, its standard error and confidence interval."""
         errors = torch.zeros_like(self.interactions) if self.interactions_stderr is None else self.interactions_stderr
         rows = [
             (self.labels[i], self.labels[j], *(float(x) for x in (self.interactions[i, j], errors[i, j], *ends[i, j])))
@@ -157,7 +157,7 @@ class ShapleyValues(Saved, Drawn):
         return pd.DataFrame(rows, columns=["first", "second", "interaction", "stderr", "low", "high"])
 
     def _single(self, present: int) -> Float[Tensor, "player"]:
-        """The metric where each player alone is present, or alone absent."""
+        """The metric with only each player present, or with only each player absent."""
         if self.worth is None:
             return torch.full_like(self.values, torch.nan)
         n = len(self.players)
@@ -183,16 +183,16 @@ def shapley(
     seed: Seed = 0,
     memory_gb: float = 0.25,
 ) -> ShapleyValues:
-    """Shares out what components do for a metric: each one's Shapley value, and each pair's interaction.
+    """Divides a metric among components: each one's Shapley value, and each pair's interaction.
 
     The components play a game. A coalition is worth the metric of a run in which all others are absent, that is,
-    ablated as `hooks.ablate` does it; what runs through no player is always there. A player's value is what its arrival
+    ablated as by `hooks.ablate`; paths through no player are always present. A player's value is what its arrival
     adds to the metric, averaged over all orders in which they could arrive. So the values sum to the metric of the run
     itself, less that of the run without any player; two players that do the same get the same, and one that never does
     anything gets nothing (Shapley 1953).
 
-    Up to `max_exact` players every coalition is run, and the values are exact; many runs share a forward pass. Beyond,
-    they are estimated from random orders, without bias and with 95% confidence intervals.
+    With up to `max_exact` players, every coalition is run and the values are exact; many runs share a forward pass.
+    With more, they are estimated from random orders, without bias and with 95% confidence intervals.
 
     Args:
         model: a HookedTransformer or TransformerBridge, run without dropout. Hooks on it take part in all runs.
@@ -210,13 +210,13 @@ def shapley(
         reference: prompts or a cache, as long as `prompt`; for all but "zero".
         circuit: the roles of the components, by which they are called; by default that in `components`, else
             `model.circuit`, if there is one.
-        max_exact: up to how many players to run all 2^n coalitions.
+        max_exact: the largest number of players for which all 2^n coalitions are run.
         n_samples: how many random orders to estimate from otherwise, each with its reverse; n_samples · 2 (n - 1) runs
             at most.
         interactions: whether to estimate these as well, which doubles the runs; where values are exact, they are free.
             A pair is scored on about n_samples · 2 / n samples, and not at all (NaN) on fewer than 10.
-        seed: of draws and orders.
-        memory_gb: how much memory runs may take at a time, roughly.
+        seed: the seed for draws and orders.
+        memory_gb: roughly how much memory the runs of one pass may take.
 
     Raises:
         TypeError, ValueError: for what the model lacks or would ignore, players that overlap, a `reference` that is

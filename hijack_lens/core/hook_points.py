@@ -1,4 +1,4 @@
-"""A model's hook points: which exist, which can be edited, and where a component's slice is."""
+"""A model's hook points: which ones exist, which can be edited, and where a component's slice is."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ _NEEDS_FLAG = {
     "hook_v_input": "use_split_qkv_input",
     "hook_mlp_in": "use_hook_mlp_in",
 }
-# Bridges compute these kinds of attention step by step; all others are left to the wrapped model, patterns included.
+# Bridges compute these kinds of attention step by step; for all others, the wrapped model computes everything.
 _REBUILT_ATTENTION = (
     JointQKVAttentionBridge,
     JointQKVPositionEmbeddingsAttentionBridge,
@@ -36,14 +36,14 @@ _FORKED_INPUTS = ("ln1.hook_in", "ln1.hook_out", "ln1.hook_scale", "ln1.hook_nor
 
 
 def check_model(model: Any) -> None:
-    """`model` is a TransformerLens model with hook points."""
-    # Do not ask a bridge: it would assemble its hook_dict anew.
+    """Checks that `model` is a TransformerLens model with hook points."""
+    # Do not read a bridge's hook_dict here: each access rebuilds it.
     if not isinstance(model, TransformerBridge) and not hasattr(model, "hook_dict"):
         raise TypeError(f"model must be a HookedTransformer or TransformerBridge, got {model!r:.80}")
 
 
 def check_hook_points(model: Any, names: Iterable[str]) -> None:
-    """The model has the hook points, they fire, and the model honours edits there."""
+    """Checks that the model has these hook points, that they fire, and that edits there take effect."""
     check_model(model)
     known = model.hook_dict
     for name in names:
@@ -51,7 +51,7 @@ def check_hook_points(model: Any, names: Iterable[str]) -> None:
 
 
 def _check_hook_point(model: Any, known: Mapping[str, Any], name: str, edits: bool) -> None:
-    """`known` is `model.hook_dict`, read once for many names."""
+    """Checks one hook point; `known` is `model.hook_dict`, read once for many names."""
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"; close to it: {', '.join(close)}" if close else ""
@@ -72,7 +72,7 @@ def _check_hook_point(model: Any, known: Mapping[str, Any], name: str, edits: bo
 
 
 def _why_ignored(model: TransformerBridge, name: str) -> str | None:
-    """Why an edit at a bridge's hook point would have no effect, or less than expected."""
+    """Why an edit at a bridge's hook point would have no effect, or less than expected; `None` if it works."""
     leaf = name.rsplit(".", 1)[-1]
     if leaf in ("hook_pattern", "hook_attn_scores"):
         attn = model.blocks[int(name.split(".")[1])].attn
@@ -89,16 +89,16 @@ def _why_ignored(model: TransformerBridge, name: str) -> str | None:
 
 
 def every_module(model: Any) -> set[nn.Module]:
-    """All modules; a bridge's own leave out parts of the wrapped model (the embeddings' dropout, for one)."""
+    """All modules; a bridge's `modules()` omits parts of the wrapped model (for example, the embeddings' dropout)."""
     wrapped = getattr(model, "original_model", None)
     return {*model.modules(), *(wrapped.modules() if isinstance(wrapped, nn.Module) else ())}
 
 
 def is_hooked(model: Any) -> bool:
-    """Whether running a part of the model alone would run someone's hook."""
+    """Whether running part of the model by itself would run any of the user's hooks."""
     if any(point.fwd_hooks for point in model.hook_dict.values()):
         return True
-    # A bridge's modules carry hooks of its own and of transformers, which are not the user's.
+    # A bridge's modules carry hooks of TransformerLens and of transformers, which are not the user's.
     of_torch = [
         hook for m in every_module(model) for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
     ]
@@ -171,7 +171,7 @@ def all_components(model: Any) -> tuple[Component, ...]:
 
 
 def sites(model: Any, parts: Iterable[Component | str], part: Part = "output", name: str = "components") -> list[Site]:
-    """Where the outputs or attention patterns of components and hook points are; `name` is what they were given as."""
+    """Sites of the outputs or attention patterns of components and hook points; `name` is the argument's name."""
     check_model(model)
     check_choice("part", part, ("output", "pattern"))
     return [_site(model, one, part, name) for one in parts]
@@ -200,13 +200,13 @@ _CELLS = 2**25
 
 
 def rows_at_once(model: Any, length: int) -> int:
-    """How many prompts to run together."""
+    """How many prompts to run in one batch."""
     return max(1, _CELLS // (length * max(model.cfg.d_vocab, model.cfg.n_heads * length)))
 
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Turns off dropout and gradients; afterwards, every module's training flag is restored."""
+    """Turns off dropout and gradients; restores every module's training flag afterwards."""
     training = [module for module in every_module(model) if module.training]
     try:
         for module in training:

@@ -1,4 +1,4 @@
-"""From what a user calls a token, an answer, a prompt, a position, a component or a circuit to ids and sites."""
+"""Turns what users pass as tokens, answers, prompts, positions, components or circuits into ids and sites."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ from hijack_lens.core.hook_points import all_components, check_hook_points, chec
 from hijack_lens.core.tables import visible
 
 Tokens = int | str | Iterable[int | str] | Int[Tensor, "token"] | None
-"""Tokens, each by its id or its text, in a user's order; or a single one. `None` is the default: often all."""
+"""Tokens, each as an id or a text, in the user's order; or a single one. `None` is the default, often all tokens."""
 
 
 def model_tokens(model: Any, prompt: object, name: str = "prompt") -> Int[Tensor, "batch pos"]:
@@ -25,13 +25,13 @@ def model_tokens(model: Any, prompt: object, name: str = "prompt") -> Int[Tensor
     if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
         if getattr(model, "tokenizer", None) is None:
             raise ValueError(f"{name} is text, but the model has no tokenizer: give token ids")
-        prompt = model.to_tokens(texts, truncate=False)  # what is too long is refused below, not cut
+        prompt = model.to_tokens(texts, truncate=False)  # prompts that are too long are rejected below, not truncated
     tokens = check_tokens(name, getattr(prompt, "tokens", prompt), model.cfg.d_vocab, model.cfg.n_ctx)
     return (tokens if tokens.ndim == 2 else tokens[None]).to(model.cfg.device)
 
 
 def single_prompt(model: Any, prompt: object) -> Int[Tensor, "1 pos"]:
-    """The same of one prompt, as a batch of one; a `ValueError` for several."""
+    """Token ids of a single prompt, as a batch of one; a `ValueError` for several prompts."""
     tokens = model_tokens(model, prompt)
     if len(tokens) != 1:
         raise ValueError(f"prompt must be a single prompt, got a batch of {len(tokens)}: take them one by one")
@@ -39,7 +39,7 @@ def single_prompt(model: Any, prompt: object) -> Int[Tensor, "1 pos"]:
 
 
 def is_single(prompt: Any) -> bool:
-    """Whether what a user calls a prompt is one, rather than a batch."""
+    """Whether the user's `prompt` is a single prompt rather than a batch."""
     tokens = getattr(prompt, "tokens", prompt)
     if isinstance(tokens, Tensor):
         return tokens.ndim == 1
@@ -47,7 +47,7 @@ def is_single(prompt: Any) -> bool:
 
 
 def text_tokens(model: Any, text: str, name: str) -> Int[Tensor, "pos"]:
-    """Token ids of one text, begun as the model's prompts are."""
+    """Token ids of one text, with the same beginning as the model's prompts (for example, a BOS token)."""
     ids = model_tokens(model, text, name)[0]
     if _knows(model, plain_ids(model, text), text):
         return ids
@@ -63,13 +63,13 @@ def plain_ids(model: Any, text: str) -> list[int]:
 
 
 def _knows(model: Any, ids: list[int], text: str) -> bool:
-    """Whether none of a text's tokens stands for a word that the tokenizer lacks."""
+    """Whether the tokenizer knows every word of a text, so that no token stands for an unknown word."""
     unknown = model.tokenizer.unk_token
     return unknown is None or unknown in text or model.tokenizer.unk_token_id not in ids
 
 
 def token_id(model: Any, name: str, token: object) -> int:
-    """The id of a token given by its id or its text; not that the vocabulary has the id."""
+    """The id of a token given as an id or a text; does not check that the id is in the vocabulary."""
     if not isinstance(token, str):
         number = as_int(token)
         if number is None:
@@ -84,9 +84,9 @@ def token_id(model: Any, name: str, token: object) -> int:
 
 
 def token_ids(model: Any, name: str, tokens: Any, at_least: int = 1) -> Int[Tensor, "token"]:
-    """Ids of different tokens in the order given, on the CPU; of the whole vocabulary for `None`.
+    """Ids of distinct tokens in the order given, on the CPU; of the whole vocabulary for `None`.
 
-    Where one will do, it may be given by itself.
+    If one token is enough, it need not be in a list.
     """
     if tokens is None:
         return torch.arange(model.cfg.d_vocab)
@@ -101,7 +101,7 @@ def token_ids(model: Any, name: str, tokens: Any, at_least: int = 1) -> Int[Tens
 
 
 def answer_tokens(model: Any, answer: str, foil: str) -> list[int]:
-    """The tokens of two answers: as written where both are single tokens, else both with a space before them."""
+    """The tokens of two answers: as written if both are single tokens, otherwise both with a leading space."""
     texts = {"--answer": answer, "--foil": foil}
     for option, text in texts.items():
         if not text.strip() or not _knows(model, plain_ids(model, text), text):
@@ -120,7 +120,7 @@ def answer_tokens(model: Any, answer: str, foil: str) -> list[int]:
 
 
 def spaced_instead(model: Any, text: str, token: int) -> str | None:
-    """The single token that a text would be with a space before it, where that is another than the one taken."""
+    """The single token that a text would be with a leading space, if it differs from `token`; else `None`."""
     if text.startswith(" ") or getattr(model, "language", None) is not None:
         return None
     ids = plain_ids(model, f" {text}")
@@ -128,7 +128,7 @@ def spaced_instead(model: Any, text: str, token: int) -> str | None:
 
 
 def whole_vocab(model: Any) -> tuple[str, ...] | None:
-    """The text of every token, where the model has a tokenizer or a language."""
+    """The text of every token, if the model has a tokenizer or a language; else `None`."""
     language = getattr(model, "language", None)
     if language is not None:
         return language.tokens
@@ -137,13 +137,13 @@ def whole_vocab(model: Any) -> tuple[str, ...] | None:
 
 
 def texts_of(model: Any, ids: Int[Tensor, "..."]) -> dict[int, str] | None:
-    """The texts of some tokens by their ids: with large vocabularies all of them would take longer than the rest."""
+    """The texts of these tokens by id; decoding all of a large vocabulary would take longer than everything else."""
     tokenizer = getattr(model, "tokenizer", None)
     return None if tokenizer is None else {i: tokenizer.decode([i]) for i in sorted(set(ids.flatten().tolist()))}
 
 
 def prompt_texts(model: Any, ids: Int[Tensor, "pos"]) -> tuple[str, ...]:
-    """The texts of a prompt's tokens, white space made visible; their ids where the model has no tokenizer."""
+    """The texts of a prompt's tokens, with white space made visible; their ids if the model has no tokenizer."""
     if getattr(model, "tokenizer", None) is None:
         return tuple(map(str, ids.tolist()))
     return tuple(map(visible, model.to_str_tokens(ids)))
@@ -152,8 +152,8 @@ def prompt_texts(model: Any, ids: Int[Tensor, "pos"]) -> tuple[str, ...]:
 def indices(name: str, given: Any, size: int | None = None, limit: str = "") -> list[int]:
     """Positions, layers, heads or neurons: one int or several, as a list.
 
-    Given the `size`, how many there are, `None` means all, and negative ones are counted from the front. The `limit` is
-    that size in words, by default what the model has.
+    If `size`, their number, is given, `None` means all, and negative indices become non-negative ones. `limit`
+    states the size in words; by default, what the model has.
     """
     given = range(size) if given is None and size is not None else given
     alone = as_int(given) is not None
@@ -173,7 +173,7 @@ def indices(name: str, given: Any, size: int | None = None, limit: str = "") -> 
 
 
 def circuit_of(model: Any, circuit: Any = None, otherwise: Callable[[], Circuit] = Circuit) -> Circuit:
-    """The circuit given, else the model's own, else what `otherwise` gives: by default one without components."""
+    """The given circuit, else the model's own, else what `otherwise` returns: by default, an empty circuit."""
     if circuit is None:
         circuit = _own_circuit(model) or otherwise()
     check_type("circuit", circuit, Circuit)
@@ -187,7 +187,7 @@ def _own_circuit(model: Any) -> Circuit | None:
 
 
 Components = Component | Circuit | str | Iterable[Component | Circuit | str] | Mapping[str, Any]
-"""What a user calls components: see `players_of`."""
+"""What users may pass as components: see `players_of`."""
 
 _PLACE = re.compile(r"L(\d+)(?:H(\d+)|MLP)")
 _ONE = 'a Component, its place ("L0H1", "L2MLP") or the name of a role ("induction")'
@@ -196,10 +196,10 @@ _KINDS = {"head": "attention heads", "mlp": "MLPs", None: ""}
 
 @dataclass(frozen=True)
 class Player:
-    """What is present or absent as a whole.
+    """A set of components that is present or absent as a whole.
 
     Attributes:
-        label: what to call it.
+        label: its name.
         parts: its heads and MLPs, or names of hook points.
     """
 
@@ -215,17 +215,17 @@ def players_of(
     kind: Literal["head", "mlp"] | None = None,
     points: bool = False,
 ) -> tuple[Player, ...]:
-    """The players that a user's `components` name, in their order.
+    """The players that the user's `components` name, in order.
 
     Args:
-        model: whose they are.
-        components: a `Component`, or its place ("L0H1", "L2MLP"); the name of a role ("induction"), all of whose
-            components are one player; several of these; a `Circuit`, each of whose components is one, or "all" heads
-            and MLPs of the model; a mapping from labels to any of these, each label one player. `None` is the circuit.
-        circuit: whose roles these are, and by which components are called; by default the model's own.
-        name: of the argument.
-        kind: what all must be, if so; a `Circuit` and "all" are then those that are.
-        points: whether any other text is the name of a hook point.
+        model: the model that the components belong to.
+        components: a `Component`, or its place ("L0H1", "L2MLP"); the name of a role ("induction"), whose components
+            together are one player; several of these; a `Circuit`, or "all" heads and MLPs of the model, where each
+            component is one player; a mapping from labels to any of these, one player per label. `None` is the circuit.
+        circuit: the circuit that defines the roles and the components' labels; by default the model's own.
+        name: the argument's name, for error messages.
+        kind: the kind that all must have, if any; a `Circuit` or "all" then yields only components of this kind.
+        points: whether any other text is taken as the name of a hook point.
     """
     check_model(model)
     circuit = circuit or _own_circuit(model) or Circuit()
@@ -240,19 +240,19 @@ def players_of(
             raise TypeError(f"{name} must have names as keys, got {player.label!r:.80}")
         if not player.parts:
             raise ValueError(f"{name}[{player.label!r}] must name at least one, got none")
-        at = sites(model, player.parts, name=name)  # refuses what the model lacks
+        at = sites(model, player.parts, name=name)  # rejects what the model lacks
         if kind == "mlp":
             check_hook_points(model, (site.name for site in at))
     return tuple(found)
 
 
 def components_of(model: Any, components: Any, *args: Any, **options: Any) -> tuple[Any, ...]:
-    """All that the players are made of, each once. Arguments and errors are those of `players_of`."""
+    """The parts of all players, each once. Arguments and errors are those of `players_of`."""
     return _parts(players_of(model, components, *args, **options))
 
 
 def one_component(model: Any, given: Any, name: str, others: Sequence[str] = (), circuit: Circuit | None = None) -> Any:
-    """The component that a user names, by itself or by a role that it alone plays; or one of some `others`."""
+    """The component that the user names, directly or by a role that only it plays; or one of the names in `others`."""
     if isinstance(given, str) and given in others:
         check_model(model)
         return given
@@ -263,12 +263,12 @@ def one_component(model: Any, given: Any, name: str, others: Sequence[str] = (),
     if len(found) != 1:
         what = "head" if name == "head" else "component"
         raise ValueError(f"{name} must be one {what}, got {len(found)}: {', '.join(map(str, found))}")
-    sites(model, found, name=name)  # refuses what the model lacks
+    sites(model, found, name=name)  # rejects what the model lacks
     return found[0]
 
 
 def one_head(model: Any, head: Any, circuit: Circuit) -> Component:
-    """The head that a user names; by default the circuit's induction head. Errors as for `one_component`."""
+    """The head that the user names; by default the circuit's only induction head. Errors as for `one_component`."""
     if head is None and len(circuit.induction) != 1:
         raise ValueError(f"head must be given, since the circuit names {len(circuit.induction)} induction heads")
     found = one_component(model, circuit.induction if head is None else head, "head", circuit=circuit)

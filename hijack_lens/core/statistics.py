@@ -26,10 +26,10 @@ _LEVEL = 0.99
 
 
 def chance(values: Float[Tensor, "prompt statistic"], generator: torch.Generator) -> float:
-    """What the largest of several means over prompts exceeds by chance in 1 of 100 cases, if all are truly 0.
+    """The level that the largest of several means over prompts exceeds by chance in 1% of cases, if all are truly 0.
 
-    Each prompt's deviations from the means keep or flip their signs together, at random (a wild bootstrap). So the
-    number accounts for how many statistics there are, however they are correlated.
+    All of a prompt's deviations from the means keep or flip their signs together, at random (a wild bootstrap). So the
+    level accounts for the number of statistics and for any correlation between them.
     """
     n_prompts = len(values)
     signs = torch.randint(2, (_DRAWS, n_prompts), generator=generator).to(values) * 2 - 1

@@ -1,4 +1,4 @@
-"""A function at every point of a grid: on one core, a pool, Dask or Slurm."""
+"""Runs a function at every point of a grid: on one core, a pool, Dask or Slurm."""
 
 from hijack_lens.grid.running import run_grid
 

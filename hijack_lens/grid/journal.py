@@ -1,4 +1,4 @@
-"""What has been found so far at the points of a grid, on disk: JSON lines that only grow, each written whole."""
+"""The outcomes found so far at the points of a grid, on disk: an append-only file of JSON lines."""
 
 import importlib.util
 import json
@@ -13,25 +13,25 @@ from hijack_lens.core.files import write_atomically
 
 _FORMAT = "hijack_lens.sweep.1"
 _MOVED = {"hijack_lens.experiments.claims.run_claim": "hijack_lens.reproduction.claims.run_claim"}
-"""Functions of this library by the names that older files know them by."""
+"""Maps the names of this library's functions in older files to their present names."""
 
 Outcome = dict[str, Any]
-"""Of a point: its "result" or its "error", and the "seconds" it took."""
+"""The outcome of a point: its "result" or its "error", and the "seconds" it took."""
 
 COLUMNS = ("seconds", "error", "traceback")
-"""Of a table, beside the points' arguments and results."""
+"""The columns of every table, in addition to the points' arguments and results."""
 
 
 def identity(arguments: dict[str, Any]) -> str:
-    """What tells a point from another: its arguments as JSON, sorted by name."""
+    """The key that identifies a point: its arguments as JSON, sorted by name."""
     return json.dumps(arguments, sort_keys=True)
 
 
 class Journal:
     """The outcomes of one function's points.
 
-    The file's first line names the function and the seed, every other line a point and its outcome; of several lines
-    on one point the last counts. With a Parquet file for `out`, it is made from lines kept beside it.
+    The file's first line names the function and the seed. Every other line holds a point and its outcome; for several
+    lines with the same point, the last one counts. A Parquet file for `out` is made from a JSON lines file beside it.
     """
 
     def __init__(self, out: str | os.PathLike[str] | None, function: Callable[..., Any], seed: int) -> None:
@@ -94,13 +94,13 @@ class Journal:
                 file.write(json.dumps(record).encode() + b"\n")
 
     def add(self, arguments: dict[str, Any], outcome: Outcome) -> None:
-        """Notes a point's outcome, on disk first."""
+        """Records the outcome of a point, on disk first."""
         record = {"arguments": arguments, **outcome}
         self._append(record)
         self.records[identity(arguments)] = record
 
     def table(self, points: list[dict[str, Any]] | None = None) -> pd.DataFrame:
-        """A row for each of these points that has an outcome, in their order; by default for all there are."""
+        """One row for each of the points that has an outcome, in the given order; by default, for all known points."""
         keys = list(self.records) if points is None else [identity(point) for point in points]
         records = [self.records[key] for key in keys if key in self.records]
         arguments = dict.fromkeys(name for record in records for name in record["arguments"])
@@ -110,12 +110,12 @@ class Journal:
         return table
 
     def close(self) -> None:
-        """Makes the Parquet file, where that was asked for, of all that is known."""
+        """Writes all known outcomes to the Parquet file, if one was asked for."""
         if self.parquet is None:
             return
         try:
             data = self.table().to_parquet(None, engine="pyarrow", index=False)
-        except (TypeError, ValueError) as error:  # pyarrow's own errors are these
+        except (TypeError, ValueError) as error:  # pyarrow's own errors are subclasses of these
             raise ValueError(
                 f"{self.parquet} cannot be written, since a column mixes types ({error}); {self.path} holds all results"
             ) from error
@@ -134,7 +134,7 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name(function: Any, kept: bool) -> str:
-    """What a file knows the function by."""
+    """The name that identifies the function in a file."""
     name = getattr(function, "__qualname__", None)
     if kept and (name is None or "<lambda>" in name):
         raise ValueError(

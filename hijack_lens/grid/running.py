@@ -1,4 +1,4 @@
-"""A function at every point of a grid, on one core or many machines, resumed where it was stopped."""
+"""Runs a function at every point of a grid, on one core or many machines, and resumes where it was stopped."""
 
 import hashlib
 import inspect
@@ -22,10 +22,10 @@ Arguments = dict[str, Any]
 Function = Callable[..., Mapping[str, Any]]
 Note = Callable[[Arguments, Outcome], None]
 
-_POLL = 0.05  # seconds between looks at jobs that are no futures
-_TRACEBACK = 2000  # characters kept of a traceback, its last
-_NAMED = 8  # points that an error lists
-_BROKEN = (BrokenExecutor, CancelledError)  # what a job raises where the executor is at an end, rather than the job
+_POLL = 0.05  # seconds between checks of jobs that are not `concurrent.futures` futures
+_TRACEBACK = 2000  # how many characters of a traceback to keep, from its end
+_NAMED = 8  # how many points an error message lists
+_BROKEN = (BrokenExecutor, CancelledError)  # raised by a job because its executor broke, not by the function
 
 
 def run_grid(
@@ -38,51 +38,51 @@ def run_grid(
     retry_failed: bool = False,
     in_flight: int = 256,
 ) -> pd.DataFrame:
-    """Calls a function at every point of a grid and gathers what it returns, a row per point.
+    """Calls a function at every point of a grid and collects the results, one row per point.
 
     Executors: `None` runs the points one by one in this process. Any `concurrent.futures.Executor` runs them in its
     workers, threads or processes; so do a Dask cluster (`dask.distributed.Client(...).get_executor()`) and Slurm
-    (`submitit.AutoExecutor(folder)`, a job per point). The function must be one that the workers can import, or for
-    Dask and Slurm one that cloudpickle can send.
+    (`submitit.AutoExecutor(folder)`, one job per point). The workers must be able to import the function; for Dask and
+    Slurm, it is enough that cloudpickle can send it.
 
-    A point that takes its process down, by a crash or for want of memory, fails alone with Dask and Slurm. A process
-    pool breaks at it, and a pool that was made elsewhere then ends the run. So give a function that makes one,
-    `lambda: ProcessPoolExecutor(8)`: when a pool breaks, another is made and runs the points that were with it one at a
-    time; the one that breaks that pool too is recorded as failed.
+    If a point kills its process, by a crash or by running out of memory, only that point fails with Dask and Slurm. A
+    process pool breaks, and if you passed in the pool itself, the run ends. So pass a function that makes a pool,
+    `lambda: ProcessPoolExecutor(8)`: when a pool breaks, a new one is made and runs the points that were with the old
+    one, one at a time. The point that breaks this pool too is recorded as failed.
 
-    Seeds: a function with a parameter `seed` gets a seed of its own at each point, below 2^32, made from `seed` and the
-    point alone, so that neither the executor nor the order nor the rest of the grid matters; where `seed` is an axis of
-    the grid, it gets that. For repeats with other seeds, give the function one more argument as an axis.
+    Seeds: a function with a parameter `seed` gets its own seed at each point, below 2^32. It is made from `seed` and
+    the point alone, so it does not depend on the executor, the order or the rest of the grid. If `seed` is an axis of
+    the grid, the function gets that value. For repeats with other seeds, add another argument as an axis.
 
-    Files: with `out`, each outcome is appended as it comes, one line written whole. Called again with the same `out`,
-    only points that the file lacks are run; a line cut short by a kill is dropped and its point run again. A file
-    belongs to one function (by module and name; its code is not compared) and one seed, is written by one run at a
-    time, and may serve several grids in turn. A Parquet file cannot be appended to: it is made from lines kept beside
-    it, `NAME.parquet.jsonl`, whenever a run ends, if by an error; after a kill, when the next one ends.
+    Files: with `out`, each outcome is appended as it arrives, as one whole line. If called again with the same `out`,
+    only points missing from the file are run; a line cut short by a kill is dropped and its point is run again. A file
+    belongs to one function (by module and name; its code is not compared) and one seed. Only one run may write to it
+    at a time, but several grids may use it in turn. A Parquet file cannot be appended to, so it is made from a file
+    beside it, `NAME.parquet.jsonl`, whenever a run ends, even by an error; after a kill, when the next run ends.
 
-    A point at which the function raises is recorded with its error, and the others run on. A Ctrl-C cancels what has
+    If the function raises at a point, the error is recorded and the other points still run. Ctrl-C cancels what has
     not started, keeps what has finished, and raises.
 
     Args:
-        function: called with a point's values by name; returns a dict of numbers, strings, truth values or `None`.
-        grid: names to values, every combination a point; or the points themselves. Values are of the same kinds as
-            results. 1 and 1.0 are different points.
-        executor: with a `submit` as above; or a function without arguments that makes a `concurrent.futures.Executor`,
-            which is shut down in the end; `None` for this process.
-        out: a file that ends in .jsonl, or .parquet (which needs the extra `parquet`); `None` keeps nothing.
-        seed: of the grid.
-        retry_failed: run also the points that the file holds with an error.
-        in_flight: the most points that are with the executor at a time, at least as many as it has workers.
+        function: called with a point's values by name; returns a dict of numbers, strings, booleans or `None`.
+        grid: a mapping from names to values, where every combination is a point; or the points themselves. Values may
+            have the same types as results. 1 and 1.0 are different points.
+        executor: an object with a `submit` method, as above; or a function without arguments that makes a
+            `concurrent.futures.Executor`, which is shut down at the end; `None` for this process.
+        out: a file that ends in .jsonl or .parquet (which needs the extra `parquet`); `None` saves nothing.
+        seed: the seed of the grid.
+        retry_failed: whether to run again the points that failed according to the file.
+        in_flight: the most points to hand to the executor at a time; at least its number of workers.
 
     Returns:
-        A row per point in the grid's order, with its arguments, results, "seconds", and "error" and "traceback" where
-        it failed.
+        One row per point in the grid's order, with its arguments, results and "seconds", and with "error" and
+        "traceback" if it failed.
 
     Raises:
-        TypeError, ValueError: for a grid that the function cannot be called with, and a file of another function or
-            seed.
+        TypeError, ValueError: if the function cannot be called with the grid, or the file belongs to another function
+            or seed.
         ImportError: for a Parquet file without pyarrow.
-        RuntimeError: where an executor breaks that was not made here, or one that was cannot even start; what has
+        RuntimeError: if an executor that you passed in breaks, or one that was made here cannot even start; what has
             finished is kept.
     """
     if not callable(function):
@@ -117,7 +117,7 @@ def run_grid(
 
 
 def _points(function: Function, grid: Any) -> list[Arguments]:
-    """The grid's points, each such that the function can be called with it."""
+    """The grid's points, after a check that the function can be called with each."""
     if isinstance(grid, Mapping):
         axes = {name: _values(name, values) for name, values in grid.items()}
         points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
@@ -157,16 +157,16 @@ def _check_callable_with(function: Function, point: Arguments) -> None:
 
 
 def _seeded(function: Function, point: Arguments, seed: int) -> Arguments:
-    """The point, with a seed of its own for a function that takes one."""
+    """The point, with its own seed added if the function takes one."""
     if "seed" in point or "seed" not in inspect.signature(function).parameters:
         return point
-    text = f"hijack-lens sweep {seed} {identity(point)}"  # another text would give other seeds
+    text = f"hijack-lens sweep {seed} {identity(point)}"  # changing this text changes the seeds
     digest = hashlib.sha256(text.encode()).digest()
     return {**point, "seed": int.from_bytes(digest[:4], "big")}
 
 
 def _run_point(function: Function, arguments: Arguments) -> Outcome:
-    """Calls the function, in whatever process this is, and turns what it raises into an outcome."""
+    """Calls the function in the current process, and turns any exception into an outcome."""
     started = time.perf_counter()
     try:
         outcome: Outcome = {"result": _result(function(**arguments), arguments)}
@@ -182,7 +182,7 @@ def _failure(error: BaseException) -> Outcome:
 
 
 def _scalar(name: str, value: Any) -> int | float | str | bool | None:
-    """A number, string, truth value or `None`, as Python's own; NumPy's and PyTorch's become these."""
+    """A number, string, boolean or `None` as a Python value; NumPy and PyTorch scalars are converted."""
     if callable(getattr(value, "item", None)) and getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, (int, float, str, bool, type(None))):
@@ -200,14 +200,14 @@ def _result(result: Any, arguments: Arguments) -> Arguments:
 
 
 def _makes_executors(executor: Any) -> bool:
-    """Whether it is to be called for an executor, rather than be one: a class has a `submit` too, for its instances."""
+    """Whether calling `executor` makes one, rather than it being one; a class counts, though it has a `submit` too."""
     return callable(executor) and (isinstance(executor, type) or not hasattr(executor, "submit"))
 
 
 def _run(function: Function, points: Iterable[Arguments], executor: Any, in_flight: int, note: Note) -> None:
-    """Runs every point and notes each outcome as it comes.
+    """Runs every point and records each outcome as it arrives.
 
-    Whatever ends this early cancels the jobs that have not started; those that have finished by then are noted.
+    If this ends early, for whatever reason, jobs that have not started are cancelled and finished ones are recorded.
     """
     if executor is None:
         for arguments in points:
@@ -227,7 +227,7 @@ def _run(function: Function, points: Iterable[Arguments], executor: Any, in_flig
         with _made(executor) as made:
             suspects, broke = _hand_out(function, waiting, made, in_flight, note)
         if suspects:
-            # A broken pool cannot tell which point broke it. That one breaks the next too, where it is alone.
+            # A broken pool cannot tell which point broke it. Run one at a time, that point breaks the next pool too.
             with _made(executor) as made:
                 culprit, broke = _hand_out(function, suspects, made, 1, note)
             if culprit and broke is not None:
@@ -237,14 +237,14 @@ def _run(function: Function, points: Iterable[Arguments], executor: Any, in_flig
 
 @contextmanager
 def _made(make: Callable[[], Any]) -> Iterator[Executor]:
-    """A new executor, shut down in the end."""
+    """A new executor, shut down at the end."""
     executor = make()
     if not isinstance(executor, Executor):
         raise TypeError(f"executor must make a concurrent.futures.Executor, got {executor!r:.80}")
     with executor:
         try:
             executor.submit(int).result()
-        except _BROKEN as error:  # or else every point would be found to have broken one
+        except _BROKEN as error:  # otherwise every point would seem to have broken it
             raise RuntimeError(f"executor broke before it had any point ({type(error).__name__}: {error})") from error
         yield executor
 
@@ -252,10 +252,10 @@ def _made(make: Callable[[], Any]) -> Iterator[Executor]:
 def _hand_out(
     function: Function, points: deque[Arguments], executor: Any, in_flight: int, note: Note
 ) -> tuple[deque[Arguments], BaseException | None]:
-    """Takes points from the left and has them run, until there are no more or the executor breaks.
+    """Takes points from the left and submits them, until none are left or the executor breaks.
 
     Returns:
-        The points that were with it when it broke, in their order, and its error.
+        The points that the executor held when it broke, in order, and its error; otherwise no points and `None`.
     """
     jobs, broke = dict[Any, Arguments](), None
     try:
@@ -269,7 +269,7 @@ def _hand_out(
     except _BROKEN as error:
         broke = error
         if isinstance(error, BrokenExecutor):
-            # It is still failing its jobs, one by one, and Python 3.11's chokes on one that is cancelled before.
+            # It is still failing its jobs one by one; in Python 3.11 it crashes on a job that was cancelled first.
             executor.shutdown()
     finally:
         for job in list(jobs):
@@ -279,14 +279,14 @@ def _hand_out(
 
 
 def _listed(points: Collection[Arguments]) -> str:
-    """The first few, among which are those that had started, and how many more; with the verb."""
+    """The first few points (those that had started are among them), how many more there are, and the verb."""
     few = ", ".join(map(str, itertools.islice(points, _NAMED)))
     more = f" and {len(points) - _NAMED} more" if len(points) > _NAMED else ""
     return f"{few}{more} {'was' if len(points) == 1 else 'were'}" if points else "nothing was"
 
 
 def _finished(jobs: Iterable[Any]) -> list[Any]:
-    """Those that are done, once there are any."""
+    """Waits until at least one job is done; returns those that are."""
     jobs = list(jobs)
     if all(isinstance(job, Future) for job in jobs):
         return list(wait(jobs, return_when=FIRST_COMPLETED).done)
@@ -300,5 +300,5 @@ def _outcome(job: Any) -> Outcome:
         return job.result()
     except _BROKEN:
         raise
-    except Exception as error:  # the executor's own: a worker was lost, or something could not be sent
+    except Exception as error:  # raised by the executor: a worker was lost, or something could not be sent
         return _failure(error)

@@ -1,4 +1,4 @@
-"""Conflict probes: facts that a context denies, and how often it must do so to be believed."""
+"""Conflict probes: facts that a context contradicts, and how many repeats make the model follow it."""
 
 from hijack_lens.language.facts import FactPrompts, fact_prompts
 from hijack_lens.probing.doses import DoseResponse, DoseTheory, dose_response

@@ -1,4 +1,4 @@
-"""How a model's margin moves as the context denies a fact again and again, and the theory beside it."""
+"""How a model's margin changes as the context contradicts a fact repeatedly, compared with the theory."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -31,17 +31,17 @@ _ZOOMS, _CELLS = 6, 100
 
 @dataclass(frozen=True)
 class DoseTheory:
-    """The two-layer theory's account of the same prompts.
+    """What the two-layer theory predicts for the same prompts.
 
     Attributes:
-        source: "weights", where the strengths were read off the model's weights and the margins are predictions;
-            "margins", where strengths and `ahead` were fitted to the margins, one b2 and b3 for all facts.
-        strengths: of the memories.
-        ahead: D, what the weights are ahead by, in logits.
-        margin: in logits.
-        flips: the least number of repeats that wins, by fact; not limited to those measured.
-        r2: of `margin` for the measured margins, over facts and repeats; each fact's are taken relative to their mean,
-            so that knowing which facts are better known explains nothing. NaN where the margins do not change.
+        source: "weights" if the strengths were read off the model's weights and the margins are predictions;
+            "margins" if strengths and `ahead` were fitted to the margins, with one b2 and b3 for all facts.
+        strengths: the strengths of the memories.
+        ahead: D, the lead of the weights' answer without the context's pull, in logits.
+        margin: the theory's margin, in logits.
+        flips: for each fact, the smallest number of repeats at which the context wins; may exceed those measured.
+        r2: R² of `margin` as a prediction of the measured margins, over facts and repeats. The variance is around each
+            fact's own mean, so differences between facts explain nothing. NaN if the margins never change.
     """
 
     source: Literal["weights", "margins"]
@@ -55,7 +55,7 @@ class DoseTheory:
 def theory_of_weights(
     fit: FittedStrengths, conflicts: Sequence[FactPrompts], measured: Float[Tensor, "fact dose"]
 ) -> DoseTheory:
-    """The closed form at the strengths that `fit_strengths` read off a model."""
+    """The closed form with the strengths that `fit_strengths` read off a model."""
     predicted, ahead, flips = torch.zeros_like(measured), [], []
     for row, one in zip(predicted, conflicts, strict=True):
         for n in range(len(row)):
@@ -64,7 +64,7 @@ def theory_of_weights(
             )
             row[n] = margin.total
         ahead.append(-float(margin.weights))
-        if one.period == 2:  # the trigger and its successor: the layout that the closed form counts
+        if one.period == 2:  # the trigger and its successor: the layout that the closed form assumes
             trigger, lead = one.prompts[0][-1], one.lengths[0] - 1
             flips.append(theory.min_repeats(fit.language, trigger, one.context, one.weights, fit.setting, lead=lead))
         else:
@@ -74,11 +74,11 @@ def theory_of_weights(
 
 
 def theory_of_margins(measured: Float[Tensor, "fact dose"], lengths: Int[Tensor, "fact dose"]) -> DoseTheory:
-    """The strengths at b1 = inf with the least squared error: b3 and each D in closed form, b2 by search from 0 to 20.
+    """Least-squares strengths with b1 = inf: b3 and each D in closed form, b2 by search from 0 to 20.
 
     Args:
-        measured: margins with 0, 1, 2, ... repeats; at least 4, since each fact has up to three unknowns.
-        lengths: tokens in each prompt.
+        measured: margins with 0, 1, 2, ... repeats; at least 4 of them, since each fact has up to three unknowns.
+        lengths: the number of tokens in each prompt.
     """
     n = torch.arange(measured.shape[1]).to(measured)
     change = measured - measured.mean(1, keepdim=True)
@@ -102,12 +102,12 @@ def theory_of_margins(measured: Float[Tensor, "fact dose"], lengths: Int[Tensor,
 
 
 def _attention(match: Tensor, n: Float[Tensor, "dose"], lengths: Int[Tensor, "fact dose"]) -> Tensor:
-    """a(n), what the induction head attends to c with."""
+    """a(n), the induction head's attention to c."""
     return n / (n + (lengths - n) * (-match).exp())
 
 
 def _flip(ahead: float, strengths: Strengths, length: int, period: int) -> Flip:
-    """The least n that wins, by the formula above."""
+    """The smallest n at which the context wins, by the formula above."""
     unmatched = math.exp(-strengths.match)
     most = strengths.copy / (1 + (period - 1) * unmatched)
     if ahead < 0:
@@ -137,14 +137,14 @@ _PARTS = ("context", "weights", "rest")
 
 @dataclass(frozen=True, repr=False)
 class DoseResponse(Saved, Drawn):
-    """`logit[context's answer] - logit[weights' answer]` by fact and number of repeats; in float64, on the CPU.
+    """`logit[context's answer] - logit[weights' answer]` for each fact and number of repeats; in float64, on the CPU.
 
     Attributes:
-        conflicts: the facts, in the model's tokens.
+        conflicts: the facts and their prompts, in the model's tokens.
         margin: split by memory, each part [fact, dose]; a dose is a number of repeats, from 0.
-        circuit: whose induction heads carry the context's part.
-        theory: what the two-layer theory says of the same prompts.
-        completeness_error: the largest |sum over paths - logit| of all attributions; rounding alone.
+        circuit: the circuit whose induction heads carry the context's part.
+        theory: what the two-layer theory predicts for the same prompts.
+        completeness_error: the largest |sum over paths - logit| of all attributions; only rounding error.
     """
 
     conflicts: tuple[FactPrompts, ...]
@@ -165,38 +165,38 @@ class DoseResponse(Saved, Drawn):
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if "theory" in header:
             return tensors, header
-        # Once, margin and theory lay side by side with the rest.
+        # In older files, the fields of margin and theory were stored at the top level.
         of_theory = {name: header.pop(name) for name in ("source", "strengths", "flips", "r2")}
         names = {"ahead": "theory.ahead", "theory": "theory.margin"} | {part: f"margin.{part}" for part in _PARTS}
         return {names[name]: tensor for name, tensor in tensors.items()}, {**header, "margin": {}, "theory": of_theory}
 
     @property
     def repeats(self) -> range:
-        """What the dose axis holds."""
+        """The numbers of repeats along the dose axis."""
         return range(self.margin.total.shape[1])
 
     @property
     def lengths(self) -> Int[Tensor, "fact dose"]:
-        """Tokens in each prompt."""
+        """The number of tokens in each prompt."""
         return torch.tensor([one.lengths for one in self.conflicts])
 
     @property
     def known(self) -> tuple[bool, ...]:
-        """Whether the weights' answer is ahead without any repeat, by fact; only then is there something to flip."""
+        """For each fact, whether the weights' answer is ahead without any repeat; only then can the answer flip."""
         return tuple((self.margin.total[:, 0] < 0).tolist())
 
     @property
     def flips(self) -> tuple[int | None, ...]:
-        """The least number of repeats with a margin above 0, by fact; `None` where none of those measured has one."""
+        """For each fact, the smallest measured number of repeats with a margin above 0; `None` if there is none."""
         return tuple(next((n for n in self.repeats if row[n] > 0), None) for row in self.margin.total.tolist())
 
     @property
     def crossings(self) -> Float[Tensor, "fact"]:
-        """The same between repeats, margins joined by straight lines: where the margin reaches 0. NaN for `None`."""
+        """Where the margin reaches 0, interpolated linearly between repeats; NaN where `flips` is `None`."""
         return torch.tensor([crossing(row) for row in self.margin.total.tolist()], dtype=torch.float64)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row per fact and number of repeats: fact, repeats, length, context, weights, rest, total, theory."""
+        """One row per fact and number of repeats: fact, repeats, length, context, weights, rest, total, theory."""
         total, lengths = self.margin.total, self.lengths
         rows = [
             (
@@ -213,12 +213,12 @@ class DoseResponse(Saved, Drawn):
         return pd.DataFrame(rows, columns=["fact", "repeats", "length", *_PARTS, "total", "theory"])
 
     def by_repeats(self) -> pd.DataFrame:
-        """A row per number of repeats: means over facts of length and margins, and the total's standard deviation."""
+        """One row per number of repeats: mean length and margins over facts, and the total's standard deviation."""
         grouped = self.to_pandas().drop(columns="fact").groupby("repeats")
         return grouped.mean().assign(spread=grouped["total"].std()).reset_index()
 
     def by_fact(self) -> pd.DataFrame:
-        """A row per fact: the tokens scored, the margin at either end, the flip, and the theory's."""
+        """One row per fact: the tokens scored, the first and last margins, the measured flip and the theory's."""
         total = self.margin.total
         return pd.DataFrame(
             {
@@ -236,16 +236,14 @@ class DoseResponse(Saved, Drawn):
 
 
 def crossing(margins: list[float]) -> float:
-    """Where a line through margins with 0, 1, 2, ... repeats first comes above 0; NaN where it does not."""
+    """Where a line through the margins with 0, 1, 2, ... repeats first rises above 0; NaN if it never does."""
     n = next((n for n, margin in enumerate(margins) if margin > 0), None)
     if not n:
         return 0.0 if n == 0 else float("nan")
     return n - margins[n] / (margins[n] - margins[n - 1])
 
 
-_FEWEST = (
-    3  # repeats; with the prompt without any, as many margins as a lone fact needs to leave one of them unexplained
-)
+_FEWEST = 3  # repeats; with the prompt without repeats, this gives one margin more than a single fact has unknowns
 
 
 def dose_response(
@@ -257,23 +255,23 @@ def dose_response(
     circuit: Circuit | None = None,
     seed: Seed = 0,
 ) -> DoseResponse:
-    """Measures `logit[context's answer] - logit[weights' answer]` as the context says its answer 0, 1, 2, ... times.
+    """Measures `logit[context's answer] - logit[weights' answer]` as the context repeats its answer 0, 1, 2, ... times.
 
-    Every margin is split by `attribute` into context, weights and rest. Prompts grow with every repeat (their lengths
-    are part of the result). Beside the measurement stands the two-layer theory, for prompts of those lengths: of a
-    `BigramTransformer` at the strengths that `fit_strengths` reads off its weights; of models where it reads none,
-    and of all others, at effective strengths fitted to the margins themselves.
+    `attribute` splits every margin into context, weights and rest. Prompts grow with every repeat (their lengths are
+    part of the result). The two-layer theory is evaluated for prompts of the same lengths. For a `BigramTransformer`,
+    it uses the strengths that `fit_strengths` reads off the weights. For all other models, and where none can be read,
+    it uses effective strengths fitted to the margins themselves.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        facts: one or several. Answers of several tokens are scored by their first.
-        repeats: how often the context says its answer at most; 3 or more.
-        lead: neutral text, or tokens of `Bigram`s, before every prompt.
-        circuit: the roles of the components; by default the model's own, else what `find_circuit` finds.
-        seed: of `find_circuit`'s prompts.
+        facts: one or several. An answer of several tokens is scored by its first token.
+        repeats: the largest number of times that the context repeats its answer; 3 or more.
+        lead: neutral text before every prompt, or tokens for `Bigram`s.
+        circuit: the roles of the components; by default the model's own circuit, else what `find_circuit` finds.
+        seed: the seed for `find_circuit`'s prompts.
 
     Raises:
-        TypeError, ValueError: for facts and prompts as `conflict` says, and for models that `attribute` refuses.
+        TypeError, ValueError: for facts and prompts that `conflict` rejects, and for models that `attribute` rejects.
     """
     check_model(model)
     check_count("repeats", repeats, minimum=_FEWEST)
@@ -308,7 +306,7 @@ def dose_response(
 
 
 def _strengths(model: Any) -> FittedStrengths | None:
-    """The strengths of a model's memories, where it is of the theory's architecture."""
+    """The strengths of a model's memories, if it has the theory's architecture and they can be read; else `None`."""
     if not isinstance(model, BigramTransformer):
         return None
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# Okabe & Ito's palette, whose colours colour-blind readers can tell apart.
+# Okabe & Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#999999"
 COLOURS = {"context": BLUE, "weights": ORANGE, "rest": GREY}
 """The memories' colours."""
@@ -45,7 +45,7 @@ class Picture:
         return f"Picture({'; '.join(ax.get_xlabel() for ax in self.figure.axes if ax.get_xlabel())})"
 
     def save(self, path: Any) -> None:
-        """Writes the picture; the format follows from the name."""
+        """Writes the picture; the file name's extension sets the format."""
         self.figure.savefig(path, dpi=150)
 
     def svg(self) -> str:
@@ -56,7 +56,7 @@ class Picture:
         return element.replace("<svg", "<svg style='max-width:100%;height:auto'", 1)
 
     def png(self, dpi: int = 120) -> bytes:
-        """The picture as a PNG file's content."""
+        """The picture as the bytes of a PNG file."""
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format="png", dpi=dpi)
         return buffer.getvalue()
@@ -66,7 +66,7 @@ class Picture:
 
 
 def plain(text: str) -> str:
-    """A label that matplotlib does not read as mathematics."""
+    """The text as a label that matplotlib does not parse as mathematics."""
     return text.replace("$", r"\$")
 
 
@@ -77,7 +77,7 @@ def frameless(*axes: Any) -> None:
 
 
 def map_axes(count: int, across: int, width: float, height: float) -> tuple[Picture, Any, Any, Any]:
-    """A picture of so many maps, line by line: its axes, the lowest of each column, and the first of each line."""
+    """A picture with `count` maps in rows: its axes, the lowest axes of each column, and the first of each row."""
     picture = Picture(width, height)
     lines = -(-count // across)
     axes = picture.figure.subplots(lines, across, squeeze=False, sharex=True, sharey=True).flatten()
@@ -90,7 +90,7 @@ def map_axes(count: int, across: int, width: float, height: float) -> tuple[Pict
 
 
 def stacked_bars(ax: Any, rows: Any, margin: Any, height: float) -> tuple[np.ndarray, np.ndarray]:
-    """Bars of a margin's parts, end to end on either side of zero; returns where either side ends."""
+    """Stacked bars of a margin's parts on either side of zero; returns where each side ends."""
     high, low = np.zeros(np.size(rows)), np.zeros(np.size(rows))
     for memory, colour in COLOURS.items():
         values = np.atleast_1d(getattr(margin, memory).detach().cpu().double().numpy())
@@ -101,7 +101,7 @@ def stacked_bars(ax: Any, rows: Any, margin: Any, height: float) -> tuple[np.nda
 
 
 def write_beside(ax: Any, text: str, end: float, row: int, points: int, **style: Any) -> None:
-    """A text beside the end of a horizontal bar, away from zero by some points."""
+    """Writes a text beside the end of a horizontal bar, `points` further from zero."""
     side, align = (points, "left") if end >= 0 else (-points, "right")
     ax.annotate(text, (end, row), xytext=(side, 0), textcoords="offset points", ha=align, va="center", **style)
 
@@ -130,18 +130,18 @@ def heatmap(
     Args:
         ax: the axes to draw on.
         image: [row, column], an array or tensor.
-        rows: their names.
-        columns: likewise.
+        rows: the rows' names.
+        columns: the columns' names.
         centre: the value that is drawn white.
-        spread: how far colours reach on either side of it; by default to the largest value.
+        spread: how far the colours reach on either side of `centre`; by default, to the value furthest from it.
         attention: use a scale of blues from 0 to 1 instead.
-        decimals: the fewest of the values, which are then written into the cells; none in the hundreds.
-        texts: texts to write there instead.
-        named: the most rows, and the most columns, to name.
-        **font: the names' fontsize and family; and rotation, for the columns' names.
+        decimals: the fewest decimals for values written into the cells; none if the spread is 100 or more.
+        texts: texts to write into the cells instead.
+        named: the largest number of rows, and of columns, to name.
+        **font: the names' fontsize and family, and the rotation of the columns' names.
 
     Returns:
-        The image, from which to make a colour bar.
+        The drawn image, for a colour bar.
     """
     import matplotlib
 
