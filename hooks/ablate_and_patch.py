@@ -1,4 +1,4 @@
-"""Switch components off, or replace what they compute by what they compute on another prompt."""
+"""Switch components off, or replace their activations with those from another prompt."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -34,7 +34,7 @@ def ablate(
             "resample" what a reference prompt drawn for each prompt of the run has there, the same
             draw for all components.
         reference: prompts or a cache, as long as the run's prompts; for "mean" and "resample".
-        positions: where to; by default everywhere. Negative ones count from the end. They count the tokens of one
+        positions: which to ablate; by default all. Negative ones count from the end. They count the tokens of one
             forward pass: with a key-value cache, the new ones alone.
         part: "output", or a head's attention "pattern".
         seed: of the draws for "resample".

@@ -126,7 +126,7 @@ def edge_attribution(
     more steps; and the edges out of a component to what `attribution_patch` gives for it.
 
     Args:
-        model: as for `path_sweep`, and likewise all that is not named here.
+        model: as for `path_sweep`; so are all details not given here.
         clean: prompts.
         corrupted: as many, as long.
         metric: one of `hijack_lens.metrics`, or a function from the logits [batch, pos, d_vocab] to a tensor of one

@@ -1,4 +1,4 @@
-"""The edges of a model: which component writes into which input of which other, and patching along one."""
+"""The edges of a model (one component's output into one input of another), and path patching along an edge."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ def precedes(model: Any, sender: Sender, receiver: Receiver) -> bool:
 
 
 def check_edge(model: Any, sender: Sender, receiver: Receiver, via: Via) -> None:
-    """The model has the edge between these of its components, and hook points that reach it alone."""
+    """Checks that the model has this edge, and hook points that reach it alone."""
     _check_sender(model, sender)
     if via not in inputs_of(receiver):
         raise ValueError(f"via must be one of {inputs_of(receiver)} for receiver {receiver}, got {via!r}")
@@ -160,7 +160,7 @@ def patch_path(
     Args:
         model: a HookedTransformer or TransformerBridge.
         sender: a head or MLP: a `Component`, its place ("L0H1"), or a role that has just one; "embed" or "pos_embed".
-        receiver: a head or MLP after the sender, likewise; or "unembed".
+        receiver: a head or MLP after the sender, given in the same ways; or "unembed".
         via: the receiver's input: "q", "k" or "v" of a head, "mlp_in" of an MLP (of a gated one, gate included), or
             "unembed".
         source: where the sender's output comes from: a cache, or prompts to run once, now; `None` cuts the

@@ -1,4 +1,4 @@
-"""Patched runs computed from where they part from the unpatched one: exact, and never more than can have changed.
+"""Patched runs, computed only where they can differ from the unpatched run; the results are exact.
 
 A patch at position p leaves everything before p as it was, and everything below its layer. Where the metric reads one
 position, the last block is needed there alone. So of a two-layer model's patch in layer 0, block 1 needs one new key,

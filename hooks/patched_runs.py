@@ -121,7 +121,7 @@ class ForwardRuns:
         model: a HookedTransformer or TransformerBridge.
         tokens: of the unpatched run.
         reader: of the metric.
-        together: whether patches may share a forward pass. Hooks of the user's must not see a batch other than theirs.
+        together: whether patches may share a forward pass. The user's hooks must see only their own batch.
     """
 
     name: ClassVar[Literal["forward"]] = "forward"
@@ -181,7 +181,7 @@ _START = "blocks.0.hook_resid_pre"
 class GradientRuns:
     """Runs of a model whose embeddings are the base run's, or part of the way to the source run's.
 
-    Nothing of the model's changes: not which parameters require gradients, nor the gradients they hold.
+    The model is left unchanged, including which parameters require gradients and the gradients they hold.
 
     Args:
         model: a HookedTransformer or TransformerBridge. Hooks on it take part in all runs.

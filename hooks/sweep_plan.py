@@ -1,4 +1,4 @@
-"""What a sweep can patch: which activations, and one entry per what."""
+"""What a sweep can patch: the activations, and whether heads or neurons are patched one by one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the sweep's result."""
+        """The shape of the sweep's result."""
         n_positions = 1 if self.positions is None else len(self.positions)
         units = () if self.unit is None else (len(self.units),)
         return (len(self.activations), len(self.layers), n_positions, *units)

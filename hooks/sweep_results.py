@@ -1,4 +1,4 @@
-"""The results of sweeps: labelled numbers, a patch or an edge each, and what they have in common."""
+"""The results of sweeps: labelled numbers, one per patch or edge, and what they have in common."""
 
 import math
 from collections.abc import Mapping
@@ -69,10 +69,10 @@ class PatchEffects:
         raise NotImplementedError
 
     def compare(self: "Result", exact: "Result") -> "Comparison[Result]":
-        """Of an estimate: how far it is from the sweep of the same patches by actual runs.
+        """How far this estimate is from the sweep of the same patches by actual runs.
 
         Raises:
-            TypeError, ValueError: for what is no sweep of the same patches.
+            TypeError, ValueError: if `exact` is not a sweep of the same patches.
         """
         return Comparison(self, exact)
 
@@ -204,9 +204,9 @@ class PathSweep(PatchEffects, Saved, Drawn):
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Shown, Generic[Result]):
-    """What gradients say of each patch, and what each patch does.
+    """The gradient estimate of each patch's effect beside its exact effect.
 
-    What was not scored (NaN) in either takes no part in the numbers.
+    Patches not scored (NaN) in either sweep are left out of the numbers.
 
     Attributes:
         approximate: the estimate.

@@ -99,7 +99,7 @@ def ablate_sweep(
     """Ablates every activation, layer and position, each alone.
 
     Args:
-        model: as for `patch_sweep`, and likewise all that is not named here.
+        model: as for `patch_sweep`; so are all details not given here.
         prompt: what to run, one or a batch; a metric's "clean" run is its own.
         metric: of the logits.
         activations: to ablate.
@@ -158,7 +158,7 @@ def attribution_patch(
     method `compare` tells by how much it is off.
 
     Args:
-        model: as for `patch_sweep`, and likewise all that is not named here.
+        model: as for `patch_sweep`; so are all details not given here.
         clean: prompts.
         corrupted: as many, as long.
         metric: one of `hijack_lens.metrics`, or a function from the logits [batch, pos, d_vocab] of one run to a tensor

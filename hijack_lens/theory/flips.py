@@ -136,7 +136,7 @@ def phase_boundary(
 
 @dataclass(frozen=True)
 class _Layout:
-    """Of a prompt of fixed `length`, or of one that grows after `lead` neutral tokens."""
+    """The layout of a prompt of fixed `length`, or of one that grows after `lead` neutral tokens."""
 
     length: int | None
     lead: int | None
