@@ -335,7 +335,7 @@ def _outcome(explanation: hl.Explanation) -> dict[str, Any]:
     return {
         "winner": explanation.winner,
         "verdict": explanation.verdict,
-        "margin": {part: float(getattr(explanation.margin, part)) for part in ("context", "weights", "rest", "total")},
+        "margin": {part: float(value) for part, value in explanation.margin.parts.items()},
         "ablated": explanation.ablated,
         "paths": [
             {"path": path.label, "memory": path.memory, **dict(zip(sides, wrote, strict=True))}

@@ -54,8 +54,8 @@ class Explanation(Drawn):
         """The margin and its parts, as (theory, model); empty if `theory` is `None`."""
         if self.theory is None:
             return {}
-        parts = ("context", "weights", "rest", "total")
-        return {part: (float(getattr(self.theory, part)), float(getattr(self.margin, part))) for part in parts}
+        found = self.margin.parts
+        return {part: (float(predicted), float(found[part])) for part, predicted in self.theory.parts.items()}
 
     @property
     def winner(self) -> str:
@@ -73,8 +73,7 @@ class Explanation(Drawn):
     def verdict(self) -> str:
         """The answer in a sentence or two."""
         (c, g), q = map(repr, self.names), repr(self.attribution.source_texts()[-1])
-        parts = ("context", "weights", "rest", "total")
-        context, weights, rest, total = (float(getattr(self.margin, part)) for part in parts)
+        context, weights, rest, total = map(float, self.margin.parts.values())
         if total == 0:
             return f"Neither memory wins: after {q}, {c} and {g} have the same logit."
         preferred, other = (c, g) if total > 0 else (g, c)

@@ -15,7 +15,7 @@ from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import Site, check_hook_points, position_index, sites
 from hijack_lens.core.inputs import indices, one_component
 from hijack_lens.hooks.intervention import HookFunction, Intervention, read_source
-from hijack_lens.models.linear_maps import normed
+from hijack_lens.models.linear_maps import normed, rounding
 
 Sender = Component | Literal["embed", "pos_embed"]
 Receiver = Component | Literal["unembed"]
@@ -254,8 +254,7 @@ def _starts_from_embeddings(model: Any) -> bool:
     tokens = torch.arange(min(4, model.cfg.d_vocab, model.cfg.n_ctx), device=model.cfg.device)[None]
     with torch.no_grad(), Intervention(model, look=look):
         start = model(tokens, stop_at_layer=0)
-    tolerance = max(4 * torch.finfo(start.dtype).eps, 32 * torch.finfo(torch.float32).eps)
-    return bool((sum(shown) - start).abs().max() <= tolerance * start.abs().max())
+    return bool((sum(shown) - start).abs().max() <= rounding(start.dtype) * start.abs().max())
 
 
 def _check_own_keys(model: Any, via: str) -> None:

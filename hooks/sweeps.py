@@ -213,7 +213,8 @@ def _sweep(
     """What patching and ablation share: `source` is what is written, `None` for zeros; `bound` reads the base run."""
     check_choice("method", method, ("auto", "incremental", "forward"))
     memory = check_number("memory_gb", memory_gb, positive=True) * 2**30
-    why_not = "there are hooks on the model" if is_hooked(model) else None
+    hooked = is_hooked(model)
+    why_not = "there are hooks on the model" if hooked else None
     opened = None
     if why_not is None and method != "forward":
         try:
@@ -227,7 +228,7 @@ def _sweep(
     )
     reader = bound(base_logits)
     unpatched = reader(base_logits)
-    runs: ForwardRuns | IncrementalRuns = ForwardRuns(model, tokens, reader, together=not is_hooked(model))
+    runs: ForwardRuns | IncrementalRuns = ForwardRuns(model, tokens, reader, together=not hooked)
     if opened is not None:
         incremental = IncrementalRuns(opened, base, base_logits, reader)
         differs = incremental.mismatch()

@@ -149,9 +149,9 @@ class ShapleyValues(Saved, Drawn):
     def interactions_to_pandas(self) -> pd.DataFrame:
         """One row per pair: `first`, `second`, the `interaction`, its standard error and confidence interval."""
         errors = torch.zeros_like(self.interactions) if self.interactions_stderr is None else self.interactions_stderr
+        ends = self.interactions_ci
         rows = [
             (self.labels[i], self.labels[j], *(float(x) for x in (self.interactions[i, j], errors[i, j], *ends[i, j])))
-            for ends in [self.interactions_ci]
             for i, j in combinations(range(len(self.players)), 2)
         ]
         return pd.DataFrame(rows, columns=["first", "second", "interaction", "stderr", "low", "high"])

@@ -129,12 +129,16 @@ class Margin:
         """The hijack margin: positive where a wins, negative where b does."""
         return self.context + self.weights + self.rest
 
+    @property
+    def parts(self) -> dict[str, Float[Tensor, "*batch"]]:
+        """The margin by memory, and in "total"."""
+        return {"context": self.context, "weights": self.weights, "rest": self.rest, "total": self.total}
+
     def __repr__(self) -> str:
-        parts = {"context": self.context, "weights": self.weights, "rest": self.rest, "total": self.total}
         shown = (
             f"{name}={value.item():+.4f}"
             if value.numel() == 1
             else f"{name}={[round(x, 4) for x in value.flatten().tolist()]}"
-            for name, value in parts.items()
+            for name, value in self.parts.items()
         )
         return f"Margin({', '.join(shown)})"

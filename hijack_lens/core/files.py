@@ -73,13 +73,11 @@ class Saved:
         """
         tensors, header = read_safetensors(path, _format(cls))
         del header["format"]
+        tensors, header = (
+            {cls.older_names.get(name, name): x for name, x in part.items()} for part in (tensors, header)
+        )
         try:
-            tensors, header = cls._from_older(
-                *(
-                    {cls.older_names.get(name, name): value for name, value in part.items()}
-                    for part in (tensors, header)
-                )
-            )
+            tensors, header = cls._from_older(tensors, header)
             return _restored_fields(cls, header, tensors, "")
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ValueError(f"{path} is not a saved {cls.__name__}: {error!r}") from error

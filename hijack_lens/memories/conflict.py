@@ -84,14 +84,13 @@ class MemoryConflict(TokenTables, Saved, Drawn):
         Its text, whether it `occurs` in the context, the candidates `in_context` and `global`, whether they `conflict`,
         the parts of the margin and their sum, the `winner`, and the answer `predicted`, of the largest logit.
         """
-        texts, margin = self.answer_texts, self.margin
+        texts = self.answer_texts
         frame = pd.DataFrame({"query": self.query_texts, "occurs": self.occurs.numpy()})
         frame["in_context"] = [texts[i] for i in self.in_context.tolist()]
         frame["global"] = [texts[i] for i in self.global_candidate.tolist()]
         frame["conflict"] = self.conflicts.cpu().numpy()
-        for name in ("context", "weights", "rest"):
-            frame[name] = getattr(margin, name).detach().cpu().double().numpy()
-        frame["margin"] = margin.total.detach().cpu().double().numpy()
+        for name, value in self.margin.parts.items():
+            frame["margin" if name == "total" else name] = value.detach().cpu().double().numpy()
         frame["winner"] = self.winners
         frame["predicted"] = [texts[i] for i in self.logits.argmax(1).tolist()]
         return frame

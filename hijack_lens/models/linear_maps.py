@@ -101,13 +101,16 @@ def _tried_out(norm: nn.Module, x: Float[Tensor, "*batch d_model"]) -> LinearNor
     ]
     errors = [float((candidate(x) - actual).detach().abs().max()) for candidate in tried]
     best = errors.index(min(errors))
-    # Many compute in float32, whatever the model's dtype.
-    tolerance = max(4 * torch.finfo(x.dtype).eps, 32 * torch.finfo(torch.float32).eps)
-    if errors[best] <= tolerance * float(actual.detach().abs().max()):
+    if errors[best] <= rounding(x.dtype) * float(actual.detach().abs().max()):
         return tried[best]
     raise TypeError(
         f"model has a norm of type {type(norm).__name__}, which computes neither an RMSNorm nor a LayerNorm"
     )
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The relative error of modules that compute in float32, as many do, whatever the model's dtype."""
+    return max(4 * torch.finfo(dtype).eps, 32 * torch.finfo(torch.float32).eps)
 
 
 def _scale(x: Float[Tensor, "*batch d_model"], eps: float | None, centred: bool) -> Float[Tensor, "*batch 1"]:

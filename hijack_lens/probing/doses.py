@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hijack_lens import theory
+from hijack_lens.attribution.logit_attribution import MEMORIES
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
 from hijack_lens.core.checks import Seed, check_count
@@ -132,9 +133,6 @@ def _r2(measured: Float[Tensor, "fact dose"], predicted: Float[Tensor, "fact dos
     return 1 - float(((measured - predicted) ** 2).sum()) / spread if spread > 0 else math.nan
 
 
-_PARTS = ("context", "weights", "rest")
-
-
 @dataclass(frozen=True, repr=False)
 class DoseResponse(Saved, Drawn):
     """`logit[context's answer] - logit[weights' answer]` for each fact and number of repeats; in float64, on the CPU.
@@ -155,7 +153,7 @@ class DoseResponse(Saved, Drawn):
 
     def __post_init__(self) -> None:
         shape = (len(self.conflicts), len(self.conflicts[0].prompts))
-        for part in (*(getattr(self.margin, name) for name in _PARTS), self.theory.margin):
+        for part in (*self.margin.parts.values(), self.theory.margin):
             if tuple(part.shape) != shape:
                 raise ValueError(f"margin must have shape {shape}, got {tuple(part.shape)}")
 
@@ -167,7 +165,7 @@ class DoseResponse(Saved, Drawn):
             return tensors, header
         # In older files, the fields of margin and theory were stored at the top level.
         of_theory = {name: header.pop(name) for name in ("source", "strengths", "flips", "r2")}
-        names = {"ahead": "theory.ahead", "theory": "theory.margin"} | {part: f"margin.{part}" for part in _PARTS}
+        names = {"ahead": "theory.ahead", "theory": "theory.margin"} | {part: f"margin.{part}" for part in MEMORIES}
         return {names[name]: tensor for name, tensor in tensors.items()}, {**header, "margin": {}, "theory": of_theory}
 
     @property
@@ -197,20 +195,19 @@ class DoseResponse(Saved, Drawn):
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per fact and number of repeats: fact, repeats, length, context, weights, rest, total, theory."""
-        total, lengths = self.margin.total, self.lengths
+        parts, lengths = self.margin.parts, self.lengths
         rows = [
             (
                 one.name,
                 n,
                 int(lengths[i, n]),
-                *(float(getattr(self.margin, part)[i, n]) for part in _PARTS),
-                float(total[i, n]),
+                *(float(part[i, n]) for part in parts.values()),
                 float(self.theory.margin[i, n]),
             )
             for i, one in enumerate(self.conflicts)
             for n in self.repeats
         ]
-        return pd.DataFrame(rows, columns=["fact", "repeats", "length", *_PARTS, "total", "theory"])
+        return pd.DataFrame(rows, columns=["fact", "repeats", "length", *parts, "theory"])
 
     def by_repeats(self) -> pd.DataFrame:
         """One row per number of repeats: mean length and margins over facts, and the total's standard deviation."""
@@ -271,7 +268,7 @@ def dose_response(
         seed: the seed for `find_circuit`'s prompts.
 
     Raises:
-        TypeError, ValueError: for facts and prompts that `conflict` rejects, and for models that `attribute` rejects.
+        TypeError, ValueError: for facts and prompts that `fact_prompts` rejects, and models that `attribute` rejects.
     """
     check_model(model)
     check_count("repeats", repeats, minimum=_FEWEST)
@@ -284,24 +281,22 @@ def dose_response(
     circuit = circuit_of(model, circuit, lambda: find_circuit(model, seed=seed))
 
     shape = (len(conflicts), repeats + 1)
-    parts = {memory: torch.zeros(shape, dtype=torch.float64) for memory in ("context", "weights", "rest")}
+    parts = {memory: torch.zeros(shape, dtype=torch.float64) for memory in MEMORIES}
     error = 0.0
     with evaluating(model), tqdm(total=shape[0] * shape[1], desc="dose_response", unit="prompt", disable=None) as bar:
         for row, one in enumerate(conflicts):
             for n in range(repeats + 1):
                 found = attribute(model, one.tokens(n), circuit=circuit, answers=[one.context, one.weights])
-                margin = found.margin(one.context, one.weights)
+                split = found.margin(one.context, one.weights).parts
                 for memory, part in parts.items():
-                    part[row, n] = getattr(margin, memory)
+                    part[row, n] = split[memory]
                 error = max(error, found.completeness_error)
                 bar.update()
-    margin = Margin(**parts)
-    lengths = torch.tensor([one.lengths for one in conflicts])
-    fit = _strengths(model)
-    if fit is not None:
-        predicted = theory_of_weights(fit, conflicts, margin.total)
+    margin, fit = Margin(**parts), _strengths(model)
+    if fit is None:
+        predicted = theory_of_margins(margin.total, torch.tensor([one.lengths for one in conflicts]))
     else:
-        predicted = theory_of_margins(margin.total, lengths)
+        predicted = theory_of_weights(fit, conflicts, margin.total)
     return DoseResponse(conflicts, margin, circuit, predicted, error)
 
 

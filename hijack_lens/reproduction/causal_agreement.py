@@ -77,7 +77,7 @@ def _ask(model: BigramTransformer, settings: Settings, seed: int) -> pd.DataFram
         assert values.worth is not None  # two players are never sampled
         rows.append(
             {
-                **{part: float(getattr(split, part)) for part in ("context", "weights", "rest")},
+                **{part: float(value) for part, value in split.parts.items() if part != "total"},
                 "context_ablated": values["context"],
                 "weights_ablated": values["weights"] + values.empty,
                 "heads_through_mlp": float(by_path[torch.tensor(through_mlp)].sum()),

@@ -231,7 +231,7 @@ def _draw_margins(ax: Any, responses: Sequence[DoseResponse]) -> None:
         style = {"color": COLOURS.get(memory, "black"), "linewidth": 2, "alpha": 1 if len(responses) == 1 else 0.7}
         for number, response in enumerate(responses):
             label = None if number else memory
-            ax.plot(response.repeats, getattr(response.margin, memory).mean(0), label=label, **style)
+            ax.plot(response.repeats, response.margin.parts[memory].mean(0), label=label, **style)
     for number, response in enumerate(responses):
         label = None if number else "theory"
         ax.plot(response.repeats, response.theory.margin.mean(0), "o", mfc="white", mec="black", ms=5, label=label)

@@ -17,7 +17,7 @@ from hijack_lens.core.circuit import Strengths
 from hijack_lens.core.statistics import student_quantile
 from hijack_lens.language import BigramLanguage, HijackPrompt, hijack_prompt
 from hijack_lens.models import BigramTransformer, trainable_transformer
-from hijack_lens.show.style import Picture
+from hijack_lens.show.style import Picture, frameless
 from hijack_lens.training import TrainConfig, TrainingRun, train
 from hijack_lens.training.forward import PlainForward
 
@@ -306,7 +306,7 @@ def margins_of(
 def finish(axes: Iterable[Any], *, grid: bool = True, title: int = 12, label: int = 10, tick: int = 10) -> None:
     """Takes off the upper and right side of the frames, draws a faint grid, and sets the sizes of texts in points."""
     for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
+        frameless(ax)
         ax.title.set_fontsize(title)
         ax.xaxis.label.set_fontsize(label)
         ax.yaxis.label.set_fontsize(label)

@@ -8,6 +8,7 @@ from html import escape
 from operator import itemgetter
 from typing import Any
 
+from hijack_lens.core.tables import Table
 from hijack_lens.show.style import PAGE_STYLE
 
 _MOST_ROWS = 60  # of a claim's measurements; the JSON file has them all
@@ -103,13 +104,11 @@ def _verdict(outcome: dict[str, Any]) -> str:
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return ""
-    cells = ("".join(f"<td>{escape(_shown(value))}</td>" for value in row.values()) for row in rows[:_MOST_ROWS])
-    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    cells = [[_shown(value) for value in row.values()] for row in rows[:_MOST_ROWS]]
     more = f"<p>{len(rows) - _MOST_ROWS} more rows are in the JSON file.</p>" if len(rows) > _MOST_ROWS else ""
-    head = "".join(f"<th>{escape(column)}</th>" for column in rows[0])
     return (
         f"<details><summary>{len(rows)} measurements</summary>"
-        f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{more}</details>"
+        f"<div class='wide'>{Table(list(rows[0]), cells, align='l').html()}</div>{more}</details>"
     )
 
 

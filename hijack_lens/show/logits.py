@@ -36,9 +36,13 @@ def logit_html(result: LogitAttribution) -> str:
     widest = max(abs(row[4]) for row in rows) or 1.0
     table = path_table(result)
     drawn = [
-        (cells[0], Markup(f"<span style='color:{COLOURS.get(row[1], 'inherit')}'>{row[1]}</span>"), *cells[2:], bar)
+        (
+            cells[0],
+            Markup(f"<span style='color:{COLOURS.get(row[1], 'inherit')}'>{row[1]}</span>"),
+            *cells[2:],
+            _bar(row[4], widest, row[1]),
+        )
         for cells, row in zip(table.rows, rows, strict=True)
-        for bar in (Markup(_bar(row[4], widest, row[1])),)
     ]
     return (
         f"<div class='hijack-lens'><p><b>{escape(incomplete(result))}</b></p>"
@@ -118,18 +122,18 @@ def _hidden(result: LogitAttribution) -> str:
 
 
 def _verdict(result: LogitAttribution) -> str:
-    margin = result.margin()
+    margin = {part: float(value) for part, value in result.margin().parts.items()}
     first, second = (f"<code>{escape(result.token_text(token))}</code>" for token in result.pair())
-    winner, loser = (first, second) if margin.total > 0 else (second, first)
-    split = ", ".join(f"{memory} {float(getattr(margin, memory)):+.2f}" for memory in COLOURS)
-    return f"{winner} beats {loser} by {abs(float(margin.total)):.2f} logits ({first} − {second}: {split})."
+    winner, loser = (first, second) if margin["total"] > 0 else (second, first)
+    split = ", ".join(f"{memory} {margin[memory]:+.2f}" for memory in COLOURS)
+    return f"{winner} beats {loser} by {abs(margin['total']):.2f} logits ({first} − {second}: {split})."
 
 
-def _bar(value: float, widest: float, memory: str) -> str:
+def _bar(value: float, widest: float, memory: str) -> Markup:
     width = 50 * abs(value) / widest
     left = 50 - width if value < 0 else 50
     colour = COLOURS.get(memory, "#333333")
-    return (
+    return Markup(
         "<div style='position:relative;width:200px;height:12px'>"
         f"<div style='position:absolute;left:{left:.1f}%;width:{width:.1f}%;height:12px;background:{colour}'></div>"
         "<div style='position:absolute;left:50%;width:1px;height:12px;background:#333'></div></div>"

@@ -93,7 +93,7 @@ def stacked_bars(ax: Any, rows: Any, margin: Any, height: float) -> tuple[np.nda
     """Stacked bars of a margin's parts on either side of zero; returns where each side ends."""
     high, low = np.zeros(np.size(rows)), np.zeros(np.size(rows))
     for memory, colour in COLOURS.items():
-        values = np.atleast_1d(getattr(margin, memory).detach().cpu().double().numpy())
+        values = np.atleast_1d(margin.parts[memory].detach().cpu().double().numpy())
         ax.barh(rows, values, left=np.where(values >= 0, high, low), color=colour, height=height, label=memory)
         high, low = high + np.maximum(values, 0), low + np.minimum(values, 0)
     ax.axvline(0, color="black", linewidth=1)
