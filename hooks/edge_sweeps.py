@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import check_choice, check_count
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.inputs import Components, circuit_of, components_of
@@ -26,13 +27,13 @@ from hijack_lens.hooks.edges import (
     read_weights,
     sender_site,
 )
-from hijack_lens.hooks.intervention import record
+from hijack_lens.hooks.intervention import logits_of, record
 from hijack_lens.hooks.patched_runs import Direction, GradientRuns, MetricLike, PromptPair
 from hijack_lens.hooks.sweep_results import PathSweep
 from hijack_lens.models.linear_maps import normed
 
 
-@torch.no_grad()
+@analysis
 def path_sweep(
     model: Any,
     clean: object,
@@ -70,13 +71,13 @@ def path_sweep(
     edges, circuit = _edges(model, components, circuit, via)
     names = dict.fromkeys(sender_site(model, edge.sender).name for edge in edges)
     source_logits, source = record(model, pair.source, list(names))
-    base_logits = model(pair.base)
+    base_logits = logits_of(model, pair.base)
     reader = pair.reader(model, base_logits, source_logits)
     base = reader(base_logits)
     values = []
     for edge in tqdm(edges, disable=None, unit="edge"):
         with patch_path(model, edge.sender, edge.receiver, edge.via, source):
-            values.append(reader(model(pair.base)))
+            values.append(reader(logits_of(model, pair.base)))
     return PathSweep(
         base_logits.new_tensor(values), edges, reader.name, base, reader(source_logits), direction, "forward", circuit
     )
@@ -98,7 +99,7 @@ def _edges(model: Any, components: Any, circuit: Any, via: Any) -> tuple[tuple[E
     return edges, names
 
 
-@torch.no_grad()
+@analysis
 def edge_attribution(
     model: Any,
     clean: object,

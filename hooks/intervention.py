@@ -7,10 +7,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+from hijack_lens.core.analysis import as_written, hold_eager, release_eager
 from hijack_lens.core.checks import check_choice
 from hijack_lens.core.hook_points import _check_hook_point, check_model
 from hijack_lens.core.inputs import model_tokens
@@ -29,7 +30,8 @@ class Intervention:
         model.run_with_hooks(tokens, fwd_hooks=ablate(model, model.circuit.induction).fwd_hooks)
 
     Interventions nest, and may be entered again while they are active; at one hook point they act in the order in
-    which they were entered, so enter ablations before what builds on them. Hooks of the user's are never touched.
+    which they were entered, so enter ablations before what builds on them. Hooks of the user's are never touched. While
+    one is active, models that `torch.compile` has compiled run as written, since their graphs know nothing of it.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -39,11 +41,14 @@ class Intervention:
 
     Raises:
         ValueError: for a hook point that the model lacks or that would do nothing.
+        RuntimeError: on leaving the context, if a hook did not fire though its part of the model ran, or was removed
+            inside, by `reset_hooks()` for example.
     """
 
     def __init__(
         self, model: Any, edit: Sequence[tuple[str, HookFunction]] = (), look: Sequence[tuple[str, HookFunction]] = ()
     ):
+        model = as_written(model)
         check_model(model)
         known = model.hook_dict
         for name, _ in look:
@@ -62,6 +67,7 @@ class Intervention:
         witnesses = dict.fromkeys(_witness(name) for name, _ in self.fwd_hooks)
         entries += [_Entry(name, points[name]) for name in witnesses]
         try:
+            hold_eager(entries)
             for entry in entries:
                 entry.point.add_hook(entry)
             self._entries.append(entries)
@@ -73,12 +79,19 @@ class Intervention:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        lost: list[str] = []
         try:
+            lost = [entry.name for entry in self._entries[-1] if not entry.handles]
             self._remove(self._entries[-1])
         finally:
             entries = self._entries.pop()
             self._remove(entries)  # all over again, lest a Ctrl-C broke in
         if kind is None:
+            if lost:
+                raise RuntimeError(
+                    f"hooks at {', '.join(dict.fromkeys(lost))} were removed inside the context, perhaps by "
+                    "reset_hooks(): what ran after that was not intervened upon"
+                )
             ran = {entry.name for entry in entries if entry.fn is None and entry.fired}
             silent = [e.name for e in entries if e.fn is not None and not e.fired and _witness(e.name) in ran]
             if silent:
@@ -88,17 +101,17 @@ class Intervention:
         # Without locks, which a Ctrl-C could leave locked: `tuple(list)` and removing what is found by identity cannot
         # be broken into by other threads, and what they make the search miss is searched for again.
         for entry in entries:
-            listed = entry.point.fwd_hooks
-            while ours := [handle for handle in tuple(listed) if handle.user_hook is entry]:
+            while ours := entry.handles:
                 for handle in ours:
                     handle.hook.remove()
                     with contextlib.suppress(ValueError):
-                        listed.remove(handle)
+                        entry.point.fwd_hooks.remove(handle)
             # A Ctrl-C between PyTorch's taking the hook and TransformerLens's listing it leaves the former.
             held = entry.point._forward_hooks
             for key, fn in tuple(held.items()):
                 if getattr(fn, "__name__", None) == repr(entry):
                     held.pop(key, None)
+        release_eager(entries)
 
 
 class _Entry:
@@ -109,6 +122,11 @@ class _Entry:
         self.point = point
         self.fn = fn
         self.fired = False
+
+    @property
+    def handles(self) -> list[Any]:
+        """Those by which its hook point lists it."""
+        return [handle for handle in tuple(self.point.fwd_hooks) if handle.user_hook is self]
 
     def __call__(self, activation: Tensor, hook: Any) -> Tensor | None:
         self.fired = True
@@ -137,14 +155,37 @@ def _checked(name: str, fn: HookFunction, activation: Tensor, hook: Any) -> Tens
     return changed.to(activation)
 
 
+def logits_of(model: Any, tokens: Tensor) -> Float[Tensor, "batch pos d_vocab"]:
+    """Logits of a run on `tokens`.
+
+    Raises:
+        ValueError: if one is not finite, naming the first layer that is not.
+    """
+    logits = model(tokens)
+    if bool(logits.detach().isfinite().all()):
+        return logits
+    wrong: list[str] = []
+
+    def find(name: str, activation: Tensor, hook: Any) -> None:
+        if not activation.isfinite().all():
+            wrong.append(name)
+
+    last = model.cfg.n_layers - 1
+    names = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(last + 1)), f"blocks.{last}.hook_resid_post"]
+    with torch.no_grad(), Intervention(model, look=[(name, functools.partial(find, name)) for name in names]):
+        model(tokens)
+    raise ValueError(f"model's logits must be finite, got a NaN or an infinity, first at {[*wrong, 'its unembedding'][0]}")
+
+
 def record(model: Any, tokens: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits of a run on `tokens`, and its activations at the hook points `names`; without gradients.
 
-    Unlike TransformerLens's cache it is keyed by the names asked for, also where those are aliases.
+    Unlike TransformerLens's cache it is keyed by the names asked for, also where those are aliases. Errors as for
+    `logits_of`.
     """
     stored: dict[str, Tensor] = {}
     with torch.no_grad(), Intervention(model, look=keeping(stored, names)):
-        logits = model(tokens)
+        logits = logits_of(model, tokens)
     return logits, stored
 
 

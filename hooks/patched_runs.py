@@ -10,9 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hijack_lens.core.checks import check_choice
-from hijack_lens.core.hook_points import check_model
 from hijack_lens.core.inputs import model_tokens
-from hijack_lens.hooks.intervention import HookFunction, Intervention, keeping, record
+from hijack_lens.hooks.intervention import HookFunction, Intervention, keeping, logits_of, record
 from hijack_lens.hooks.sweep_plan import Patches, hook_name
 from hijack_lens.metrics import Logits, Metric
 
@@ -98,7 +97,6 @@ class PromptPair:
     def of(cls, model: Any, clean: object, corrupted: object, metric: Any, direction: Direction) -> "PromptPair":
         """The pair of what a user calls prompts, and a metric."""
         check_choice("direction", direction, ("denoise", "noise"))
-        check_model(model)
         tokens = model_tokens(model, clean, "clean"), model_tokens(model, corrupted, "corrupted")
         if tokens[0].shape != tokens[1].shape:
             shapes = (tuple(one.shape) for one in tokens)
@@ -159,7 +157,7 @@ class ForwardRuns:
             return edited
 
         with Intervention(self.model, edit=[(hook_name(activation, layer), write)]):
-            logits = self.model(repeat(self.tokens, "batch pos -> (patch batch) pos", patch=count))
+            logits = logits_of(self.model, repeat(self.tokens, "batch pos -> (patch batch) pos", patch=count))
         return self.reader.each(rearrange(logits, "(patch batch) pos d_vocab -> patch batch pos d_vocab", patch=count))
 
 
@@ -230,7 +228,7 @@ class GradientRuns:
         # Entered second, what only looks sees what was handed back.
         looks = Intervention(self.model, look=keeping(looked, look))
         with torch.enable_grad(), Intervention(self.model, edit=edits), looks:
-            value = self._value(self.model(self.pair.base))
+            value = self._value(logits_of(self.model, self.pair.base))
         gradients = torch.autograd.grad(value, [seen[name] for name in by], allow_unused=True)
         found: dict[str, Tensor] = {}
         for name, gradient in zip(by, gradients, strict=True):

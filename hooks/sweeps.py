@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_number
-from hijack_lens.core.hook_points import check_model, is_hooked
+from hijack_lens.core.hook_points import is_hooked
 from hijack_lens.core.inputs import model_tokens
 from hijack_lens.hooks.incremental_runs import IncrementalRuns
 from hijack_lens.hooks.intervention import check_reference, draw_rows, read_source, record, stand_in
@@ -34,7 +35,7 @@ Which = int | Iterable[int] | None
 STREAM = ("resid_pre", "attn_out", "mlp_out")
 
 
-@torch.no_grad()
+@analysis
 def patch_sweep(
     model: Any,
     clean: object,
@@ -80,7 +81,7 @@ def patch_sweep(
     return _sweep(model, pair.base, plan, source, bound, method, memory_gb, direction, source_logits)
 
 
-@torch.no_grad()
+@analysis
 def ablate_sweep(
     model: Any,
     prompt: object,
@@ -118,7 +119,6 @@ def ablate_sweep(
     """
     check_reference(how, reference)
     generator = as_generator(seed)
-    check_model(model)
     tokens = model_tokens(model, prompt)
     plan = make_plan(model, activations, positions, layers, units, tokens.shape[1])
     check_metric(metric, tokens.shape[1])
@@ -136,7 +136,7 @@ def ablate_sweep(
     return _sweep(model, tokens, plan, written, bound, method, memory_gb, "ablate", None)
 
 
-@torch.no_grad()
+@analysis
 def attribution_patch(
     model: Any,
     clean: object,

@@ -20,7 +20,7 @@ from hijack_lens.attribution.terms import gate
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import all_components, rows_at_once
 from hijack_lens.hooks.edges import embeddings, precedes, read_stream
-from hijack_lens.hooks.intervention import Intervention
+from hijack_lens.hooks.intervention import Intervention, logits_of
 from hijack_lens.models.linear_maps import Readout, linear_norm
 
 _DEFAULT_ANSWERS = 10
@@ -57,7 +57,6 @@ def check_unembedded(
         )
 
 
-@torch.no_grad()
 def direct_paths(
     model: Any, tokens: Int[Tensor, "batch pos"], query: int, circuit: Circuit, answers: Int[Tensor, "answer"] | None
 ) -> tuple[dict[Path, Tensor], Float[Tensor, "batch answer"], Int[Tensor, "answer"]]:
@@ -142,7 +141,7 @@ class _Run:
             (name, partial(keep, key=key, index=index)) for key, (name, index) in wanted.items()
         ]
         with Intervention(model, look=look):
-            logits = model(tokens)[:, query].clone()
+            logits = logits_of(model, tokens)[:, query].clone()
         return cls(model, circuit, query, logits, kept)
 
     def values(self, answers: Int[Tensor, "answer"]) -> dict[Path, Float[Tensor, "batch source answer"]]:

@@ -9,9 +9,10 @@ from torch import Tensor
 from hijack_lens.attribution.direct import check_additive, direct_paths
 from hijack_lens.attribution.logit_attribution import LogitAttribution, Path, Source
 from hijack_lens.attribution.terms import FirstBlock, FrozenBlock, LastBlock, Local, SummedBlock, Unembedding
+from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import as_int
 from hijack_lens.core.circuit import Circuit, Component
-from hijack_lens.core.hook_points import all_components, check_model
+from hijack_lens.core.hook_points import all_components
 from hijack_lens.core.inputs import Tokens, circuit_of, is_single, model_tokens, texts_of, token_ids, whole_vocab
 from hijack_lens.hooks.edges import embeddings
 from hijack_lens.hooks.intervention import record
@@ -24,7 +25,7 @@ _MOST_CELLS = 2**29
 """Numbers in the result for a deep model: 2 GiB in float32."""
 
 
-@torch.no_grad()
+@analysis
 def attribute(
     model: Any,
     prompt: object,
@@ -63,7 +64,6 @@ def attribute(
         TypeError, ValueError: for prompts the model cannot take, for more than 2^29 numbers from a deep model, and for
             models whose logits are no sum over paths, or whose hooks keep them from being one.
     """
-    check_model(model)
     circuit = circuit_of(model, circuit)
     ids = model_tokens(model, prompt)
     length = ids.shape[-1]

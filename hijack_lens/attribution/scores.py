@@ -16,9 +16,10 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from hijack_lens.attribution.score_attribution import ScoreAttribution, ScoreTerm
+from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import as_int, check_position
 from hijack_lens.core.circuit import Circuit, Component
-from hijack_lens.core.hook_points import all_components, check_model
+from hijack_lens.core.hook_points import all_components
 from hijack_lens.core.inputs import circuit_of, one_head, prompt_texts, single_prompt
 from hijack_lens.hooks.edges import Sender, embeddings, sender_site
 from hijack_lens.hooks.intervention import record
@@ -121,7 +122,7 @@ _MOST_CELLS = 2**27
 """Numbers in a result: 1 GiB in float64."""
 
 
-@torch.no_grad()
+@analysis
 def attribute_scores(
     model: Any,
     prompt: object,
@@ -156,7 +157,6 @@ def attribute_scores(
         TypeError, ValueError: for prompts, heads and positions that the model does not have; for more numbers than
             2^27; and for models whose scores are no such sum, among them those with capped scores or ALiBi.
     """
-    check_model(model)
     circuit = circuit_of(model, circuit)
     chosen = one_head(model, head, circuit)
     _check_sum(model)

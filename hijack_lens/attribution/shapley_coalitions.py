@@ -83,7 +83,7 @@ class CoalitionRuns:
         with tqdm(total=len(coalitions), disable=None, unit="run") as bar:
             for chunk in coalitions.split(at_once):
                 with Intervention(self.model, edit=self._edits(chunk)):
-                    logits = self.model(repeat(self.tokens, "batch pos -> (run batch) pos", run=len(chunk)))
+                    logits = logits_of(self.model, repeat(self.tokens, "batch pos -> (run batch) pos", run=len(chunk)))
                 logits = rearrange(logits, "(run batch) pos d_vocab -> run batch pos d_vocab", run=len(chunk))
                 worth.append(self.reader.each(logits).double().cpu())
                 bar.update(len(chunk))

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hijack_lens.attribution.logits import attribute
+from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import check_shapes
 from hijack_lens.core.circuit import Circuit, Margin
 from hijack_lens.core.files import Saved
@@ -106,6 +107,7 @@ _CELLS = 2**24
 """Numbers per attribution: 128 MiB in float64."""
 
 
+@analysis
 def memory_conflict(
     model: Any,
     prompt: object,

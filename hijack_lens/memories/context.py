@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from hijack_lens.attribution.direct import check_additive, check_unembedded
 from hijack_lens.attribution.scores import offset_keys, tolerance
+from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import check_shapes
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import Saved
@@ -20,7 +21,7 @@ from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.core.inputs import Tokens, circuit_of, one_head
 from hijack_lens.core.tables import Drawn, tidy
 from hijack_lens.hooks.edges import changes_attn_out
-from hijack_lens.hooks.intervention import Intervention
+from hijack_lens.hooks.intervention import Intervention, logits_of
 from hijack_lens.memories.token_tables import TokenTables, replaced, token_tables
 from hijack_lens.models.linear_maps import Readout, linear_norm
 from hijack_lens.models.opened import UnknownArchitectureError, open_model
@@ -91,7 +92,7 @@ _CHECKED = 1000
 """Logits of each row that are compared with the run's."""
 
 
-@torch.no_grad()
+@analysis
 def context_memory(
     model: Any,
     prompt: object,
@@ -200,7 +201,7 @@ def _run(
         for rows in prompts.split(rows_at_once(model, prompts.shape[1])):
             look = [(name, partial(keep, key=key, read=read)) for key, (name, read) in (wanted | once).items()]
             with Intervention(model, look=look):
-                logits = model(rows)
+                logits = logits_of(model, rows)
             kept.setdefault("logits", []).append(logits[:, -1, answers])
             once = {}
             bar.update(len(rows))

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hijack_lens.attribution.direct import check_additive
+from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import check_choice, check_count, check_shapes, check_type
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved
@@ -111,7 +112,7 @@ _MOST_CELLS = 2**26
 """Numbers in a table: 512 MiB in float64."""
 
 
-@torch.no_grad()
+@analysis
 def memory_matrix(
     model: Any,
     components: Components | None = None,

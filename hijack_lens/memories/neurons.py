@@ -104,7 +104,7 @@ _CELLS = 2**24
 """Logits at once: 128 MiB in float64."""
 
 
-@torch.no_grad()
+@analysis
 def memory_neurons(
     model: Any,
     components: Components | None = None,

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from hijack_lens.attribution.direct import check_unembedded
 from hijack_lens.core.checks import as_int, check_position
-from hijack_lens.core.hook_points import check_model, evaluating, rows_at_once
+from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.core.inputs import Tokens, single_prompt, texts_of, token_ids
 from hijack_lens.core.tables import visible
 from hijack_lens.hooks.edges import embeddings
@@ -116,7 +116,6 @@ class TokenTables(NamedTokens):
 
 def token_tables(model: Any, prompt: object, position: int, query_tokens: Tokens, answers: Tokens) -> TokenTables:
     """Rows and columns for one prompt, as a user gives them."""
-    check_model(model)
     ids = single_prompt(model, prompt)
     length = ids.shape[1]
     at = check_position("position", position, length, length - 1)
@@ -151,8 +150,7 @@ def check_logits(model: Any, token: int) -> None:
         f"blocks.{model.cfg.n_layers - 1}.hook_resid_post",
         torch.arange(min(_CHECKED, model.W_U.shape[1])),
     )
-    with evaluating(model):
-        logits, run = record(model, torch.tensor([[token]], device=model.cfg.device), [stream])
+    logits, run = record(model, torch.tensor([[token]], device=model.cfg.device), [stream])
     check_unembedded(model, run[stream][:, -1], logits[:, -1, answers], answers)
 
 
@@ -173,7 +171,7 @@ def context_free(
     at_once = min(rows_at_once(model, 1), _ACTIVATIONS // (model.cfg.d_mlp or model.cfg.d_model))
     with tqdm(total=len(tokens), disable=None, unit="token", desc="context-free") as bar:
         for rows in tokens.split(max(1, at_once)):
-            with evaluating(model), Intervention(model, edit=edit, look=look):
+            with Intervention(model, edit=edit, look=look):
                 model(rows[:, None].to(model.cfg.device), stop_at_layer=stop_at_layer)
             yield {name: activation[:, -1] for name, activation in found.items()}
             bar.update(len(rows))
