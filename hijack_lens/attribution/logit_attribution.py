@@ -109,7 +109,7 @@ class LogitAttribution(Saved, Shown):
 
     @property
     def completeness_error(self) -> float:
-        """The largest |sum over paths and sources - logit|; rounding alone, for an untouched model."""
+        """The largest |sum over paths and sources - logit|; only rounding error, for an unmodified model."""
         return float((self._summed(self.values.sum(-3)) - self.logits).abs().max())
 
     def __getitem__(self, index: int) -> "LogitAttribution":
@@ -133,7 +133,7 @@ class LogitAttribution(Saved, Shown):
         return {memory: self._of(memory).sum(-3) for memory in MEMORIES}
 
     def margin(self, a: str | int | None = None, b: str | int | None = None) -> Margin:
-        """`logit[a] - logit[b]`, split by memory; by default of the tokens that `pair` gives."""
+        """`logit[a] - logit[b]`, split by memory; by default for the tokens that `pair` gives."""
         first, second = self.pair(a, b)
         context, weights, rest = (part[..., first] - part[..., second] for part in self.by_memory().values())
         return Margin(context, weights, rest)
@@ -171,10 +171,10 @@ class LogitAttribution(Saved, Shown):
     def pair(self, a: str | int | None = None, b: str | int | None = None) -> tuple[int, int]:
         """Where two tokens to compare are on the last axis.
 
-        By default the prompt's candidates, or, where it has none, the first two answers; else the two largest logits.
+        By default the prompt's candidates; without any, the first two answers; else those with the two largest logits.
 
         Raises:
-            TypeError, ValueError: for tokens that are not on it, or if there is no default.
+            TypeError, ValueError: for tokens that are not on that axis, or if there is no default.
         """
         if a is not None or b is not None:
             return self._index(a, "a"), self._index(b, "b")
