@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -11,10 +10,11 @@ from hijack_lens import hooks, theory
 from hijack_lens.attribution.logit_attribution import LogitAttribution
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
+from hijack_lens.core.analysis import analysis
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Margin
-from hijack_lens.core.hook_points import check_model, evaluating
 from hijack_lens.core.inputs import circuit_of, single_prompt, text_tokens, token_ids
 from hijack_lens.core.tables import Drawn
+from hijack_lens.hooks.intervention import logits_of
 from hijack_lens.language.prompts import HijackPrompt
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.theory.flips import Flip
@@ -94,6 +94,7 @@ class Explanation(Drawn):
         return sentence
 
 
+@analysis
 def explain(
     model: Any,
     prompt: object,
@@ -122,14 +123,12 @@ def explain(
         return _of_hijack_prompt(model, prompt, circuit)
     if answer is None or foil is None:
         raise TypeError(f"prompt must be a HijackPrompt, got {type(prompt).__name__}; others need answer= and foil=")
-    check_model(model)
     tokens = text_tokens(model, prompt, "prompt")[None] if isinstance(prompt, str) else single_prompt(model, prompt)
     pair = token_ids(model, "answer and foil", [answer, foil]).tolist()
-    with evaluating(model):
-        circuit = circuit_of(model, circuit, lambda: find_circuit(model))
-        first = int(model(tokens)[0, -1].argmax())
-        attribution = attribute(model, tokens[0], circuit=circuit, answers=list(dict.fromkeys([*pair, first])))
-        ablated = _ablated(model, tokens, circuit, pair)
+    circuit = circuit_of(model, circuit, lambda: find_circuit(model))
+    first = int(logits_of(model, tokens)[0, -1].argmax())
+    attribution = attribute(model, tokens[0], circuit=circuit, answers=list(dict.fromkeys([*pair, first])))
+    ablated = _ablated(model, tokens, circuit, pair)
     attribution = replace(attribution, candidates=(pair[0], pair[1]), joiner=_joiner(model, tokens[0]))
     return Explanation(model, tokens[0], attribution, circuit, ablated)
 
@@ -168,7 +167,7 @@ def _ablated(model: Any, tokens: Int[Tensor, "1 pos"], circuit: Circuit, pair: l
     found = {}
     for role in ROLE_NAMES:
         if components := getattr(circuit, role):
-            with hooks.ablate(model, components), torch.no_grad():
-                logits = model(tokens)[0, -1]
+            with hooks.ablate(model, components):
+                logits = logits_of(model, tokens)[0, -1]
             found[circuit.role_label(role)] = float(logits[pair[0]] - logits[pair[1]])
     return found

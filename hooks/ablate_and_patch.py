@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hijack_lens.core.analysis import as_written
 from hijack_lens.core.checks import Seed, as_generator, fixed_seed
 from hijack_lens.core.hook_points import Part, Site, check_hook_points, sites
 from hijack_lens.core.inputs import Components, components_of, indices
@@ -43,6 +44,7 @@ def ablate(
         TypeError, ValueError: for components that the model lacks or whose edits it would ignore, and where
             `reference` is missing or unused.
     """
+    model = as_written(model)
     check_reference(how, reference)
     of_every_run = fixed_seed(seed)
 
@@ -75,7 +77,9 @@ def patch(
         TypeError, ValueError: for components that the model lacks or whose edits it would ignore, and for a
             cache that lacks them.
     """
-    return _overwriting(model, components, part, positions, ("source", source), lambda current, stored: stored)
+    return _overwriting(
+        as_written(model), components, part, positions, ("source", source), lambda current, stored: stored
+    )
 
 
 def _overwriting(

@@ -10,12 +10,14 @@ from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
+from hijack_lens.core.analysis import as_written
 from hijack_lens.core.checks import check_choice
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import Site, check_hook_points, position_index, sites
 from hijack_lens.core.inputs import indices, one_component
 from hijack_lens.hooks.intervention import HookFunction, Intervention, read_source
 from hijack_lens.models.linear_maps import normed, rounding
+from hijack_lens.models.readable import check_readable
 
 Sender = Component | Literal["embed", "pos_embed"]
 Receiver = Component | Literal["unembed"]
@@ -101,6 +103,7 @@ def check_edge(model: Any, sender: Sender, receiver: Receiver, via: Via) -> None
         raise ValueError(f"receiver {receiver}: this model's blocks norm what they write, not what they read")
     if via in ("k", "v"):
         _check_own_keys(model, via)
+    check_readable(model, receiver.layer, *(f"{part}.{weight}" for part, weight in _leaves(model, via).values()))
     read_weights(model, receiver, via)
 
 
@@ -129,19 +132,21 @@ def read_stream(model: Any, receiver: Component) -> tuple[str, nn.Module | None]
 
 def read_weights(model: Any, receiver: Component, via: str) -> dict[str, Tensor]:
     """The hook points where an input of a head or MLP arrives, with the weights that compute it."""
-    if via != "mlp_in":
-        leaves = {f"attn.hook_{via}": f"W_{via.upper()}"}
-    elif getattr(model.cfg, "gated_mlp", False):
-        leaves = {"mlp.hook_pre": "W_gate", "mlp.hook_pre_linear": "W_in"}
-    else:
-        leaves = {"mlp.hook_pre": "W_in"}
-    names = {leaf: f"blocks.{receiver.layer}.{leaf}" for leaf in leaves}
-    check_hook_points(model, names.values())
     weights = {}
-    for leaf, attribute in leaves.items():
-        weight = getattr(getattr(model.blocks[receiver.layer], leaf.split(".")[0]), attribute)
-        weights[names[leaf]] = weight if receiver.head is None else weight[receiver.head]
+    for leaf, (part, attribute) in _leaves(model, via).items():
+        weight = getattr(getattr(model.blocks[receiver.layer], part), attribute)
+        weights[f"blocks.{receiver.layer}.{leaf}"] = weight if receiver.head is None else weight[receiver.head]
+    check_hook_points(model, weights)
     return weights
+
+
+def _leaves(model: Any, via: str) -> dict[str, tuple[str, str]]:
+    """The hook points in a block where an input arrives, each with the module and its weight that took it there."""
+    if via != "mlp_in":
+        return {f"attn.hook_{via}": ("attn", f"W_{via.upper()}")}
+    if getattr(model.cfg, "gated_mlp", False):
+        return {"mlp.hook_pre": ("mlp", "W_gate"), "mlp.hook_pre_linear": ("mlp", "W_in")}
+    return {"mlp.hook_pre": ("mlp", "W_in")}
 
 
 def patch_path(
@@ -170,6 +175,7 @@ def patch_path(
     Raises:
         TypeError, ValueError: for an edge that the model does not have, or that no hook point reaches alone.
     """
+    model = as_written(model)
     check_choice("via", via, VIAS)
     source_of = one_component(model, sender, "sender", ("embed", "pos_embed"))
     target_of = one_component(model, receiver, "receiver", ("unembed",))
@@ -203,15 +209,15 @@ def patch_path(
 
     head = target_of.head
     stream, norm = read_stream(model, target_of)
-    weights = read_weights(model, target_of, via)
-    normed(norm, torch.linspace(-1, 2, model.cfg.d_model)[None].to(next(iter(weights.values()))))  # checks the norm now
+    inputs = read_weights(model, target_of, via)
+    normed(norm, torch.linspace(-1, 2, model.cfg.d_model)[None].to(next(iter(inputs.values()))))  # checks the norm now
 
     def watch_stream(activation: Tensor, hook: Any) -> None:
         # The messages of all path patches into one input add up before the norm, so they are kept with the stream.
         activation.hijack_lens_messages = {}  # type: ignore[attr-defined]
         if sent:
             change = sent.pop()
-            arriving.update(dict.fromkeys(weights, (activation, change)))
+            arriving.update(dict.fromkeys(inputs, (activation, change)))
 
     def change_input(name: str) -> HookFunction:
         def hook_fn(activation: Tensor, hook: Any) -> Tensor:
@@ -222,7 +228,9 @@ def patch_path(
             before = current + messages.get((name, head), 0.0)
             after = before + change
             messages[name, head] = after - current
-            effect = (normed(norm, after) - normed(norm, before)) @ weights[name]
+            # Read anew, since the model may have been moved to another dtype or device.
+            weight = read_weights(model, target_of, via)[name]
+            effect = (normed(norm, after) - normed(norm, before)) @ weight
             if head is None:
                 return activation + effect
             edited = activation.clone()
@@ -233,7 +241,7 @@ def patch_path(
 
     # Reading resid_mid is fine even where editing it is not.
     look: list[tuple[str, HookFunction]] = [(site.name, watch_sender), (stream, watch_stream)]
-    return Intervention(model, edit=[(name, change_input(name)) for name in weights], look=look)
+    return Intervention(model, edit=[(name, change_input(name)) for name in inputs], look=look)
 
 
 def _check_sender(model: Any, sender: Sender) -> None:
@@ -245,6 +253,8 @@ def _check_sender(model: Any, sender: Sender) -> None:
     # An MLP's hook point shows what reaches the stream; a head's comes before any norm or factor after attention.
     elif sender.kind == "head" and changes_attn_out(model, sender.layer):
         raise ValueError(f"sender {sender}: this model norms or scales what its heads write, all together")
+    elif sender.kind == "head":
+        check_readable(model, sender.layer, "attn.W_O")
 
 
 def _starts_from_embeddings(model: Any) -> bool:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from hijack_lens.core.analysis import as_written, hold_eager, release_eager
+from hijack_lens.core.analysis import as_written, hold_eager, is_compiled, release_eager
 from hijack_lens.core.checks import check_choice
 from hijack_lens.core.hook_points import _check_hook_point, check_model
 from hijack_lens.core.inputs import model_tokens
@@ -56,15 +56,28 @@ class Intervention:
         for name, _ in edit:
             _check_hook_point(model, known, name, edits=True)
         self.model = model
-        self.fwd_hooks: list[tuple[str, HookFunction]] = [
+        self._hooks: list[tuple[str, HookFunction]] = [
             (name, functools.partial(_checked, name, fn)) for name, fn in (*look, *edit)
         ]
         self._entries: list[list[_Entry]] = []
 
+    @property
+    def fwd_hooks(self) -> list[tuple[str, HookFunction]]:
+        """The hooks, for `run_with_hooks`.
+
+        Raises:
+            ValueError: if parts of the model are compiled, which would skip them.
+        """
+        if any(is_compiled(module) for module in self.model.modules() if module is not self.model):
+            raise ValueError(
+                "model has compiled parts, which ignore fwd_hooks: use the intervention as a context manager"
+            )
+        return self._hooks
+
     def __enter__(self) -> "Intervention":
         points = self.model.hook_dict
-        entries = [_Entry(name, points[name], fn) for name, fn in self.fwd_hooks]
-        witnesses = dict.fromkeys(_witness(name) for name, _ in self.fwd_hooks)
+        entries = [_Entry(name, points[name], fn) for name, fn in self._hooks]
+        witnesses = dict.fromkeys(_witness(name) for name, _ in self._hooks)
         entries += [_Entry(name, points[name]) for name in witnesses]
         try:
             hold_eager(entries)
@@ -79,7 +92,6 @@ class Intervention:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        lost: list[str] = []
         try:
             lost = [entry.name for entry in self._entries[-1] if not entry.handles]
             self._remove(self._entries[-1])
@@ -105,7 +117,7 @@ class Intervention:
                 for handle in ours:
                     handle.hook.remove()
                     with contextlib.suppress(ValueError):
-                        listed.remove(handle)
+                        entry.point.fwd_hooks.remove(handle)
             # A Ctrl-C after PyTorch registers the hook, but before TransformerLens lists it, leaves PyTorch's behind.
             held = entry.point._forward_hooks
             for key, fn in tuple(held.items()):
@@ -174,7 +186,8 @@ def logits_of(model: Any, tokens: Tensor) -> Float[Tensor, "batch pos d_vocab"]:
     names = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(last + 1)), f"blocks.{last}.hook_resid_post"]
     with torch.no_grad(), Intervention(model, look=[(name, functools.partial(find, name)) for name in names]):
         model(tokens)
-    raise ValueError(f"model's logits must be finite, got a NaN or an infinity, first at {[*wrong, 'its unembedding'][0]}")
+    first = wrong[0] if wrong else "its unembedding"
+    raise ValueError(f"model's logits must be finite, got a NaN or an infinity, first at {first}")
 
 
 def record(model: Any, tokens: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:

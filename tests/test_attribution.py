@@ -482,14 +482,16 @@ def test_the_users_hooks_act_and_stay():
     close(result.values[:, direct, -1], (0.5 * model.W_E[tokens[:, -1]] @ model.W_U).detach())
 
 
-def test_a_hook_that_bypasses_the_weights_shows_as_incompleteness():
+@pytest.mark.parametrize("position", [-1, "all"])
+def test_a_run_whose_logits_the_paths_miss_is_refused(position):
     model, tokens = hooked(), prompts()
-    with hl.hooks.ablate(model, MLPS[1]):
-        ablated = attribute(model, tokens)
-    plain = attribute(model, tokens)
-    through = [index for index, path in enumerate(plain.paths) if MLPS[1] in path.through]
-    assert ablated.completeness_error > 0.1
-    close(ablated.values[:, through].sum((1, 2)).shape, plain.logits.shape, atol=0)
+    with hl.hooks.ablate(model, MLPS[1]), pytest.raises(ValueError, match="misses the logits by up to"):
+        attribute(model, tokens, position)
+    # An intervention that the run's own patterns hold is attributed as it is.
+    with hl.hooks.patch(model, HEADS[2], tokens.flip(1), part="pattern"):
+        changed = attribute(model, tokens, position)
+        logits = model(tokens).detach()
+        close(changed.logits, logits if position == "all" else logits[:, position])
 
 
 @builds

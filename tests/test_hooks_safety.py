@@ -221,12 +221,12 @@ def test_hooks_that_the_user_adds_inside_stay(model):
     assert [handle.is_permanent for handle in ours.fwd_hooks] == [True, False]
 
 
-def test_the_users_reset_hooks_inside_ends_the_intervention_without_harm(model):
+def test_the_users_reset_hooks_inside_ends_the_intervention_and_is_reported(model):
     def left():
         return {id(handle): handle for point in model.hook_dict.values() for handle in point.fwd_hooks}
 
     permanent = {key: handle for key, handle in left().items() if handle.is_permanent}
-    with ablate(model, [FIRST, *MLPS]):
+    with pytest.raises(RuntimeError, match="removed inside the context"), ablate(model, [FIRST, *MLPS]):
         model.reset_hooks()
     assert left() == permanent
 

@@ -5,7 +5,7 @@ those of induction heads and bigram memories are split further, by which compone
 patterns, norm scales and gates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,11 +21,10 @@ from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import all_components, rows_at_once
 from hijack_lens.hooks.edges import embeddings, precedes, read_stream
 from hijack_lens.hooks.intervention import Intervention, logits_of
-from hijack_lens.models.linear_maps import Readout, linear_norm
+from hijack_lens.models.linear_maps import Readout, linear_norm, rounding
+from hijack_lens.models.readable import check_readable
 
 _DEFAULT_ANSWERS = 10
-_ROUNDING = 2e-4
-"""Relative error allowed between a sum of parts and the model; in float32, a dozen layers stay far below it."""
 
 
 def check_additive(model: Any) -> None:
@@ -50,7 +49,7 @@ def check_unembedded(
     norm, W_U, b_U = linear_norm(getattr(model, "ln_final", None), stream), model.W_U[:, answers], model.b_U[answers]
     normed = norm(stream)
     errors = (normed @ W_U + b_U - logits).abs()
-    if not bool((errors <= _tolerance(logits) * (normed.abs() @ W_U.abs() + b_U.abs())).all()):
+    if not bool((errors <= rounding(logits.dtype) * (normed.abs() @ W_U.abs() + b_U.abs())).all()):
         raise ValueError(
             "model's logits are not its last residual stream through norm and unembedding (off by up to "
             f"{float(errors.max()):.2g}): a factor follows, hooks change them, or it has parts that are not known here"
@@ -79,7 +78,6 @@ def direct_paths(
         if answers is None:
             answers = run.logits[0].topk(min(_DEFAULT_ANSWERS, run.logits.shape[-1])).indices
         values = run.values(answers)
-        _check_complete(list(values.values()), run.logits[:, answers])
         for path, value in values.items():
             found.setdefault(path, []).append(value)
         of_answers.append(run.logits[:, answers])
@@ -205,6 +203,7 @@ class _Run:
         return readout.before_head(self.kept["rows", layer][:, head], W_V, attn.W_O[head]).before(norm)
 
     def _before_mlp(self, component: Component, readout: Readout) -> Readout:
+        check_readable(self.model, component.layer, "mlp.W_out")
         mlp, stream = self.model.blocks[component.layer].mlp, self.kept["reads", component]
         pre, linear, post = (self.kept[what, component] for what in ("pre", "linear", "post"))
         norm = linear_norm(read_stream(self.model, component)[1], stream)
@@ -275,23 +274,21 @@ def _is_gated(model: Any) -> bool:
 
 
 def _check_reads(component: Component, expected: Tensor, actual: Tensor) -> None:
-    if not bool((expected - actual).abs().max() <= _tolerance(actual) * actual.abs().max()):
+    if not bool((expected - actual).abs().max() <= rounding(actual.dtype) * actual.abs().max()):
         raise ValueError(
             f"what {component} reads cannot be split: it is not the normed residual stream times its weights. Hooks on "
             "the model may have changed it, or the model has parts that attribution does not know"
         )
 
 
-def _check_complete(values: list[Float[Tensor, "batch source answer"]], logits: Float[Tensor, "batch answer"]) -> None:
-    """Checks that the parts sum to the logits, up to rounding in proportion to their sizes."""
-    by_path = torch.stack([value.sum(1) for value in values])
-    errors = (by_path.sum(0) - logits).abs()
-    if not bool((errors <= _tolerance(logits) * (by_path.abs().sum(0) + logits.abs())).all()):
+def check_complete(parts: Iterable[Float[Tensor, "..."]], logits: Float[Tensor, "..."]) -> None:
+    """Checks that the parts, each shaped like the logits, sum to them, up to rounding in proportion to their sizes."""
+    total, size = torch.zeros_like(logits), logits.abs()
+    for part in parts:
+        total, size = total + part, size + part.abs()
+    errors = (total - logits).abs()
+    if not bool((errors <= rounding(logits.dtype) * size).all()):
         raise ValueError(
             f"what heads, MLPs, embeddings and biases wrote misses the logits by up to {float(errors.max()):.2g}: "
             "hooks on the model have changed what it computes, or it has parts that attribution does not know"
         )
-
-
-def _tolerance(x: Tensor) -> float:
-    return max(_ROUNDING, 4 * torch.finfo(x.dtype).eps)

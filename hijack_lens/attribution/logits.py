@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.attribution.direct import check_additive, direct_paths
+from hijack_lens.attribution.direct import check_additive, check_complete, direct_paths
 from hijack_lens.attribution.logit_attribution import LogitAttribution, Path, Source
 from hijack_lens.attribution.terms import FirstBlock, FrozenBlock, LastBlock, Local, SummedBlock, Unembedding
 from hijack_lens.core.analysis import analysis
@@ -97,6 +97,7 @@ def attribute(
         values, logits, chosen = direct_paths(model, ids, where, circuit, chosen)
         vocab = texts_of(model, torch.cat([ids.flatten(), chosen]))
 
+    check_complete((value if where == "all" else value.sum(1) for value in values.values()), logits)
     kept = {path: value for path, value in values.items() if path.source != "biases" or bool(value.any())}
     stacked = torch.stack(list(kept.values()), 1)
     if is_single(prompt):

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from hijack_lens.core.hook_points import Site, check_hook_points, sites
 from hijack_lens.core.inputs import Player
-from hijack_lens.hooks.intervention import HookFunction, Intervention, draw_rows, read_source, stand_in
+from hijack_lens.hooks.intervention import HookFunction, Intervention, draw_rows, logits_of, read_source, stand_in
 from hijack_lens.hooks.patched_runs import BoundMetric, runs_at_once
 
 How = Literal["zero", "mean", "resample", "patch"]

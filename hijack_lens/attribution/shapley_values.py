@@ -20,10 +20,11 @@ from hijack_lens.attribution.shapley_coalitions import (
     shapley_values,
     sites_of,
 )
+from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import Seed, as_generator, check_count, check_number, check_shapes
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.files import Saved
-from hijack_lens.core.hook_points import check_model, evaluating, is_hooked
+from hijack_lens.core.hook_points import is_hooked
 from hijack_lens.core.inputs import Components, Player, circuit_of, model_tokens, players_of
 from hijack_lens.core.statistics import student_quantile
 from hijack_lens.core.tables import Drawn
@@ -168,6 +169,7 @@ class ShapleyValues(Saved, Drawn):
 _MOST_EXACT = 20
 
 
+@analysis
 def shapley(
     model: Any,
     prompt: object,
@@ -230,31 +232,29 @@ def shapley(
         raise TypeError(f"interactions must be True or False, got {interactions!r}")
     generator = as_generator(seed)
     memory = check_number("memory_gb", memory_gb, positive=True) * 2**30
-    check_model(model)
     tokens = model_tokens(model, prompt)
     names = circuit_of(model, components if circuit is None and isinstance(components, Circuit) else circuit)
     players = players_of(model, components, names, points=True)
     sites = sites_of(model, players)
     check_metric(metric, tokens.shape[1])
 
-    with evaluating(model):
-        every_site = [site for at in sites.values() for site in at]
-        logits, run = record(model, tokens, list(dict.fromkeys(site.name for site in every_site)))
-        reader = BoundMetric.of(model, metric, logits)
-        present = {site: site.read(run[site.name]) for site in every_site}
-        outputs = outputs_when_absent(model, present, how, reference, generator)
-        runs = CoalitionRuns(model, tokens, sites, outputs, reader, None if is_hooked(model) else memory)
-        if len(players) <= max_exact:
-            worth = runs.worth(all_coalitions(len(players)))
-            found: dict[str, Any] = {
-                "values": shapley_values(worth),
-                "interactions": shapley_interactions(worth),
-                "full": float(worth[-1]),
-                "empty": float(worth[0]),
-                "n_runs": len(worth),
-                "worth": worth.reshape((2,) * len(players)),
-            }
-        else:
-            drawn = estimate(runs.worth, len(players), n_samples, interactions, generator)
-            found = {**vars(drawn), "n_samples": n_samples}
+    every_site = [site for at in sites.values() for site in at]
+    logits, run = record(model, tokens, list(dict.fromkeys(site.name for site in every_site)))
+    reader = BoundMetric.of(model, metric, logits)
+    present = {site: site.read(run[site.name]) for site in every_site}
+    outputs = outputs_when_absent(model, present, how, reference, generator)
+    runs = CoalitionRuns(model, tokens, sites, outputs, reader, None if is_hooked(model) else memory)
+    if len(players) <= max_exact:
+        worth = runs.worth(all_coalitions(len(players)))
+        found: dict[str, Any] = {
+            "values": shapley_values(worth),
+            "interactions": shapley_interactions(worth),
+            "full": float(worth[-1]),
+            "empty": float(worth[0]),
+            "n_runs": len(worth),
+            "worth": worth.reshape((2,) * len(players)),
+        }
+    else:
+        drawn = estimate(runs.worth, len(players), n_samples, interactions, generator)
+        found = {**vars(drawn), "n_samples": n_samples}
     return ShapleyValues(players=players, metric=reader.name, how=how, **found)

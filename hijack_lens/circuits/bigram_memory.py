@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hijack_lens.circuits.evidence import MIN_INFORMATION, MIN_SHARE, MLPEvidence
 from hijack_lens.core.hook_points import rows_at_once
-from hijack_lens.hooks.intervention import Intervention
+from hijack_lens.hooks.intervention import Intervention, logits_of
 
 _N_TOKENS = 32
 _N_CONTEXTS = 8
@@ -139,7 +139,7 @@ class _Contexts:
             return lambda activation, hook: edit(activation)
 
         with Intervention(self.model, edit=[(name, hook_fn(edit)) for name, edit in edits.items()]):
-            logits = self.model(prompts)[:, 1:]
+            logits = logits_of(self.model, prompts)[:, 1:]
         self.tick()
         log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
         # Back from each context's order to the tokens' own.

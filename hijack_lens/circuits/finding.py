@@ -17,15 +17,16 @@ from hijack_lens.circuits.evidence import (
     MLPEvidence,
 )
 from hijack_lens.circuits.heads import AblationEffects, Repeats, ablation_effects, draw_repeats, head_scores
+from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import Seed, as_generator, check_count
 from hijack_lens.core.circuit import Circuit, Component
-from hijack_lens.core.hook_points import check_model, evaluating
 from hijack_lens.core.inputs import token_ids
 from hijack_lens.core.statistics import chance
 
 _MIN_PERIOD = 3
 
 
+@analysis
 def find_circuit(
     model: Any, *, triggers: Any = None, vocabulary: Any = None, n_prompts: int = 32, period: int = 24, seed: Seed = 0
 ) -> Circuit:
@@ -66,7 +67,6 @@ def find_circuit(
         TypeError, ValueError: for tokens that the model lacks, or a vocabulary or context too small to repeat
             three tokens.
     """
-    check_model(model)
     check_count("n_prompts", n_prompts, minimum=8)
     check_count("period", period, minimum=_MIN_PERIOD)
     generator = as_generator(seed)
@@ -89,7 +89,7 @@ def find_circuit(
         drawn = draw_repeats(drawn_from, asked, first, n_prompts, period, generator)
         return drawn.to(model.cfg.device)
 
-    with evaluating(model), tqdm(desc="find_circuit", unit="run", disable=None) as bar:
+    with tqdm(desc="find_circuit", unit="run", disable=None) as bar:
         scored, held_out = draw(), draw()
         scores = head_scores(model, scored, bar.update)
         gain = float(scores.gain.mean())

@@ -13,7 +13,7 @@ from hijack_lens.core.hook_points import check_model, every_module
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
 
-_under_way: ContextVar[tuple[int, ...]] = ContextVar("models whose weights an analysis under way has checked", default=())
+_under_way: ContextVar[tuple[int, ...]] = ContextVar("models that an analysis under way has checked", default=())
 
 
 def analysis(analyse: Callable[Concatenate[Any, Given], Found]) -> Callable[Concatenate[Any, Given], Found]:
@@ -60,6 +60,11 @@ def _restore(flagged: Sequence[nn.Module], holder: object, before: tuple[int, ..
 def as_written(model: Any) -> Any:
     """The model that `torch.compile` has wrapped; any other as it is."""
     return getattr(model, "_modules", {}).get("_orig_mod", model)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` or `module.compile` has wrapped a module."""
+    return module._compiled_call_impl is not None or as_written(module) is not module
 
 
 _holders: dict[int, object] = {}

@@ -1,8 +1,7 @@
 """A model's hook points: which ones exist, which can be edited, and where a component's slice is."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,6 +106,15 @@ def is_hooked(model: Any) -> bool:
     )
 
 
+def check_unhooked(model: Any) -> None:
+    """Checks that nobody's hooks change what the model's weights say; for what is read off the weights alone."""
+    if is_hooked(model):
+        raise ValueError(
+            "model must have no hooks, which change its runs, but not the weights that are read here: remove them, or "
+            "leave the intervention's context first"
+        )
+
+
 Part = Literal["output", "pattern"]
 
 
@@ -202,17 +210,3 @@ _CELLS = 2**25
 def rows_at_once(model: Any, length: int) -> int:
     """How many prompts to run in one batch."""
     return max(1, _CELLS // (length * max(model.cfg.d_vocab, model.cfg.n_heads * length)))
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Turns off dropout and gradients; restores every module's training flag afterwards."""
-    training = [module for module in every_module(model) if module.training]
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

@@ -25,6 +25,7 @@ from hijack_lens.hooks.intervention import Intervention, logits_of
 from hijack_lens.memories.token_tables import TokenTables, replaced, token_tables
 from hijack_lens.models.linear_maps import Readout, linear_norm
 from hijack_lens.models.opened import UnknownArchitectureError, open_model
+from hijack_lens.models.readable import check_readable
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,6 +149,7 @@ def context_memory(
         raise ValueError(
             f"head {chosen} does not write its values mixed by its attention: a hook on the model changes its output"
         )
+    check_readable(model, chosen.layer, "attn.W_O")
     W_O = model.blocks[chosen.layer].attn.W_O[chosen.head]
     final = linear_norm(getattr(model, "ln_final", None), run["stream"])
     plain = Readout(model.W_U[:, list(tables.answers)], torch.ones_like(attention[:, :1]), slice(at, at + 1))

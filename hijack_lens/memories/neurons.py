@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hijack_lens.attribution.direct import check_additive
 from hijack_lens.attribution.scores import tolerance
+from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import check_count, check_shapes
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved

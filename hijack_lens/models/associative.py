@@ -140,6 +140,8 @@ def associative_transformer(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights.pop(name, torch.zeros(())))
+            if not parameter.isfinite().all():
+                raise ValueError(f"strengths must be numbers that {dtype} can hold in {name}, got {strengths}")
     assert not weights, f"no parameter took {sorted(weights)}"
     return model
 

@@ -15,10 +15,10 @@ from hijack_lens import theory
 from hijack_lens.attribution.logit_attribution import MEMORIES
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
+from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import Seed, check_count
 from hijack_lens.core.circuit import Circuit, Margin, Strengths
 from hijack_lens.core.files import Saved
-from hijack_lens.core.hook_points import check_model, evaluating
 from hijack_lens.core.inputs import circuit_of
 from hijack_lens.core.tables import Drawn
 from hijack_lens.language.facts import Bigram, Fact, FactPrompts, fact_prompts
@@ -243,6 +243,7 @@ def crossing(margins: list[float]) -> float:
 _FEWEST = 3  # repeats; with the prompt without repeats, this gives one margin more than a single fact has unknowns
 
 
+@analysis
 def dose_response(
     model: Any,
     facts: Fact | Bigram | Iterable[Fact | Bigram],
@@ -270,7 +271,6 @@ def dose_response(
     Raises:
         TypeError, ValueError: for facts and prompts that `fact_prompts` rejects, and models that `attribute` rejects.
     """
-    check_model(model)
     check_count("repeats", repeats, minimum=_FEWEST)
     if not isinstance(facts, (Fact, Bigram, Iterable)):
         raise TypeError(f"facts must be a Fact or Bigram, or several, got {facts!r:.80}")
@@ -283,7 +283,7 @@ def dose_response(
     shape = (len(conflicts), repeats + 1)
     parts = {memory: torch.zeros(shape, dtype=torch.float64) for memory in MEMORIES}
     error = 0.0
-    with evaluating(model), tqdm(total=shape[0] * shape[1], desc="dose_response", unit="prompt", disable=None) as bar:
+    with tqdm(total=shape[0] * shape[1], desc="dose_response", unit="prompt", disable=None) as bar:
         for row, one in enumerate(conflicts):
             for n in range(repeats + 1):
                 found = attribute(model, one.tokens(n), circuit=circuit, answers=[one.context, one.weights])

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hijack_lens.attribution.logit_attribution import LogitAttribution
+from hijack_lens.core.analysis import analysis
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit
 from hijack_lens.core.inputs import Components, circuit_of, components_of, prompt_texts, single_prompt
 from hijack_lens.hooks.intervention import record
@@ -97,6 +98,7 @@ class View:
         )
 
 
+@analysis
 def attention(
     model: Any, prompt: "HijackPrompt | str | Tensor", heads: Components | None = None, circuit: Circuit | None = None
 ) -> View:
@@ -138,6 +140,7 @@ def attention(
     )
 
 
+@analysis
 def attention_patterns(
     model: Any, prompt: "HijackPrompt | str | Tensor", heads: Components | None = None, circuit: Circuit | None = None
 ) -> dict[str, Float[Tensor, "query key"]]:

@@ -9,13 +9,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hijack_lens import theory
+from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import Seed, as_generator, check_count
 from hijack_lens.core.circuit import Positions, Strengths
 from hijack_lens.language import BigramLanguage, Token, Triggers
 from hijack_lens.language.prompts import HijackPrompt, hijack_prompt
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.training.forward import PlainForward
-from hijack_lens.training.recall import context_free_logits, effective_copy_scores, match_scores, previous_token_scores
+from hijack_lens.training.recall import (
+    check_weights_alone,
+    context_free_logits,
+    effective_copy_scores,
+    match_scores,
+    previous_token_scores,
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class FittedStrengths:
         return self.setting.strengths
 
 
-@torch.no_grad()
+@analysis
 def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = None) -> FittedStrengths:
     """Reads effective strengths off a model's weights, without looking at its predictions.
 
@@ -58,6 +65,7 @@ def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = N
     Raises:
         ValueError: for other models.
     """
+    check_weights_alone(model)
     circuit = model.circuit
     if len(circuit.previous_token) != 1 or len(circuit.induction) != 1:
         raise ValueError(f"model must have one previous-token and one induction head, got {circuit}")
@@ -161,7 +169,7 @@ def theory_agreement(
     return agreement_on(model, fit, conflict_prompts(model.language, fit.setting.triggers, n_prompts, length, seed))
 
 
-@torch.no_grad()
+@analysis
 def agreement_on(model: BigramTransformer, fit: FittedStrengths, prompts: Sequence[HijackPrompt]) -> TheoryAgreement:
     """Compares them on given prompts, all equally long."""
     language = model.language

@@ -11,18 +11,21 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import check_count
 from hijack_lens.core.circuit import Component
+from hijack_lens.core.hook_points import check_unhooked
 from hijack_lens.hooks.intervention import record
 from hijack_lens.language import SampledSequences, Token
 from hijack_lens.models.architecture import RelativeAttention
 from hijack_lens.models.linear_maps import LinearNorm, linear_norm
+from hijack_lens.models.readable import check_readable
 from hijack_lens.models.transformer import BigramTransformer
 
 Scores = dict[str, float]
 
 
-@torch.no_grad()
+@analysis
 def memory_recall(model: BigramTransformer, length: int, triggers: Sequence[Token] | None = None) -> Scores:
     """How well each associative memory recalls: the fraction of keys whose right value scores highest, and by how much.
 
@@ -39,6 +42,7 @@ def memory_recall(model: BigramTransformer, length: int, triggers: Sequence[Toke
         divergence in nats of the token's own prediction (no attention) from pi_b, over tokens other than `triggers`.
         NaN if the model lacks the memory: no head in that role, or no positions.
     """
+    check_weights_alone(model)
     check_count("length", length, minimum=2)
     if model.positions == "absolute" and length > model.cfg.n_ctx:
         raise ValueError(f"length must be at most the model's n_ctx={model.cfg.n_ctx}, got {length}")
@@ -58,6 +62,13 @@ def memory_recall(model: BigramTransformer, length: int, triggers: Sequence[Toke
         weight[chosen.to(weight.device)] = 0.0
     scores["bigram_kl"] = float((weight * kl).sum() / weight.sum())
     return scores
+
+
+def check_weights_alone(model: BigramTransformer) -> None:
+    """Checks that the weights tell all that the model computes: for what is read off them without a run."""
+    check_unhooked(model)
+    for layer, block in enumerate(model.blocks):
+        check_readable(model, layer, "attn.W_O", *(["mlp.W_out"] if hasattr(block, "mlp") else []))
 
 
 def match_scores(model: BigramTransformer, head: Component) -> Float[Tensor, "query_token key_token"]:
@@ -115,7 +126,7 @@ def effective_copy_scores(
     return torch.stack(rows)
 
 
-@torch.no_grad()
+@analysis
 def behaviour(model: BigramTransformer, sequences: SampledSequences) -> Scores:
     """What the model attends to and predicts on sequences with triggers.
 
