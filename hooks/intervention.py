@@ -77,7 +77,7 @@ class Intervention:
     def __enter__(self) -> "Intervention":
         points = self.model.hook_dict
         entries = [_Entry(name, points[name], fn) for name, fn in self._hooks]
-        witnesses = dict.fromkeys(_witness(name) for name, _ in self._hooks)
+        witnesses = dict.fromkeys([*(_witness(name) for name, _ in self._hooks), self._end])
         entries += [_Entry(name, points[name]) for name in witnesses]
         try:
             hold_eager(entries)
@@ -105,9 +105,14 @@ class Intervention:
                     "reset_hooks(): what ran after that was not intervened upon"
                 )
             ran = {entry.name for entry in entries if entry.fn is None and entry.fired}
-            silent = [e.name for e in entries if e.fn is not None and not e.fired and _witness(e.name) in ran]
+            silent = [e.name for e in entries if e.fn and not e.fired and ran & {_witness(e.name), self._end}]
             if silent:
                 raise RuntimeError(f"the model ran, but these hook points never fired: {', '.join(silent)}")
+
+    @property
+    def _end(self) -> str:
+        """The hook point that fires whenever a run goes through to the end."""
+        return f"blocks.{self.model.cfg.n_layers - 1}.hook_resid_post"
 
     def _remove(self, entries: "list[_Entry]") -> None:
         # Without locks, which a Ctrl-C could leave locked: other threads cannot interrupt `tuple(list)` or the removal

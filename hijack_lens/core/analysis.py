@@ -33,26 +33,28 @@ def analysis(analyse: Callable[Concatenate[Any, Given], Found]) -> Callable[Conc
         if id(model) not in _under_way.get():
             check_finite_weights(model)
         flagged = [module for module in every_module(model) if module.training]
-        holder, before = object(), _under_way.get()
+        # Hold what must be restored before anything is changed.
+        restore = functools.partial(_restore, flagged, holder := object(), _under_way.get(), torch.is_grad_enabled())
         try:
             try:
                 hold_eager(holder)
                 for module in flagged:
                     module.training = False
-                _under_way.set((*before, id(model)))
+                _under_way.set((*_under_way.get(), id(model)))
                 with torch.inference_mode(False), torch.no_grad():
                     return analyse(model, *args, **kwargs)
             finally:
-                _restore(flagged, holder, before)
+                restore()
         finally:
-            _restore(flagged, holder, before)  # all over again, lest a Ctrl-C broke in
+            restore()  # once more, in case a Ctrl-C interrupted the first
 
     return analyse_as_written
 
 
-def _restore(flagged: Sequence[nn.Module], holder: object, before: tuple[int, ...]) -> None:
+def _restore(flagged: Sequence[nn.Module], holder: object, before: tuple[int, ...], gradients: bool) -> None:
     for module in flagged:
         module.training = True
+    torch.set_grad_enabled(gradients)
     _under_way.set(before)
     release_eager(holder)
 
