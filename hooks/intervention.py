@@ -80,7 +80,7 @@ class Intervention:
         witnesses = dict.fromkeys([*(_witness(name) for name, _ in self._hooks), self._end])
         entries += [_Entry(name, points[name]) for name in witnesses]
         try:
-            hold_eager(entries)
+            hold_eager(entries, functools.partial(self._remove, entries))
             for entry in entries:
                 entry.point.add_hook(entry)
             self._entries.append(entries)

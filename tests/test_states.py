@@ -293,6 +293,18 @@ def test_analyses_inside_an_intervention_speak_of_it_or_refuse(unchecked):
         assert float(sweep.values[0, 1, 0, 0] - sweep.base) == pytest.approx(0)
 
 
+def test_a_deep_attribution_inside_an_intervention_speaks_of_it_or_refuses(unchecked):
+    model = hooked("LN", n_layers=3)
+    for off in (MLPS[1], *HEADS):
+        with hooks.ablate(model, off), pytest.raises(ValueError, match=r"cannot be split|misses the logits"):
+            hl.attribute(model, CLEAN[0], circuit=TWO, answers=[1, 2])
+    # What is taken from the run as it was, and not split, may have been changed.
+    with hooks.ablate(model, MLPS[0]):
+        found = hl.attribute(model, CLEAN[0], circuit=TWO, answers=[1, 2])
+        close(found.margin().total, METRIC(model(CLEAN)).detach())
+    assert not found.values[[path.through == (MLPS[0],) for path in found.paths]].any()
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_two_interventions_on_one_component_act_in_turn(kind, unchecked):
     model = MODELS[kind]()

@@ -22,7 +22,6 @@ from hijack_lens.core.hook_points import all_components, rows_at_once
 from hijack_lens.hooks.edges import embeddings, precedes, read_stream
 from hijack_lens.hooks.intervention import Intervention, logits_of
 from hijack_lens.models.linear_maps import Readout, linear_norm, rounding
-from hijack_lens.models.readable import check_readable
 
 _DEFAULT_ANSWERS = 10
 
@@ -203,7 +202,6 @@ class _Run:
         return readout.before_head(self.kept["rows", layer][:, head], W_V, attn.W_O[head]).before(norm)
 
     def _before_mlp(self, component: Component, readout: Readout) -> Readout:
-        check_readable(self.model, component.layer, "mlp.W_out")
         mlp, stream = self.model.blocks[component.layer].mlp, self.kept["reads", component]
         pre, linear, post = (self.kept[what, component] for what in ("pre", "linear", "post"))
         norm = linear_norm(read_stream(self.model, component)[1], stream)
@@ -212,6 +210,13 @@ class _Run:
         late = gated and isinstance(self.model, HookedTransformer)
         read = norm(stream) @ mlp.W_in
         _check_reads(component, read if late or mlp.b_in is None else read + mlp.b_in, linear)
+        out = self.kept["out", component]
+        unexplained = out - post @ mlp.W_out - (0.0 if mlp.b_out is None else mlp.b_out)
+        if not bool((unexplained.abs() <= rounding(out.dtype) * (post.abs() @ mlp.W_out.abs() + out.abs())).all()):
+            raise ValueError(
+                f"what {component} writes cannot be split: it is not its neurons times its W_out. A hook on the model "
+                "changes it, or the model has parts that attribution does not know"
+            )
         if late:
             gates = mlp.act_fn(pre)
         elif gated:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -13,7 +13,15 @@ from hijack_lens.core.hook_points import check_model, every_module
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
 
-_under_way: ContextVar[tuple[int, ...]] = ContextVar("models that an analysis under way has checked", default=())
+
+class _UnderWay(NamedTuple):
+    """What an analysis under way has checked, and what must not be left when it ends."""
+
+    models: tuple[int, ...]
+    pending: dict[int, Callable[[], None]]
+
+
+_under_way: ContextVar[_UnderWay | None] = ContextVar("the analysis under way", default=None)
 
 
 def analysis(analyse: Callable[Concatenate[Any, Given], Found]) -> Callable[Concatenate[Any, Given], Found]:
@@ -30,17 +38,20 @@ def analysis(analyse: Callable[Concatenate[Any, Given], Found]) -> Callable[Conc
     def analyse_as_written(model: Any, *args: Given.args, **kwargs: Given.kwargs) -> Found:
         model = as_written(model)
         check_model(model)
-        if id(model) not in _under_way.get():
+        outer = _under_way.get()
+        checked = () if outer is None else outer.models
+        if id(model) not in checked:
             check_finite_weights(model)
-        flagged = [module for module in every_module(model) if module.training]
         # Hold what must be restored before anything is changed.
-        restore = functools.partial(_restore, flagged, holder := object(), _under_way.get(), torch.is_grad_enabled())
+        flagged = [module for module in every_module(model) if module.training]
+        ours = _UnderWay((*checked, id(model)), {})
+        restore = functools.partial(_restore, flagged, ours, outer, torch.is_grad_enabled())
         try:
             try:
-                hold_eager(holder)
+                _under_way.set(ours)
+                hold_eager(ours)
                 for module in flagged:
                     module.training = False
-                _under_way.set((*_under_way.get(), id(model)))
                 with torch.inference_mode(False), torch.no_grad():
                     return analyse(model, *args, **kwargs)
             finally:
@@ -51,12 +62,15 @@ def analysis(analyse: Callable[Concatenate[Any, Given], Found]) -> Callable[Conc
     return analyse_as_written
 
 
-def _restore(flagged: Sequence[nn.Module], holder: object, before: tuple[int, ...], gradients: bool) -> None:
+def _restore(flagged: Sequence[nn.Module], ours: _UnderWay, outer: _UnderWay | None, gradients: bool) -> None:
     for module in flagged:
         module.training = True
+    # A Ctrl-C between the last line of a `with` and its `__exit__` leaves an intervention entered.
+    for undo in tuple(ours.pending.values()):
+        undo()
     torch.set_grad_enabled(gradients)
-    _under_way.set(before)
-    release_eager(holder)
+    _under_way.set(outer)
+    release_eager(ours)
 
 
 def as_written(model: Any) -> Any:
@@ -73,8 +87,13 @@ _holders: dict[int, object] = {}
 _stances: list[Any] = []
 
 
-def hold_eager(holder: object) -> None:
-    """From now on compiled models run as written: graphs that were traced without a hook would skip it."""
+def hold_eager(holder: object, undo: Callable[[], None] | None = None) -> None:
+    """From now on compiled models run as written: graphs that were traced without a hook would skip it.
+
+    If the analysis under way ends before `release_eager` is called, it calls `undo`.
+    """
+    if undo is not None and (analysis_under_way := _under_way.get()) is not None:
+        analysis_under_way.pending[id(holder)] = undo
     _holders[id(holder)] = holder
     if not _stances:
         _stances.append(torch.compiler.set_stance("force_eager"))
@@ -82,6 +101,8 @@ def hold_eager(holder: object) -> None:
 
 def release_eager(holder: object) -> None:
     """The reverse, once nobody holds it any more; may be called again."""
+    if (analysis_under_way := _under_way.get()) is not None:
+        analysis_under_way.pending.pop(id(holder), None)
     _holders.pop(id(holder), None)
     if _stances and not _holders:
         _stances[0].__exit__(None, None, None)
