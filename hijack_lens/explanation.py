@@ -13,7 +13,7 @@ from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Margin
 from hijack_lens.core.hook_points import check_model, evaluating
-from hijack_lens.core.inputs import circuit_of, single_prompt, text_tokens, token_ids
+from hijack_lens.core.inputs import circuit_of, single_prompt, token_ids
 from hijack_lens.core.tables import Drawn
 from hijack_lens.language.prompts import HijackPrompt
 from hijack_lens.models.transformer import BigramTransformer
@@ -123,8 +123,8 @@ def explain(
     if answer is None or foil is None:
         raise TypeError(f"prompt must be a HijackPrompt, got {type(prompt).__name__}; others need answer= and foil=")
     check_model(model)
-    tokens = text_tokens(model, prompt, "prompt")[None] if isinstance(prompt, str) else single_prompt(model, prompt)
-    pair = token_ids(model, "answer and foil", [answer, foil]).tolist()
+    tokens = single_prompt(model, prompt)
+    pair = token_ids(model, "answer and foil", [answer, foil], output=True).tolist()
     with evaluating(model):
         circuit = circuit_of(model, circuit, lambda: find_circuit(model))
         first = int(model(tokens)[0, -1].argmax())
@@ -170,5 +170,5 @@ def _ablated(model: Any, tokens: Int[Tensor, "1 pos"], circuit: Circuit, pair: l
         if components := getattr(circuit, role):
             with hooks.ablate(model, components), torch.no_grad():
                 logits = model(tokens)[0, -1]
-            found[circuit.role_label(role)] = float(logits[pair[0]] - logits[pair[1]])
+            found[circuit.role_label(role)] = float(logits[pair[0]]) - float(logits[pair[1]])
     return found

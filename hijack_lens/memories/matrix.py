@@ -13,8 +13,9 @@ from hijack_lens.attribution.direct import check_additive
 from hijack_lens.core.checks import check_choice, check_count, check_shapes, check_type
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved
-from hijack_lens.core.inputs import Components, Tokens, components_of, texts_of, token_ids
+from hijack_lens.core.inputs import Components, Tokens, components_of, token_ids
 from hijack_lens.core.tables import Drawn, tidy
+from hijack_lens.core.texts import n_outputs, outputs_are_tokens, texts_of
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.memories.token_tables import NamedTokens, centred, check_logits, context_free
 from hijack_lens.models.linear_maps import linear_norm
@@ -31,7 +32,7 @@ class MemoryMatrix(NamedTokens, Saved, Drawn):
         values: the memory's table.
         log_pi_b: the language's; `None` without one, when all that compares the two is NaN.
         key_tokens: ids of the rows' tokens.
-        value_tokens: of the columns'.
+        value_tokens: of the columns', which are outputs.
         part: what wrote it: "memory", the `components`; or "weights", all that does not depend on the context.
         components: the MLPs; none for "weights".
     """
@@ -102,7 +103,7 @@ class MemoryMatrix(NamedTokens, Saved, Drawn):
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per cell: the texts of `key` and `value`, the `logit`, `log_pi_b` and `crosstalk`."""
-        keys, values = (map(self.token_text, tokens) for tokens in (self.key_tokens, self.value_tokens))
+        keys, values = map(self.token_text, self.key_tokens), map(self.output_text, self.value_tokens)
         log_pi_b = torch.full_like(self.values, torch.nan) if self.log_pi_b is None else self.log_pi_b
         return tidy({"key": keys, "value": values}, logit=self.values, log_pi_b=log_pi_b, crosstalk=self.crosstalk)
 
@@ -150,7 +151,10 @@ def memory_matrix(
         raise ValueError(f"components must not be given with part='weights', which is all of them; got {components!r}")
     mlps = () if part == "weights" else components_of(model, components, kind="mlp")
     check_additive(model)
-    rows, columns = token_ids(model, "key_tokens", key_tokens), token_ids(model, "value_tokens", value_tokens)
+    rows, columns = (
+        token_ids(model, "key_tokens", key_tokens),
+        token_ids(model, "value_tokens", value_tokens, output=True),
+    )
     if len(rows) * len(columns) > _MOST_CELLS:
         raise ValueError(
             f"key_tokens and value_tokens must be fewer: {len(rows)} by {len(columns)} cells are over {_MOST_CELLS:,}"
@@ -161,8 +165,9 @@ def memory_matrix(
     log_pi_b = None
     if language is not None:
         check_type("language", language, BigramLanguage)
-        if language.d_vocab != model.cfg.d_vocab:
-            raise ValueError(f"language must have the model's {model.cfg.d_vocab} tokens, got {language.d_vocab}")
+        if {language.d_vocab} != {model.cfg.d_vocab, n_outputs(model)}:
+            sizes = f"{model.cfg.d_vocab} tokens as inputs and {n_outputs(model)} as outputs"
+            raise ValueError(f"language must have the model's {sizes}, got {language.d_vocab}")
         log_pi_b = centred(language.finite_log_pi_b()[rows][:, columns])
 
     check_logits(model, int(rows[0]))
@@ -178,8 +183,10 @@ def memory_matrix(
         else:
             logits = norm.linear(torch.stack([run[name] for name in outputs]).sum(0)) @ W_U
         table.append(centred(logits.cpu().double()))
+    as_tokens = outputs_are_tokens(model)
     return MemoryMatrix(
-        texts_of(model, torch.cat([rows, columns])),
+        texts_of(model, torch.cat([rows, *([columns] if as_tokens else [])])),
+        outputs_are_tokens=as_tokens,
         values=torch.cat(table),
         log_pi_b=log_pi_b,
         key_tokens=tuple(rows.tolist()),
