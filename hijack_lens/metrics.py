@@ -268,7 +268,7 @@ def _pick(
 def _named(answer: Answer, model: Any = None) -> str:
     """What to call an answer: as the user wrote it; with a model, a text as the token that it is there."""
     several = _listed(answer)
-    if len(several) > 1:
+    if len(several) != 1:
         return "of each prompt's answer"
     if model is None or not isinstance(several[0], str):
         return repr(several[0])

@@ -359,11 +359,15 @@ def test_answers_come_in_the_order_given(unchecked):
         assert hl.memory_conflict(one, prompt, query_tokens=order, answers=order).answers == tuple(map(int, order))
 
 
-def test_a_prompts_candidates_go_before_the_order_of_the_answers(unchecked):
+def test_the_order_of_the_answers_goes_before_a_prompts_candidates(unchecked):
     model = handwritten()
     prompt = hl.hijack_prompt(model.language, 0, 4, 2, 12, seed=0)
     c, g = hl.attribute(model, prompt).candidates
-    assert hl.attribute(model, prompt, answers=[g, c, 0]).pair() == (1, 0)
+    assert hl.attribute(model, prompt).pair() == (c, g)
+    for answers in ([g, c, 0], [c, g], [0, c, g]):
+        result, logits = hl.attribute(model, prompt, answers=answers), model(prompt.tokens[None])[0, -1].detach()
+        assert result.pair() == (0, 1)
+        close(result.margin().total, logits[answers[0]] - logits[answers[1]])
 
 
 def test_one_token_stands_for_a_list_of_one_wherever_one_will_do(unchecked):

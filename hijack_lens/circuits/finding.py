@@ -64,8 +64,8 @@ def find_circuit(
         The circuit, with its `evidence`.
 
     Raises:
-        TypeError, ValueError: for tokens that the model lacks, a model whose outputs are not its tokens, or a vocabulary or context too small to repeat
-            three tokens.
+        TypeError, ValueError: for tokens that the model lacks, a model whose outputs are not its tokens, or a
+            vocabulary or context too small to repeat three tokens.
     """
     check_model(model)
     check_count("n_prompts", n_prompts, minimum=8)

@@ -97,7 +97,7 @@ def _brings_space(model: Any, token: int) -> bool:
 def decoded(tokenizer: Any, ids: Iterable[int]) -> list[str]:
     """The text of each token, by its id where it has none: the tokenizer may be smaller than the vocabulary."""
     listed = list(ids)
-    pieces, texts = tokenizer.convert_ids_to_tokens(listed), tokenizer.batch_decode([[i] for i in listed])
+    pieces, texts = tokenizer.convert_ids_to_tokens(listed), [tokenizer.decode([i]) for i in listed]
     # Alone, "▁Paris" would lose its space.
     spaced = (
         " " * (str(piece).startswith("▁") and not text.startswith(" "))

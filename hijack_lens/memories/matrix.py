@@ -165,9 +165,10 @@ def memory_matrix(
     log_pi_b = None
     if language is not None:
         check_type("language", language, BigramLanguage)
-        if {language.d_vocab} != {model.cfg.d_vocab, n_outputs(model)}:
-            sizes = f"{model.cfg.d_vocab} tokens as inputs and {n_outputs(model)} as outputs"
-            raise ValueError(f"language must have the model's {sizes}, got {language.d_vocab}")
+        if language.d_vocab != model.cfg.d_vocab:
+            raise ValueError(f"language must have the model's {model.cfg.d_vocab} tokens, got {language.d_vocab}")
+        if not outputs_are_tokens(model):
+            raise ValueError(f"language must be None for a model whose {n_outputs(model)} outputs are not its tokens")
         log_pi_b = centred(language.finite_log_pi_b()[rows][:, columns])
 
     check_logits(model, int(rows[0]))
