@@ -124,7 +124,7 @@ def explain(
         raise TypeError(f"prompt must be a HijackPrompt, got {type(prompt).__name__}; others need answer= and foil=")
     check_model(model)
     tokens = single_prompt(model, prompt)
-    pair = token_ids(model, "answer and foil", [answer, foil], output=True).tolist()
+    pair = token_ids(model, "answer and foil", [answer, foil], at_least=2, output=True).tolist()
     with evaluating(model):
         circuit = circuit_of(model, circuit, lambda: find_circuit(model))
         first = int(model(tokens)[0, -1].argmax())

@@ -267,9 +267,9 @@ def _pick(
 
 def _named(answer: Answer, model: Any = None) -> str:
     """What to call an answer: as the user wrote it; with a model, a text as the token that it is there."""
-    several = _listed(answer)
-    if len(several) != 1:
-        return "of each prompt's answer"
-    if model is None or not isinstance(several[0], str):
+    several: list[Any] = _listed(answer)
+    if model is not None and all(isinstance(one, str) for one in several):
+        several = [visible(text) for text in decoded(model.tokenizer, listed_ids(model, "answer", several))]
+    if len(several) == 1:
         return repr(several[0])
-    return repr(visible(decoded(model.tokenizer, listed_ids(model, "answer", several))[0]))
+    return "of each prompt's answer" + (f" ({', '.join(map(repr, several)):.60})" if model is not None else "")

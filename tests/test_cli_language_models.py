@@ -238,7 +238,7 @@ def test_explaining_in_python_gives_the_same_on_tokens_and_text(handmade):
         ),
         (
             ["--model", "HF", "--prompt", PROMPT, "--answer", "Rome", "--foil", "we say"],
-            "--foil holds 'we say', which is not a single token of the model's tokenizer, which it reads as ['we', ",
+            "--foil holds 'we say', which is not a single token: the model's tokenizer reads it as ['we', 'say']",
         ),
         (["--model", "HF", "--prompt", PROMPT, "--answer", "Rome", "--foil", "Rome"], "must be different tokens"),
         (["--model", "HF", "--prompt", PROMPT, "--answer", "", "--foil", "Rome"], "--answer holds ''"),

@@ -84,8 +84,8 @@ def token_id(model: Any, name: str, token: object, output: bool = False) -> int:
         if ids is not None and len(ids) == 1 and (spelled != token[1:] or _brings_space(model, ids[0])):
             return ids[0]
     pieces = _known_ids(model, token)
-    found = "which it lacks" if pieces is None else f"which it reads as {decoded(model.tokenizer, pieces)}"
-    raise ValueError(f"{name} holds {token!r:.80}, which is not a single token of the model's tokenizer, {found:.80}")
+    found = "does not know it" if pieces is None else f"reads it as {decoded(model.tokenizer, pieces)}"
+    raise ValueError(f"{name} holds {token!r:.80}, which is not a single token: the model's tokenizer {found:.80}")
 
 
 def _brings_space(model: Any, token: int) -> bool:

@@ -18,7 +18,7 @@ from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.core.inputs import Tokens, circuit_of, one_head
-from hijack_lens.core.tables import Drawn, tidy
+from hijack_lens.core.tables import Drawn, tidy, widened
 from hijack_lens.hooks.edges import changes_attn_out
 from hijack_lens.hooks.intervention import Intervention
 from hijack_lens.memories.token_tables import TokenTables, replaced, token_tables
@@ -156,12 +156,12 @@ def context_memory(
     query_vectors, keys = _products(model, chosen, run) or (None, None)
     return ContextMemory(
         **vars(tables),
-        attention=attention,
-        value_logits=v[:at] @ to_logits,
-        own_logits=run["own_v"] @ to_logits,
-        scale=1 / readout.weight[:, 0],
-        fast_weights=None if keys is None else (v[:at] @ W_O).T @ keys,
-        query_vectors=query_vectors,
+        attention=widened(attention),
+        value_logits=widened(v[:at] @ to_logits),
+        own_logits=widened(run["own_v"] @ to_logits),
+        scale=widened(1 / readout.weight[:, 0]),
+        fast_weights=None if keys is None else widened((v[:at] @ W_O).T @ keys),
+        query_vectors=None if query_vectors is None else widened(query_vectors),
         head=chosen,
         circuit=circuit,
     )
