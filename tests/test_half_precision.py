@@ -53,7 +53,7 @@ def test_a_metric_of_half_precision_logits_is_that_of_the_same_logits_in_double(
         close(metric.per_prompt(run).double(), exact, atol=2e-5)
         scaled = metric.normalised(reference, run)
         close(scaled(reference), torch.tensor(1.0), atol=1e-3)
-        close(scaled(run), torch.tensor(0.0), atol=1e-6)
+        close(scaled(run), torch.tensor(0.0), atol=1e-3)
 
 
 def difference(logits):

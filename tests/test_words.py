@@ -39,7 +39,7 @@ def model_of(family, kind="bpe"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = hooked("LN", d_vocab=len(tokenizer), n_ctx=96)
         model.set_tokenizer(tokenizer)
-    model.circuit = hl.Circuit("L0H1", "L1H0", "L1MLP")
+    model.circuit = hl.Circuit("L0H0", "L1H0", "L1MLP")
     return model
 
 
