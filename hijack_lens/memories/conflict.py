@@ -128,7 +128,7 @@ def memory_conflict(
         prompt: a single one: text, tokens or a `HijackPrompt`. What comes after the position does not matter.
         position: where the token is replaced; negative ones count from the end.
         query_tokens: tokens to put there, by id or text; by default the whole vocabulary.
-        answers: tokens whose logits to give, at least two; likewise.
+        answers: outputs whose logits to give; likewise.
         circuit: the roles of the components; by default `model.circuit`.
 
     Raises:

@@ -123,7 +123,7 @@ def context_memory(
             circuit's induction head.
         position: where it is read; negative ones count from the end.
         query_tokens: tokens to put there, by id or text; by default the whole vocabulary.
-        answers: tokens whose logits to give; likewise.
+        answers: outputs whose logits to give; likewise.
         circuit: the roles of the components; by default `model.circuit`, if there is one.
 
     Raises:
