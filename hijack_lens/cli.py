@@ -52,21 +52,21 @@ def explain(
 ) -> None:
     """Set the two memories against each other, and say which one wrote the prediction.
 
-    By default on a text's bigrams, written into a model by hand. A language model, say GPT-2, is asked a prompt of
-    your own: --model gpt2 --prompt "..." --answer " Rome" --foil " Paris".
+    By default the model is written by hand from a text's bigrams. To ask a language model, say GPT-2, a prompt of your
+    own: --model gpt2 --prompt "..." --answer " Rome" --foil " Paris".
 
     Args:
-        model: Folder of a trained model (or run) to explain, with its own language and weights; or, with --prompt, also
-            a Hugging Face model's folder or name.
-        prompt: Text to ask the model, whose circuit is found first.
-        answer: What the context of --prompt says follows, a token.
-        foil: What the weights say follows, a token.
-        text: Text file to take the bigrams from. [default: English that is always at hand]
+        model: Folder of a trained model (or run) to explain, which brings its own language and weights; with --prompt,
+            also a Hugging Face model's folder or name.
+        prompt: Text to give to the model; its circuit is found first.
+        answer: The token that comes next according to the context of --prompt.
+        foil: The token that comes next according to the weights.
+        text: Text file to take the bigrams from. [default: Python's own documentation]
         level: What a token is. [default: char]
-        max_vocab: Keep this many tokens, the most frequent. [default: all characters, or 500 words]
-        trigger: The token whose successor is predicted. [default: the one whose successor is surest]
-        in_context: What follows it in the prompt. [default: a common token that rarely does]
-        global_candidate: What the weights say. [default: its most likely successor]
+        max_vocab: Keep only this many tokens, the most frequent. [default: all characters, or 500 words]
+        trigger: The token whose successor is predicted. [default: the one whose successor is most certain]
+        in_context: The token that follows it in the prompt. [default: a common token that rarely does]
+        global_candidate: The token that the weights predict. [default: the trigger's most likely successor]
         repeats: How often in_context follows the trigger. [default: 3]
         length: Tokens in the prompt. [default: 64]
         previous_token: Strength b1 of the previous-token head. [default: 20]
@@ -74,7 +74,7 @@ def explain(
         copy: Strength b3 of the induction head's copy. [default: 10]
         bigram: Strength g of the bigram memory. [default: 1]
         positions: How the previous-token head knows positions. [default: relative]
-        seed: Of the prompt; with --prompt, of those that the circuit is found with.
+        seed: Seed of the prompt; with --prompt, of the prompts that the circuit is found with.
         as_json: Print JSON instead of tables.
         out: Where to write the report.
     """
@@ -112,7 +112,7 @@ def explain(
     if as_json:
         print(json.dumps({**found, **_outcome(explanation), "report": str(report)}, indent=2, ensure_ascii=False))
         return
-    console = Console(markup=False)  # tokens and paths may hold brackets
+    console = Console(markup=False)  # tokens and paths may contain brackets
     said = report_of(explanation)
     for line in (*intro, Text(f"\n{said.title}\n", style="bold")):
         console.print(line)
@@ -136,19 +136,19 @@ def train(
 ) -> None:
     """Train a two-layer model on the bigrams of a text, with triggers, and watch both memories form.
 
-    A run that was stopped goes on when the same command is given again.
+    A run that was stopped resumes when the same command is given again.
 
     Args:
-        text: Text file to take the bigrams from. [default: English that is always at hand]
+        text: Text file to take the bigrams from. [default: Python's own documentation]
         out: Folder for the model, its checkpoints, its probes and their picture.
         level: What a token is. [default: char]
-        max_vocab: Keep this many tokens, the most frequent. [default: all characters, or 500 words]
-        triggers: Tokens whose continuation is fixed per sequence. [default: the five most frequent]
+        max_vocab: Keep only this many tokens, the most frequent. [default: all characters, or 500 words]
+        triggers: Tokens whose continuation is fixed within each sequence. [default: the five most frequent]
         positions: How positions enter the model.
         d_model: Size of the residual stream.
         length: Tokens per sequence.
-        steps: Of the optimizer.
-        seed: Of the weights and the data.
+        steps: Steps of the optimizer.
+        seed: Seed of the weights and the data.
     """
     language = _language(text, level, max_vocab)
     chosen = triggers or [language.tokens[i] for i in language.pi_u.argsort(descending=True)[:5].tolist()]
@@ -157,12 +157,12 @@ def train(
     run = hl.train(model, language, config, out=out)
     run.save(out)
     run.picture().save(out / "memories.png")
-    console = Console(markup=False)  # tokens and paths may hold brackets
+    console = Console(markup=False)  # tokens and paths may contain brackets
     _print_tables(console, report_of(run))
     console.print(f"Picture: {(out / 'memories.png').resolve()}", soft_wrap=True)
     console.print(f"Look at it: hijack-lens explain --model {out}", soft_wrap=True)
     if not run.finished:
-        console.print("Interrupted; the same command goes on from here.")
+        console.print("Interrupted; give the same command again to resume.")
         raise SystemExit(130)
 
 
@@ -170,14 +170,14 @@ def train(
 def reproduce(
     *claims: str, out: Path = Path("hijack-lens-claims"), quick: bool = False, workers: int | None = None
 ) -> None:
-    """Put the papers' claims to the test, and say which hold, how far, and where they do not.
+    """Test the papers' claims, and say which hold, how far, and where they fail.
 
-    A run that was stopped goes on when the same command is given again.
+    A run that was stopped resumes when the same command is given again.
 
     Args:
         claims: Names of claims. [default: all]
-        out: Folder for what has been run so far, and for the report on it, as HTML and JSON.
-        quick: Small settings, for a first look: a third of the time.
+        out: Folder for the results so far, and for the report on them as HTML and JSON.
+        quick: Small settings for a first look, in a third of the time.
         workers: Processes to run claims in. [default: as many as there are cores]
     """
 
@@ -185,7 +185,7 @@ def reproduce(
 
     try:
         done = reproduction.reproduce(out, quick, claims or None, workers)
-    except RuntimeError as error:  # of the workers; an experiment's own make its claim a failed one
+    except RuntimeError as error:  # from the workers; one in an experiment fails its claim instead
         _fail(str(error), code=1)
     found = done.to_pandas()
     marks = {True: "✓ ", False: "✗ "}
@@ -237,10 +237,10 @@ def _language(text: Path | None, level: Literal["char", "word"] | None, max_voca
 def _conflict(
     language: hl.BigramLanguage, trigger: str | None, in_context: str | None, trained: Sequence[str | int] | None
 ) -> tuple[int, int]:
-    """The conflict asked for; where it is left open, a strong one.
+    """The conflict asked for; what is left open is chosen so that the conflict is strong.
 
-    By default the trigger is the word or letter whose successor is surest (of those that the model was `trained`
-    on), and the context says the most common word or letter of those least likely to follow.
+    By default the trigger is the word or letter whose successor is most certain (of those that the model was `trained`
+    on), and the in-context candidate is the most common of the words or letters that are least likely to follow it.
     """
     wordlike = [i for i, token in enumerate(language.tokens) if token.isalpha()] or list(range(language.d_vocab))
     if trigger is None:
@@ -270,7 +270,7 @@ def _refuse(given: dict[str, Any], reason: str) -> None:
 def _explain_answers(
     name: Path | None, asked: dict[str, str | None], unfit: dict[str, Any], seed: int
 ) -> tuple[hl.Explanation, dict[str, Any], list[str | Text]]:
-    """For a prompt, an answer and a foil of the user's: the explanation, JSON, and what to print first."""
+    """The explanation of the user's prompt, answer and foil; what JSON says of these; and what to print first."""
     for option, given in {"model": name, **asked}.items():
         if given is None:
             raise ValueError(f"--model, --prompt, --answer and --foil go together; --{option} is missing")
@@ -301,7 +301,7 @@ def _explain_answers(
 
 
 def _intro(prompt: hl.HijackPrompt) -> list[str | Text]:
-    """A conflict's prompt, and what either memory says."""
+    """A conflict's prompt, and what each memory says."""
     show, tokens = prompt.language.display, prompt.tokens.tolist()
     q, c, g = (repr(show(token)) for token in (prompt.trigger, prompt.in_context, prompt.global_candidate))
     shown = Text("prompt  ", style="bold")
@@ -332,7 +332,7 @@ def _found(explanation: hl.Explanation, prompt: hl.HijackPrompt) -> dict[str, An
 
 
 def _outcome(explanation: hl.Explanation) -> dict[str, Any]:
-    """What the explanation of any prompt says."""
+    """What is reported for the explanation of any prompt."""
     attribution = explanation.attribution
     by_path = attribution.by_path()[:, list(attribution.pair())].tolist()
     sides = ("in_context", "global") if isinstance(explanation.prompt, hl.HijackPrompt) else ("answer", "foil")

@@ -21,7 +21,7 @@ def ablate(
     part: Part = "output",
     seed: Seed = 0,
 ) -> Intervention:
-    """Switches components off: a context manager, whose `fwd_hooks` also fit `run_with_hooks`.
+    """Switches components off: a context manager, whose `fwd_hooks` can also be given to `run_with_hooks`.
 
     A head's output is its `z`, so that the layer's bias `b_O` stays; an MLP's is its whole `mlp_out`, bias
     included.
@@ -30,14 +30,14 @@ def ablate(
         model: a HookedTransformer or TransformerBridge.
         components: a `Component`, its place ("L0H1", "L2MLP"), a role of `model.circuit` ("induction"), or the name of
             a hook point; several of these, or a mapping to them; a `Circuit`; or "all" heads and MLPs.
-        how: "zero" writes zeros; "mean" the mean over the reference prompts, position by position;
-            "resample" what a reference prompt drawn for each prompt of the run has there, the same
-            draw for all components.
+        how: "zero" writes zeros; "mean" writes the mean over the reference prompts, position by position;
+            "resample" writes what a reference prompt has there, drawn for each prompt of the run, with the
+            same draw for all components.
         reference: prompts or a cache, as long as the run's prompts; for "mean" and "resample".
-        positions: which to ablate; by default all. Negative ones count from the end. They count the tokens of one
-            forward pass: with a key-value cache, the new ones alone.
+        positions: which to ablate; by default all. Negative ones count from the end. They refer to the tokens of one
+            forward pass: with a key-value cache, only the new ones.
         part: "output", or a head's attention "pattern".
-        seed: of the draws for "resample".
+        seed: the seed of the draws for "resample".
 
     Raises:
         TypeError, ValueError: for components that the model lacks or whose edits it would ignore, and where
@@ -60,15 +60,15 @@ def patch(
     positions: int | Iterable[int] | None = None,
     part: Part = "output",
 ) -> Intervention:
-    """Activation patching: a context manager, whose `fwd_hooks` also fit `run_with_hooks`.
+    """Activation patching: a context manager, whose `fwd_hooks` can also be given to `run_with_hooks`.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
         components: as for `ablate`.
         source: where the activations come from: a cache, or prompts to run once, now (with whatever hooks are
-            active). As long as the run's prompts; as many, or one.
-        positions: which positions to patch; by default all. Negative ones count from the end. They count
-            the tokens of one forward pass: with a key-value cache, the new ones alone.
+            active). Its prompts are as long as the run's, and as many, or just one.
+        positions: which positions to patch; by default all. Negative ones count from the end. They refer to
+            the tokens of one forward pass: with a key-value cache, only the new ones.
         part: "output", or a head's attention "pattern".
 
     Raises:
@@ -86,7 +86,7 @@ def _overwriting(
     source: tuple[str, object] | None,
     value: Callable[[Tensor, Tensor], Tensor],
 ) -> Intervention:
-    """Writes over components, from their current and their `source`'s activation; zeros, without a source."""
+    """Overwrites components with `value` of their current and `source` activations; without a source, with zeros."""
     where = None if positions is None else indices("positions", positions)
     if components is None:
         raise TypeError("components must be given, got None")

@@ -45,23 +45,23 @@ def path_sweep(
     circuit: Circuit | None = None,
     via: Via | Iterable[Via] = VIAS,
 ) -> PathSweep:
-    """Path patching of every edge among some components, each alone: from embeddings, heads and MLPs to each input of
-    every later head and MLP, and to the unembedding.
+    """Path patching of every edge among some components, one at a time: from embeddings, heads and MLPs to each input
+    of every later head and MLP, and to the unembedding.
 
-    The message along one edge is the other run's; everything else that reads the sender sees what it computes in the
+    The message along the patched edge is the other run's; everything else that reads the sender sees its output in the
     run itself. Each edge costs one forward pass.
 
     Args:
         model: a HookedTransformer or TransformerBridge. Hooks on it take part in all runs.
         clean: prompts: text, tokens, or a `HijackPrompt`.
-        corrupted: as many, as long.
+        corrupted: as many prompts, of the same length.
         metric: one of `hijack_lens.metrics`; or a function from the logits [batch, pos, d_vocab] to a number.
         components: a `Component`, its place ("L0H1", "L2MLP") or a role of the circuit ("induction"); several of these,
             or a mapping to them; a `Circuit`; or "all" heads and MLPs of the model. By default the circuit.
-        direction: "denoise" runs the corrupted prompts, and sends the clean run's messages; "noise" the reverse.
-        circuit: the roles of the components, by which they are called; by default that in `components`, else
+        direction: "denoise" runs the corrupted prompts, and sends the clean run's messages; "noise" does the reverse.
+        circuit: the roles that name the components; by default those of a `Circuit` given as `components`, else
             `model.circuit`, if there is one.
-        via: the inputs of receivers to patch; by default all.
+        via: which inputs of receivers to patch; by default all.
 
     Raises:
         TypeError, ValueError: for components that the model lacks, edges that no hook point reaches alone, prompts
@@ -91,7 +91,7 @@ def path_sweep(
 
 
 def _edges(model: Any, components: Any, circuit: Any, via: Any) -> tuple[tuple[Edge, ...], Circuit]:
-    """The edges that a user's arguments name, each of them one that can be patched; and by what to call their ends."""
+    """The edges that a user's arguments name, checked to be patchable; and the circuit that names their ends."""
     names = circuit_of(model, components if circuit is None and isinstance(components, Circuit) else circuit)
     if not isinstance(via, Iterable):
         raise TypeError(f"via must be one or several of {', '.join(map(repr, VIAS))}, got {via!r:.80}")
@@ -119,31 +119,31 @@ def edge_attribution(
     via: Via | Iterable[Via] = VIAS,
     steps: int = 1,
 ) -> PathSweep:
-    """`path_sweep` to first order, of every edge at once: edge attribution patching, with integrated gradients.
+    """`path_sweep` to first order, for every edge at once: edge attribution patching, with integrated gradients.
 
     An edge's effect is estimated as (the sender's message in the source run − in the base run) · ∂metric/∂(the
-    receiver's input), summed over prompts and positions. With `steps=1`, the default here as for `attribution_patch`,
-    the derivative is the base run's (EAP, arXiv 2310.10348): the estimate that is exact where the model is linear, and
-    the cheapest. With more it is the mean of those in runs k = 0 ... steps − 1, whose embeddings lie k / steps of the
-    way from the base run's to the source run's (EAP-IG, arXiv 2403.17806, which counts from 1 and takes 5), so that
-    saturated parts of the model and a metric that is flat at the base run do not hide an edge. More steps need not come
-    nearer to the exact sweep, whose runs are the base run but for one edge: the estimate's method `compare` tells.
+    receiver's input), summed over prompts and positions. With `steps=1`, the default here as in `attribution_patch`,
+    the derivative is the base run's (EAP, arXiv 2310.10348): the cheapest estimate, exact where the model is linear.
+    With more steps, it is the mean of the derivatives in runs k = 0 ... steps − 1, whose embeddings lie k / steps of
+    the way from the base run's to the source run's (EAP-IG, arXiv 2403.17806, which counts from 1 and takes 5), so that
+    saturated parts of the model or a metric that is flat at the base run do not hide an edge. More steps need not come
+    closer to the exact sweep, whose runs differ from the base run in a single edge; `compare` measures the error.
 
-    It costs two forward passes, and one with its backward pass per step, however many edges there are. Among "all"
-    components the edges out of the embeddings sum to the metric's difference between the runs, ever better with
-    more steps; and the edges out of a component to what `attribution_patch` gives for it.
+    It costs two forward passes, plus one forward and one backward pass per step, however many edges there are. With
+    "all" components, the effects of the edges out of the embeddings sum to the metric's difference between the runs,
+    more closely with more steps; those of the edges out of a component sum to what `attribution_patch` gives for it.
 
     Args:
         model: as for `path_sweep`; so are all details not given here.
-        clean: prompts.
-        corrupted: as many, as long.
+        clean: the clean prompts.
+        corrupted: as many prompts, of the same length.
         metric: one of `hijack_lens.metrics`, or a function from the logits [batch, pos, d_vocab] to a tensor of one
             number, which torch can differentiate.
-        components: among which the edges are.
-        direction: of the messages.
-        circuit: the roles of the components.
-        via: the inputs of receivers to score.
-        steps: how many runs the derivative is the mean of.
+        components: the components to score edges among.
+        direction: which run's messages are sent.
+        circuit: the roles that name the components.
+        via: which inputs of receivers to score.
+        steps: the number of runs over which the derivative is averaged.
 
     Raises:
         TypeError, ValueError: as for `path_sweep`, and for a metric without a derivative.
@@ -180,9 +180,9 @@ class _InputGradient:
 
     Attributes:
         stream: the hook point of the residual stream.
-        norm: through which it is read; `None` also for the unembedding's, which the model itself differentiates.
-        weights: by the hook point where they take the normed stream; none for the unembedding.
-        head: which, of those at the hook point.
+        norm: the norm it reads through, if any; `None` also for the unembedding, whose norm the model differentiates.
+        weights: the weights that read the normed stream, by the hook point of their output; none for the unembedding.
+        head: the head's index at the hook point.
     """
 
     stream: str
@@ -198,11 +198,11 @@ class _InputGradient:
 
     @property
     def points(self) -> tuple[str, ...]:
-        """The hook points by whose activations to differentiate."""
+        """The hook points at which the metric's derivative is needed."""
         return tuple(self.weights) or (self.stream,)
 
     def by_normed(self, gradients: dict[str, Tensor]) -> Float[Tensor, "batch pos d_model"]:
-        """The derivative by what leaves the norm, from those at `points`."""
+        """The derivative with respect to the norm's output, from those at `points`."""
         if not self.weights:
             return gradients[self.stream]
         at_points = ((gradients[name], weight) for name, weight in self.weights.items())
@@ -213,9 +213,9 @@ class _InputGradient:
 def _derivatives(
     runs: GradientRuns, fraction: float, reads: Sequence[_InputGradient]
 ) -> Iterator[tuple[list[int], Float[Tensor, "input batch pos d_model"]]]:
-    """The metric's derivative in one run by what each input reads: indices of some `reads`, and theirs.
+    """The metric's derivatives in one run with respect to what each input reads: indices into `reads`, and derivatives.
 
-    Together those that read one stream through one norm, which is as much as should be in memory at a time.
+    Inputs that read the same stream through the same norm come together, which limits how much is in memory at a time.
     """
     alike: dict[tuple[str, nn.Module | None], list[int]] = {}
     for index, read in enumerate(reads):

@@ -41,18 +41,18 @@ class Edge:
         return self.label(Circuit())
 
     def label(self, circuit: Circuit) -> str:
-        """The edge in words, by the roles of the circuit's components."""
+        """The edge in words, with components named by their roles in the circuit."""
         arrives = "" if self.via == "unembed" else f" {self.via}"
         return f"{name_of(self.sender, circuit)} → {name_of(self.receiver, circuit)}{arrives}"
 
 
 def name_of(end: Sender | Receiver, circuit: Circuit) -> str:
-    """What to call an end of an edge: a component by its role, where it has one to itself."""
+    """The name of an edge's end: for a component, its role, if it has one to itself."""
     return end if isinstance(end, str) else circuit.label(end)
 
 
 def edges_among(model: Any, components: Iterable[Component], via: Iterable[Via] = VIAS) -> tuple[Edge, ...]:
-    """Every edge among some components, from the embeddings, and to the unembedding, in the order of the model."""
+    """Every edge among some components, from the embeddings and to the unembedding, in the model's order."""
     listed = sorted(set(components))
     receivers: tuple[Receiver, ...] = (*listed, "unembed")
     chosen = tuple(via)
@@ -68,7 +68,7 @@ def edges_among(model: Any, components: Iterable[Component], via: Iterable[Via] 
 
 def embeddings(model: Any) -> tuple[Sender, ...]:
     """What the residual stream starts from."""
-    # A bridge also calls the module that computes rotary angles hook_pos_embed.
+    # In a bridge, hook_pos_embed can also be the module that computes rotary angles.
     learned = model.cfg.positional_embedding_type == "standard" and "hook_pos_embed" in model.hook_dict
     return ("embed", "pos_embed") if learned else ("embed",)
 
@@ -117,7 +117,7 @@ def into_stream(model: Any, sender: Sender, output: Tensor) -> Tensor:
 
 
 def read_stream(model: Any, receiver: Component) -> tuple[str, nn.Module | None]:
-    """The hook point of the residual stream that a head or MLP reads, and the norm through which it does."""
+    """The hook point of the residual stream that a head or MLP reads, and the norm through which it reads it."""
     block, at = model.blocks[receiver.layer], f"blocks.{receiver.layer}"
     if receiver.kind == "head":
         return f"{at}.hook_resid_pre", getattr(block, "ln1", None)
@@ -128,7 +128,7 @@ def read_stream(model: Any, receiver: Component) -> tuple[str, nn.Module | None]
 
 
 def read_weights(model: Any, receiver: Component, via: str) -> dict[str, Tensor]:
-    """The hook points where an input of a head or MLP arrives, and the weights that took it there."""
+    """The hook points where an input of a head or MLP arrives, with the weights that compute it."""
     if via != "mlp_in":
         leaves = {f"attn.hook_{via}": f"W_{via.upper()}"}
     elif getattr(model.cfg, "gated_mlp", False):
@@ -154,14 +154,14 @@ def patch_path(
 ) -> Intervention:
     """Replaces what `sender` writes into one input of `receiver`, along the residual stream alone.
 
-    Everything else that reads the sender sees what it computes in the run itself; what the receiver then
-    computes flows on to all that follows. Norms are computed anew for the changed input.
+    Everything else that reads the sender sees its output in the run itself; what the receiver then computes
+    flows on to everything after it. Norms are recomputed for the changed input.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
         sender: a head or MLP: a `Component`, its place ("L0H1"), or a role that has just one; "embed" or "pos_embed".
         receiver: a head or MLP after the sender, given in the same ways; or "unembed".
-        via: the receiver's input: "q", "k" or "v" of a head, "mlp_in" of an MLP (of a gated one, gate included), or
+        via: the receiver's input: "q", "k" or "v" of a head, "mlp_in" of an MLP (including the gate, if it has one), or
             "unembed".
         source: where the sender's output comes from: a cache, or prompts to run once, now; `None` cuts the
             edge, as if the sender wrote zeros there.
@@ -177,7 +177,7 @@ def patch_path(
     where = None if positions is None else indices("positions", positions)
     site = sender_site(model, source_of)
     stored = None if source is None else read_source(model, source, [site.name], "source")[site.name]
-    # The message's change on its way: from the sender to the stream, and with the stream to the receiver's inputs.
+    # The message's change on its way: from the sender to the stream, and from there to the receiver's inputs.
     sent: list[Tensor] = []
     arriving: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -204,10 +204,10 @@ def patch_path(
     head = target_of.head
     stream, norm = read_stream(model, target_of)
     weights = read_weights(model, target_of, via)
-    normed(norm, torch.linspace(-1, 2, model.cfg.d_model)[None].to(next(iter(weights.values()))))  # refuses it now
+    normed(norm, torch.linspace(-1, 2, model.cfg.d_model)[None].to(next(iter(weights.values()))))  # checks the norm now
 
     def watch_stream(activation: Tensor, hook: Any) -> None:
-        # Messages of all path patches into one input add up before the norm: kept with the stream they change.
+        # The messages of all path patches into one input add up before the norm, so they are kept with the stream.
         activation.hijack_lens_messages = {}  # type: ignore[attr-defined]
         if sent:
             change = sent.pop()
@@ -215,7 +215,7 @@ def patch_path(
 
     def change_input(name: str) -> HookFunction:
         def hook_fn(activation: Tensor, hook: Any) -> Tensor:
-            if name not in arriving:  # entered twice, and done already
+            if name not in arriving:  # entered twice, and already done
                 return activation
             current, change = arriving.pop(name)
             messages = current.hijack_lens_messages  # type: ignore[attr-defined]
@@ -231,7 +231,7 @@ def patch_path(
 
         return hook_fn
 
-    # Reading resid_mid is fine also where editing it is not.
+    # Reading resid_mid is fine even where editing it is not.
     look: list[tuple[str, HookFunction]] = [(site.name, watch_sender), (stream, watch_stream)]
     return Intervention(model, edit=[(name, change_input(name)) for name in weights], look=look)
 
@@ -242,13 +242,13 @@ def _check_sender(model: Any, sender: Sender) -> None:
             raise ValueError(f"sender {sender!r}: this model has no hook_{sender} that adds to its residual stream")
         if isinstance(model, TransformerBridge) and not _starts_from_embeddings(model):
             raise ValueError(f"sender {sender!r}: this model norms or scales its embeddings before the residual stream")
-    # An MLP's hook point shows what reaches the stream; a head's comes before whatever follows attention.
+    # An MLP's hook point shows what reaches the stream; a head's comes before any norm or factor after attention.
     elif sender.kind == "head" and changes_attn_out(model, sender.layer):
         raise ValueError(f"sender {sender}: this model norms or scales what its heads write, all together")
 
 
 def _starts_from_embeddings(model: Any) -> bool:
-    """Whether the residual stream starts as the sum of what the embeddings' hook points show, seen on a few tokens."""
+    """Whether the residual stream starts as the sum of what the embeddings' hook points show, tried on a few tokens."""
     shown: list[Tensor] = []
     look = [(f"hook_{name}", lambda activation, hook: shown.append(activation)) for name in embeddings(model)]
     tokens = torch.arange(min(4, model.cfg.d_vocab, model.cfg.n_ctx), device=model.cfg.device)[None]
@@ -258,7 +258,7 @@ def _starts_from_embeddings(model: Any) -> bool:
 
 
 def _check_own_keys(model: Any, via: str) -> None:
-    """Every head has keys and values of its own."""
+    """Checks that every head has keys and values of its own."""
     cfg = model.cfg
     if getattr(cfg, "n_key_value_heads", None) in (None, cfg.n_heads):
         return

@@ -1,8 +1,8 @@
 """Patched runs, computed only where they can differ from the unpatched run; the results are exact.
 
-A patch at position p leaves everything before p as it was, and everything below its layer. Where the metric reads one
-position, the last block is needed there alone. So of a two-layer model's patch in layer 0, block 1 needs one new key,
-one new value and one new attention row: a sweep over all positions costs about one forward pass.
+A patch at position p changes nothing before p and nothing below its layer. If the metric reads a single position, the
+last block is needed only there. So for a patch in layer 0 of a two-layer model, block 1 needs one new key, one new
+value and one new attention row: a sweep over all positions costs about one forward pass.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ Rows = Float[Tensor, "patch batch pos d_model"]
 
 @dataclass(frozen=True)
 class _Layer:
-    """A block, and the unpatched run through it. Queries and keys are turned by their positions."""
+    """A block and its activations in the unpatched run. Rotary embeddings are already applied to queries and keys."""
 
     block: Block
     resid_pre: Float[Tensor, "batch pos d_model"]
@@ -44,11 +44,11 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Changed:
-    """The stream that enters a block in patched runs, where it differs from the unpatched one.
+    """The residual stream that enters a block in patched runs, where it differs from the unpatched run's.
 
     Attributes:
-        layer: of the block entered; the number of layers for the final stream.
-        x: of the positions from `start` on; or, given `at`, of one position per patch.
+        layer: the layer of the block entered; the number of layers for the final stream.
+        x: the stream at the positions from `start` on; or, given `at`, at one position per patch.
         start: the first position of `x`.
         at: the position of each patch.
     """
@@ -60,13 +60,13 @@ class _Changed:
 
 
 class IncrementalRuns:
-    """Patched runs of a model that has been taken apart.
+    """Patched runs of a model, computed from its parts.
 
     Args:
-        opened: its parts.
+        opened: the model's parts.
         run: the unpatched run's activations, by hook point; see `names`.
-        logits: of the unpatched run.
-        reader: of the metric.
+        logits: the unpatched run's logits.
+        reader: reads the metric off the logits.
     """
 
     name: Literal["incremental"] = "incremental"
@@ -76,7 +76,7 @@ class IncrementalRuns:
         self.reader = reader
         self.run = run
         self.logits = logits
-        # What comes after the one position that the metric reads cannot matter to it.
+        # If the metric reads one position, nothing after it can affect the metric.
         self.length = logits.shape[1] if reader.only is None else reader.only + 1
         self.positions = torch.arange(self.length, device=logits.device)
         self.layers = [self._layer(index, block) for index, block in enumerate(opened.blocks)]
@@ -107,7 +107,7 @@ class IncrementalRuns:
         )
 
     def mismatch(self) -> str | None:
-        """Where the parts do not compute what the model did at the last position; `None` where they do."""
+        """The first result at the last position that the parts fail to reproduce; `None` if they reproduce all."""
         last = self.length - 1
         for index, layer in enumerate(self.layers):
             block, here = layer.block, layer.resid_pre[:, last:]
@@ -136,7 +136,7 @@ class IncrementalRuns:
         if only is None:
             return torch.ones(len(patches), dtype=torch.bool)
         if layer == len(self.layers) - 1 and activation not in ("resid_pre", "k", "v"):
-            return (patches.positions == only).any(-1)  # attention reads the stream nowhere else any more
+            return (patches.positions == only).any(-1)  # no later attention reads any other position
         return (patches.positions <= only).any(-1)
 
     def chunks(self, activation: str, layer: int, patches: Patches, memory: float) -> list[Int[Tensor, "chunk"]]:
@@ -167,7 +167,7 @@ class IncrementalRuns:
     ) -> Float[Tensor, "patch"]:
         """The metric under each patch; arguments as for `ForwardRuns.values`."""
         source, patches = source[:, : self.length], patches.to(self.positions.device)
-        if patches.positions.shape[1] > 1:  # all positions, of which those after the metric's do not matter
+        if patches.positions.shape[1] > 1:  # all positions; those after the metric's do not matter
             patches = Patches(patches.positions[:, : self.length], patches.units)
         if activation in ("k", "v"):
             changed = self._from_keys_or_values(activation, layer, patches, source)
@@ -223,7 +223,7 @@ class IncrementalRuns:
     def _of_heads(
         here: _Layer, patches: Patches, delta: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "patch batch place d_model"]:
-        """What attention adds to the stream where one head's output changes by its `delta`."""
+        """What attention adds to the stream when the output of each patch's head changes by `delta`."""
         assert patches.units is not None
         attn_out = here.attn_out[:, patches.positions].movedim(0, 1)
         for head in patches.units.unique():
@@ -272,7 +272,7 @@ class IncrementalRuns:
         return self.reader.each(torch.cat([before, self.opened.logits(x)], 2))
 
     def _spread(self, changed: _Changed) -> _Changed:
-        """Streams changed at one position each, written out from the first of these on."""
+        """Streams that each change at one position, written out in full from the earliest of these positions on."""
         assert changed.at is not None
         start = int(changed.at.min())
         stream = (
@@ -284,7 +284,7 @@ class IncrementalRuns:
         return _Changed(changed.layer, x, start)
 
     def _through(self, layer: int, x: Rows, start: int, last_only: bool) -> Float[Tensor, "patch batch wanted d_model"]:
-        """A block, where the stream differs from `start` on; wanted everywhere or at the last position only."""
+        """A block's output for a stream that differs from `start` on: from there on, or at the last position only."""
         here, block = self.layers[layer], self.layers[layer].block
         normed, positions = block.normed(x), self.positions[start:]
         k, v = block.k(normed, positions), block.v(normed)

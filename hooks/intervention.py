@@ -1,4 +1,4 @@
-"""An intervention: hooks that come and go together, and that say so when they do nothing."""
+"""An intervention: hooks that are added and removed together, and that raise an error if they never fired."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ HookFunction = Callable[..., Tensor | None]
 
 
 class Intervention:
-    """Hooks on a model, there while the context lasts and gone afterwards, whatever happened inside.
+    """Hooks on a model that are there while the context lasts and gone afterwards, whatever happens inside.
 
     Use it as a context manager, or hand its `fwd_hooks` to TransformerLens:
 
@@ -29,13 +29,13 @@ class Intervention:
         model.run_with_hooks(tokens, fwd_hooks=ablate(model, model.circuit.induction).fwd_hooks)
 
     Interventions nest, and may be entered again while they are active; at one hook point they act in the order in
-    which they were entered, so enter ablations before what builds on them. Hooks of the user's are never touched.
+    which they were entered, so enter ablations before what builds on them. The user's own hooks are never touched.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        edit: (hook point name, function) pairs, whose functions return a changed activation. A hook point
-            where the model would ignore that is refused.
-        look: pairs whose functions only look, and return `None`. They come first where both are at one point.
+        edit: (hook point name, function) pairs, whose functions return a changed activation. Hook points
+            where the model would ignore the change are refused.
+        look: pairs whose functions only look, and return `None`. They run first at a hook point that has both.
 
     Raises:
         ValueError: for a hook point that the model lacks or that would do nothing.
@@ -77,7 +77,7 @@ class Intervention:
             self._remove(self._entries[-1])
         finally:
             entries = self._entries.pop()
-            self._remove(entries)  # all over again, lest a Ctrl-C broke in
+            self._remove(entries)  # once more, in case a Ctrl-C interrupted the first
         if kind is None:
             ran = {entry.name for entry in entries if entry.fn is None and entry.fired}
             silent = [e.name for e in entries if e.fn is not None and not e.fired and _witness(e.name) in ran]
@@ -85,8 +85,8 @@ class Intervention:
                 raise RuntimeError(f"the model ran, but these hook points never fired: {', '.join(silent)}")
 
     def _remove(self, entries: "list[_Entry]") -> None:
-        # Without locks, which a Ctrl-C could leave locked: `tuple(list)` and removing what is found by identity cannot
-        # be broken into by other threads, and what they make the search miss is searched for again.
+        # Without locks, which a Ctrl-C could leave locked: other threads cannot interrupt `tuple(list)` or the removal
+        # of what is found by identity, and the loop searches again for what they make it miss.
         for entry in entries:
             listed = entry.point.fwd_hooks
             while ours := [handle for handle in tuple(listed) if handle.user_hook is entry]:
@@ -94,7 +94,7 @@ class Intervention:
                     handle.hook.remove()
                     with contextlib.suppress(ValueError):
                         listed.remove(handle)
-            # A Ctrl-C between PyTorch's taking the hook and TransformerLens's listing it leaves the former.
+            # A Ctrl-C after PyTorch registers the hook, but before TransformerLens lists it, leaves PyTorch's behind.
             held = entry.point._forward_hooks
             for key, fn in tuple(held.items()):
                 if getattr(fn, "__name__", None) == repr(entry):
@@ -102,7 +102,7 @@ class Intervention:
 
 
 class _Entry:
-    """A hook function added once to a model; its own identity tells it from every other hook there."""
+    """A hook function added once to a model; its identity distinguishes it from every other hook there."""
 
     def __init__(self, name: str, point: Any, fn: HookFunction | None = None):
         self.name = name
@@ -116,14 +116,14 @@ class _Entry:
 
 
 def _witness(name: str) -> str:
-    """A hook point that fires whenever the part of the model with `name` runs."""
+    """A hook point that fires whenever the part of the model that has `name` runs."""
     parts = name.split(".")
     layer = parts[1] if parts[0] == "blocks" else "0"
     return f"blocks.{layer}.hook_resid_pre"
 
 
 def _checked(name: str, fn: HookFunction, activation: Tensor, hook: Any) -> Tensor | None:
-    """What the hook function returns, which must fit."""
+    """What the hook function returns, checked to fit the activation."""
     changed = fn(activation, hook=hook)
     if changed is None:
         return None
@@ -140,7 +140,7 @@ def _checked(name: str, fn: HookFunction, activation: Tensor, hook: Any) -> Tens
 def record(model: Any, tokens: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits of a run on `tokens`, and its activations at the hook points `names`; without gradients.
 
-    Unlike TransformerLens's cache it is keyed by the names asked for, also where those are aliases.
+    Unlike TransformerLens's cache, they are keyed by the names asked for, even where those are aliases.
     """
     stored: dict[str, Tensor] = {}
     with torch.no_grad(), Intervention(model, look=keeping(stored, names)):
@@ -171,7 +171,7 @@ def read_source(model: Any, source: object, names: Sequence[str], argument: str)
 
 
 def check_reference(how: object, reference: object, ways: Sequence[str] = ("zero", "mean", "resample")) -> None:
-    """`how` is one of the `ways` to ablate, and the reference is there where it needs one, and only there."""
+    """Checks that `how` is one of the `ways` to ablate, and that a reference is given if, and only if, it needs one."""
     check_choice("how", how, ways)
     if (reference is None) != (how == "zero"):
         need = "takes no reference" if how == "zero" else "needs reference="
@@ -179,12 +179,12 @@ def check_reference(how: object, reference: object, ways: Sequence[str] = ("zero
 
 
 def draw_rows(how: str, n_reference: int, n_prompts: int, generator: torch.Generator) -> Int[Tensor, "prompt"] | None:
-    """Which reference prompt each prompt is given, where these are drawn."""
+    """Which reference prompt each prompt is given, if these are drawn; else `None`."""
     return torch.randint(n_reference, (n_prompts,), generator=generator) if how == "resample" else None
 
 
 def stand_in(how: str, reference: Tensor, rows: Int[Tensor, "prompt"] | None) -> Tensor:
-    """What is written in an ablated output's place: the reference's mean, or its `rows`, or itself; prompts first."""
+    """What replaces an ablated output: the reference's mean, its `rows`, or all of it; prompts along the first axis."""
     if how == "mean":
         return reference.mean(0, keepdim=True)
     return reference if rows is None else reference[rows.to(reference.device)]

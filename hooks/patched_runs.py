@@ -1,4 +1,4 @@
-"""Patched runs as whole forward passes, many in a batch; runs to differentiate; and the metric read off either."""
+"""Patched runs as whole forward passes, many in a batch; runs to differentiate; and reading the metric off both."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ MetricLike = Metric | Callable[[Tensor], Any]
 
 
 def check_metric(metric: object, length: int) -> None:
-    """`metric` is a function, and reads no position beyond the prompts."""
+    """Checks that `metric` is a function, and reads no position beyond the prompts."""
     if not callable(metric):
         raise TypeError(f"metric must be a hijack_lens Metric or a function of logits, got {metric!r:.80}")
     if isinstance(metric, Metric):
@@ -34,8 +34,8 @@ class BoundMetric:
     """A metric, ready to be read off many patched runs at once.
 
     Attributes:
-        metric: of the logits [batch, pos, d_vocab] of one run.
-        only: the one position that it reads, from the front; `None` where it may read all.
+        metric: a function of one run's logits [batch, pos, d_vocab].
+        only: the one position that it reads, counted from the front; `None` if it may read all.
     """
 
     metric: MetricLike
@@ -43,14 +43,14 @@ class BoundMetric:
 
     @classmethod
     def of(cls, model: Any, metric: MetricLike, clean: Tensor, corrupted: Tensor | None = None) -> "BoundMetric":
-        """A metric with what it needs of the model and of the unpatched runs' logits."""
+        """The metric, given what it needs from the model and from the unpatched runs' logits."""
         if not isinstance(metric, Metric):
             return cls(metric, None)
         return cls(metric.on(model, clean, corrupted), metric.index(clean.shape[1]))
 
     @property
     def name(self) -> str:
-        """What to call the metric."""
+        """The metric's name."""
         return getattr(self.metric, "name", None) or getattr(self.metric, "__name__", None) or "metric"
 
     def __call__(self, logits: Float[Tensor, "batch pos d_vocab"]) -> float:
@@ -71,7 +71,7 @@ class BoundMetric:
         return widened(logits.new_empty(())).new_tensor([self(run) for run in logits])
 
     def each_at(self, logits: Float[Tensor, "patch batch d_vocab"]) -> Float[Tensor, "patch"]:
-        """The same, from the logits of the one position."""
+        """The metric of each run, from the logits at the one position that it reads."""
         assert isinstance(self.metric, Metric)
         return self.metric.of_rows(logits).mean(-1)
 
@@ -81,13 +81,13 @@ Direction = Literal["denoise", "noise"]
 
 @dataclass(frozen=True)
 class PromptPair:
-    """A clean and a corrupted prompt, in the roles that the direction gives them, and what is asked of both.
+    """A clean and a corrupted prompt, in the roles that the direction gives them, and the metric for both.
 
     Attributes:
-        base: tokens of the run that is patched.
-        source: tokens of the run that patches come from.
+        base: the tokens of the run that is patched.
+        source: the tokens of the run that patches come from.
         direction: "denoise" patches the clean run into the corrupted one; "noise" the reverse.
-        metric: of either run.
+        metric: what to compute on both runs.
     """
 
     base: Int[Tensor, "batch pos"]
@@ -97,7 +97,7 @@ class PromptPair:
 
     @classmethod
     def of(cls, model: Any, clean: object, corrupted: object, metric: Any, direction: Direction) -> "PromptPair":
-        """The pair of what a user calls prompts, and a metric."""
+        """The pair, from the prompts and the metric that a user gives."""
         check_choice("direction", direction, ("denoise", "noise"))
         check_model(model)
         tokens = model_tokens(model, clean, "clean"), model_tokens(model, corrupted, "corrupted")
@@ -109,7 +109,7 @@ class PromptPair:
         return cls(base, source, direction, metric)
 
     def reader(self, model: Any, base: Logits, source: Logits) -> BoundMetric:
-        """The metric, with what it needs of the model and of the two runs' logits."""
+        """The metric, given what it needs from the model and from the two runs' logits."""
         runs = (source, base) if self.direction == "denoise" else (base, source)
         return BoundMetric.of(model, self.metric, *runs)
 
@@ -120,8 +120,8 @@ class ForwardRuns:
 
     Attributes:
         model: a HookedTransformer or TransformerBridge.
-        tokens: of the unpatched run.
-        reader: of the metric.
+        tokens: the unpatched run's tokens.
+        reader: reads the metric off the logits.
         together: whether patches may share a forward pass. The user's hooks must see only their own batch.
     """
 
@@ -132,7 +132,7 @@ class ForwardRuns:
     together: bool
 
     def reaches(self, activation: str, layer: int, patches: Patches) -> Tensor:
-        """Which patches can change the metric; whole runs need no such knowledge."""
+        """Which patches can change the metric; here, none is ruled out."""
         return torch.ones(len(patches), dtype=torch.bool)
 
     def chunks(self, activation: str, layer: int, patches: Patches, memory: float) -> list[Int[Tensor, "chunk"]]:
@@ -170,7 +170,7 @@ def by_position(activation: str, values: Tensor) -> Float[Tensor, "batch pos ...
 
 
 def runs_at_once(model: Any, tokens: Int[Tensor, "batch pos"], memory: float) -> int:
-    """How many runs on `tokens` fit into `memory` bytes, roughly; at least one."""
+    """Roughly how many runs on `tokens` fit into `memory` bytes; at least one."""
     cfg, (batch, length) = model.cfg, tokens.shape
     wide = cfg.d_vocab * 2 + cfg.d_model * 8 + (cfg.d_mlp or 0) * 3 + cfg.n_heads * length * 3
     return max(1, int(memory // (batch * length * wide * torch.finfo(cfg.dtype).bits // 8)))
@@ -180,21 +180,21 @@ _START = "blocks.0.hook_resid_pre"
 
 
 class GradientRuns:
-    """Runs of a model whose embeddings are the base run's, or part of the way to the source run's.
+    """Runs of a model from the base run's embeddings, or from embeddings part of the way to the source run's.
 
     The model is left unchanged, including which parameters require gradients and the gradients they hold.
 
     Args:
         model: a HookedTransformer or TransformerBridge. Hooks on it take part in all runs.
         pair: the two runs' prompts, and the metric to differentiate.
-        names: of the hook points whose activations to record in the two runs.
+        names: the hook points whose activations to record in the two runs.
 
     Attributes:
-        base: what was recorded of the base run.
-        source: of the source run.
-        reader: of the metric.
+        base: the base run's recorded activations, by hook point.
+        source: the source run's.
+        reader: reads the metric off the logits.
         base_value: the metric of the base run.
-        source_value: of the source run.
+        source_value: the metric of the source run.
     """
 
     def __init__(self, model: Any, pair: PromptPair, names: Sequence[str]):
@@ -209,9 +209,9 @@ class GradientRuns:
     def at(
         self, fraction: float, by: Sequence[str], look: Sequence[str] = ()
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The metric's derivative in one run by activations at hook points, and the activations at others.
+        """In one run, the metric's derivatives with respect to activations at `by`, and the activations at `look`.
 
-        Its embeddings (with positions) lie a fraction of the way from the base run's to the source run's.
+        The run's embeddings (positions included) lie `fraction` of the way from the base run's to the source run's.
         """
         start = self.base[_START] + fraction * (self.source[_START] - self.base[_START])
         seen: dict[str, Tensor] = {}
@@ -220,15 +220,15 @@ class GradientRuns:
         def watch(name: str) -> HookFunction:
             def hook_fn(activation: Tensor, hook: Any) -> Tensor:
                 current = start if name == _START else activation
-                # A sum, so that it is a part of the graph whatever the parameters require; and handed back, so that
-                # what follows depends on it, also where a bridge goes on with another shape than it shows.
+                # The sum makes it part of the graph whatever the parameters require. Returning it makes what follows
+                # depend on it, even where a bridge goes on with a different shape from the one it shows.
                 seen[name] = current + current.new_zeros(()).requires_grad_()
                 return seen[name]
 
             return hook_fn
 
         edits = [(name, watch(name)) for name in dict.fromkeys([_START, *by])]
-        # Entered second, what only looks sees what was handed back.
+        # Entered second, so that they see what the edits return.
         looks = Intervention(self.model, look=keeping(looked, look))
         with torch.enable_grad(), Intervention(self.model, edit=edits), looks:
             value = self._value(self.model(self.pair.base))
@@ -238,7 +238,7 @@ class GradientRuns:
             if gradient is None:
                 raise ValueError(
                     f"metric {self.reader.name!r} does not depend on {name!r} at all: a hook on the model, or the "
-                    "model itself, goes on with something else"
+                    "model itself, uses another value in its place"
                 )
             found[name] = gradient
         return found, looked
@@ -248,6 +248,6 @@ class GradientRuns:
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise TypeError(
                 f"metric {self.reader.name!r} must give a tensor that torch can differentiate, got {value!r:.80}: "
-                "compute it from the logits by torch's operations alone, without .item(), .detach() or no_grad()"
+                "compute it from the logits with torch operations only, without .item(), .detach() or no_grad()"
             )
         return value.reshape(())

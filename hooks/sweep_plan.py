@@ -27,7 +27,7 @@ HOOKS: dict[str, tuple[str, Unit | None]] = {
     "pattern": ("attn.hook_pattern", "head"),
     "post": ("mlp.hook_post", "neuron"),
 }
-"""TransformerLens's short names of activations: the hook point in a block, and what has an entry of its own there."""
+"""By TransformerLens's short name of an activation: its hook point in a block, and the unit of its entries, if any."""
 
 
 def hook_name(activation: str, layer: int) -> str:
@@ -41,10 +41,10 @@ class Plan:
 
     Attributes:
         activations: their names, all with the same kind of unit.
-        layers: of the model.
-        positions: from the front; `None` patches all positions at once.
+        layers: the layers of the model.
+        positions: counted from the front; `None` patches all positions at once.
         unit: what the last axis counts, if there is one.
-        units: heads or neurons.
+        units: the heads or neurons.
     """
 
     activations: tuple[str, ...]
@@ -80,7 +80,7 @@ class Patches:
     """Patches at one hook point, each at one or all positions.
 
     Attributes:
-        positions: of each patch.
+        positions: the positions of each patch.
         units: the head or neuron of each patch; `None` where the whole vector is patched.
     """
 
@@ -100,7 +100,7 @@ class Patches:
         return Patches(self.positions[index], None if self.units is None else self.units[index])
 
     def to(self, device: torch.device) -> "Patches":
-        """The same on another device."""
+        """The same patches on another device."""
         return Patches(self.positions.to(device), None if self.units is None else self.units.to(device))
 
 

@@ -20,7 +20,7 @@ Result = TypeVar("Result", bound="PatchEffects")
 
 
 class PatchEffects:
-    """Arithmetic of a sweep's values.
+    """Arithmetic on a sweep's values.
 
     Its subclasses have the fields `values`, `metric` (its name), `base` (the metric on the unpatched run), `source` (on
     the run that patches come from, or `None`) and `direction`.
@@ -34,7 +34,7 @@ class PatchEffects:
 
     @property
     def clean(self) -> float:
-        """The metric on the clean run; of ablations, on the intact one."""
+        """The metric on the clean run; for ablations, on the intact run."""
         return self.source if self.direction == "denoise" else self.base
 
     @property
@@ -50,12 +50,12 @@ class PatchEffects:
 
     @property
     def effect(self) -> Tensor:
-        """What each patch changed: values - base; of the shape of `values`."""
+        """How much each patch changed the metric: values - base; shaped like `values`."""
         return self.values - self.base
 
     @property
     def normalised(self) -> Tensor:
-        """Values shifted and scaled: 0 is the corrupted run, 1 the clean one; of the shape of `values`.
+        """Values shifted and scaled: 0 is the corrupted run, 1 the clean one; shaped like `values`.
 
         Raises:
             ValueError: for ablations, and where the metric is the same on both runs.
@@ -79,21 +79,21 @@ class PatchEffects:
 
 @dataclass(frozen=True, repr=False)
 class Sweep(PatchEffects, Saved, Drawn):
-    """A metric under many patches (or ablations), each alone.
+    """A metric under many patches (or ablations), one at a time.
 
     Attributes:
-        values: the metric with the patch in place. The last axis is there for heads and neurons only.
-        activations: their names, along the first axis.
-        layers: along the second.
-        positions: along the third; a single `None` where each patch covers all positions at once.
-        unit: "head", "neuron" or `None`.
-        units: heads or neurons, along the last axis.
-        metric: its name.
+        values: the metric with the patch in place. Only heads and neurons have the last axis.
+        activations: the names of the activations, along the first axis.
+        layers: the layers, along the second.
+        positions: the positions, along the third; a single `None` if each patch covers all positions at once.
+        unit: what the last axis counts: "head", "neuron" or `None`.
+        units: the heads or neurons, along the last axis.
+        metric: the metric's name.
         base: the metric on the unpatched run.
         source: the metric on the run that patches come from; `None` for ablations.
         direction: "denoise" (clean into corrupted), "noise" (corrupted into clean) or "ablate".
         method: how it was computed: "incremental"; "forward" for whole runs of the model; "gradient" for an estimate.
-        texts: of the tokens at the positions, where the sweep is of one prompt.
+        texts: the text of the token at each position, if the sweep is of one prompt.
     """
 
     older_names: ClassVar[Mapping[str, str]] = {"components": "activations"}
@@ -125,10 +125,10 @@ class Sweep(PatchEffects, Saved, Drawn):
         return labels if self.unit is None else {**labels, self.unit: self.units}
 
     def __getitem__(self, activation: str) -> "Sweep":
-        """One activation's part.
+        """The part of the sweep for one activation.
 
         Raises:
-            KeyError: for one that was not swept.
+            KeyError: for an activation that was not swept.
         """
         if activation not in self.activations:
             raise KeyError(f"{activation!r} was not swept; there are {', '.join(self.activations)}")
@@ -136,7 +136,7 @@ class Sweep(PatchEffects, Saved, Drawn):
         return replace(self, values=self.values[at : at + 1], activations=(activation,))
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row per patch: its labels, `value` and `effect`; and its token, where the sweep is of one prompt."""
+        """A row per patch: its labels, `value` and `effect`; and its token, if the sweep is of one prompt."""
         frame = tidy(self._labels, value=self.values, effect=self.effect)
         if self.texts is not None and None not in self.positions:
             after = list(frame.columns).index("position") + 1
@@ -163,12 +163,12 @@ class Sweep(PatchEffects, Saved, Drawn):
 
 @dataclass(frozen=True, repr=False)
 class PathSweep(PatchEffects, Saved, Drawn):
-    """A metric with each edge patched, alone.
+    """A metric with each edge patched, one at a time.
 
     Attributes:
         values: the metric with the edge's message replaced, in the metric's unit.
-        edges: what the axis holds.
-        metric: its name.
+        edges: the edges along the axis.
+        metric: the metric's name.
         base: the metric on the unpatched run.
         source: the metric on the run that the messages come from.
         direction: "denoise" (clean messages, corrupted run) or "noise" (corrupted messages, clean run).
@@ -227,23 +227,23 @@ class Comparison(Shown, Generic[Result]):
 
     @property
     def error(self) -> Float[Tensor, "..."]:
-        """The estimate of each patched run's metric, less the metric itself."""
+        """The estimate of each patched run's metric, minus the metric itself."""
         return self.approximate.values - self.exact.values
 
     @property
     def max_error(self) -> float:
-        """The largest error, without its sign."""
+        """The largest absolute error."""
         return float(self._scored(self.error).abs().max())
 
     @property
     def relative_error(self) -> float:
-        """The errors' root mean square over the exact effects'; NaN where no patch has an effect."""
+        """The root mean square of the errors, divided by that of the exact effects; NaN if no patch has an effect."""
         size = float(self._scored(self.exact.effect).norm())
         return float(self._scored(self.error).norm()) / size if size else math.nan
 
     @property
     def correlation(self) -> float:
-        """Pearson's, of estimated and exact effects; NaN where either are all alike."""
+        """Pearson's correlation of estimated and exact effects; NaN if either are all the same."""
         pairs = torch.stack([self._scored(self.approximate.effect), self._scored(self.exact.effect)])
         return float(torch.corrcoef(pairs)[0, 1])
 

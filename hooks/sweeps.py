@@ -1,4 +1,4 @@
-"""The sweeps as a user calls them: by patched runs, by ablated ones, or estimated from derivatives."""
+"""The sweeps as a user calls them: by patched runs, by ablated runs, or estimated from derivatives."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -50,29 +50,29 @@ def patch_sweep(
     method: Method = "auto",
     memory_gb: float = 0.25,
 ) -> Sweep:
-    """Activation patching of every activation, layer and position, each alone: what TransformerLens's
-    `patching.get_act_patch_*` loop over, exactly.
+    """Activation patching of every activation, layer and position, one at a time: exactly what TransformerLens's
+    `patching.get_act_patch_*` functions compute in a loop.
 
     Args:
         model: a HookedTransformer or TransformerBridge. Hooks on it take part in all runs.
         clean: prompts: text, tokens, or a `HijackPrompt`.
-        corrupted: as many, as long.
+        corrupted: as many prompts, of the same length.
         metric: one of `hijack_lens.metrics`; or a function from the logits [batch, pos, d_vocab] of one run to a
             number, which costs more, since it may read every position.
         activations: "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"; or, by head, "z", "q", "k", "v",
             "pattern" (whose positions are the queries'); or "post", the MLPs' neurons.
-        positions: which; by default every one, each alone. "all" patches all positions at once.
+        positions: which positions; by default every one, one at a time. "all" patches all positions at once.
         direction: "denoise" runs the corrupted prompts and patches the clean run's activations in; "noise" the reverse.
-        layers: which; by default all.
+        layers: which layers; by default all.
         units: which heads or neurons; by default all.
-        method: "incremental" computes only what a patch can have changed, on models whose parts are known (it is
-            compared with a run of the model first); "forward" runs the whole model on batches of patches. By default
-            the first where it can be, with no hooks on the model.
-        memory_gb: how much memory patched runs may take at a time, roughly.
+        method: "incremental" computes only what a patch can change, on models whose parts are known (it is first
+            checked against a run of the model); "forward" runs the whole model on batches of patches. "auto" takes
+            "incremental" where it works and the model has no hooks, else "forward".
+        memory_gb: roughly how much memory the patched runs may take at a time.
 
     Raises:
         TypeError, ValueError: for what the model lacks or would ignore, prompts that do not match, and a metric that
-            gives no number; with method="incremental" for a model that cannot be run so.
+            gives no number; with method="incremental", for a model that cannot be run this way.
     """
     pair = PromptPair.of(model, clean, corrupted, metric, direction)
     plan = make_plan(model, activations, positions, layers, units, pair.base.shape[1])
@@ -97,22 +97,22 @@ def ablate_sweep(
     method: Method = "auto",
     memory_gb: float = 0.25,
 ) -> Sweep:
-    """Ablates every activation, layer and position, each alone.
+    """Ablates every activation, layer and position, one at a time.
 
     Args:
         model: as for `patch_sweep`; so are all details not given here.
-        prompt: what to run, one or a batch; a metric's "clean" run is its own.
-        metric: of the logits.
-        activations: to ablate.
-        positions: which; "all" ablates all positions at once.
+        prompt: one prompt or a batch; its intact run is the "clean" run of a metric that needs one.
+        metric: a metric of the logits.
+        activations: which activations to ablate.
+        positions: which positions; "all" ablates all positions at once.
         how: "zero"; "mean" over the reference prompts, position by position; or "resample": what a reference prompt
             has there, drawn for each prompt once for the whole sweep.
         reference: prompts or a cache, as long as `prompt`; for "mean" and "resample".
-        layers: which.
+        layers: which layers.
         units: which heads or neurons.
-        seed: of the draws for "resample".
+        seed: the seed of the draws for "resample".
         method: how to compute it.
-        memory_gb: how much memory to take.
+        memory_gb: how much memory to use.
 
     Raises:
         TypeError, ValueError: as for `patch_sweep`, and where `reference` is missing, unused or of another length.
@@ -155,22 +155,22 @@ def attribution_patch(
 
     It costs three forward passes and a backward one, however many patches there are (Nanda 2023, "Attribution
     patching"; arXiv 2310.10348). It is exact where the metric is linear in the activation; where it is not, as for
-    large changes, saturated attention, or a KL from the very run that is patched (whose derivative is zero), its
-    method `compare` tells by how much it is off.
+    large changes, saturated attention, or a KL divergence from the base run itself (whose derivative is zero),
+    `compare` measures how far off it is.
 
     Args:
         model: as for `patch_sweep`; so are all details not given here.
-        clean: prompts.
-        corrupted: as many, as long.
+        clean: the clean prompts.
+        corrupted: as many prompts, of the same length.
         metric: one of `hijack_lens.metrics`, or a function from the logits [batch, pos, d_vocab] of one run to a tensor
             of one number, which torch can differentiate.
-        activations: to patch.
-        positions: which; "all" patches all positions at once.
-        direction: of the patches.
-        layers: which.
+        activations: which activations to patch.
+        positions: which positions; "all" patches all positions at once.
+        direction: which run's activations are patched in.
+        layers: which layers.
         units: which heads or neurons.
-        steps: above 1, the derivative is the mean of that many runs, whose embeddings go from the base run's towards
-            the source run's in equal steps (as in arXiv 2403.17806): for a metric that is flat at the base run.
+        steps: the number of runs to average the derivative over; above 1, for a metric that is flat at the base run.
+            Their embeddings go from the base run's towards the source run's in equal steps (as in arXiv 2403.17806).
 
     Raises:
         TypeError, ValueError: as for `patch_sweep`, and for a metric without a derivative.
@@ -193,7 +193,7 @@ def attribution_patch(
 
 
 def _of_patches(plan: Plan, change: Float[Tensor, "pos ..."]) -> Float[Tensor, "position *unit"]:
-    """What a change by position, and whatever comes after it, sums up to for each patch."""
+    """For each patch, the sum of `change` over the positions and units that it covers."""
     if plan.unit is None:
         change = reduce(change, "pos ... -> pos", "sum")
     else:
@@ -212,7 +212,7 @@ def _sweep(
     direction: Literal["denoise", "noise", "ablate"],
     source_logits: Tensor | None,
 ) -> Sweep:
-    """What patching and ablation share: `source` is what is written, `None` for zeros; `bound` reads the base run."""
+    """What patching and ablation share. `source` is what is written, `None` for zeros; `bound` takes base logits."""
     check_choice("method", method, ("auto", "incremental", "forward"))
     memory = check_number("memory_gb", memory_gb, positive=True) * 2**30
     hooked = is_hooked(model)
@@ -249,7 +249,7 @@ def _sweep(
             current = by_position(activation, base[name])
             written = torch.zeros_like(current) if source is None else by_position(activation, source[name])
             reached = runs.reaches(activation, layer, patches)
-            # Writing what is there already changes nothing.
+            # Writing what is already there changes nothing.
             live = (reached & patches.pick((current != written).any(0)).cpu()).nonzero()[:, 0]
             bar.update(len(patches) - len(live))
             for chosen in runs.chunks(activation, layer, patches[live], memory):
@@ -263,8 +263,8 @@ def _sweep(
 def _labelled(
     model: Any, tokens: Int[Tensor, "batch pos"], plan: Plan, values: Tensor, reader: BoundMetric, **measured: Any
 ) -> Sweep:
-    """The numbers with what the plan says of their axes."""
-    texts = None  # of the positions, where they are one prompt's
+    """The values, with the plan's labels for their axes."""
+    texts = None  # of the tokens at the positions, for a single prompt
     if len(tokens) == 1 and plan.positions is not None and getattr(model, "tokenizer", None) is not None:
         every = model.to_str_tokens(tokens[0])
         texts = tuple(every[position] for position in plan.positions)

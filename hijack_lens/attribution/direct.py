@@ -260,7 +260,7 @@ def _senders(model: Any, circuit: Circuit, component: Component) -> list[Compone
 
 
 def _is_split(model: Any, circuit: Circuit, component: Component) -> bool:
-    """Whether to split what a component reads by who wrote it: for the circuit's last components, if linear."""
+    """Whether to split what a component reads by who wrote it: for induction heads, and bigram memories if linear."""
     if component not in (*circuit.induction, *circuit.bigram):
         return False
     if component.kind == "head":

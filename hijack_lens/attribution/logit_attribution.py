@@ -112,7 +112,7 @@ class LogitAttribution(Saved, Shown):
 
     @property
     def completeness_error(self) -> float:
-        """The largest |sum over paths and sources - logit|; rounding alone, for an untouched model."""
+        """The largest |sum over paths and sources - logit|; only rounding error, for an unmodified model."""
         return float((self._summed(self.values.sum(-3)) - self.logits).abs().max())
 
     def __getitem__(self, index: int) -> "LogitAttribution":
@@ -136,7 +136,7 @@ class LogitAttribution(Saved, Shown):
         return {memory: self._of(memory).sum(-3) for memory in MEMORIES}
 
     def margin(self, a: str | int | None = None, b: str | int | None = None) -> Margin:
-        """`logit[a] - logit[b]`, split by memory; by default of what `pair` gives: answers in their order."""
+        """`logit[a] - logit[b]`, split by memory; by default for the tokens that `pair` gives: answers in their order."""
         first, second = self.pair(a, b)
         context, weights, rest = (part[..., first] - part[..., second] for part in self.by_memory().values())
         return Margin(context, weights, rest)
@@ -177,7 +177,7 @@ class LogitAttribution(Saved, Shown):
         By default the first two answers; without answers, the prompt's candidates, else the two largest logits.
 
         Raises:
-            TypeError, ValueError: for tokens that are not on it, or if there is no default.
+            TypeError, ValueError: for tokens that are not on that axis, or if there is no default.
         """
         if a is not None or b is not None:
             return self._index(a, "a"), self._index(b, "b")

@@ -37,34 +37,34 @@ def attribute(
 ) -> LogitAttribution:
     """Attributes the logits at a position to the paths that wrote them, by source position.
 
-    Given the attention patterns, norm scales and MLP gates of the run, logits are a sum over paths without
-    remainder: a path leads from an embedding (or a bias) through heads and MLPs to the unembedding, and a
-    source is the position whose embedding it carries (for a bias, where it enters). Paths through components
-    that write nothing are left out.
+    Given the attention patterns, norm scales and MLP gates of the run, the logits are an exact sum over paths.
+    A path leads from an embedding (or a bias) through heads and MLPs to the unembedding; its source is the
+    position whose embedding it carries (for a bias, where it enters). Paths through components that write
+    nothing are left out.
 
-    Deeper models have too many of these paths, and in some the MLPs or heads are of a kind that they are not followed
-    through. There the logits are the sum of what each head and MLP wrote straight into them; the source is the position
-    that a head attended to. What the circuit's induction heads and bigram memories wrote is split into what they read
-    of the embeddings, of the circuit's earlier heads (by the position which those attended to) and of all else
-    ("stream", biases included).
+    Models of more than two layers have too many of these paths, and some models have heads or MLPs of a kind that
+    paths are not followed through. In all such models ("deep" below), the logits are the sum of what each head and MLP
+    wrote directly into them; a head's source is the position that it attended to. What the circuit's induction heads
+    and bigram memories wrote is split by what they read: the embeddings, the circuit's earlier heads (by the position
+    that those attended to) and all else ("stream", biases included).
 
     Args:
         model: a HookedTransformer or TransformerBridge.
         prompt: text, tokens or a `HijackPrompt`; or a batch of prompts.
-        position: whose next-token logits; negative ones count from the end. "all" gives every position,
-            summed over sources; not for deep models.
+        position: the position whose next-token logits to attribute; negative ones count from the end. "all" gives every
+            position, summed over sources; not for deep models.
         circuit: the roles of the components, by which paths are named and grouped; by default `model.circuit`. Without
-            one, components bear their places as names, and nothing counts as the context's.
+            one, components are named by their places, and nothing counts as the context's.
         answers: the outputs whose logits to attribute, one or several, by id or text (read as by `logit_diff`), in this
-            order; by default all of them, and for deep models the prompt's candidates, else the ten that one prompt's
-            logits are largest for.
+            order; by default all of them, or for deep models the prompt's candidates, else (for one prompt) the ten
+            with the largest logits.
 
     Returns:
-        A `LogitAttribution`; with a batch axis where `prompt` has one.
+        A `LogitAttribution`; with a batch axis if `prompt` has one.
 
     Raises:
         TypeError, ValueError: for prompts the model cannot take, for more than 2^29 numbers from a deep model, and for
-            models whose logits are no sum over paths, or whose hooks keep them from being one.
+            models whose logits are not a sum over paths, or whose hooks keep them from being one.
     """
     check_model(model)
     circuit = circuit_of(model, circuit)
@@ -155,7 +155,7 @@ def _whole_paths(
 
 
 def _follow(sources: list[tuple[Source, Tensor]], views: list[Any], enter: Any) -> list[StreamTerm]:
-    """All terms of the final residual stream: each block's input passes on, through each head, through the MLP."""
+    """All terms of the final residual stream: each block passes on its input directly, via heads and via the MLP."""
     terms: list[StreamTerm] = [(source, (), enter(x)) for source, x in sources]
     for layer, view in enumerate(views):
         block: FrozenBlock = view.block
@@ -176,7 +176,7 @@ def _follow(sources: list[tuple[Source, Tensor]], views: list[Any], enter: Any) 
 
 
 def _via(source: Source, through: tuple[Component, ...], component: Component) -> tuple[Component, ...]:
-    # Biases are one path, whichever way they take.
+    # All biases are one path, whatever route they take.
     return () if source == "biases" else (*through, component)
 
 
@@ -196,7 +196,7 @@ def _names(model: Any) -> list[str]:
 
 
 def _beyond_whole_paths(model: Any) -> str | None:
-    """Why not all paths of a model are followed, if so: it is deep, or not linear in the ways that `terms` knows."""
+    """Why a model's paths are not all followed, or `None`: it is deep, or not linear in the ways that `terms` knows."""
     cfg = model.cfg
     if cfg.n_layers > 2:
         return f"model has {cfg.n_layers} layers; paths are followed through at most 2"
@@ -206,7 +206,7 @@ def _beyond_whole_paths(model: Any) -> str | None:
     if getattr(cfg, "n_key_value_heads", None) not in (None, cfg.n_heads):
         return "model has grouped-query attention (cfg.n_key_value_heads), and paths are not followed through that"
     if getattr(cfg, "output_logits_soft_cap", -1.0) not in (None, -1.0, 0.0):
-        return "model caps its logits (cfg.output_logits_soft_cap), so that they are no sum over paths"
+        return "model caps its logits (cfg.output_logits_soft_cap), so they are not a sum over paths"
     if getattr(cfg, "num_experts", None):
         return "model has mixtures of experts (cfg.num_experts), and paths are not followed through these"
     if str(cfg.act_fn).endswith("_ln"):

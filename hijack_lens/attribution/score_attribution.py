@@ -17,13 +17,13 @@ from hijack_lens.core.tables import Drawn, tidy
 from hijack_lens.hooks.edges import Sender
 
 ScoreTerm = Sender | Literal["biases", "offset"]
-"""What writes into the residual stream; every bias together; and, of keys alone, what an offset adds to them."""
+"""What writes into the residual stream; all biases together; or, for keys only, what a relative position adds."""
 
 _NAMES = {"pos_embed": "positional embed", "offset": "offset key"}
 
 
 def term_label(term: ScoreTerm, circuit: Circuit) -> str:
-    """What to call a term: a component by its role, where it has one to itself."""
+    """The name of a term: for a component, its role, if it has one to itself."""
     return circuit.label(term) if isinstance(term, Component) else _NAMES.get(term, term)
 
 
@@ -61,12 +61,12 @@ class LogOdds(_ByTerms, Drawn):
     Attributes:
         values: the weighted differences of scores, by path; in nats, like `entropy` and `total`.
         entropy: the entropy of the competitors' shares; 0 for a single one.
-        total: log-odds from the run's scores: the sum of `values`, minus `entropy`.
+        total: the log-odds from the run's scores: the sum of `values`, minus `entropy`.
         key: the key's position.
-        against: positions of the competitors.
+        against: the competitors' positions.
         shares: the competitors' shares of their total attention.
-        query_terms: along the first axis.
-        key_terms: along the second.
+        query_terms: the query's terms, along the first axis.
+        key_terms: the keys' terms, along the second.
         circuit: names components by their roles.
     """
 
@@ -116,11 +116,11 @@ class LogOdds(_ByTerms, Drawn):
 
     @property
     def completeness_error(self) -> float:
-        """|sum over paths - entropy - log-odds|; rounding alone."""
+        """|sum over paths - entropy - log-odds|; only rounding error."""
         return abs(float(self.values.sum()) - self.entropy - self.total)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row per path: query_path, key_path, log_odds; the entropy, which belongs to none, is not among them."""
+        """A row per path: query_path, key_path, log_odds. The entropy belongs to no path, and is left out."""
         return tidy({"query_path": self.query_labels, "key_path": self.key_labels}, log_odds=self.values)
 
     def _repr_png_(self) -> bytes:
@@ -137,12 +137,12 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
     Attributes:
         values: in nats (scores as they enter the softmax); they sum to `scores` over both terms.
         scores: the run's scores.
-        attention: what the keys get in the run.
+        attention: the attention that each key gets in the run.
         head: the head.
         query: the position that attends.
-        keys: positions attended to, along the first axis.
-        query_terms: along the second axis.
-        key_terms: along the third.
+        keys: the positions attended to, along the first axis.
+        query_terms: the query's terms, along the second.
+        key_terms: the keys' terms, along the third.
         texts: the prompt's tokens, with white space visible.
         circuit: names components by their roles.
     """
@@ -171,7 +171,7 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
 
     @property
     def completeness_error(self) -> float:
-        """The largest |sum over paths - score|; rounding alone."""
+        """The largest |sum over paths - score|; only rounding error."""
         return float((self.values.sum((1, 2)) - self.scores).abs().max())
 
     @property
@@ -193,7 +193,7 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
         return self.values[:, row, _index("key_term", key_term, self.key_terms)]
 
     def log_odds(self, key: int | None = None, against: int | Iterable[int] | None = None) -> LogOdds:
-        """Why the head preferred a key to others: log of its attention over their total, by path.
+        """Why the head preferred a key to others: the log of its attention over their total, by path.
 
         A part of the score that all keys share cancels here, as it does in the softmax.
 

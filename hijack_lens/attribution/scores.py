@@ -1,7 +1,7 @@
 """A head's attention scores as an exact sum over (query path, key path).
 
-Once the norm's scale is that of a run, queries and keys are linear in the residual stream, which is itself the sum of
-what every component before wrote into it (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). A
+Given the norm's scale in a run, queries and keys are linear in the residual stream, which is itself the sum of what
+every earlier component wrote into it (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). A
 score is then a sum over pairs of terms, one of the query and one of the key.
 """
 
@@ -36,9 +36,9 @@ def senders(model: Any, layer: int) -> tuple[Sender, ...]:
 def stream_terms(
     model: Any, opened: OpenModel, layer: int, run: Mapping[str, Tensor], positions: Int[Tensor, "pos"]
 ) -> dict[ScoreTerm, Float[Tensor, "pos d_model"]]:
-    """What the residual stream that enters a block is the sum of, at some positions of a run of one prompt.
+    """The terms that sum to the residual stream entering a block, at some positions of a run of one prompt.
 
-    Heads write without their block's bias b_O, which is among the biases; MLPs with theirs.
+    Heads' terms leave out their block's bias b_O, which is among the biases; MLPs' terms include their biases.
     """
     stream = run[f"blocks.{layer}.hook_resid_pre"][0, positions]
     terms: dict[ScoreTerm, Tensor] = {}
@@ -56,19 +56,19 @@ def stream_terms(
     if not error <= tolerance(stream.dtype) * size:
         raise ValueError(
             f"the residual stream before layer {layer} is not the sum of embeddings, heads, MLPs and biases (off by "
-            f"{error:.2g}): the model, or a hook on it, does something to it that is not taken apart here"
+            f"{error:.2g}): the model, or a hook on it, does something to it that attribution does not cover"
         )
     return terms
 
 
 def tolerance(*dtypes: torch.dtype) -> float:
-    """How far two ways to compute one sum may differ, relative to the size of what is summed."""
+    """How far two ways of computing a sum may differ, relative to the size of its terms."""
     return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5)
 
 
 @dataclass(frozen=True)
 class HeadInput:
-    """How one head makes its queries, or its keys, at some positions of a run: normed stream times W, plus b."""
+    """How one head computes its queries, or its keys, at some positions of a run: normed stream times W, plus b."""
 
     block: Block
     norm: LinearNorm
@@ -95,7 +95,7 @@ class HeadInput:
     def parts(self, terms: Mapping[ScoreTerm, Float[Tensor, "pos d_model"]]) -> Float[Tensor, "term pos d_head"]:
         """What each term of the stream adds to the queries or keys, as they enter the scores.
 
-        The norm's bias and `b` count among the biases. Rotary positions turn every part alike, as they are linear.
+        The norm's bias and `b` count among the biases. Rotary embeddings, being linear, rotate every part alike.
         """
         rows = []
         for term, x in terms.items():
@@ -107,7 +107,7 @@ class HeadInput:
 
 
 def offset_keys(block: Block, head: int, query: int, keys: Int[Tensor, "pos"]) -> Float[Tensor, "1 pos d_head"] | None:
-    """What relative positions add to a head's keys, as seen from a query: r in q . (k + r); `None` where none do.
+    """What relative positions add to a head's keys, as seen from a query: r in q . (k + r); `None` if there are none.
 
     Keys further away than any learned offset get nothing.
     """
@@ -132,30 +132,30 @@ def attribute_scores(
     *,
     circuit: Circuit | None = None,
 ) -> ScoreAttribution:
-    """Splits a head's attention scores at a query position over (query path, key path): why it looked where it looked.
+    """Splits a head's attention scores at a query position over (query path, key path): why it looked where it did.
 
-    The residual stream that the head reads is the sum of what the embeddings, every head and MLP before, and biases
-    wrote into it. Given the norm's scale of the run, the head's query and keys are linear in that stream, and a score
-    is bilinear in query and key. So with q_a and k_b for what terms a and b add to them,
+    The residual stream that the head reads is the sum of what the embeddings, all earlier heads and MLPs, and biases
+    wrote into it. Given the norm's scale in the run, the head's query and keys are linear in that stream, and a score
+    is bilinear in query and key. So if q_a and k_b are what terms a and b add to them, then
 
         score[t, s] = sum over a, b of  q_a[t] . k_b[s] / scale
 
     without remainder. K-composition (Elhage et al. 2021) with the previous-token head is one cell of that table: a =
-    the embedding, b = the previous-token head. Rotary positions turn each part alike; keys of a group are shared; what
-    a `RelativeAttention` adds to a key for its offset is one more term of the key.
+    the embedding, b = the previous-token head. Rotary embeddings rotate each part alike; the heads of a group share
+    their keys; what a `RelativeAttention` adds to a key for its offset is one more term of the key.
 
     Args:
         model: a HookedTransformer or TransformerBridge of any depth.
-        prompt: a single one: text, tokens or a `HijackPrompt`.
-        head: whose scores: a `Component`, its place ("L1H0"), or a role that just one head plays; by default the
-            circuit's induction head.
-        query: position that attends; negative ones count from the end.
-        key: position or positions attended to, none of them after `query`; by default all of these.
+        prompt: a single prompt: text, tokens or a `HijackPrompt`.
+        head: the head that attends: a `Component`, its place ("L1H0"), or a role that just one head plays; by default
+            the circuit's induction head.
+        query: the position that attends; negative ones count from the end.
+        key: the position or positions attended to, none of them after `query`; by default all up to it.
         circuit: the roles of the components, by which terms are named; by default `model.circuit`, if there is one.
 
     Raises:
-        TypeError, ValueError: for prompts, heads and positions that the model does not have; for more numbers than
-            2^27; and for models whose scores are no such sum, among them those with capped scores or ALiBi.
+        TypeError, ValueError: for prompts, heads and positions that the model does not have; for more than 2^27
+            numbers; and for models whose scores are not such a sum, such as those with capped scores or ALiBi.
     """
     check_model(model)
     circuit = circuit_of(model, circuit)
@@ -224,8 +224,8 @@ def _scores(model: Any, block: Block, head: Component, run: dict[str, Tensor], q
     assert head.head is not None
     if isinstance(model, HookedTransformer):
         return run[f"{_at(head)}.hook_attn_scores"][0, head.head, query, : query + 1]
-    # Some bridges show attention patterns at hook_attn_scores. Their queries and keys give the scores, and the pattern
-    # shows whether these are all there is to it.
+    # Some bridges show attention patterns at hook_attn_scores. So compute the scores from queries and keys, and check
+    # against the pattern that nothing else enters them.
     positions = torch.arange(query + 1, device=run[f"{_at(head)}.hook_q"].device)
     q, k = (block.turned(run[f"{_at(head)}.hook_{via}"][:, : query + 1], positions) for via in "qk")
     scores = block.scores(q[:, -1:], k, positions[-1:], positions)
@@ -235,18 +235,16 @@ def _scores(model: Any, block: Block, head: Component, run: dict[str, Tensor], q
     if not error <= tolerance(pattern.dtype, torch.float32):
         raise ValueError(
             f"head {head}: its attention is not the softmax of its query's products with its keys (off by {error:.2g}):"
-            " the model, or a hook on it, changes scores in a way that is not taken apart here"
+            " the model, or a hook on it, changes scores in a way that attribution does not cover"
         )
     return scores[0, head.head, 0]
 
 
 def _check_sum(model: Any) -> None:
-    """Nothing that the model is known for makes its scores more than products of queries and keys."""
+    """Checks that no setting makes the model's scores more than products of queries and keys."""
     cfg = model.cfg
     if getattr(cfg, "attn_scores_soft_cap", -1.0) not in (None, -1.0, 0.0):
-        raise ValueError(
-            "model caps its attention scores (cfg.attn_scores_soft_cap), so that they are no sum over paths"
-        )
+        raise ValueError("model caps its attention scores (cfg.attn_scores_soft_cap), so they are not a sum over paths")
     if cfg.positional_embedding_type == "alibi":
         raise ValueError("model adds to its scores by distance (ALiBi), which attribution does not cover")
     if getattr(cfg, "use_qk_norm", False):
@@ -260,7 +258,7 @@ def _check_values(
     scores: Float[Tensor, "key"],
     keys: tuple[int, ...],
 ) -> None:
-    """The sums are the run's scores: there is nothing in the model that the terms do not hold."""
+    """Checks that the sums are the run's scores, so that the terms leave nothing out."""
     masked = [key for key, score in zip(keys, scores.tolist(), strict=True) if score == -torch.inf]
     if masked:
         raise ValueError(f"key must hold no positions that head {head} is kept from attending to, got {masked}")
@@ -270,7 +268,7 @@ def _check_values(
     if not error <= allowed * float(values.abs().sum((1, 2)).max()):
         raise ValueError(
             f"head {head}: its scores are not the sum over terms of its query and keys (off by {error:.2g}): the "
-            "model, or a hook on it, does something that is not taken apart here"
+            "model, or a hook on it, does something that attribution does not cover"
         )
 
 

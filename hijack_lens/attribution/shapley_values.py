@@ -208,7 +208,7 @@ def shapley(
             there, prompt by prompt: a corrupted prompt's, say. A head's output is its `z`, an MLP's its whole
             `mlp_out`.
         reference: prompts or a cache, as long as `prompt`; for all but "zero".
-        circuit: the roles of the components, by which they are called; by default that in `components`, else
+        circuit: the roles that name the components; by default those of a `Circuit` given as `components`, else
             `model.circuit`, if there is one.
         max_exact: the largest number of players for which all 2^n coalitions are run.
         n_samples: how many random orders to estimate from otherwise, each with its reverse; n_samples · 2 (n - 1) runs

@@ -56,7 +56,7 @@ class FrozenMLP:
 
 @dataclass(frozen=True)
 class FrozenBlock:
-    """A block's weights, with patterns, scales and gates frozen at a run's. Biases and an MLP of 0 may be absent."""
+    """A block's weights, with patterns, scales and gates frozen at a run's. Biases and a zero MLP may be absent."""
 
     pattern: Float[Tensor, "batch head query key"]
     norm: LinearNorm
@@ -304,7 +304,7 @@ class Unembedding:
 
     @classmethod
     def of(cls, final: LinearNorm, W_U: Float[Tensor, "d_model d_vocab"], last: LastBlock) -> "Unembedding":
-        """After a model's last block."""
+        """The unembedding after a model's last block."""
         straight, through, mlp = final.before(W_U, last.query), None, last.block.mlp
         if mlp is not None:
             neurons = mlp.gate[:, last.query, :, None] * (mlp.W_out @ straight)

@@ -1,12 +1,12 @@
 """How well a linear associative memory recalls once its directions are only nearly orthogonal, in closed form.
 
-A memory stores a table L: for every key v and value u, L[v, u] times the outer product of u's direction and v's. Given
-key q, it gives value u the score, with f the activation and unit vectors for tokens,
+A memory stores a table L: for every key v and value u, L[v, u] times the outer product of u's direction and v's. With f
+the activation, and tokens as unit vectors, the score that it gives to value u for key q is
 
     S[q, u] = sum_v f(v.q) sum_w L[v, w] (w.u)
 
 The wanted part is L[q, u], if f(1) = 1. All other inner products are taken to be independent, with mean 0 and mean
-square c^2, the `overlap`. With m1 and m2 the first two moments of f there (0 and c^2 for a linear memory),
+square c^2, the `overlap`. With m1 and m2 the first two moments of f of such a product (0 and c^2 for a linear memory),
 
     mean  of the cross-talk   m1 sum_{v != q} L[v, u]
     its variance              c^2 sum_{w != u} L[q, w]^2  +  (m2 - m1^2) sum_{v != q} L[v, u]^2
@@ -77,7 +77,7 @@ def thresholded(c2: float) -> Moments:
 def crosstalk_moments(
     table: Float[Tensor, "key value"], c2: float, neuron: Moments
 ) -> tuple[Float[Tensor, "key value"], Float[Tensor, "key value"]]:
-    """Mean and variance of the cross-talk in every cell of a table, at a mean square `c2` of inner products."""
+    """Mean and variance of the cross-talk in every cell of a table, for inner products of mean square `c2`."""
     squares = table.square()
     same_key = squares.sum(1, keepdim=True) - squares
     same_value = squares.sum(0, keepdim=True) - squares
@@ -90,14 +90,14 @@ def crosstalk_moments(
 def expected_recall(table: Float[Tensor, "key value"], c2: float, neuron: Moments) -> float:
     """The fraction of keys whose largest value in L gets the largest score, if cross-talk is independent and Gaussian.
 
-    With score means mu and deviations s, and r the right value, per key
+    For a key with score means mu, deviations s and the right value r, its probability is
 
         P = integral dx phi(x) prod_{u != r} Phi( (mu_r + s_r x - mu_u) / s_u )
 
-    by Gauss-Hermite quadrature. Cross-talk that two values share does less harm, so this errs on the low side: within
-    the measurement error for tables without structure, by up to a tenth for tables whose rows are alike or have one
-    large entry each. The error is larger for a thresholded memory in few dimensions (d_model = 8 for 64 one-hot pairs),
-    where few neurons fire by mistake and cross-talk is far from Gaussian: 0.5 for a measured 0.8.
+    by Gauss-Hermite quadrature. Cross-talk that two values share does less harm, so this errs on the low side: by less
+    than the measurement error for tables without structure, by up to a tenth for tables whose rows are alike or have
+    one large entry each, and by more for a thresholded memory in few dimensions (d_model = 8 for 64 one-hot pairs),
+    where few neurons fire by mistake and cross-talk is far from Gaussian: 0.5 where 0.8 is measured.
     """
     if c2 == 0:
         return 1.0
@@ -126,11 +126,11 @@ class MemoryCapacity(Saved, Drawn):
     Attributes:
         d_models: the sizes tried, smallest first.
         seeds: seeds of the directions.
-        d_vocab: how many tokens, with three directions each.
+        d_vocab: the number of tokens, with three directions each.
         recall: the fraction of keys whose likeliest value gets the largest score.
         crosstalk: root mean square of the scores minus the table, in logits.
-        expected_recall: by theory.
-        expected_crosstalk: likewise.
+        expected_recall: the recall that theory expects.
+        expected_crosstalk: the cross-talk that theory expects.
     """
 
     d_models: tuple[int, ...]
@@ -149,15 +149,15 @@ class MemoryCapacity(Saved, Drawn):
     def recall_stderr(self) -> Float[Tensor, "memory d_model"]:
         """Standard error of the mean over keys and seeds.
 
-        At least that of as many independent draws at the expected recall, so that it is not 0 where all seeds agree.
+        At least that of as many independent draws with the expected recall, so that it is not 0 where all seeds agree.
         """
         draws = self.d_vocab * len(self.seeds)
         binomial = (self.expected_recall * (1 - self.expected_recall) / draws).clamp_min(0).sqrt()
         return torch.maximum(self.recall.std(-1) / len(self.seeds) ** 0.5, binomial)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row per memory and d_model: `recall` in the mean over seeds, its `stderr`, the `expected_recall`, and the
-        same of the root mean square of the `crosstalk`."""
+        """A row per memory and d_model: the mean `recall` over seeds, its `stderr` and the `expected_recall`; the mean
+        `crosstalk` over seeds, and the `expected_crosstalk`."""
         return tidy(
             {"memory": MEMORIES, "d_model": self.d_models},
             recall=self.recall.mean(-1),
@@ -193,8 +193,8 @@ def memory_capacity(
 
     Args:
         language: the bigrams to hold, all of positive probability; or a d_vocab, for a language of one fact per
-            token: one token follows each with probability 0.9, and all others are equally likely.
-        d_models: by default a dozen from d_vocab / 8 to 3 d_vocab.
+            token: after each token one follows with probability 0.9, and all others are equally likely.
+        d_models: sizes to try; by default a dozen from d_vocab / 8 to 3 d_vocab.
         seeds: seeds of the directions, at least two.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The result of setting the two memories side by side: tables that sum to the logits, and who wins where."""
+"""The two memories set side by side: tables that sum to the logits, and which memory wins where."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,13 +24,13 @@ Winner = Literal["context", "weights", "both", "neither"]
 class MemoryConflict(TokenTables, Saved, Drawn):
     """What each memory adds to the logits, for every token that may stand last.
 
-    What the memories say, and who wins, is among the `answers`.
+    Candidates and winners are found among the `answers` alone.
 
     Attributes:
-        context: written through the induction heads; in logits.
-        weights: written by the bigram memory, the direct path and the biases.
-        rest: written any other way.
-        logits: of the model; the sum of the three.
+        context: what is written through the induction heads, in logits.
+        weights: what the bigram memory, the direct path and the biases write.
+        rest: what is written in any other way.
+        logits: the model's logits, the sum of the three.
     """
 
     context: Float[Tensor, "query answer"]
@@ -44,12 +44,12 @@ class MemoryConflict(TokenTables, Saved, Drawn):
 
     @property
     def completeness_error(self) -> float:
-        """The largest |context + weights + rest - logit|; rounding alone, for an untouched model."""
+        """The largest |context + weights + rest - logit|; only rounding error, for an unmodified model."""
         return float((self.context + self.weights + self.rest - self.logits).abs().max())
 
     @property
     def in_context(self) -> Int[Tensor, "query"]:
-        """The context's candidate for each query token: on the answer axis, where its row is largest."""
+        """The context's candidate for each query token: the index among the answers at which its row is largest."""
         return self.context.argmax(1)
 
     @property
@@ -59,7 +59,7 @@ class MemoryConflict(TokenTables, Saved, Drawn):
 
     @property
     def conflicts(self) -> Bool[Tensor, "query"]:
-        """Where the two differ. Of query tokens that do not occur in the context, it knows nothing in particular."""
+        """Where the two differ. Of query tokens that do not occur in it, the context knows nothing in particular."""
         return self.in_context != self.global_candidate
 
     @property
@@ -74,7 +74,7 @@ class MemoryConflict(TokenTables, Saved, Drawn):
 
     @property
     def winners(self) -> tuple[Winner, ...]:
-        """Whose candidate has the largest logit: "both" where they say the same, "neither" for a third answer."""
+        """Whose candidate has the largest logit: "both" where they agree, "neither" if a third answer has it."""
         top, c, g = (x.tolist() for x in (self.logits.argmax(1), self.in_context, self.global_candidate))
         return tuple(map(_winner, top, c, g))
 
@@ -82,7 +82,7 @@ class MemoryConflict(TokenTables, Saved, Drawn):
         """A row per query token.
 
         Its text, whether it `occurs` in the context, the candidates `in_context` and `global`, whether they `conflict`,
-        the parts of the margin and their sum, the `winner`, and the answer `predicted`, of the largest logit.
+        the parts of the margin and their sum, the `winner`, and the answer with the largest logit, `predicted`.
         """
         texts = self.answer_texts
         frame = pd.DataFrame({"query": self.query_texts, "occurs": self.occurs.numpy()})
@@ -103,7 +103,7 @@ def _winner(top: int, in_context: int, global_candidate: int) -> Winner:
 
 
 _CELLS = 2**24
-"""Numbers per attribution: 128 MiB in float64."""
+"""The most numbers per attribution: 128 MiB in float64."""
 
 
 def memory_conflict(
@@ -115,25 +115,25 @@ def memory_conflict(
     answers: Tokens = None,
     circuit: Circuit | None = None,
 ) -> MemoryConflict:
-    """What the context and what the weights would say at a position, whatever token stood there; and who would win.
+    """What the context and the weights would say at a position, for every token that could stand there; and who wins.
 
     Row q of each table is what `attribute` gives for the prompt with q in the position's place: the context (all paths
     through the circuit's induction heads), the weights (the bigram memory, the direct path and biases) and the rest,
-    which sum to the model's logits. Beside `context_memory`, which is what one head writes straight into the logits,
-    the context here includes what later MLPs make of that; and in models of two layers not the head's value bias, which
-    is the same in all contexts.
+    which sum to the model's logits. Unlike `context_memory`, which is what one head writes straight into the logits,
+    the context here includes what later MLPs make of that; and in models of two layers it excludes the head's value
+    bias, which is the same in all contexts.
 
     Args:
         model: a HookedTransformer or TransformerBridge of any depth.
-        prompt: a single one: text, tokens or a `HijackPrompt`. What comes after the position does not matter.
+        prompt: a single prompt: text, tokens or a `HijackPrompt`. What comes after the position does not matter.
         position: where the token is replaced; negative ones count from the end.
         query_tokens: tokens to put there, by id or text; by default the whole vocabulary.
-        answers: outputs whose logits to give; likewise.
+        answers: outputs whose logits to give; by default all.
         circuit: the roles of the components; by default `model.circuit`.
 
     Raises:
         TypeError, ValueError: as for `attribute`, for a circuit without induction heads, and for tables of more than
-            2^27 numbers, with a large vocabulary.
+            2^27 numbers, as with a large vocabulary.
     """
     tables = token_tables(model, prompt, position, query_tokens, answers)
     circuit = circuit_of(model, circuit)

@@ -1,4 +1,4 @@
-"""The result of reading a context as a memory: a table of logits, what it is the sum of, and views of it."""
+"""A context read as a memory: a table of logits, the terms that it is the sum of, and views of it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,21 +28,21 @@ from hijack_lens.models.opened import UnknownArchitectureError, open_model
 
 @dataclass(frozen=True, repr=False)
 class ContextMemory(TokenTables, Saved, Drawn):
-    """What an attention head makes of a context, for every token that may ask.
+    """What an attention head makes of a context, for every token that may query it.
 
     Attributes:
-        attention: that each query token gives to each position of the prompt; the last is its own.
-        value_logits: that each position of the context writes where it gets all the attention, before the final norm
-            divides them by its scale; in logits.
-        own_logits: likewise of the query token itself, whose value no context has written.
-        scale: of the final norm, where each query token stands last; 1 without a norm.
-        fast_weights: the sum over the context's positions s of (value_s W_O) key_s^T, with keys turned by their
+        attention: what each query token gives to each position of the prompt, the last of which is its own.
+        value_logits: what each position of the context writes if it gets all the attention, in logits, before the final
+            norm divides them by its scale.
+        own_logits: the same for the query token itself, which is not part of the context.
+        scale: the final norm's scale where each query token stands last; 1 without a norm.
+        fast_weights: the sum over the context's positions s of (value_s W_O) key_s^T, with keys rotated by their
             positions and divided by the scores' scale. With scores in place of their softmax, the head would write
-            `fast_weights @ query_vector` of the context into the residual stream. `None` where scores are no products
-            of queries and keys: capped, or with a term for the distance (ALiBi), or of unknown making.
-        query_vectors: of the query tokens at the position, turned by it; `None` likewise.
-        head: whose.
-        circuit: names components by their roles.
+            `fast_weights @ query_vector` from the context into the residual stream. `None` where scores are not just
+            products of queries and keys: capped, with a term for the distance (ALiBi), or computed in an unknown way.
+        query_vectors: the query tokens' queries, rotated by the position; `None` where `fast_weights` is.
+        head: the head whose memory this is.
+        circuit: the roles by which components are named.
     """
 
     attention: Float[Tensor, "query source"]
@@ -66,15 +66,15 @@ class ContextMemory(TokenTables, Saved, Drawn):
 
     @cached_property
     def values(self) -> Float[Tensor, "query answer"]:
-        """The memory: the logit that the head writes for each answer, the last token being the query; in logits."""
+        """The memory: what the head writes for each answer if the query is the last token, in logits."""
         context, own = self.attention[:, :-1], self.attention[:, -1:]
         return (context @ self.value_logits + own * self.own_logits) / self.scale[:, None]
 
     def by_source(self, query_token: int | str) -> Float[Tensor, "source answer"]:
-        """One row of `values` by the position that it comes from.
+        """One row of `values`, split by the position that it comes from.
 
         Args:
-            query_token: by id or text.
+            query_token: the row's token, by id or text.
         """
         row = self.row(query_token)
         written = torch.cat([self.value_logits, self.own_logits[row : row + 1]])
@@ -88,7 +88,7 @@ class ContextMemory(TokenTables, Saved, Drawn):
 
 
 _CHECKED = 1000
-"""Logits of each row that are compared with the run's."""
+"""How many logits of each row are compared with the run's."""
 
 
 @torch.no_grad()
@@ -118,17 +118,17 @@ def context_memory(
 
     Args:
         model: a HookedTransformer or TransformerBridge of any depth.
-        prompt: a single one: text, tokens or a `HijackPrompt`. What comes after the position does not matter.
-        head: whose memory: a `Component`, its place ("L1H0"), or a role that just one head plays; by default the
+        prompt: a single prompt: text, tokens or a `HijackPrompt`. What comes after the position does not matter.
+        head: the head to read: a `Component`, its place ("L1H0"), or a role that just one head plays; by default the
             circuit's induction head.
         position: where it is read; negative ones count from the end.
         query_tokens: tokens to put there, by id or text; by default the whole vocabulary.
-        answers: outputs whose logits to give; likewise.
+        answers: outputs whose logits to give; by default all.
         circuit: the roles of the components; by default `model.circuit`, if there is one.
 
     Raises:
         TypeError, ValueError: for prompts, heads, positions and tokens that the model does not have; for tables of more
-            than 2^27 numbers, with a large vocabulary; and for models whose logits are no sum over what heads write.
+            than 2^27 numbers, as with a large vocabulary; and for models whose logits are not sums of what heads write.
     """
     tables = token_tables(model, prompt, position, query_tokens, answers)
     circuit = circuit_of(model, circuit)
@@ -173,8 +173,8 @@ def _run(
     """What the head has at the last position of each prompt, and the keys and values that all of them share.
 
     Returns:
-        "attention" [query, source], "q", "z", "own_k" and "own_v" [query, d_head], and the "stream" that is unembedded
-        [query, 1, d_model], and "logits" of some answers; "k" and "v" [source, d_head], the last rows aside.
+        "attention" [query, source], "q", "z", "own_k" and "own_v" [query, d_head], the "stream" that is unembedded
+        [query, 1, d_model], and "logits" of some answers; "k" and "v" [source, d_head], shared but for the last rows.
     """
     attn, h = f"blocks.{head.layer}.attn", head.head
     assert h is not None
@@ -210,9 +210,9 @@ def _run(
 def _products(
     model: Any, head: Component, run: dict[str, Tensor]
 ) -> tuple[Float[Tensor, "query d_head"], Float[Tensor, "context d_head"]] | None:
-    """Query vectors, and the context's keys divided by the scores' scale, where these products are all of the scores.
+    """Query vectors, and the context's keys over the scores' scale, if their products are the scores; `None` otherwise.
 
-    They are not where scores are capped or depend on distance (ALiBi), nor in attention that is not known here.
+    They are not where scores are capped or depend on distance (ALiBi), nor in attention of an unknown kind.
     """
     try:
         block = open_model(model).blocks[head.layer]

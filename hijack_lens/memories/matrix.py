@@ -1,4 +1,4 @@
-"""The result of reading the weights' memory as a table: how well it recalls, its rank, its cross-talk; and views."""
+"""The weights' memory read as a table: how well it recalls, its rank and its cross-talk; and views of it."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,17 +23,17 @@ from hijack_lens.models.linear_maps import linear_norm
 
 @dataclass(frozen=True, repr=False)
 class MemoryMatrix(NamedTokens, Saved, Drawn):
-    """What the weights say of each token, in logits; beside it the bigrams' log-probabilities.
+    """What the weights say after each token, in logits, and the bigrams' log-probabilities.
 
     Both tables are in float64, on the CPU, each row relative to its mean over the columns. Every cell counts alike,
-    those of bigrams too rare to be learned too: `training.fit_strengths` weighs them by how often they occur.
+    even of bigrams too rare to be learned; `training.fit_strengths` weights them by how often they occur.
 
     Attributes:
         values: the memory's table.
-        log_pi_b: the language's; `None` without one, when all that compares the two is NaN.
+        log_pi_b: the language's table; `None` without a language, and then all that compares the two is NaN.
         key_tokens: ids of the rows' tokens.
-        value_tokens: of the columns', which are outputs.
-        part: what wrote it: "memory", the `components`; or "weights", all that does not depend on the context.
+        value_tokens: ids of the columns' tokens, which are outputs.
+        part: what wrote the table: "memory" (the `components`) or "weights" (all that does not depend on the context).
         components: the MLPs; none for "weights".
     """
 
@@ -49,7 +49,7 @@ class MemoryMatrix(NamedTokens, Saved, Drawn):
         check_shapes(self, {"values": shape, "log_pi_b": shape})
 
     def recall(self, k: int = 1) -> float:
-        """The fraction of keys of which the likeliest value is among the k that the memory gives the largest logits.
+        """The fraction of keys whose likeliest value is among the k that the memory gives the largest logits.
 
         NaN without a language.
         """
@@ -57,7 +57,7 @@ class MemoryMatrix(NamedTokens, Saved, Drawn):
         if self.log_pi_b is None:
             return torch.nan
         said = self.values.topk(min(k, self.values.shape[1])).indices
-        # By its log-probability, so that of equally likely values any will do.
+        # Compared by log-probability, so that any of several equally likely values will do.
         best = self.log_pi_b.gather(1, said).max(1).values
         return float((best == self.log_pi_b.max(1).values).double().mean())
 
@@ -70,14 +70,14 @@ class MemoryMatrix(NamedTokens, Saved, Drawn):
 
     @cached_property
     def crosstalk(self) -> Float[Tensor, "key value"]:
-        """What is written beside g * log pi_b, in logits; NaN without a language."""
+        """What is written in addition to g * log pi_b, in logits; NaN without a language."""
         if self.log_pi_b is None:
             return torch.full_like(self.values, torch.nan)
         return self.values - self.slope * self.log_pi_b
 
     @property
     def crosstalk_rms(self) -> float:
-        """Its root mean square over all cells."""
+        """The root mean square of the cross-talk over all cells."""
         return float(self.crosstalk.square().mean().sqrt())
 
     @property
@@ -87,12 +87,12 @@ class MemoryMatrix(NamedTokens, Saved, Drawn):
 
     @cached_property
     def singular_values(self) -> Float[Tensor, "rank"]:
-        """Of the memory's table, largest first; one is always 0 where it has as many rows as columns."""
+        """The singular values of the table, largest first; one is always 0 where it has as many rows as columns."""
         return torch.linalg.svdvals(self.values)
 
     @property
     def rank(self) -> int:
-        """Its rank to float precision (`torch.linalg.matrix_rank`)."""
+        """The table's rank to float precision (`torch.linalg.matrix_rank`)."""
         return int(torch.linalg.matrix_rank(self.values))
 
     @property
@@ -109,7 +109,7 @@ class MemoryMatrix(NamedTokens, Saved, Drawn):
 
 
 _MOST_CELLS = 2**26
-"""Numbers in a table: 512 MiB in float64."""
+"""The most numbers in a table: 512 MiB in float64."""
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def memory_matrix(
     key_tokens: Tokens = None,
     value_tokens: Tokens = None,
 ) -> MemoryMatrix:
-    """What the weights say after each token, whatever the context: the learned table W_F beside `log pi_b`.
+    """What the weights say after each token, whatever the context: the learned table W_F, next to `log pi_b`.
 
     Row v holds the logits of token v's own run, with attention and positions off, relative to their mean, since a
     constant per row changes no prediction. Of these, "memory" is what the MLPs write straight into the logits (their
@@ -136,15 +136,15 @@ def memory_matrix(
             these, or a mapping to them; a `Circuit`, for its bigram memory; or "all" MLPs. By default the bigram memory
             of `model.circuit`.
         part: "memory" or "weights".
-        language: whose bigrams to compare with, every one of positive probability; by default the model's own, if it
-            has one. With `None` the table stands alone, and what compares is NaN: not scored.
-        key_tokens: of the rows, by id or text; by default the whole vocabulary.
-        value_tokens: of the columns, likewise.
+        language: whose bigrams to compare with, all of positive probability; by default the model's own, if it has
+            one. With `None` the table stands alone, and all comparisons are NaN.
+        key_tokens: tokens of the rows, by id or text; by default the whole vocabulary.
+        value_tokens: tokens of the columns, likewise.
 
     Raises:
         TypeError, ValueError: for MLPs and tokens that the model does not have, a language of another vocabulary or
             with zeros, tables of more than 2^26 cells (choose key_tokens and value_tokens), and models whose logits are
-            no sum over what MLPs write.
+            not sums of what MLPs write.
     """
     check_choice("part", part, ("memory", "weights"))
     if part == "weights" and components is not None:

@@ -1,4 +1,4 @@
-"""The result of reading an MLP as a key-value memory, and views of it."""
+"""An MLP read as a key-value memory, and views of it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,17 +31,17 @@ class MemoryNeurons(NamedTokens, Saved, Drawn):
     Attributes:
         component: the MLP.
         neurons: their indices in it.
-        key_tokens: ids of those that make each write most (|post|), strongest first; where there are too few, then of
+        key_tokens: ids of the tokens that make each write most (|post|), strongest first; where too few do, then of
             those that come closest to turning it on.
-        pre: what these tokens give the neuron before its activation; in a gated MLP, its gate's.
-        post: and after it, what W_out is multiplied by.
+        pre: the neuron's value for these tokens before its activation; in a gated MLP, that of its gate.
+        post: the value that W_out is multiplied by, after the activation.
         n_keys: how many tokens were tried as keys.
         on: the fraction of them whose `pre` is positive.
         promoted: ids of the outputs whose logits the neuron raises most.
-        promoted_logits: by how much, per unit of `post`, relative to the mean over the vocabulary.
-        suppressed: ids of those that it lowers most.
-        suppressed_logits: likewise.
-        spread: root mean square over the vocabulary of these logits.
+        promoted_logits: how much it adds to them, per unit of `post`, relative to the mean over all outputs.
+        suppressed: ids of the outputs whose logits it lowers most.
+        suppressed_logits: how much it adds to them, likewise.
+        spread: root mean square over all outputs of what it adds.
     """
 
     older_names: ClassVar = {"keys": "key_tokens"}
@@ -77,7 +77,7 @@ class MemoryNeurons(NamedTokens, Saved, Drawn):
 
     @property
     def value_logits(self) -> Float[Tensor, "neuron value"]:
-        """By how much, relative to the mean over the vocabulary, the final norm's scale taken to be 1."""
+        """How much it adds to them, relative to the mean over the vocabulary; the final norm's scale is taken as 1."""
         strongest = self.post[:, :1]
         return strongest * torch.where(strongest < 0, self.suppressed_logits, self.promoted_logits)
 
@@ -102,7 +102,7 @@ class MemoryNeurons(NamedTokens, Saved, Drawn):
 
 
 _CELLS = 2**24
-"""Logits at once: 128 MiB in float64."""
+"""The most logits at once: 128 MiB in float64."""
 
 
 @torch.no_grad()
@@ -118,23 +118,23 @@ def memory_neurons(
 
     The key side is what each token does to a neuron by itself, read off its own run with attention and positions off:
     its embedding, through the norms and the earlier MLPs, before the activation (`pre`) and after it (`post`). A gated
-    MLP's neuron is on by its gate, and `post` is the product that it passes on. The value side is what one unit of
+    MLP's neuron is on if its gate is, and `post` is the product that it passes on. The value side is what one unit of
     `post` writes straight into the logits: the neuron's row of W_out through the final norm's weights (its scale is
     taken to be 1) and W_U, relative to its mean over the vocabulary, which no prediction depends on.
 
-    Tokens and neurons are taken some at a time, so that memory is bounded whatever the vocabulary.
+    Tokens and neurons are taken some at a time, so that memory use is bounded whatever the vocabulary's size.
 
     Args:
         model: a HookedTransformer or TransformerBridge of any depth.
         components: an MLP, named as for `memory_matrix`; by default the bigram memory of `model.circuit`.
-        key_tokens: to try as keys, by id or text; by default the whole vocabulary.
-        neurons: by default all.
+        key_tokens: tokens to try as keys, by id or text; by default the whole vocabulary.
+        neurons: indices of the neurons; by default all.
         k: how many tokens to keep on either side.
 
     Raises:
         TypeError, ValueError: for MLPs, neurons and tokens that the model does not have; for MLPs without weights of
-            their own, as mixtures of experts; and for models whose logits, or MLPs whose outputs, are no sum over what
-            neurons write.
+            their own, such as mixtures of experts; and for models whose logits, or MLPs whose outputs, are not sums of
+            what neurons write.
     """
     named = components_of(model, components, kind="mlp")
     if len(named) > 1:
@@ -142,7 +142,7 @@ def memory_neurons(
     check_additive(model)
     W_out = getattr(model.blocks[named[0].layer].mlp, "W_out", None)
     if not isinstance(W_out, Tensor):
-        raise ValueError(f"components: {named[0]} has no W_out of its own, as with mixtures of experts")
+        raise ValueError(f"components: {named[0]} has no W_out of its own, as in mixtures of experts")
     asked = _neuron_ids(neurons, len(W_out))
     ids = token_ids(model, "key_tokens", key_tokens)
     k = check_count("k", k, minimum=1)
@@ -189,7 +189,7 @@ def _check_written(
     written = post @ module.W_out
     if getattr(module, "b_out", None) is not None:
         written = written + module.b_out
-    # Against a bound on all that was added up, which may cancel.
+    # Relative to a bound on the terms, since their sum may cancel.
     scale = (post.abs() @ module.W_out.abs() + out.abs()).max()
     if not bool((written - out).abs().max() <= tolerance(out.dtype) * scale):
         raise ValueError(

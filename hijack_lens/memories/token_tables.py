@@ -51,8 +51,8 @@ class TokenTables(NamedTokens):
     """What the rows and columns of tables from token to token stand for.
 
     Attributes:
-        tokens: of the prompt, up to the position whose token is replaced; that one is the last.
-        query_tokens: ids of what it is replaced by, row by row.
+        tokens: the prompt's tokens, up to the one that is replaced, which is the last.
+        query_tokens: ids of the tokens that replace it, row by row.
         answers: ids of the outputs whose logits these are, column by column.
     """
 
@@ -69,7 +69,7 @@ class TokenTables(NamedTokens):
 
     @property
     def query_texts(self) -> tuple[str, ...]:
-        """Of the rows."""
+        """Texts of the rows."""
         return tuple(map(self.token_text, self.query_tokens))
 
     @property
@@ -84,15 +84,15 @@ class TokenTables(NamedTokens):
 
     @cached_property
     def occurs(self) -> Bool[Tensor, "query"]:
-        """Which query tokens the context, before the position, holds at all."""
+        """Which query tokens occur in the context, before the position."""
         return torch.isin(torch.tensor(self.query_tokens), self.tokens[:-1].cpu())
 
     def row(self, query_token: int | str) -> int:
-        """Which row a query token has."""
+        """The index of a query token's row."""
         return self._find("query_token", query_token, self.query_tokens, self.query_texts)
 
     def chosen(self, query_tokens: Tokens, answers: Tokens, most: int) -> tuple[list[int], list[int]]:
-        """Rows and columns to show: those asked for, by id or text, else the `most` frequent that the context holds."""
+        """Rows and columns to show: those asked for, by id or text, or else the `most` frequent in the context."""
         chosen = []
         axes = (
             ("query_tokens", query_tokens, self.query_tokens, self.query_texts),
@@ -110,7 +110,7 @@ class TokenTables(NamedTokens):
         return chosen[0], chosen[1]
 
     def _held(self, ids: Sequence[int], most: int, are_tokens: bool) -> list[int]:
-        """Where the context's most frequent tokens are in `ids`, at most `most`; if it holds none of them, any."""
+        """Where the context's most frequent tokens are in `ids`, at most `most` of them; if none is, any places."""
         count = Counter(self.tokens[:-1].tolist() if are_tokens else [])
         held = [index for index, token in enumerate(ids) if token in count] or list(range(len(ids)))
         return sorted(sorted(held, key=lambda index: -count[ids[index]])[:most])
@@ -128,7 +128,7 @@ class TokenTables(NamedTokens):
 
 
 def token_tables(model: Any, prompt: object, position: int, query_tokens: Tokens, answers: Tokens) -> TokenTables:
-    """Rows and columns for one prompt, as a user gives them."""
+    """Rows and columns for one prompt, from a user's arguments."""
     check_model(model)
     ids = single_prompt(model, prompt)
     length = ids.shape[1]
@@ -147,14 +147,14 @@ def token_tables(model: Any, prompt: object, position: int, query_tokens: Tokens
 
 
 def replaced(tokens: Int[Tensor, "source"], query_tokens: Sequence[int]) -> Int[Tensor, "query source"]:
-    """The prompt with each query token in its last token's place."""
+    """Copies of the prompt with each query token in place of its last token."""
     prompts = repeat(tokens, "source -> query source", query=len(query_tokens)).clone()
     prompts[:, -1] = torch.tensor(query_tokens).to(prompts)
     return prompts
 
 
 _ACTIVATIONS = 2**25
-"""Activations at once: 128 MiB in float32."""
+"""The most activations at once: 128 MiB in float32."""
 
 _CHECKED = 1000
 """How many logits `check_logits` compares."""
@@ -195,5 +195,5 @@ def context_free(
 
 
 def centred(table: Float[Tensor, "key value"]) -> Float[Tensor, "key value"]:
-    """Each row relative to its mean, since what all columns share makes no difference; one column alone as it is."""
+    """Each row relative to its mean: what all columns share changes no prediction; one column alone, as it is."""
     return table - table.mean(1, keepdim=True) if table.shape[1] > 1 else table

@@ -108,7 +108,7 @@ def _attention(match: Tensor, n: Float[Tensor, "dose"], lengths: Int[Tensor, "fa
 
 
 def _flip(ahead: float, strengths: Strengths, length: int, period: int) -> Flip:
-    """The smallest n at which the context wins, by the formula above."""
+    """The smallest n at which the context wins, by the formula in `_attention`."""
     unmatched = math.exp(-strengths.match)
     most = strengths.copy / (1 + (period - 1) * unmatched)
     if ahead < 0:

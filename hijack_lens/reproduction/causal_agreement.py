@@ -20,13 +20,13 @@ STATEMENT = (
 )
 SOURCE = "beyond the papers; Shapley 1953, and attribution as in the README"
 
-CORRELATION = 0.9  # over a model's prompts, of each memory's part of the margin by attribution and by Shapley values
-ROUNDING = 1e-4  # root mean square difference, in logits, that is float32's: below, there is nothing to explain
+CORRELATION = 0.9  # least, over a model's prompts, between a memory's part of the margin by attribution and by ablation
+ROUNDING = 1e-4  # in logits: a root mean square difference below this is float32's, and needs no explanation
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured at."""
+    """Settings of the measurements."""
 
     recipe: Recipe = RANDOM_TRIGGERS
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the trained models
@@ -40,21 +40,21 @@ QUICK = Settings(seeds=(0, 1, 2), n_prompts=60)
 def causal_agreement(settings: Settings = Settings(), train: Train = trained) -> Result:
     """Attribution's split by memory against Shapley values by ablation, on conflict prompts.
 
-    `attribute` splits the margin, given the attention and the MLP's gates of the run, into context (through the
-    induction head), weights (embeddings, biases and the MLP's reading of them) and rest. `shapley` shares the same
-    margin among two players, the heads of the circuit and its bigram memory, from the 4 runs in which each is there or
-    ablated (zero). The context is worth the heads' value; the weights, the bigram memory's and the run without either,
-    which is the direct path. In a model whose memories act side by side, as in a hand-written one, both splits are one.
+    `attribute` splits the margin, given the run's attention and the MLP's gates in it, into context (through the
+    induction head), weights (embeddings, biases and the MLP's reading of them) and rest. `shapley` divides the same
+    margin between two players, the circuit's heads and its bigram memory, by the 4 runs in which each is present or
+    zero-ablated. The context is worth the heads' value; the weights are worth the bigram memory's value plus the run
+    without either, which is the direct path. If the memories act side by side, as written by hand, the splits coincide.
 
-    Elsewhere they part, because the heads' output passes through the bigram memory's MLP. Attribution takes the neurons
-    that are on as given: what the heads write through them is theirs, and what they read of the embedding is the
-    weights'. Shapley values credit the MLP with half of what the heads' arrival changes in it. So without a norm, and
-    but for the heads' own biases, the weights' parts differ by exactly
+    Elsewhere they differ, because the heads' output passes through the bigram memory's MLP. Attribution takes the
+    neurons that are on as given: what the heads write through them is the context's, and what they read of the
+    embedding is the weights'. Shapley values credit the MLP with half of what the heads change in it. So without a
+    norm, and apart from the heads' own biases, the weights' parts differ by exactly
 
         (what the heads write through the MLP  +  what the MLP alone writes  -  what its embedding path does) / 2
 
-    The note states how much of their difference this explains. It is no finding, since only norms and the heads' biases
-    could make it less than all.
+    The note states how much of their difference this explains. It is not a finding, since only norms and the heads'
+    biases could make it less than all.
     """
     runs = experiment.replicates(train, settings.recipe, settings.seeds)
     table = pd.concat([_ask(run.model, settings, seed).assign(seed=seed) for seed, run in runs], ignore_index=True)
@@ -74,7 +74,7 @@ def _ask(model: BigramTransformer, settings: Settings, seed: int) -> pd.DataFram
         by_path = found.by_path()[:, 0] - found.by_path()[:, 1]
         through_mlp = [p.memory != "weights" and any(c in circuit.bigram for c in p.through) for p in found.paths]
         values = shapley(model, prompt, hijack_margin(prompt), players)
-        assert values.worth is not None  # two players are never sampled
+        assert values.worth is not None  # of two players, all combinations are run
         rows.append(
             {
                 **{part: float(value) for part, value in split.parts.items() if part != "total"},
@@ -98,7 +98,7 @@ def _findings(table: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
     return tuple(
         Finding.at_least(
             setting,
-            f"the part of {memory} by attribution and by ablation correlate by at least {CORRELATION:g}",
+            f"the {memory} parts by attribution and by ablation correlate at {CORRELATION:g} or more",
             [part[memory].corr(part[f"{memory}_ablated"]) for _, part in by_seed],
             CORRELATION,
             ".3f",
@@ -122,13 +122,13 @@ def _note(table: pd.DataFrame) -> str:
         f"In the weights' part the two differ by {mean['difference']:.2f} logits on average, of which half of what the "
         f"heads change in the MLP explains {explained:.2%}. "
         f"On average the heads write {mean['heads_through_mlp']:.2f} logits of the margin through the MLP, which "
-        "attribution counts as theirs and ablation shares with the bigram memory; which neurons are on without them "
-        f"makes {mean['mlp_alone']:.2f}, and attribution's rest is {mean['rest']:.2f}."
+        "attribution counts as theirs and ablation shares with the bigram memory; that other neurons are on "
+        f"without them accounts for {mean['mlp_alone']:.2f}, and attribution's rest is {mean['rest']:.2f}."
     )
 
 
 def _picture(table: pd.DataFrame) -> Picture:
-    """A prompt a dot: each memory's part by ablation against attribution; and the difference against its prediction."""
+    """A dot per prompt: each memory's part by ablation against attribution; the difference against its prediction."""
     picture = Picture(13.0, 4.8)
     axes = picture.figure.subplots(1, 3)
     for ax, memory in zip(axes, ("context", "weights"), strict=False):

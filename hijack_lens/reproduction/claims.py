@@ -1,4 +1,4 @@
-"""The papers' claims, and a run of them: a table with a figure each, as an offline HTML page and as JSON."""
+"""The papers' claims, and a run of them: a table and a figure for each, as an offline HTML page and as JSON."""
 
 import functools
 import json
@@ -41,9 +41,9 @@ class Claim:
     """A claim, and the experiment that tests it.
 
     Attributes:
-        statement: in a sentence.
+        statement: the claim in a sentence.
         source: where it is made.
-        experiment: takes settings.
+        experiment: the function that tests it, given settings.
         full: settings of the full run.
         quick: settings of a run that takes seconds, or a minute or two.
     """
@@ -75,7 +75,7 @@ CLAIMS: dict[str, Claim] = {
     "winner-prediction": _claim(winner_prediction),
     "causal-agreement": _claim(causal_agreement),
 }
-"""By name, in the order of the papers."""
+"""The claims by name, in the order of the papers."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,7 +83,7 @@ class Reproduction:
     """The outcome of each claim.
 
     Attributes:
-        outcomes: by claim: what `run_claim` found, the "claim"'s name, "statement", "source" and "settings", the
+        outcomes: for each claim, what `run_claim` found, the "claim"'s name, "statement", "source" and "settings", the
             "seconds" it took, and the "error" and "traceback", empty where there was none.
         report: the HTML page, on all claims that the folder knows at these settings.
         data: the same as JSON, without figures.
@@ -95,7 +95,7 @@ class Reproduction:
 
     @property
     def verdicts(self) -> dict[str, str]:
-        """By claim: "reproduced", "in part" or "not reproduced"; "failed" where its experiment raised."""
+        """For each claim, "reproduced", "in part" or "not reproduced"; "failed" where its experiment raised."""
         return {outcome["claim"]: outcome["verdict"] for outcome in self.outcomes}
 
     def to_pandas(self) -> pd.DataFrame:
@@ -122,22 +122,22 @@ def reproduce(
 ) -> Reproduction:
     """Tests the papers' claims, and says which hold, how far, and where they do not.
 
-    A run that was stopped goes on when called again with the same `out`: claims that it holds at the same settings are
-    not run again, and those that failed are. Edits of an experiment's code are not noticed: use another folder then.
-    The report covers every claim that the folder knows at these settings, quick or full, also from earlier calls.
+    A run that was stopped resumes when called again with the same `out`: claims already tested at the same settings are
+    not run again, unless they failed. Changes in an experiment's code are not noticed: use another folder after one.
+    The report covers every claim that the folder holds at these settings, quick or full, including earlier calls'.
 
-    A claim whose experiment raises, or takes its worker process down, is reported as failed; the others run on.
+    A claim whose experiment raises, or takes its worker process down, is reported as failed; the others still run.
 
     Args:
         out: a folder, made if need be, for `report.html`, `report.json` and what has been run so far.
         quick: small settings, for a first look.
         claims: names from `CLAIMS`; by default all.
-        workers: processes to run claims in, each with one thread; by default as many as there are cores. With one, or
-            for one claim, it is this process. A script that asks for more must guard its own code with
-            `if __name__ == "__main__":`, since each of them imports it.
+        workers: processes to run claims in, each with one thread; by default as many as there are cores. With one
+            worker or one claim, it is this process. A script that asks for more must guard its own code with
+            `if __name__ == "__main__":`, since each worker imports it.
 
     Raises:
-        TypeError, ValueError: for names of no claim, and an `out` that is a file.
+        TypeError, ValueError: for names that no claim has, and for an `out` that is a file.
         RuntimeError: where no worker can start.
     """
     chosen = tuple(CLAIMS) if claims is None else tuple([claims] if isinstance(claims, str) else claims)
@@ -155,7 +155,7 @@ def reproduce(
     pool = functools.partial(
         ProcessPoolExecutor,
         count,
-        mp_context=multiprocessing.get_context("spawn"),  # not forked: PyTorch's threads do not survive that
+        mp_context=multiprocessing.get_context("spawn"),  # not forked: PyTorch's threads do not survive a fork
         initializer=torch.set_num_threads,
         initargs=(1,),
     )
@@ -173,7 +173,7 @@ def reproduce(
 
 
 def run_claim(claim: str, settings: str) -> dict[str, str]:
-    """Tests one claim, as a point of a grid: other settings, by their repr, are another point.
+    """Tests one claim, as a point of a grid; settings with another repr make another point.
 
     Returns:
         The "verdict", and as JSON the "outcome": verdict, findings, note, table and figure (SVG).
@@ -209,7 +209,7 @@ def _outcome(row: dict[str, Any]) -> dict[str, Any]:
         "statement": claim.statement,
         "source": claim.source,
         "settings": row["settings"],
-        "seconds": None if pd.isna(row["seconds"]) else row["seconds"],  # unknown of a process that died
+        "seconds": None if pd.isna(row["seconds"]) else row["seconds"],  # unknown if its process died
     }
     if isinstance(row["error"], str):
         nothing = {"verdict": "failed", "findings": [], "note": "", "table": [], "figure": ""}

@@ -31,7 +31,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured at."""
+    """Settings of the measurements."""
 
     d_vocabs: tuple[int, ...] = (4, 20, 60)  # of the languages
     lengths: tuple[int, ...] = (8, 32, 128, 256)  # of the prompts
@@ -53,7 +53,7 @@ def closed_form(settings: Settings = Settings(), make: Make = associative_transf
 
     Wang & Sato (arXiv 2412.11459), at finite strengths. `theory.logits`, which knows tokens and strengths but no model,
     is compared with the float64 model's logits, on random tokens and on sampled sequences. A random half of the
-    vocabulary are triggers. Of absolute positions, the model knows the first half.
+    vocabulary are triggers. With absolute positions, the model knows only the first half of them.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     cells = list(itertools.product(settings.d_vocabs, settings.lengths, settings.strengths))

@@ -21,22 +21,22 @@ STATEMENT = (
 SOURCE = "Wang & Sato, arXiv 2412.11459: two in-context continuations of one trigger"
 
 TOLERANCE = 1e-9  # of margins, in logits; predicted margins smaller than this are ties, which rounding decides
-SMALL = Recipe(0)  # of the trained models, but for the seed
+SMALL = Recipe(0)  # of the trained models, apart from the seed
 FOLLOWED = 0.95  # fraction of the pairs that a trained model's margin must follow
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured at."""
+    """Settings of the measurements."""
 
-    strengths: tuple[Strengths, ...] = (  # of the hand-written models; the first is drawn
+    strengths: tuple[Strengths, ...] = (  # of the hand-written models; the first is plotted
         Strengths(40.0, 6.0, 10.0, 1.0),
         Strengths(40.0, 2.0, 10.0, 1.0),
         Strengths(40.0, 6.0, 30.0, 2.0),
         Strengths(40.0, 40.0, 10.0, 1.0),
     )
     ahead: float = 0.7  # how many nats the weights prefer g by
-    lead: int = 10  # tokens before the pairs: neutral ones, or for trained models the language's
+    lead: int = 10  # tokens before the pairs: neutral ones, or for trained models the language's own
     pairs: int = 60  # of the trigger and a continuation, at most
     n_orders: int = 200  # random orders of the continuations
     recipe: Recipe = SMALL
@@ -51,7 +51,7 @@ QUICK = Settings(pairs=40, n_orders=50, seeds=(0, 1, 2), n_prompts=50)
 def competing_continuations(
     settings: Settings = Settings(), make: Make = associative_transformer, train: Train = trained
 ) -> Result:
-    """Two continuations of one trigger in one context: counts, and parity.
+    """Two continuations of one trigger in one context: how the counts and their parity decide.
 
     Wang & Sato (arXiv 2412.11459). In hand-written float64 models with a sharp previous-token head, after N neutral
     tokens and k pairs of the trigger with c (n_c times) or g (n_g times), the margin of c over g is
@@ -59,8 +59,8 @@ def competing_continuations(
         b3 e^b2 (n_c - n_g) / ((e^b2 + 1) k + N + 1)  -  g log(pi_b(g|q) / pi_b(c|q))
 
     whatever the order. So where c and g alternate, c wins after an odd number of pairs, up to the last one at which the
-    first term exceeds the second, and g wins all others. In trained models, each further pair should move the margin
-    towards its continuation.
+    first term exceeds the second, and g wins after all other numbers. In trained models, each further pair should
+    move the margin towards its continuation.
     """
     by_model = [_ask_hand_written(one, settings, make) for one in tqdm(settings.strengths, disable=None, unit="model")]
     counts, turns = (pd.concat(tables) for tables in zip(*by_model, strict=True))
@@ -98,7 +98,7 @@ def competing_continuations(
 
 
 def _ask_hand_written(strengths: Strengths, settings: Settings, make: Make) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A model's margins at every number of pairs: in random orders, and alternating."""
+    """A model's margins at every number of pairs, in random orders and alternating."""
     generator = torch.Generator().manual_seed(settings.seeds[0])
     orders = torch.randint(2, (settings.n_orders, settings.pairs), generator=generator)
     is_global = torch.cat([torch.arange(settings.pairs)[None] % 2, orders])  # alternating, c comes first
@@ -117,7 +117,7 @@ def _ask_hand_written(strengths: Strengths, settings: Settings, make: Make) -> t
 
 
 def _followed(model: BigramTransformer, settings: Settings, seed: int) -> float:
-    """How many of the pairs move a trained model's margin towards their continuation, c and g alternating."""
+    """The fraction of pairs that move a trained model's margin towards their continuation, as c and g alternate."""
     lead, asked = experiment.random_conflicts(model, settings.n_prompts, settings.lead + 1, seed, draw_global=True)
     n = settings.trained_pairs
     turns = repeat(asked[:, [1, 0, 2, 0]], "prompt cqgq -> prompt (n cqgq)", n=n)[:, : 2 * n]
@@ -127,7 +127,7 @@ def _followed(model: BigramTransformer, settings: Settings, seed: int) -> float:
 
 
 def _picture(counts: pd.DataFrame, turns: pd.DataFrame, settings: Settings) -> Picture:
-    """Margins of the first model: by counts, and by pairs, c and g alternating."""
+    """Margins of the first model: by counts, and by number of pairs as c and g alternate."""
     picture = Picture(13.0, 4.8)
     left, right = picture.figure.subplots(1, 2, width_ratios=[1, 1.6])
     last = counts[counts["pairs"] == settings.pairs].sort_values("excess")

@@ -28,20 +28,20 @@ _LINES = {_BASE: ("#000000", "-"), _FEW: ("#E69F00", "--"), _RANDOM: ("#0072B2",
 
 @dataclass(frozen=True)
 class Settings:
-    """What is trained, and on what it is asked."""
+    """What is trained, and what it is asked."""
 
     d_vocab: int = 16  # tokens in the language
     triggers: int = 4
-    few: int = 2  # triggers where there are fewer
+    few: int = 2  # triggers of the models that have fewer
     d_model: int = 48
     length: int = 32  # of the sequences
     steps: int = 300
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the models of each kind
-    n_sequences: int = 256  # to ask each model on, with triggers that were none in training
+    n_sequences: int = 256  # to ask each model on, with triggers other than those of training
 
     @property
     def recipes(self) -> dict[str, Recipe]:
-        """By kind of data, for all seeds."""
+        """The recipe for each kind of data, the same for all seeds."""
         data: dict[str, Any] = {"d_vocab": self.d_vocab, "triggers": self.triggers, "length": self.length}
         base = Recipe(0, **data, d_model=self.d_model, steps=self.steps, evaluate_every=10)
         return {
@@ -61,8 +61,8 @@ def data_matters(settings: Settings = Settings(), train: Train = trained) -> Res
     Bietti et al. 2023 (arXiv 2306.00802, section 5, figure 4). Speed is the step of the first evaluation with an
     in-context accuracy of `LEARNED` on held-out sequences of the training distribution; a model that never reaches it
     counts as reaching it one step after the last. Models trained on uniform and on bigram-drawn continuations are asked
-    on both. The match memory of models with fixed triggers has no need for other keys (section 4; the paper does not
-    test it): they are asked on other triggers too. Differences and ratios are of models of the same seed.
+    on both. The match memory of models with fixed triggers needs no other keys (section 4; the paper does not test it):
+    they are asked on other triggers too. Differences and ratios are between models of the same seed.
     """
     if 2 * settings.triggers > settings.d_vocab:
         raise ValueError(
@@ -136,10 +136,10 @@ def _findings(by_kind: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
             bool((steps[_BASE] <= settings.steps).all() and ratio.high <= COST),
         ),
         Finding(
-            f"asked on triggers that were none where triggers were fixed; {setting}",
-            "models of fixed triggers are less accurate than on their own triggers, and than models of random triggers",
+            f"asked on triggers other than the fixed ones; {setting}",
+            "models with fixed triggers are less accurate than on their own, and than models with random triggers",
             f"{over_seeds(others[_BASE]):.2f}: {lost:.2f} lower than on their own, "
-            f"{behind:.2f} lower than models of random triggers",
+            f"{behind:.2f} lower than models with random triggers",
             lost.low > 0 and behind.low > 0,
         ),
     )

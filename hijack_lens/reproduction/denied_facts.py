@@ -25,20 +25,20 @@ STATEMENT = (
 SOURCE = "Wang & Sato, arXiv 2412.11459: knowledge hijack on analogies and facts"
 
 ROUNDING = 1e-9  # by how much theory and a hand-written float64 model may differ, in logits
-KNOWN = 0.95  # of the facts, how many a trained model must know: its weights win where the context says nothing
-OVERRULED = 0.95  # of the facts, how many the most repeats must overrule in a trained model
-BY_CONTEXT = 0.9  # of the rise of a trained model's margin, how much must be written through the induction head
+KNOWN = 0.95  # fraction of the facts that a trained model must know: its weights win where the context is silent
+OVERRULED = 0.95  # fraction of the facts it knows that the most repeats must overrule
+BY_CONTEXT = 0.9  # fraction of the rise of a trained model's margin that the induction head must write
 AGREEMENT = 0.95  # of predicted and measured winners in trained models, as a fraction of the prompts
 
 WORDS = ("we", "went", "to", "and", "then", "by", "train")  # between the facts
-_OTHERWISE = 0.1  # probability that a token other than a country is followed by any token at all, alike
+_OTHERWISE = 0.1  # after a token other than a country, probability that any token follows, all equally likely
 
 
 @dataclass(frozen=True)
 class FactsRecipe(Recipe):
     """A `Recipe` whose language is that of the first facts; `d_vocab` and `concentration` have no effect.
 
-    Countries are the triggers: some are drawn for each sequence, in which another word follows them than their capital.
+    Countries are the triggers: some are drawn for each sequence, in which a word other than their capital follows them.
     """
 
     triggers: int = 4
@@ -46,21 +46,21 @@ class FactsRecipe(Recipe):
     steps: int = 300
     evaluate_every: int = 300
     n_facts: int = 8
-    certainty: tuple[float, float] = (0.7, 0.9)  # of the least known fact and of the best
+    certainty: tuple[float, float] = (0.7, 0.9)  # of the least and of the best known fact
 
     @property
     def language(self) -> BigramLanguage:
-        """Of the sequences."""
+        """The language of the sequences."""
         return fact_language(CAPITALS[: self.n_facts], self.certainty)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured at."""
+    """Settings of the measurements."""
 
     strengths: Strengths = Strengths(20.0, 3.5, 8.0, 1.0)  # of the hand-written model
     n_facts: int = len(CAPITALS)  # that it holds
-    certainty: tuple[float, float] = (0.5, 0.98)  # of its least known fact and of its best
+    certainty: tuple[float, float] = (0.5, 0.98)  # of its least and of its best known fact
     recipe: FactsRecipe = FactsRecipe(0)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the trained models
     repeats: int = 8  # of the denial, at most
@@ -73,7 +73,7 @@ QUICK = Settings(n_facts=20, seeds=(0, 1, 2))
 def fact_language(facts: Sequence[tuple[str, str]], certainty: tuple[float, float]) -> BigramLanguage:
     """A word-level language in which each country is followed by its capital, from the least certain to the most.
 
-    What is left of the probability is the same for all words. Any other word is followed by one of `WORDS` or by a
+    The rest of the probability is spread evenly over all words. Any other word is followed by one of `WORDS` or by a
     country. The first word is a country.
 
     Args:
@@ -100,10 +100,10 @@ def facts(settings: Settings = Settings(), make: Make = associative_transformer,
 
     Knowledge hijack (Wang & Sato, arXiv 2412.11459) on countries and capitals (`hijack_lens.language.facts`), a
     word-level bigram memory. Each fact is denied by the next one's capital: words, then n times (country, false
-    capital), then the country. `dose_response` splits every margin by memory; a flip is the least n with which the
+    capital), then the country. `dose_response` splits every margin by memory; a flip is the least n at which the
     false capital wins.
 
-    The hand-written model, float64, holds facts of growing certainty; theory knows the strengths that it was written
+    The hand-written float64 model holds facts of growing certainty; theory knows the strengths that it was written
     with. Trained models have seen other words follow a country in context; theory reads their strengths off the
     weights. Seeds vary weights and sequences; the language is always that of the facts.
     """
@@ -121,13 +121,13 @@ def facts(settings: Settings = Settings(), make: Make = associative_transformer,
         (*_by_hand(hand_written, settings), *_in_training(by_seed, settings)),
         pd.concat(tables, ignore_index=True).astype({"seed": "Int64"}),
         _picture(hand_written, by_seed),
-        "Flips beyond the repeats that were asked count as none. The same prompt family for any language model: "
+        "Flips beyond the repeats that were tried count as none. To ask such prompts of any language model: "
         "hijack_lens.probing.dose_response(model, counterfactuals(dict(CAPITALS))).",
     )
 
 
 def _ask(model: BigramTransformer, settings: Settings, strengths: Strengths | None) -> DoseResponse:
-    """Each fact of a model's language, denied by the next one's capital; theory at these strengths or the weights'."""
+    """The response as each fact is denied by the next one's capital; theory at these strengths or the weights'."""
     n = (model.language.d_vocab - len(WORDS)) // 2
     denied = [Bigram(country, weights=n + country, context=n + (country + 1) % n) for country in range(n)]
     lead = [2 * n + place % len(WORDS) for place in range(settings.lead)]
@@ -139,7 +139,7 @@ def _ask(model: BigramTransformer, settings: Settings, strengths: Strengths | No
 
 
 def _flips(response: DoseResponse, predicted: bool) -> list[float]:
-    """The least number of repeats that wins, by fact; infinite where none of those asked does."""
+    """The least number of repeats that wins, by fact; infinite where none of those tried does."""
     margins = response.theory.margin if predicted else response.margin.total
     return [next((float(n) for n, x in enumerate(row) if x > 0), math.inf) for row in margins.tolist()]
 
@@ -177,7 +177,7 @@ def _in_training(responses: Sequence[DoseResponse], settings: Settings) -> list[
     predicted = {
         "known": (KNOWN, "of the facts are known: the weights win without a denial"),
         "overruled": (OVERRULED, f"of the known facts are overruled by {settings.repeats} denials"),
-        "by_context": (BY_CONTEXT, "of the margin's rise from no denial to most is the context's"),
+        "by_context": (BY_CONTEXT, "of the margin's rise from no denial to the most is the context's"),
         "agreement": (AGREEMENT, "of the winners are named by theory at fitted strengths"),
     }
     return [
@@ -226,7 +226,7 @@ def _picture(hand_written: DoseResponse, by_seed: Sequence[DoseResponse]) -> Pic
 
 
 def _draw_margins(ax: Any, responses: Sequence[DoseResponse]) -> None:
-    """The margin by memory in the mean over facts, with theory's as dots; a line for each model."""
+    """The mean margin over facts, split by memory, with theory's as dots; a line for each model."""
     for memory in ("context", "weights", "rest", "total"):
         style = {"color": COLOURS.get(memory, "black"), "linewidth": 2, "alpha": 1 if len(responses) == 1 else 0.7}
         for number, response in enumerate(responses):

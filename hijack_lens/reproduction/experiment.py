@@ -29,10 +29,10 @@ class Finding:
     """One prediction of a claim, and what was measured.
 
     Attributes:
-        setting: of the measurement: models, prompts, seeds.
+        setting: what was measured on: models, prompts, seeds.
         predicted: what should be seen, with its threshold.
         measured: what was seen, with its uncertainty.
-        holds: whether it meets the threshold: all of the 95% interval over seeds, or every seed where that is said.
+        holds: whether the threshold is met, by all of the 95% interval over seeds, or by every seed where that is said.
     """
 
     setting: str
@@ -55,9 +55,9 @@ class Result:
 
     Attributes:
         findings: one for each prediction of the claim.
-        table: the measurements, a row each.
+        table: the measurements, one per row.
         figure: the measurements as a picture.
-        note: what a reader must know besides, if anything.
+        note: what else a reader must know, if anything.
     """
 
     findings: tuple[Finding, ...]
@@ -95,8 +95,8 @@ class Estimate:
     """A mean over seeds with its 95% interval (Student's t); `f"{estimate:.1%}"` shows both.
 
     Attributes:
-        mean: over seeds.
-        reach: of the interval, to either side; NaN for fewer than two seeds, so that no threshold is met.
+        mean: the mean over seeds.
+        reach: half the interval's width; NaN for fewer than two seeds, so that no threshold is met.
     """
 
     mean: float
@@ -125,13 +125,13 @@ def over_seeds(values: Iterable[float]) -> Estimate:
 
 
 def winners_named(answers: pd.DataFrame, tie: float) -> tuple[int, int]:
-    """How many winners the "predicted" margins name, and how many there are by those "measured", ties left out."""
+    """How many of the winners by "measured" margins the "predicted" ones name, and how many there are; without ties."""
     clear = answers[answers["predicted"].abs() > tie]
     return int((clear["predicted"] * clear["measured"] > 0).sum()), len(clear)
 
 
 Make = Callable[..., BigramTransformer]
-"""Makes an experiment's hand-written models: `associative_transformer`, or in a test something else."""
+"""Makes an experiment's hand-written models: `associative_transformer`, or, in a test, something else."""
 
 IN_CONTEXT, GLOBAL, NEUTRAL, FIRST_TRIGGER = range(4)
 """c, g, a token that is neither, and the first of the triggers q, in a `conflict_language`."""
@@ -191,7 +191,7 @@ class Recipe:
     concentration: float = 0.3  # of the Dirichlet distribution that its rows are drawn from; less is sharper
     triggers: int = 5  # how many
     fixed: bool = True  # whether these are the first tokens of the vocabulary in all sequences, or drawn for each
-    continuations: Literal["uniform", "bigram"] = "uniform"  # of the triggers, or from the language's rows
+    continuations: Literal["uniform", "bigram"] = "uniform"  # of the triggers; "bigram": from the language's rows
     d_model: int = 64
     n_layers: int = 2
     length: int = 48  # tokens per sequence
@@ -200,12 +200,12 @@ class Recipe:
 
     @property
     def language(self) -> BigramLanguage:
-        """Of the sequences."""
+        """The language of the sequences."""
         return BigramLanguage.dirichlet(self.d_vocab, self.concentration, seed=self.seed)
 
     @property
     def config(self) -> TrainConfig:
-        """For `hijack_lens.train`."""
+        """The configuration for `hijack_lens.train`."""
         return TrainConfig(
             triggers=tuple(range(self.triggers)) if self.fixed else (),
             n_triggers=None if self.fixed else self.triggers,
@@ -230,22 +230,22 @@ class Recipe:
 
 
 RANDOM_TRIGGERS = Recipe(0, fixed=False, triggers=4, d_vocab=16, length=32, steps=300, evaluate_every=300)
-"""With these, either memory may win after any token."""
+"""With this recipe, either memory may win after any token."""
 
 Train = Callable[[Recipe], TrainingRun]
-"""Trains an experiment's models: `trained`, or in a test something that violates the claim."""
+"""Trains an experiment's models: `trained`, or, in a test, something that violates the claim."""
 
 
 @functools.lru_cache(maxsize=64)
 def trained(recipe: Recipe) -> TrainingRun:
-    """The recipe carried out; the same run for the same recipe, to be treated as read-only."""
+    """The recipe's run; the same object for the same recipe, to be treated as read-only."""
     return train(recipe.untrained(), recipe.language, recipe.config)
 
 
 def replicates(
     train: Train, recipe: Recipe, seeds: Sequence[int], desc: str | None = None
 ) -> Iterator[tuple[int, TrainingRun]]:
-    """Each seed, with its run of the recipe; under a progress bar."""
+    """Each seed and its run of the recipe, with a progress bar."""
     for seed in tqdm(seeds, desc=desc, disable=None, unit="seed"):
         yield seed, train(replace(recipe, seed=seed))
 
@@ -253,7 +253,7 @@ def replicates(
 def conflicts_by_trigger(
     language: BigramLanguage, settings: Any, length: int, generator: torch.Generator
 ) -> list[HijackPrompt]:
-    """A batch of prompts for each trigger, the first tokens, with each of several random in-context candidates.
+    """A batch of prompts for each trigger (the first tokens) and each of several random in-context candidates.
 
     Neither candidate occurs outside the evidence. The settings say how many `recipe.triggers` and `candidates` there
     are, how many prompts (`n_prompts`) for each pair of them, and how often the evidence `repeats`.
@@ -271,7 +271,7 @@ def conflicts_by_trigger(
 def random_conflicts(
     model: BigramTransformer, n_prompts: int, length: int, seed: int, *, draw_global: bool = False
 ) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt 3"]]:
-    """Prompts without evidence, which end with a trigger for the first time; and q, c and g of each, drawn at random.
+    """Prompts without evidence, which end with a trigger's first occurrence; and q, c and g of each, drawn at random.
 
     By default g is what the weights say; with `draw_global` it is drawn as well. Neither c nor g is in the prompt.
     """
@@ -304,7 +304,7 @@ def margins_of(
 
 
 def finish(axes: Iterable[Any], *, grid: bool = True, title: int = 12, label: int = 10, tick: int = 10) -> None:
-    """Takes off the upper and right side of the frames, draws a faint grid, and sets the sizes of texts in points."""
+    """Removes the upper and right sides of the frames, draws a faint grid, and sets the text sizes in points."""
     for ax in axes:
         frameless(ax)
         ax.title.set_fontsize(title)
@@ -316,7 +316,7 @@ def finish(axes: Iterable[Any], *, grid: bool = True, title: int = 12, label: in
 
 
 def draw_by_seed(ax: Any, table: pd.DataFrame, x: str, y: str, thin: dict[str, Any], **thick: Any) -> None:
-    """A line for each seed, with the options `thin` too, and one for their mean."""
+    """A line for each seed, with the options `thin` as well, and a line for their mean."""
     for _, one in table.groupby("seed"):
         ax.plot(one[x], one[y], **{**thick, "label": None, "marker": None, **thin})
     mean = table.groupby(x)[y].mean()

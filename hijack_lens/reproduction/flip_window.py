@@ -23,14 +23,14 @@ STATEMENT = (
 SOURCE = "Wang & Sato, arXiv 2412.11459: logits at finite strengths; window and primacy follow from `theory`"
 
 TIE = 1e-9  # predicted margins closer to 0, in logits, are ties: rounding decides them
-LONG = Recipe(0, steps=400, evaluate_every=400)  # of the trained models, but for the seed
-LEAST = 0.05  # of an effect in trained models: a fraction of the context's pull at its peak, or of the hijacks won
-FARTHER = 2.0  # how many times as long the longest prompt hijacked from the front must be
+LONG = Recipe(0, steps=400, evaluate_every=400)  # of the trained models, apart from the seed
+LEAST = 0.05  # the least effect in trained models: a fraction of the context's pull at its peak, or of the hijacks won
+FARTHER = 2.0  # the least ratio of the longest prompt hijacked from the front to the longest hijacked from the end
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured at."""
+    """Settings of the measurements."""
 
     focuses: tuple[float, ...] = (1.0, 2.0, 3.0, 20.0)  # b1 of the hand-written models
     match: float = 6.0  # their b2
@@ -54,8 +54,8 @@ def flip_window(
     """What a previous-token head of finite strength b1 does to hijacks, and whether trained models show it.
 
     Logits at finite strengths (Wang & Sato, arXiv 2412.11459). Hand-written float64 models are compared with
-    `theory.phase_boundary`, by repeats after neutral tokens, and with `theory.margin`, where a single bigram stands at
-    the front of a prompt or at its end.
+    `theory.phase_boundary`, for repeats after neutral tokens, and with `theory.margin`, for a single bigram at the
+    front of a prompt or at its end.
 
     Trained models read up to four times their training length, where they show (1) how far the context's pull (what
     repeats add to the margin) falls from its peak to the most repeats: the peak is chosen on one half of the prompts
@@ -160,7 +160,7 @@ def _with_pair(filler: Int[Tensor, "prompt short"], pair: Int[Tensor, "prompt 2"
 def _ask_trained(
     model: BigramTransformer, settings: Settings, seed: int
 ) -> tuple[dict[str, float | int], Float[Tensor, "repeats"]]:
-    """What a trained model shows of the effects, and the context's pull by repeats, in the mean over prompts."""
+    """How strong the effects are in a trained model, and the context's pull by repeats, averaged over prompts."""
     lead, asked = experiment.random_conflicts(model, settings.n_prompts, settings.lead + 1, seed)
     repeats = (4 * settings.recipe.length - settings.lead - 1) // 2
     evidence = repeat(asked[:, [1, 0]], "prompt cq -> prompt (repeats cq)", repeats=repeats)

@@ -1,4 +1,4 @@
-"""Bigrams first, the induction circuit later, and never in one layer."""
+"""Claim: bigrams are learned first, the induction circuit later, and never in one layer."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,11 +35,11 @@ QUICK = Settings(12, 4, 32, 24, 320, (0, 1, 2))
 def learning_order(settings: Settings = Settings(), train: Train = trained) -> Result:
     """The order in which the two memories are learned, by two layers and by one.
 
-    Bietti et al. 2023 (arXiv 2306.00802): the loss on global bigrams falls within the first steps, that on tokens that
+    Bietti et al. 2023 (arXiv 2306.00802): the loss on global bigrams falls within the first steps, that on tokens which
     follow from the context later (section 5, figure 4, left); one layer cannot solve the task, two can (section 3). A
-    loss has been learned when `LEARNED` of it is gone: of the bigram loss, what lies above that of the true bigrams; of
-    the in-context loss, all of it, since the answers are certain. A loss that is never learned counts as learned one
-    step after the last.
+    loss counts as learned when `LEARNED` of it is gone: for the bigram loss, of what exceeds that of the true bigrams;
+    for the in-context loss, of all of it, since the answers are certain. A loss that is never learned counts as learned
+    one step after the last.
     """
     data: dict[str, Any] = {"d_vocab": settings.d_vocab, "triggers": settings.triggers, "length": settings.length}
     recipe = Recipe(0, **data, d_model=settings.d_model, steps=settings.steps, evaluate_every=10)
@@ -88,7 +88,7 @@ def learning_order(settings: Settings = Settings(), train: Train = trained) -> R
 
 
 def _curves(run: TrainingRun) -> pd.DataFrame:
-    """What is learned of each loss, and what a model does in context, by step."""
+    """How much of each loss is learned, and how well the model does in context, by step."""
     bigrams, in_context = run.probe("bigram_excess"), run.probe("in_context_loss")
     accuracy, attention = run.probe("in_context_accuracy"), run.probe("induction_attention")
     learned = {
@@ -120,7 +120,7 @@ def _first(curve: pd.DataFrame, column: str) -> float:
 
 
 def _picture(curves: pd.DataFrame) -> Picture:
-    """What has been learned of each memory over training, two layers beside one, a thin line per seed."""
+    """How much of each memory is learned over training, in two layers and in one, with a thin line per seed."""
     picture = Picture(11.0, 4.6)
     axes = picture.figure.subplots(1, 2, sharey=True)
     lines = {

@@ -21,7 +21,7 @@ STATEMENT = (
 )
 SOURCE = "Bietti et al., arXiv 2306.00802, section 5, figure 3, and section 6, theorem 3"
 
-RECALLED = 0.8  # fraction of keys that a memory must recall, to the end of training: half come and go
+RECALLED = 0.8  # fraction of keys that a memory must recall to the end of training; recalls of half come and go
 UNLEARNED = 0.25  # fraction of keys that a memory recalls at most before its gradient step
 STEP_RECALLS = 0.5  # fraction of keys that a memory recalls at least after its gradient step
 
@@ -42,7 +42,7 @@ GradientSteps = Callable[..., tuple[BigramTransformer, dict[str, dict[str, float
 
 @dataclass(frozen=True)
 class Settings:
-    """Models and sequences in the simplified setting of Bietti et al. 2023; `step_` is where single steps are taken."""
+    """Models and sequences in the simplified setting of Bietti et al. 2023; `step_` marks those of single steps."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of languages, weights and sequences
     d_vocab: int = 12  # tokens in the language, whose rows are drawn from a flat Dirichlet distribution
@@ -50,7 +50,7 @@ class Settings:
     length: int = 16  # of the sequences
     n_triggers: int = 2  # per sequence, drawn anew
     frozen_steps: int = 100  # of SGD, with one memory frozen
-    steps: int = 400  # in all; the rest is trained with none frozen
+    steps: int = 400  # in all; in the rest nothing is frozen
     lr: float = 20.0  # of SGD, with momentum
     step_d_vocab: int = 8
     step_d_model: int = 384
@@ -64,17 +64,17 @@ QUICK = Settings((0, 1, 2), d_model=96, frozen_steps=60, steps=200, step_d_model
 def memory_order(
     settings: Settings = Settings(), train: TrainModel = train, gradient_steps: GradientSteps = gradient_steps
 ) -> Result:
-    """The order in which memories are recalled: as trained, with one of them frozen for a while, and by single steps.
+    """The order in which memories are learned: in training, with one of them frozen for a while, and by single steps.
 
-    Bietti et al. 2023 (arXiv 2306.00802), section 5, figure 3, in their setting made small: no MLP; embeddings,
-    unembedding, positions and layer-0 values random and frozen; W_Q and W_O the identity; keys and layer-1 values from
-    0; the loss on predictable tokens alone; SGD with momentum. A memory's recall is `memory_recall`'s; it counts as
-    recalled from the evaluation on after which recall never falls below `RECALLED`. Without copy, no gradient reaches
-    match.
+    Bietti et al. 2023 (arXiv 2306.00802), section 5, figure 3, in a small version of their setting: no MLP;
+    embeddings, unembedding, positions and layer-0 values random and frozen; W_Q and W_O the identity; keys and layer-1
+    values starting at 0; the loss on predictable tokens alone; SGD with momentum. A memory's recall is that of
+    `memory_recall`; it counts as recalled from the first evaluation from which on recall never falls below `RECALLED`.
+    Without copy, no gradient reaches match.
 
-    Section 6, theorem 3: one large gradient step each (`gradient_steps`), in this order, recalls each memory after its
-    own step and not before. The theorem's recall of 1 is for infinitely many sequences and dimensions. The steps are
-    also taken without the match step.
+    Section 6, theorem 3: with one large gradient step each (`gradient_steps`), in this order, each memory is recalled
+    after its own step and not before. The theorem's recall of 1 is for infinitely many sequences and dimensions. The
+    steps are also taken without the match step.
     """
     trained = [(frozen, seed) for frozen in (_NOTHING, *_MEMORIES) for seed in settings.seeds]
     curves = pd.concat(_trained(settings, *which, train) for which in tqdm(trained, disable=None))
@@ -118,13 +118,13 @@ def _in_training(recalled_at: pd.DataFrame, held: pd.DataFrame, settings: Settin
         ),
         Finding(
             f"copy {held_back}: {setting}",
-            f"match recalls nothing then, where it else recalls {RECALLED} or more, at every seed",
-            f"recalls of at most {stuck:.2f}, else of at least {free:.2f}",
+            f"match recalls nothing then, but {RECALLED} or more where nothing is frozen, at every seed",
+            f"recalls of at most {stuck:.2f}, against at least {free:.2f}",
             bool(stuck == 0 and free >= RECALLED),
         ),
         Finding(
             f"copy, or match, {held_back}: {setting}",
-            "previous token recalls less then than where nothing is frozen",
+            "previous token then recalls less than where nothing is frozen",
             "; ".join(f"without {frozen}, {less:.2f} less" for frozen, less in lost.items()),
             all(less.low > 0 for less in lost.values()),
         ),
@@ -144,7 +144,7 @@ def _in_training(recalled_at: pd.DataFrame, held: pd.DataFrame, settings: Settin
 
 
 def _by_single_steps(singly: pd.DataFrame, settings: Settings) -> list[Finding]:
-    steps = zip(("start", *_MEMORIES), _MEMORIES, strict=False)  # each memory's own, after the one before
+    steps = zip(("start", *_MEMORIES), _MEMORIES, strict=False)  # each memory's own step, after the one before
     before = {memory: over_seeds(singly.loc[(_ALL, earlier), memory]) for earlier, memory in steps}
     after = {memory: over_seeds(singly.loc[(_ALL, memory), memory]) for memory in _MEMORIES}
     last = singly.xs("previous_token", level="after").set_index("seed", append=True)["previous_token"]
@@ -202,7 +202,7 @@ def _trained(settings: Settings, frozen: str, seed: int, train: TrainModel) -> p
 
 
 def _recalled_at(curve: pd.DataFrame) -> pd.Series:
-    """By memory, the step from which on it recalls `RECALLED` of its keys; one after the last if there is none."""
+    """For each memory, the step from which on it recalls `RECALLED` of its keys; if none, one after the last."""
     missed = {memory: curve.loc[curve[memory] < RECALLED, "step"].max() for memory in STEPS}
     later = {memory: curve.loc[~(curve["step"] <= missed[memory]), "step"].min() for memory in STEPS}
     return pd.Series(later, dtype=float).fillna(curve["step"].max() + 1)
@@ -224,7 +224,7 @@ def _stepped(settings: Settings, steps: str, seed: int, gradient_steps: Gradient
 
 
 def _picture(curves: pd.DataFrame, singly: pd.DataFrame, settings: Settings) -> Picture:
-    """Recalls over training by what is frozen, and after each single step, in the mean over seeds."""
+    """Recalls over training by what is frozen, and after each single step, averaged over seeds."""
     picture = Picture(12.0, 7.2)
     axes = picture.figure.subplots(2, 3)
     for ax, frozen in zip(axes[:, :2].flat, (_NOTHING, *_MEMORIES), strict=True):

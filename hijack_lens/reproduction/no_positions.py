@@ -28,18 +28,18 @@ STATEMENT = "No positions: a transformer of three layers without positional enco
 SOURCE = "Wang & Sato, arXiv 2412.11459v2: three-layer transformer without positional encoding"
 
 TOLERANCE = 1e-7  # logits by which formula and model may differ in float64: scores cancel to about reach^3 eps b1
-LOST = 0.1  # in-context accuracy that the hand-written model may keep without one of its heads, at most
-SHARE = 0.5  # of a trained model's in-context gain, what it must lose without the candidates for either role, at least
+LOST = 0.1  # the most in-context accuracy that the hand-written model may keep without one of its heads
+SHARE = 0.5  # the least fraction of its in-context gain that a trained model must lose without either role's candidates
 
 _ROLES = ("previous_token", "induction")
-_RARE = 1e-6  # probability, in the sequences of training, of what never happens by their bigrams
+_RARE = 1e-6  # probability, in training sequences, of what their bigrams rule out
 
 
 @dataclass(frozen=True)
 class BegunRecipe(Recipe):
-    """A `Recipe` for models without positions, whose sequences begin with a token of their own to count from.
+    """A `Recipe` for models without positions, whose sequences begin with a special token to count from.
 
-    Elsewhere that token is rare, but it may be drawn as a trigger's continuation: it is in every fifth sequence or so.
+    Elsewhere that token is rare, but it may be drawn as a trigger's continuation: in about every fifth sequence.
     """
 
     positions: Literal["relative", "absolute", "none"] = "none"
@@ -52,12 +52,12 @@ class BegunRecipe(Recipe):
 
     @property
     def plain(self) -> BigramLanguage:
-        """Of the sequences, without the token that begins them."""
+        """The language of the sequences, without the token that begins them."""
         return super().language
 
     @property
     def language(self) -> BigramLanguage:
-        """Of the sequences."""
+        """The language of the sequences."""
         return with_beginning(self.plain, _RARE)
 
     def untrained(self) -> BigramTransformer:
@@ -67,7 +67,7 @@ class BegunRecipe(Recipe):
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured at."""
+    """Settings of the measurements."""
 
     # Of the trained models, of three layers and of two; the hand-written one has its plain language and triggers.
     recipe: BegunRecipe = BegunRecipe(0)
@@ -91,7 +91,7 @@ def with_beginning(language: BigramLanguage, floor: float) -> BigramLanguage:
     size = language.d_vocab
     rows = torch.zeros(size + 1, size + 1, dtype=torch.float64)
     rows[:size, :size], rows[size, :size] = language.pi_b, language.pi_u
-    # No memory holds log 0.
+    # No memory can hold log 0.
     pi_b = rows * (1 - (size + 1) * floor) + floor
     return BigramLanguage(pi_b, one_hot(torch.tensor(size), size + 1).double(), [*language.tokens, "<begin>"])
 
@@ -110,7 +110,7 @@ def unpositioned_logits(
     strengths: Strengths,
     reach: int,
 ) -> Float[Tensor, "prompt pos d_vocab"]:
-    """What `unpositioned_transformer` says, from the formula and no weights: `theory.logits`, for its positions."""
+    """The logits of `unpositioned_transformer` by formula, without weights: `theory.logits`, for its positions."""
     length = tokens.shape[1]
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
     scores = previous_token_scores(length, previous_token_scale(strengths.previous_token, reach))
@@ -132,8 +132,8 @@ def no_positions(
     longest prompts within the reach, since in shorter ones c is so frequent that counting tokens often gives it away.
     In-context accuracy is how often c is the likeliest token.
 
-    Trained models have three layers or two, and sequences that begin with a token of their own, as the construction
-    needs it. `find_circuit` names their heads, and ablates them on prompts of its own by resampling; the in-context
+    Trained models have three layers or two, and sequences that begin with a special token, as the construction
+    requires. `find_circuit` names their heads, and ablates them on prompts of its own by resampling; the in-context
     gain is what the order of the context's tokens is worth, in nats.
     """
     language = with_beginning(settings.recipe.plain, settings.floor)
@@ -155,7 +155,7 @@ def _accuracy(logits: Float[Tensor, "prompt pos d_vocab"], answers: Int[Tensor, 
 
 @torch.no_grad()
 def _ask_hand_written(model: BigramTransformer, settings: Settings, length: int) -> dict[str, object]:
-    """How often the model says what the context does, and how far its logits are from the formula's."""
+    """How often the model gives the context's answer, and how far its logits are from the formula's."""
     generator = torch.Generator().manual_seed(0)
     conflicts = experiment.conflicts_by_trigger(settings.recipe.plain, settings, length - 1, generator)
     plain = torch.cat([prompt.tokens for prompt in conflicts])
@@ -181,10 +181,10 @@ def _ask_hand_written(model: BigramTransformer, settings: Settings, length: int)
 
 
 def _ask_trained(model: BigramTransformer, settings: Settings, seed: int) -> dict[str, object]:
-    """The model's in-context accuracy, and its circuit with what that is worth."""
+    """The model's in-context accuracy, and its circuit with what the circuit is worth."""
     recipe = settings.recipe
     n, triggers = 100 * settings.n_prompts, range(recipe.triggers)
-    # Other sequences than the run's: those of training are drawn from seeds of their own.
+    # Sequences that the run has not seen: those of training are drawn from other seeds.
     sequences = model.language.sample(n, recipe.length, triggers, seed=1_000_000 + seed)
     circuit = find_circuit(model)
     evidence, last = circuit.evidence, model.cfg.n_layers - 1
@@ -202,7 +202,7 @@ def _ask_trained(model: BigramTransformer, settings: Settings, seed: int) -> dic
     }
     for role in _ROLES:
         lost = getattr(evidence, role).lost_together
-        # Without candidates for the role, and without a gain, there is nothing to lose.
+        # Without candidates for the role, or without a gain, there is nothing to lose.
         row[f"gain_lost_without_{role}"] = 0.0 if math.isnan(lost) or evidence.gain <= 0 else lost / evidence.gain
     return row
 
@@ -271,7 +271,7 @@ def _note(table: pd.DataFrame) -> str:
 
 
 def _picture(written: pd.DataFrame, own: pd.DataFrame, settings: Settings) -> Picture:
-    """The hand-written head's attention by length, over the formula; what trained models have of the circuit."""
+    """The hand-written head's attention by length, over the formula; how much of the circuit trained models have."""
     picture = Picture(14.0, 4.6)
     left, right = picture.figure.subplots(1, 2, width_ratios=[1, 1.5])
     blue, orange, grey = COLOURS["context"], COLOURS["weights"], COLOURS["rest"]

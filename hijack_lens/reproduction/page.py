@@ -19,7 +19,7 @@ _UNBROKEN = re.compile(r"[\d.]+%? ± [\d.]+%?|[\d.]+e-\d+")  # numbers that a br
 
 
 def page(outcomes: Sequence[dict[str, Any]], heading: str) -> str:
-    """The report on some claims, each as in `Reproduction`."""
+    """The report on the outcomes of some claims, each as in `Reproduction`."""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>hijack-lens: the papers' claims</title>
@@ -30,11 +30,11 @@ td, th {{ text-align: left; vertical-align: top }} td {{ border-bottom: 1px soli
 .verdict-of {{ font-weight: 600; white-space: nowrap }} .number {{ white-space: nowrap }}
 .missed {{ color: {_COLOURS["not reproduced"]}; font-weight: 600 }}
 details table {{ font-size: 85%; font-variant-numeric: tabular-nums }} pre {{ overflow-x: auto }}</style></head><body>
-<h1>The papers' claims, put to the test</h1>
+<h1>The papers' claims, tested</h1>
 <p><strong>{_tally(outcomes)}</strong></p>
-<p>{escape(heading)} Verdicts follow from the measurements; what counts as seen stands beside each prediction. Of
-trained models, means over seeds are given with their 95% intervals (Student's t). A threshold is met where all of the
-interval meets it; or where every seed does, where that is said. Each seed has its own language (that of facts aside),
+<p>{escape(heading)} Verdicts follow from the measurements; each prediction states what counts as seen. For trained
+models, means over seeds are given with their 95% intervals (Student's t). A threshold is met if all of the interval
+meets it or, where that is said, if every seed does. Each seed has its own language (except for the language of facts),
 weights and sequences.</p>
 {_summary(outcomes)}
 {"".join(map(_section, outcomes))}
@@ -43,7 +43,7 @@ weights and sequences.</p>
 
 
 def findings_of(outcome: dict[str, Any]) -> list[dict[str, Any]]:
-    """A claim's findings; of a claim that failed, its error in the place of one."""
+    """A claim's findings; for a claim that failed, its error in place of a finding."""
     return outcome["findings"] or [{"setting": "", "predicted": "", "measured": outcome["error"], "holds": None}]
 
 
@@ -60,7 +60,7 @@ def _summary(outcomes: Sequence[dict[str, Any]]) -> str:
 
 
 def _rows(outcome: dict[str, Any]) -> str:
-    """A row per finding; what several share stands once."""
+    """A row per finding; what several share is shown once."""
     findings = findings_of(outcome)
     every = f"rowspan='{len(findings)}'"
     rows = []

@@ -26,21 +26,21 @@ STATEMENT = (
 SOURCE = "Wang & Sato, arXiv 2412.11459: knowledge hijack"
 
 TIE = 1e-9  # predicted margins closer to 0, in logits, are ties: rounding decides them
-NEAR = 1e-6  # how far beside the boundary, in nats of log-ratio, the winner is asked for
+NEAR = 1e-6  # distance from the boundary, in nats of log-ratio, at which the winner is asked for
 AGREEMENT = 0.95  # of predicted and measured winners in trained models, as a fraction of the prompts
 
 _ASKED = {
-    "repeats": "0 to all repeats that fit, times the log-ratios",
-    "share": "the share of c after the trigger, g following else, times the log-ratios",
+    "repeats": "every number of repeats that fits, at each log-ratio",
+    "share": "every share of c after the trigger, where g follows otherwise, at each log-ratio",
     "boundary": f"{NEAR:g} nats above and below the boundary of each number of repeats",
 }
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured at."""
+    """Settings of the measurements."""
 
-    strengths: tuple[Strengths, ...] = (  # of the hand-written models; the first is drawn
+    strengths: tuple[Strengths, ...] = (  # of the hand-written models; the first is plotted
         Strengths(20.0, 3.0, 10.0, 1.0),
         Strengths(),
         Strengths(20.0, 1.0, 4.0, 1.0),
@@ -48,9 +48,9 @@ class Settings:
         Strengths(20.0, 4.0, 10.0, 2.5),
     )
     length: int = 48  # of their prompts
-    n_log_ratios: int = 30  # of the diagrams' vertical axis
-    occurrences: int = 20  # in the diagram by share, of the trigger before the prompt's end
-    recipes: tuple[tuple[str, Recipe], ...] = (  # of the trained models, by name; the last is drawn
+    n_log_ratios: int = 30  # on the diagrams' vertical axis
+    occurrences: int = 20  # of the trigger before the prompt's end, in the diagram by share
+    recipes: tuple[tuple[str, Recipe], ...] = (  # of the trained models, by name; the last is plotted
         ("fixed triggers", Recipe(0)),
         ("fixed triggers, trained for longer", Recipe(0, steps=400, evaluate_every=400)),
         ("random triggers", RANDOM_TRIGGERS),
@@ -73,9 +73,9 @@ def phase_diagram(
     after neutral tokens; for each share of c where g follows q otherwise; and at `NEAR` on both sides of the boundary
     (`phase_boundary`), for each number of repeats.
 
-    Trained models are asked on random conflict prompts of their training length, with 0 to 6 repeats. Theory has what
-    `fit_strengths` reads off the weights, and no prediction of theirs. It is compared with the rule "the context wins
-    once it has spoken", which knows no strengths.
+    Trained models are asked on random conflict prompts of their training length, with 0 to 6 repeats. Theory gets what
+    `fit_strengths` reads off the weights, and none of the models' predictions. It is compared with the rule "the
+    context wins once it has spoken", which knows no strengths.
     """
     answers: dict[str, list[pd.DataFrame]] = {kind: [] for kind in (*_ASKED, *dict(settings.recipes))}
     rows = []
@@ -126,9 +126,9 @@ def _in_training(name: str, recipe: Recipe, table: pd.DataFrame, settings: Setti
 
 
 class _Context(NamedTuple):
-    """What stands before the prompt's end: evidence for c, and what follows the trigger, in turn.
+    """What comes before the prompt's end: evidence for c, and what follows the trigger each time.
 
-    Theory draws the boundary at the log-ratio at which the memories pull alike.
+    By theory, the boundary is at the log-ratio at which the memories pull equally.
     """
 
     evidence: float
@@ -152,7 +152,7 @@ def _ask_hand_written(strengths: Strengths, settings: Settings, make: Make) -> d
         pull = theory.margin(prompt, language, theory.Setting(strengths), in_context=c, global_candidate=g).context
         by_share.append(_Context(count / n, follow, float(pull) / strengths.bigram))
 
-    # Up to beyond what the context can pull, and between round numbers: without repeats, 0 is a tie.
+    # To beyond the context's strongest pull, and between round numbers: without repeats, 0 is a tie.
     steps = (torch.arange(settings.n_log_ratios) + 0.5) / settings.n_log_ratios
     grid = steps * 1.25 * strengths.copy / strengths.bigram
     asked = {
@@ -210,7 +210,7 @@ def _picture(answers: dict[str, list[pd.DataFrame]], boundaries: Sequence[Tensor
     import matplotlib.lines
     import matplotlib.patches
 
-    recipes = [name for name, _ in settings.recipes[-1:]]  # none, or the one to draw
+    recipes = [name for name, _ in settings.recipes[-1:]]  # none, or the one to plot
     picture = Picture(5.0 * (2 + len(recipes)) + 0.5, 5.0)
     axes = picture.figure.subplots(1, 2 + len(recipes))
     labels = {"repeats": "repeats of (q, c) in the context", "share": "share of c after q in the context"}

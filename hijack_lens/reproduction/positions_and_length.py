@@ -26,11 +26,11 @@ STATEMENT = (
 SOURCE = "Wang & Sato, arXiv 2412.11459v2: relative against absolute positional encoding"
 
 TOLERANCE = 1e-9  # logits by which theory and hand-written model may differ in float64
-LEARNED = 0.8  # in-context accuracy at the training length from which a trained model has learned to read the context
-KEPT = 0.9  # fraction of positions beyond it at which a head that works there attends most to the one before, at least
-LOST = 0.1  # the same of a head that does not work there, at most
-FOUND = 0.3  # the same within the training length, of a head that has lost something beyond, at least
-SEPARATION = 0.3  # in-context accuracy beyond it by which relative positions must exceed absolute ones
+LEARNED = 0.8  # in-context accuracy at the training length at which a trained model has learned to read the context
+KEPT = 0.9  # the least fraction of positions beyond it at which a head that works there attends most to the one before
+LOST = 0.1  # the most for a head that does not work there
+FOUND = 0.3  # the least within the training length, for a head that has lost something beyond it
+SEPARATION = 0.3  # by how much relative positions must exceed absolute ones in in-context accuracy beyond it
 
 _POSITIONS: tuple[Positions, ...] = ("relative", "absolute")
 _RECIPE = Recipe(0, d_vocab=12, triggers=3, length=32, steps=600, evaluate_every=600)
@@ -38,7 +38,7 @@ _RECIPE = Recipe(0, d_vocab=12, triggers=3, length=32, steps=600, evaluate_every
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured at."""
+    """Settings of the measurements."""
 
     recipe: Recipe = _RECIPE  # of the trained models; the hand-written ones have its language, triggers and length
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the trained models
@@ -59,9 +59,9 @@ def positions_and_length(
     """A relative key gives a previous-token head at any length; absolute positions fail beyond the training length.
 
     Wang & Sato (arXiv 2412.11459v2). Prompts are k times as long as the training length T. Their last T tokens hold all
-    evidence, the bigrams (q, c), and are the same for every k; before them stand (k - 1) T tokens of the language that
-    hold neither q nor c nor g. So for k > 1 all evidence lies beyond T, while the task stays the same. In-context
-    accuracy is how often c is the likeliest token. Of absolute positions, the hand-written model knows the first T.
+    evidence, the bigrams (q, c), and are the same for every k; before them come (k - 1) T tokens of the language,
+    none of them q, c or g. So for k > 1 all evidence lies beyond T, while the task stays the same. In-context
+    accuracy is how often c is the likeliest token. With absolute positions, the hand-written model knows the first T.
     """
     if min(settings.multiples) != 1 or max(settings.multiples) == 1:
         raise ValueError(f"multiples must hold 1, and at least one that is greater, got {settings.multiples}")
@@ -81,7 +81,7 @@ def positions_and_length(
 def _models(
     settings: Settings, make: Make, train: Train
 ) -> Iterator[tuple[str, Positions, int | None, BigramLanguage, BigramTransformer]]:
-    """Each model after its kind, its positions, its seed and the language that it is asked in."""
+    """Each model's kind, positions, seed and the language that it is asked in; then the model."""
     recipe, longest = settings.recipe, max(settings.multiples) * settings.recipe.length
     language, triggers = recipe.language.floored(settings.floor), list(range(recipe.triggers))
     for positions in _POSITIONS:
@@ -105,7 +105,7 @@ class LateConflicts:
 
 
 def late_conflicts(language: BigramLanguage, settings: Settings, multiple: int) -> LateConflicts:
-    """Conflict prompts of `multiple` times the training length, all their evidence in the last of these stretches."""
+    """Conflict prompts of `multiple` times the training length, with all evidence in the last of these stretches."""
     generator = torch.Generator().manual_seed(0)
     ends = experiment.conflicts_by_trigger(language, settings, settings.recipe.length, generator)
     tokens = torch.cat([end.tokens for end in ends])
@@ -142,7 +142,7 @@ def _measured(
     name = f"blocks.{head.layer}.attn.hook_pattern"
     logits, run = record(model, prompts.tokens, [name])
     margins = _margins(logits[:, -1], prompts)
-    # Of the last stretch's positions but its first, which in the shortest prompts has none before it.
+    # For the last stretch's positions but its first, which in the shortest prompts has none before it.
     pattern = run[name][:, head.head, -(length - 1) :]
     before = torch.arange(prompts.tokens.shape[1])[-length:-1]
     attention = pattern.gather(-1, before[None, :, None].expand(len(pattern), -1, 1))
@@ -219,7 +219,7 @@ def _in_training(table: pd.DataFrame, settings: Settings) -> list[Finding]:
 
 
 def _picture(table: pd.DataFrame, recipe: Recipe) -> Picture:
-    """By length: the hand-written models' margins with theory's, and the trained models' accuracy and attention."""
+    """By length: the hand-written models' margins and theory's, and the trained models' accuracy and attention."""
     picture = Picture(13.0, 4.4)
     axes = picture.figure.subplots(1, 3)
     longest = table["multiple"].max()

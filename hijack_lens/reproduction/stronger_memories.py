@@ -23,15 +23,15 @@ STATEMENT = (
 )
 SOURCE = "Wang & Sato, arXiv 2412.11459: the logits as the strengths of the memories grow"
 
-FOCUS = 40.0  # b1 of the models here: with e^-40, what the previous-token head lets leak is below rounding
+FOCUS = 40.0  # b1 of the models here: what the previous-token head leaks, e^-40, is below rounding
 TOLERANCE = 1e-9  # of attention and of probabilities, absolute; margins this small, in logits, are ties
-DECIDED = 0.01  # a probability this close to 0 or 1 is a switch's
+DECIDED = 0.01  # a probability this close to 0 or 1 counts as decided
 SWITCHED = 0.95  # fraction of all shares that a switch decides
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured at: the mixture, the switch, and the regimes between never and at once."""
+    """Settings of the measurements: of the mixture, the switch, and the regimes from never to at once."""
 
     matches: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 40.0)  # b2 of the mixtures; 0 to infinity
     n_prompts: int = 200  # for the mixtures
@@ -60,7 +60,7 @@ def stronger_memories(settings: Settings = Settings(), make: Make = associative_
 
     There, P(c) among {c, g} is sigmoid(b3 (share_c - share_g) - D), where D is the weights' lead for g; as b3 grows,
     every share is decided. After N neutral tokens, no number of repeats wins where b3 <= D (1 + e^-b2), one does where
-    b3 > D (1 + (N + 2) e^-b2), and between, the least number is `theory.min_repeats`.
+    b3 > D (1 + (N + 2) e^-b2), and in between, the least number is `theory.min_repeats`.
     """
     mixture, switch, regimes = (measured(settings, make) for measured in (_mixtures, _switch, _regimes))
     findings = (
@@ -166,7 +166,7 @@ def _mixtures(settings: Settings, make: Make) -> pd.DataFrame:
 
 
 def _switch(settings: Settings, make: Make) -> pd.DataFrame:
-    """P(c) among {c, g}, where c and g share the successors of the trigger."""
+    """P(c) among {c, g}, by the share of c where the trigger's successors are c or g."""
     n = settings.occurrences
     follow = [[IN_CONTEXT] * k + [GLOBAL] * (n - k) for k in range(n + 1)]
     share = torch.arange(n + 1, dtype=torch.float64) / n
@@ -181,7 +181,7 @@ def _switch(settings: Settings, make: Make) -> pd.DataFrame:
 
 
 def _regimes(settings: Settings, make: Make) -> pd.DataFrame:
-    """The least number of repeats that wins, by b2 and b3; infinite where none up to the most that are tried does."""
+    """The least number of repeats that wins, by b2 and b3; infinite where none of those tried does."""
     lead, ahead = settings.lead, settings.ahead
     evidence = [[IN_CONTEXT] * settings.max_repeats]
     repeats = torch.arange(settings.max_repeats + 1)

@@ -24,8 +24,8 @@ STATEMENT = (
 SOURCE = "beyond the papers; the theory is that of Wang & Sato, arXiv 2412.11459"
 
 AGREEMENT = 0.95  # of predicted and measured winners, as a fraction of held-out prompts
-CALIBRATION_ERROR = 0.1  # at most, expected: between a predicted probability and how often the context wins
-BINS = 5  # of predicted probability, equally wide: with more, few prompts are in each, and chance alone makes an error
+CALIBRATION_ERROR = 0.1  # the most allowed, expected between a predicted probability and how often the context wins
+BINS = 5  # of predicted probability, equally wide: with more, each holds few prompts, and chance alone makes an error
 
 LONGER = Recipe(0, fixed=False, length=96, steps=300, evaluate_every=300)  # random triggers in longer sequences
 
@@ -37,7 +37,7 @@ _PREDICTORS = {"theory": "#0072B2", "counts": "#D55E00"}
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured at."""
+    """Settings of the measurements."""
 
     recipe: Recipe = LONGER
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the trained models
@@ -53,13 +53,13 @@ def winner_prediction(settings: Settings = Settings(), train: Train = trained) -
 
     Models are trained with random triggers, so that either memory may win after any token. Prompts hold 0 to 6 repeats.
     `fit_strengths` reads strengths off the weights; theory's margin (Wang & Sato, arXiv 2412.11459) names the winner,
-    which takes no prompt at all. Half of the prompts then serve to fit: one scale a >= 0, for
+    with nothing fitted to prompts. Half of the prompts then serve to fit one scale a >= 0, for
     P(context wins) = sigmoid(a * margin); and all weights of the baseline, a logistic regression of the winner on the
     counts n_qc, n_qg, n_c, n_g and the weights' log-ratio log(pi_b(g|q) / pi_b(c|q)). The other half is held out.
 
-    Calibration alone takes no knowledge, since a constant probability, the frequency of wins, is calibrated: so the
-    Brier score is compared with that constant's. The note says where theory loses winners: how many are named by what
-    `attribute` gives context and weights, which has the model's own attention and copies, and lacks only the rest.
+    Calibration alone takes no knowledge, since the frequency of wins, a constant probability, is calibrated; so the
+    Brier score is compared with that constant's. The note says where theory misses winners: how many are named by the
+    context and weights of `attribute`, which have the model's own attention and copies, and lack only the rest.
     """
     rows, answers = [], []
     for seed, run in experiment.replicates(train, settings.recipe, settings.seeds):
@@ -95,7 +95,7 @@ def calibration_error(probability: Float[Tensor, "prompt"], won: Bool[Tensor, "p
 
 
 def _skill(probability: "pd.Series[float]", won: "pd.Series[bool]") -> float:
-    """The fraction by which the Brier score is below that of the constant frequency; NaN where one always wins."""
+    """The fraction by which the Brier score is below the constant frequency's; NaN where one memory always wins."""
     spread = float(won.mean() * (1 - won.mean()))
     return 1 - float(((probability - won) ** 2).mean()) / spread if spread > 0 else math.nan
 
@@ -134,14 +134,14 @@ def _predicted(asked: pd.DataFrame) -> pd.DataFrame:
     margin = torch.tensor(asked[["predicted"]].to_numpy())
     counts = _standardised(torch.tensor(asked[_COUNTS].to_numpy(float)), fitted)
     by_margin, by_counts = (_logistic(x[fitted], won[fitted]) for x in (margin, counts))
-    # A margin that foretells the opposite says nothing. The loss is convex: of scales from 0 on, 0 is then the best.
+    # A margin that predicts the opposite says nothing. The loss is convex: the best scale of at least 0 is then 0.
     by_margin.clamp_(min=0)
     rows = asked.assign(won=won, theory=(margin @ by_margin).sigmoid(), counts=(counts @ by_counts).sigmoid())
     return rows[held_out]
 
 
 def _standardised(x: Float[Tensor, "prompt input"], fitted: Bool[Tensor, "prompt"]) -> Float[Tensor, "prompt column"]:
-    """Inputs in units of their spread over the prompts that are fitted to, and a column of ones."""
+    """Inputs in units of their spread over the fitted prompts, and a column of ones."""
     spread = x[fitted].std(0)
     scaled = (x - x[fitted].mean(0)) / torch.where(spread > 0, spread, 1.0)
     return torch.cat([scaled, torch.ones_like(x[:, :1])], 1)

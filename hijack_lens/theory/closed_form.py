@@ -21,11 +21,11 @@ def attention(
 
     Args:
         prompt: token ids [pos] or [batch, pos], or a `HijackPrompt`.
-        language: for its vocabulary.
-        setting: of the model.
+        language: the language whose vocabulary the tokens are from.
+        setting: the model's setting.
 
     Raises:
-        TypeError, ValueError: for tokens and triggers outside the vocabulary, and for what is no `Setting`.
+        TypeError, ValueError: for tokens and triggers outside the vocabulary, and if `setting` is not a `Setting`.
     """
     check_type("language", language, BigramLanguage)
     check_type("setting", setting, Setting)
@@ -42,7 +42,7 @@ def attention(
     previous_token = previous_token / previous_token.sum(-1, keepdim=True)
 
     same = (tokens[..., :, None] == tokens[..., None, :]).double()  # [query, key]
-    before = same.roll(1, -1)  # position 1, where this wraps around, is told apart by its number
+    before = same.roll(1, -1)  # wraps around at position 1, which `pos` sets apart
     memory = previous_token_memory(same.cumsum(-1), before, pos, setting)
     is_trigger = torch.zeros(language.d_vocab, dtype=torch.bool, device=tokens.device)
     is_trigger[language.trigger_ids(setting.triggers).to(tokens.device)] = True
@@ -55,7 +55,7 @@ def logits(prompt: Any, language: BigramLanguage, setting: Setting = Setting()) 
     """Next-token logits at every position, in float64. Arguments and errors are those of `attention`.
 
     Raises:
-        ValueError: also where `language` has bigrams of probability 0.
+        ValueError: also if `language` has bigrams of probability 0.
     """
     context, weights = _memories(prompt, language, setting)
     return context + weights
@@ -73,13 +73,13 @@ def margin(
 
     Args:
         prompt: a `HijackPrompt`, which brings its two candidates, or tokens.
-        language: for its vocabulary, and the weights' bigrams.
-        setting: of the model.
-        in_context: what the context says. Required where `prompt` is tokens.
-        global_candidate: what the weights say. Required where `prompt` is tokens.
+        language: the language of the vocabulary and of the weights' bigrams.
+        setting: the model's setting.
+        in_context: what the context says. Required if `prompt` is tokens.
+        global_candidate: what the weights say. Required if `prompt` is tokens.
 
     Raises:
-        TypeError: for tokens without their candidates.
+        TypeError: if `prompt` is tokens and a candidate is missing.
     """
     check_type("language", language, BigramLanguage)
     a = getattr(prompt, "in_context", None) if in_context is None else in_context
@@ -102,8 +102,8 @@ def previous_token_memory(
     Args:
         count: occurrences of q up to and including s.
         before: 1 where q stands at s-1, else 0.
-        pos: s, from 1.
-        setting: of the model.
+        pos: s, counted from 1.
+        setting: the model's setting.
     """
     leak = math.exp(-setting.strengths.previous_token)
     focused = (leak * count + (1 - leak) * before) / (1 + leak * (pos - 1))
@@ -113,7 +113,7 @@ def previous_token_memory(
 def _memories(
     prompt: Any, language: BigramLanguage, setting: Setting
 ) -> tuple[Float[Tensor, "*batch pos d_vocab"], Float[Tensor, "*batch pos d_vocab"]]:
-    """What the context and what the weights add to every logit."""
+    """What the context and the weights each add to every logit."""
     check_type("language", language, BigramLanguage)
     log_pi_b = language.finite_log_pi_b()
     _, induction = attention(prompt, language, setting)

@@ -1,9 +1,9 @@
-"""How many repeats in context it takes to overrule the weights, and where the boundary runs.
+"""How many repeats in context it takes to overrule the weights, and where the boundary lies.
 
-One layout serves both questions: neutral tokens first (neither the trigger q nor a candidate, except for
-`global_count` that are the global candidate), then n times the bigram (q, c), then q, whose successor is
-predicted. Either the prompt's length is fixed, so that repeats replace neutral tokens, or the number of
-neutral tokens is, so that the prompt grows.
+One layout serves both questions: neutral tokens first (neither the trigger q nor a candidate, except that
+`global_count` of them are the global candidate), then n times the bigram (q, c), then q, whose successor is
+predicted. Either the prompt's length is fixed, and repeats replace neutral tokens; or the number of neutral
+tokens is fixed, and the prompt grows.
 """
 
 import math
@@ -23,10 +23,10 @@ from hijack_lens.theory.setting import Setting
 
 @dataclass(frozen=True)
 class Flip:
-    """The least number of in-context repeats with which the context wins.
+    """The smallest number of in-context repeats with which the context wins.
 
     Attributes:
-        repeats: that number; `None` where no number does.
+        repeats: that number; `None` if no number is enough.
         reason: why, in one sentence.
     """
 
@@ -60,14 +60,14 @@ def min_repeats(
         trigger: q.
         in_context: c, what the context says follows q.
         global_candidate: what the weights say; by default the most likely successor of q.
-        setting: of the model.
-        length: for a prompt of this many tokens, in which repeats replace neutral tokens.
-        lead: instead, for this many neutral tokens and a prompt that grows with the repeats.
+        setting: the model's setting.
+        length: the number of tokens in a prompt of fixed length, in which repeats replace neutral tokens.
+        lead: or else the number of neutral tokens in a prompt that grows with the repeats.
         global_count: how many of the neutral tokens are the global candidate.
-        max_repeats: where a growing prompt's previous-token memory blurs (finite b1), how far to look.
+        max_repeats: how far to look if a growing prompt's previous-token memory blurs (finite b1).
 
     Raises:
-        TypeError, ValueError: for counts that do not fit, and unless just one of `length`, `lead` is given.
+        TypeError, ValueError: for counts that do not fit, and unless exactly one of `length` and `lead` is given.
     """
     check_type("language", language, BigramLanguage)
     check_type("setting", setting, Setting)
@@ -80,7 +80,7 @@ def min_repeats(
         raise ValueError(f"{named} must be three different tokens")
     log_pi_b = language.finite_log_pi_b()
     ahead = setting.strengths.bigram * float(log_pi_b[q, g] - log_pi_b[q, c])
-    if q not in language.trigger_ids(setting.triggers):  # it matches nothing: every position scores alike
+    if q not in language.trigger_ids(setting.triggers):  # it matches nothing, so all positions score alike
         setting = replace(setting, strengths=replace(setting.strengths, match=0.0))
     layout = _Layout(length, lead, global_count)
     check_count("max_repeats", max_repeats, minimum=1)
@@ -112,10 +112,10 @@ def phase_boundary(
     lead: int | None = None,
     global_count: int = 0,
 ) -> Float[Tensor, "repeats"]:
-    """The log-ratio log(pi_b(g|q) / pi_b(c|q)) at which both memories pull alike, for each number of repeats.
+    """The log-ratio log(pi_b(g|q) / pi_b(c|q)) at which both memories pull equally, for each number of repeats.
 
     Below the boundary the context wins; above it, the weights do. Arguments and errors are those of
-    `min_repeats`; which tokens are triggers does not matter: q counts as one.
+    `min_repeats`; the setting's triggers do not matter: q counts as one.
 
     Returns:
         Natural log-ratios, float64.
@@ -172,13 +172,13 @@ def _context_pull(repeats: Int[Tensor, "repeats"], setting: Setting, layout: _La
     """b3 (a_c - a_g) at the end of the prompt with each number of repeats."""
     if layout.lead is not None:
         return _pull(repeats, setting, layout)
-    # At a fixed length every number of repeats has positions of its own: bound the memory for all of them.
+    # At a fixed length, each number of repeats has its own positions: take some at a time, to bound the memory.
     rows = max(1, 2_000_000 // (int(repeats.max()) + 1))
     return torch.cat([_pull(part, setting, layout) for part in repeats.split(rows)])
 
 
 def _pull(repeats: Int[Tensor, "repeats"], setting: Setting, layout: _Layout) -> Float[Tensor, "repeats"]:
-    """`_context_pull` at once. In logarithms of attention weights, which large strengths would over- or underflow."""
+    """`_context_pull` in one go; in logarithms, since large strengths make attention weights over- or underflow."""
     n = repeats.double()
     if layout.lead is not None:
         # The pairs of a shorter prompt are a prefix of a longer one's: one running sum serves every n.

@@ -1,4 +1,4 @@
-"""What the closed form knows of a model: how strong its memories are, and what its heads can tell apart."""
+"""What the closed form knows about a model: how strong its memories are, and what its heads can tell apart."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,14 +10,14 @@ from hijack_lens.language.vocabulary import Triggers, listed_triggers
 
 @dataclass(frozen=True)
 class Setting:
-    """A model of two layers, as the theory sees it.
+    """A two-layer model, as the theory sees it.
 
     Attributes:
-        strengths: of the memories.
-        triggers: tokens that the induction head matches, as a tuple; `None` means all.
-        positions: "relative", where layer 0 has a key per offset; "absolute", where it has learned the
-            pairs of neighbouring positions up to `n_ctx_train`.
-        n_ctx_train: with absolute positions, the last position with a learned pair; `None` for no end.
+        strengths: the strengths of the memories.
+        triggers: the tokens that the induction head matches, as a tuple; `None` means all.
+        positions: "relative" if layer 0 has a key per offset; "absolute" if it has learned the pairs of
+            neighbouring positions up to `n_ctx_train`.
+        n_ctx_train: with absolute positions, the last position with a learned pair; `None` for no limit.
 
     Raises:
         TypeError, ValueError: for anything else.
@@ -44,7 +44,7 @@ class Setting:
 
         Raises:
             TypeError: for other models.
-            ValueError: for one that was trained, whose setting `fit_strengths` reads; and for one without positions.
+            ValueError: for one that was trained (`fit_strengths` reads off its setting), and for one without positions.
         """
         names = [one.name for one in fields(cls)]
         if not all(hasattr(model, name) for name in names):
