@@ -136,7 +136,7 @@ class LogitAttribution(Saved, Shown):
         return {memory: self._of(memory).sum(-3) for memory in MEMORIES}
 
     def margin(self, a: str | int | None = None, b: str | int | None = None) -> Margin:
-        """`logit[a] - logit[b]`, split by memory; by default for the tokens that `pair` gives: answers in their order."""
+        """`logit[a] - logit[b]`, split by memory; by default for those that `pair` gives: answers in their order."""
         first, second = self.pair(a, b)
         context, weights, rest = (part[..., first] - part[..., second] for part in self.by_memory().values())
         return Margin(context, weights, rest)
