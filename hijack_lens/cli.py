@@ -12,8 +12,9 @@ from rich.text import Text
 
 import hijack_lens as hl
 from hijack_lens.core.circuit import ROLE_NAMES
-from hijack_lens.core.inputs import answer_tokens, circuit_of, spaced_instead, text_tokens
+from hijack_lens.core.inputs import circuit_of, single_prompt
 from hijack_lens.core.tables import Report, Table
+from hijack_lens.core.texts import decoded, spaced_instead, token_id
 from hijack_lens.models.loading import is_hugging_face, load_model
 from hijack_lens.show import report_of
 
@@ -279,14 +280,17 @@ def _explain_answers(
         raise ValueError("--prompt must be a text, got ''")
     assert name is not None
     model = load_model(name)
-    tokens, pair = text_tokens(model, prompt, "--prompt"), answer_tokens(model, answer, foil)
+    tokens = single_prompt(model, prompt, "--prompt")[0]
+    pair = [token_id(model, "--answer", answer), token_id(model, "--foil", foil)]
+    if pair[0] == pair[1]:
+        raise ValueError(f"--answer and --foil must be different tokens, got {answer!r} and {foil!r}")
     circuit = circuit_of(model, otherwise=lambda: hl.find_circuit(model, seed=seed))
     explanation = hl.explain(model, tokens, *pair, circuit=circuit)
     evidence = circuit.evidence
     found: dict[str, Any] = {"model": str(name), "prompt": prompt}
     intro: list[str | Text] = [Text("prompt  ", style="bold").append(prompt, style="dim")]
     for side, token, text in zip(("answer", "foil"), pair, (answer, foil), strict=True):
-        shown, spaced = model.tokenizer.decode([token]), spaced_instead(model, text, token)
+        (shown,), spaced = decoded(model.tokenizer, [token]), spaced_instead(model, text, token)
         found[side] = {"text": shown, "id": token}
         other = f"; {spaced!r}, with a space, is another" if spaced else ""
         intro.append(f"{side}: {shown!r}, token {token}{other}")

@@ -12,7 +12,7 @@ from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
 from hijack_lens.core.analysis import analysis
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Margin
-from hijack_lens.core.inputs import circuit_of, single_prompt, text_tokens, token_ids
+from hijack_lens.core.inputs import circuit_of, single_prompt, token_ids
 from hijack_lens.core.tables import Drawn
 from hijack_lens.hooks.intervention import logits_of
 from hijack_lens.language.prompts import HijackPrompt
@@ -123,8 +123,8 @@ def explain(
         return _of_hijack_prompt(model, prompt, circuit)
     if answer is None or foil is None:
         raise TypeError(f"prompt must be a HijackPrompt, got {type(prompt).__name__}; others need answer= and foil=")
-    tokens = text_tokens(model, prompt, "prompt")[None] if isinstance(prompt, str) else single_prompt(model, prompt)
-    pair = token_ids(model, "answer and foil", [answer, foil]).tolist()
+    tokens = single_prompt(model, prompt)
+    pair = token_ids(model, "answer and foil", [answer, foil], at_least=2, output=True).tolist()
     circuit = circuit_of(model, circuit, lambda: find_circuit(model))
     first = int(logits_of(model, tokens)[0, -1].argmax())
     attribution = attribute(model, tokens[0], circuit=circuit, answers=list(dict.fromkeys([*pair, first])))
@@ -169,5 +169,5 @@ def _ablated(model: Any, tokens: Int[Tensor, "1 pos"], circuit: Circuit, pair: l
         if components := getattr(circuit, role):
             with hooks.ablate(model, components):
                 logits = logits_of(model, tokens)[0, -1]
-            found[circuit.role_label(role)] = float(logits[pair[0]] - logits[pair[1]])
+            found[circuit.role_label(role)] = float(logits[pair[0]]) - float(logits[pair[1]])
     return found

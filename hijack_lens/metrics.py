@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hijack_lens.core.checks import as_int, check_choice, check_tokens
-from hijack_lens.core.inputs import token_id
+from hijack_lens.core.tables import visible, widened
+from hijack_lens.core.texts import decoded, listed_ids, n_outputs
 from hijack_lens.language.prompts import HijackPrompt
 
 Answer = int | str | Sequence[int] | Sequence[str] | Int[Tensor, "batch"]
@@ -31,7 +32,7 @@ class Metric:
     Attributes:
         name: for tables and axes.
         of_logits: from the position's logits, [..., batch, d_vocab], to a number per prompt, [..., batch]. No row's
-            number may depend on another row.
+            number may depend on another row. It is given float32 for logits in half precision.
         position: where logits are read; negative values count from the end.
         resolve: for metrics that need a model or the unpatched runs: from (model, clean logits, corrupted logits),
             both [batch, pos, d_vocab] or `None`, to `of_logits`.
@@ -76,7 +77,7 @@ class Metric:
             TypeError: if `of_logits` returns anything else.
         """
         assert self.of_logits is not None
-        numbers = self.of_logits(logits)
+        numbers = self.of_logits(widened(logits))
         if not isinstance(numbers, Tensor) or numbers.shape != logits.shape[:-1]:
             got = f"shape {tuple(numbers.shape)}" if isinstance(numbers, Tensor) else f"{numbers!r:.40}"
             raise TypeError(
@@ -123,7 +124,8 @@ def logit_diff(answer: Answer, foil: Answer, position: int = -1) -> Metric:
     """logit[answer] - logit[foil].
 
     Args:
-        answer: token id or text; or one per prompt.
+        answer: token id or text; or one per prompt. A text is read as it stands, if that is a single token; else with a
+            leading space. With `on`, the metric's name shows the tokens that were found.
         foil: likewise.
         position: where logits are read.
 
@@ -134,8 +136,7 @@ def logit_diff(answer: Answer, foil: Answer, position: int = -1) -> Metric:
     def of_logits(logits: Tensor, ids: dict[str, Tensor]) -> Tensor:
         return _pick(logits, ids, "answer") - _pick(logits, ids, "foil")
 
-    name = f"logit {_named(answer)} − logit {_named(foil)}"
-    return _of_tokens(name, {"answer": answer, "foil": foil}, of_logits, position)
+    return _of_tokens("logit {answer} − logit {foil}", {"answer": answer, "foil": foil}, of_logits, position)
 
 
 def margin(prompt: HijackPrompt, position: int = -1) -> Metric:
@@ -156,7 +157,7 @@ def log_prob(answer: Answer, position: int = -1) -> Metric:
     def of_logits(logits: Tensor, ids: dict[str, Tensor]) -> Tensor:
         return _pick(logits, ids, "answer") - logits.logsumexp(-1)
 
-    return _of_tokens(f"log P({_named(answer)})", {"answer": answer}, of_logits, position)
+    return _of_tokens("log P({answer})", {"answer": answer}, of_logits, position)
 
 
 def prob(answer: Answer, position: int = -1) -> Metric:
@@ -165,7 +166,7 @@ def prob(answer: Answer, position: int = -1) -> Metric:
     def of_logits(logits: Tensor, ids: dict[str, Tensor]) -> Tensor:
         return _pick(logits.softmax(-1), ids, "answer")
 
-    return _of_tokens(f"P({_named(answer)})", {"answer": answer}, of_logits, position)
+    return _of_tokens("P({answer})", {"answer": answer}, of_logits, position)
 
 
 def kl(reference: _Run | Logits = "clean", position: int = -1) -> Metric:
@@ -188,7 +189,7 @@ def kl(reference: _Run | Logits = "clean", position: int = -1) -> Metric:
     name = f"KL from the {which} run"
 
     def against(logits: Tensor) -> Callable[[Tensor], Tensor]:
-        log_p = logits[:, unplaced.index(logits.shape[1])].detach().log_softmax(-1)
+        log_p = widened(logits[:, unplaced.index(logits.shape[1])].detach()).log_softmax(-1)
 
         def divergence(patched: Tensor) -> Tensor:
             if patched.shape[-1] != log_p.shape[-1] or len(log_p) not in (1, patched.shape[-2]):
@@ -209,8 +210,23 @@ def kl(reference: _Run | Logits = "clean", position: int = -1) -> Metric:
     return Metric(name, against(reference), position) if isinstance(reference, Tensor) else unplaced
 
 
+@dataclass(frozen=True)
+class _OfTokens(Metric):
+    """A metric of tokens, whose name shows which they are in a model's tokenizer."""
+
+    words: str = ""
+    answers: tuple[tuple[str, Answer], ...] = ()
+
+    def on(self, model: Any, clean: Logits | None = None, corrupted: Logits | None = None) -> Metric:
+        found = super().on(model, clean, corrupted)
+        if self.name != self.words.format(**{argument: _named(answer) for argument, answer in self.answers}):
+            return found  # the user's own name
+        named = {argument: _named(answer, model) for argument, answer in self.answers}
+        return replace(found, name=self.words.format(**named))
+
+
 def _of_tokens(
-    name: str, answers: dict[str, Answer], of_logits: Callable[[Tensor, dict[str, Tensor]], Tensor], position: int
+    words: str, answers: dict[str, Answer], of_logits: Callable[[Tensor, dict[str, Tensor]], Tensor], position: int
 ) -> Metric:
     """A metric of tokens; tokens given as text are looked up once there is a model."""
 
@@ -219,11 +235,12 @@ def _of_tokens(
         return lambda logits: of_logits(logits, ids)
 
     texts = any(isinstance(one, str) for answer in answers.values() for one in _listed(answer))
-    return Metric(name, None if texts else resolve(None), position, resolve)
+    name = words.format(**{argument: _named(answer) for argument, answer in answers.items()})
+    return _OfTokens(name, None if texts else resolve(None), position, resolve, words, tuple(answers.items()))
 
 
 def _is_several(answer: Any) -> bool:
-    return answer.ndim > 0 if isinstance(answer, Tensor) else isinstance(answer, (list, tuple))
+    return isinstance(answer, (list, tuple)) or getattr(answer, "ndim", 0) > 0
 
 
 def _listed(answer: Any) -> list[Any]:
@@ -232,8 +249,8 @@ def _listed(answer: Any) -> list[Any]:
 
 def _ids(argument: str, answer: Answer, model: Any = None) -> Int[Tensor, "..."]:
     """One token id, or one per prompt."""
-    ids = [token_id(model, argument, one) for one in _listed(answer)]
-    listed = check_tokens(argument, ids, 2**62 if model is None else model.cfg.d_vocab)
+    ids = listed_ids(model, argument, _listed(answer), output=True)
+    listed = check_tokens(argument, ids, 2**62 if model is None else n_outputs(model))
     return listed if _is_several(answer) else listed[0]
 
 
@@ -248,6 +265,11 @@ def _pick(
     return values.gather(-1, index).squeeze(-1)
 
 
-def _named(answer: Answer) -> str:
-    several = _listed(answer)
-    return repr(several[0]) if len(several) == 1 else "of each prompt's answer"
+def _named(answer: Answer, model: Any = None) -> str:
+    """What to call an answer: as the user wrote it; with a model, a text as the token that it is there."""
+    several: list[Any] = _listed(answer)
+    if model is not None and all(isinstance(one, str) for one in several):
+        several = [visible(text) for text in decoded(model.tokenizer, listed_ids(model, "answer", several))]
+    if len(several) == 1:
+        return repr(several[0])
+    return "of each prompt's answer" + (f" ({', '.join(map(repr, several)):.60})" if model is not None else "")

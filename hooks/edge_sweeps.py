@@ -14,6 +14,7 @@ from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import check_choice, check_count
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.inputs import Components, circuit_of, components_of
+from hijack_lens.core.tables import widened
 from hijack_lens.hooks.edges import (
     VIAS,
     Edge,
@@ -79,7 +80,14 @@ def path_sweep(
         with patch_path(model, edge.sender, edge.receiver, edge.via, source):
             values.append(reader(logits_of(model, pair.base)))
     return PathSweep(
-        base_logits.new_tensor(values), edges, reader.name, base, reader(source_logits), direction, "forward", circuit
+        widened(base_logits.new_empty(())).new_tensor(values),
+        edges,
+        reader.name,
+        base,
+        reader(source_logits),
+        direction,
+        "forward",
+        circuit,
     )
 
 
@@ -148,7 +156,7 @@ def edge_attribution(
     runs = GradientRuns(model, pair, [site.name for site in sites.values()])
     changes = torch.stack(
         [
-            into_stream(model, sender, site.read(runs.source[site.name] - runs.base[site.name]))
+            widened(into_stream(model, sender, site.read(runs.source[site.name] - runs.base[site.name])))
             for sender, site in sites.items()
         ]
     )
@@ -158,7 +166,7 @@ def edge_attribution(
     axes = "input batch pos d_model, sender batch pos d_model -> input sender"
     for step in range(steps):
         for group, derivative in _derivatives(runs, step / steps, reads):
-            effects[group] += einsum(derivative, changes, axes) / steps
+            effects[group] += einsum(widened(derivative), changes, axes) / steps
     row = {one: index for index, one in enumerate(inputs)}
     column = {sender: index for index, sender in enumerate(sites)}
     scored = [row[edge.receiver, edge.via] for edge in edges], [column[edge.sender] for edge in edges]

@@ -220,7 +220,7 @@ def read_source(model: Any, source: object, names: Sequence[str], argument: str)
     if isinstance(source, ActivationCache):
         stored = read_source(model, source.cache_dict, names, argument)
         return stored if source.has_batch_dim else {name: value[None] for name, value in stored.items()}
-    if isinstance(source, Mapping):
+    if isinstance(source, Mapping) and "input_ids" not in source:  # no tokenizer's output
         missing = [name for name in names if name not in source]
         if missing:
             raise ValueError(f"{argument} is a cache without {', '.join(missing)}")

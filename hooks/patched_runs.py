@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hijack_lens.core.checks import check_choice
 from hijack_lens.core.inputs import model_tokens
+from hijack_lens.core.tables import widened
 from hijack_lens.hooks.intervention import HookFunction, Intervention, keeping, logits_of, record
 from hijack_lens.hooks.sweep_plan import Patches, hook_name
 from hijack_lens.metrics import Logits, Metric
@@ -53,7 +54,7 @@ class BoundMetric:
 
     def __call__(self, logits: Float[Tensor, "batch pos d_vocab"]) -> float:
         """The metric of one run."""
-        value = self.metric(logits)
+        value = self.metric(logits if isinstance(self.metric, Metric) else widened(logits))
         if isinstance(value, Tensor) and value.numel() != 1:
             raise TypeError(f"metric must give one number per run, got a tensor of shape {tuple(value.shape)}")
         try:
@@ -66,7 +67,7 @@ class BoundMetric:
         if isinstance(self.metric, Metric):
             assert self.only is not None
             return self.each_at(logits[:, :, self.only])
-        return torch.tensor([self(run) for run in logits], dtype=logits.dtype, device=logits.device)
+        return widened(logits.new_empty(())).new_tensor([self(run) for run in logits])
 
     def each_at(self, logits: Float[Tensor, "patch batch d_vocab"]) -> Float[Tensor, "patch"]:
         """The metric of each run, from the logits at the one position that it reads."""
@@ -241,7 +242,7 @@ class GradientRuns:
         return found, looked
 
     def _value(self, logits: Tensor) -> Tensor:
-        value = self.reader.metric(logits)
+        value = self.reader.metric(widened(logits))
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise TypeError(
                 f"metric {self.reader.name!r} must give a tensor that torch can differentiate, got {value!r:.80}: "

@@ -190,16 +190,14 @@ class PathSweep(PatchEffects, Saved, Drawn):
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per edge: sender, receiver and via, `value` and `effect`; and `normalised`, where it is defined."""
-        frame = pd.DataFrame(
-            {
-                "sender": [name_of(edge.sender, self.circuit) for edge in self.edges],
-                "receiver": [name_of(edge.receiver, self.circuit) for edge in self.edges],
-                "via": [edge.via for edge in self.edges],
-                "value": self.values.cpu().numpy(),
-                "effect": self.effect.cpu().numpy(),
-            }
-        )
-        return frame if self.clean == self.corrupted else frame.assign(normalised=self.normalised.cpu().numpy())
+        numbers = {"value": self.values, "effect": self.effect}
+        if self.clean != self.corrupted:
+            numbers["normalised"] = self.normalised
+        frame = tidy({"edge": range(len(self.edges))}, **numbers).drop(columns="edge")
+        frame.insert(0, "sender", [name_of(edge.sender, self.circuit) for edge in self.edges])
+        frame.insert(1, "receiver", [name_of(edge.receiver, self.circuit) for edge in self.edges])
+        frame.insert(2, "via", [edge.via for edge in self.edges])
+        return frame
 
 
 @dataclass(frozen=True, repr=False)

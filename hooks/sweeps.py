@@ -14,6 +14,7 @@ from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_number
 from hijack_lens.core.hook_points import is_hooked
 from hijack_lens.core.inputs import model_tokens
+from hijack_lens.core.tables import widened
 from hijack_lens.hooks.incremental_runs import IncrementalRuns
 from hijack_lens.hooks.intervention import check_reference, draw_rows, read_source, record, stand_in
 from hijack_lens.hooks.patched_runs import (
@@ -180,12 +181,13 @@ def attribution_patch(
     plan = make_plan(model, activations, positions, layers, units, pair.base.shape[1])
     names = [hook_name(*point) for point in plan.points]
     runs = GradientRuns(model, pair, names)
-    effects = torch.zeros(plan.shape, dtype=model.cfg.dtype, device=pair.base.device)
+    effects = widened(torch.zeros(plan.shape, dtype=model.cfg.dtype, device=pair.base.device))
     for step in range(steps):
         gradients, _ = runs.at(step / steps, names)
         for (activation, layer), into in zip(plan.points, effects.flatten(0, 1), strict=True):
             name = hook_name(activation, layer)
-            change = by_position(activation, (runs.source[name] - runs.base[name]) * gradients[name])
+            source, base, gradient = map(widened, (runs.source[name], runs.base[name], gradients[name]))
+            change = by_position(activation, (source - base) * gradient)
             into += _of_patches(plan, reduce(change, "batch pos ... -> pos ...", "sum")).to(into) / steps
     measured = {"base": runs.base_value, "source": runs.source_value, "direction": direction, "method": "gradient"}
     return _labelled(model, pair.base, plan, runs.base_value + effects, runs.reader, **measured)
@@ -242,7 +244,7 @@ def _sweep(
     if method == "incremental" and why_not is not None:
         raise ValueError(f"method='incremental' cannot run this {type(model).__name__}: {why_not}")
 
-    values = base_logits.new_full(plan.shape, unpatched)
+    values = widened(base_logits.new_empty(())).new_full(plan.shape, unpatched)
     patches = plan.patches(tokens.shape[1])
     with tqdm(total=len(plan.points) * len(patches), disable=None, unit="patch") as bar:
         for (activation, layer), into in zip(plan.points, values.view(len(plan.points), -1), strict=True):

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
 from hijack_lens import cli
-from hijack_lens.core.inputs import answer_tokens, spaced_instead
+from hijack_lens.core.texts import spaced_instead, token_id
 from hijack_lens.models.loading import load_model
 
 PROMPT = "we say France is Rome . France is Rome . France is"
@@ -173,12 +173,11 @@ def test_a_deep_model_without_a_circuit_is_said_to_have_none(capsys, monkeypatch
     assert "Where the heads that wrote most look; the circuit names none" in page
 
 
-def test_answers_are_taken_as_written_where_both_are_tokens_and_else_both_with_a_space(bpe):
+def test_an_answer_is_taken_as_written_where_that_is_a_token_and_else_with_a_space(bpe):
     model = load_model(bpe)
     token = model.to_single_token
-    assert answer_tokens(model, "i", " Paris") == [token("i"), token(" Paris")]
-    assert answer_tokens(model, "Rome", "Paris") == [token(" Rome"), token(" Paris")]
-    assert answer_tokens(model, "is", "capital") == [token(" is"), token(" capital")]
+    for answer, chosen in {"i": "i", "is": "is", " is": " is", "Rome": " Rome", " Rome": " Rome"}.items():
+        assert token_id(model, "--answer", answer) == token(chosen)
     assert spaced_instead(model, "Rome", token(" Rome")) is None
     assert spaced_instead(model, "a", token("a")) == (
         " a" if len(model.to_tokens(" a", prepend_bos=False)[0]) == 1 else None
@@ -231,15 +230,18 @@ def test_explaining_in_python_gives_the_same_on_tokens_and_text(handmade):
         (["--model", "BARE", *ASKED], "cannot be loaded as a language model"),
         (
             ["--model", "HF", "--prompt", "we fly", "--answer", "Rome", "--foil", "Paris"],
-            "that the model's tokenizer knows",
+            "--prompt must be of words that the model's tokenizer knows, which lacks 'fly'",
         ),
-        (["--model", "HF", "--prompt", PROMPT, "--answer", "Bonn", "--foil", "Paris"], "--answer must be a token that"),
+        (
+            ["--model", "HF", "--prompt", PROMPT, "--answer", "Bonn", "--foil", "Paris"],
+            "--answer holds 'Bonn', which is",
+        ),
         (
             ["--model", "HF", "--prompt", PROMPT, "--answer", "Rome", "--foil", "we say"],
-            "--foil must be a single token",
+            "--foil holds 'we say', which is not a single token: the model's tokenizer reads it as ['we', 'say']",
         ),
         (["--model", "HF", "--prompt", PROMPT, "--answer", "Rome", "--foil", "Rome"], "must be different tokens"),
-        (["--model", "HF", "--prompt", PROMPT, "--answer", "", "--foil", "Rome"], "--answer must be a token that"),
+        (["--model", "HF", "--prompt", PROMPT, "--answer", "", "--foil", "Rome"], "--answer holds ''"),
         (["--model", "HF", "--prompt", "", "--answer", "Rome", "--foil", "Paris"], "--prompt must be a text, got ''"),
         (["--model", "HF", "--prompt", "is " * 99, "--answer", "Rome", "--foil", "Paris"], "takes at most n_ctx=64"),
     ],

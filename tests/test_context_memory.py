@@ -427,7 +427,7 @@ test_values_are_refused = refused(
         "query_tokens holds token id 7": of(query_tokens=[7]),
         "answers holds token id -1": of(answers=[-1]),
         "answers holds the text 'x', but the model has no tokenizer": of(model=hooked(), head=INDUCTION, answers=["x"]),
-        "answers must be two or more different tokens": against(answers=[1]),
+        "answers must be one or several different tokens": against(answers=[1, 1]),
         "circuit must name an induction head, through which the context speaks; got": against(circuit=hl.Circuit()),
         "circuit must name an induction head, .* got previous-token head: none": against(model=native()[0]),
         "logits are not its last residual stream .* a factor follows": of(model=with_factor(), head=INDUCTION),

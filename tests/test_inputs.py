@@ -320,6 +320,57 @@ def test_a_circuit_that_is_not_a_circuit_is_refused_by_name(unchecked):
             call(hooked("LN"), circuit=hl.Circuit(induction=(hl.Component(5, "head", 0),)))
 
 
+HEAD, OTHER_HEAD, MEMORY = hl.Component(0, "head", 1), hl.Component(12, "head", 30), hl.Component(1, "mlp")
+
+
+def test_a_role_is_a_component_its_place_or_several(unchecked):
+    expected = hl.Circuit((HEAD,), (OTHER_HEAD,), (MEMORY,))
+    for head, other, mlp in itertools.product(
+        (HEAD, "L0H1", ["L0H1"], ("L0H1", HEAD)), (OTHER_HEAD, "L12H30", [OTHER_HEAD]), (MEMORY, "L1MLP", ("L1MLP",))
+    ):
+        circuit = hl.Circuit(head, induction=other, bigram=mlp)
+        assert circuit == expected
+        assert (circuit.previous_token, circuit.label(OTHER_HEAD)) == ((HEAD,), "induction head")
+    assert hl.Circuit("L0H1") == hl.Circuit(previous_token=(HEAD,))
+    assert hl.Circuit(induction=["L1H0", HEAD]).induction == (INDUCTION, HEAD)  # in the order given
+    assert hl.Circuit(hl.Component(np.int64(0), "head", torch.tensor(1))).previous_token == (HEAD,)
+    model = without()
+    for bridge in (False, True):
+        one = native()[0] if bridge else model
+        named = hl.attribute(one, CLEAN, circuit=hl.Circuit("L0H1", "L1H0", "L1MLP")).margin(1, 2)
+        by_hand = hl.attribute(one, CLEAN, circuit=CIRCUIT).margin(1, 2)
+        assert torch.equal(named.context, by_hand.context)
+        assert float(named.context.abs().min()) > 1e-3
+
+
+HEADS_WANTED = r'must be attention heads, each a Component or its place \("L0H1"\), got '
+test_what_plays_no_role_is_refused = refused(
+    ValueError,
+    {
+        f"previous_token {HEADS_WANTED}'L0MLP'": lambda: hl.Circuit("L0MLP"),
+        f"previous_token {HEADS_WANTED}'induction'": lambda: hl.Circuit("induction"),
+        f"previous_token {HEADS_WANTED}''": lambda: hl.Circuit(""),
+        f"induction {HEADS_WANTED}.'L1H0', 'L1h1'.": lambda: hl.Circuit(induction=["L1H0", "L1h1"]),
+        f"induction {HEADS_WANTED}Component": lambda: hl.Circuit(induction=MEMORY),
+        r'bigram must be MLPs, each a Component or its place \("L2MLP"\), got \(Component': lambda: hl.Circuit(
+            bigram=(HEAD,)
+        ),
+        "bigram must be MLPs, .* got 'L1H0'": lambda: hl.Circuit(bigram="L1H0"),
+    },
+)
+test_what_is_no_role_at_all_is_refused = refused(
+    TypeError,
+    {
+        f"previous_token {HEADS_WANTED}None": lambda: hl.Circuit(None),
+        f"previous_token {HEADS_WANTED}0": lambda: hl.Circuit(0),
+        f"previous_token {HEADS_WANTED}Circuit": lambda: hl.Circuit(CIRCUIT),
+        f"induction {HEADS_WANTED}.*nested": lambda: hl.Circuit(induction=[["nested"]]),
+        f"induction {HEADS_WANTED}.'L0H0': 1": lambda: hl.Circuit(induction={"L0H0": 1}),
+        "bigram must be MLPs, .* got tensor": lambda: hl.Circuit(bigram=torch.tensor([1])),
+    },
+)
+
+
 def test_a_circuit_among_the_components_names_them(unchecked):
     other = hl.Circuit(induction=(HEADS[3],), bigram=(BIGRAM,))
     for sweep in (hooks.path_sweep, hooks.edge_attribution):
@@ -359,11 +410,15 @@ def test_answers_come_in_the_order_given(unchecked):
         assert hl.memory_conflict(one, prompt, query_tokens=order, answers=order).answers == tuple(map(int, order))
 
 
-def test_a_prompts_candidates_go_before_the_order_of_the_answers(unchecked):
+def test_the_order_of_the_answers_goes_before_a_prompts_candidates(unchecked):
     model = handwritten()
     prompt = hl.hijack_prompt(model.language, 0, 4, 2, 12, seed=0)
     c, g = hl.attribute(model, prompt).candidates
-    assert hl.attribute(model, prompt, answers=[g, c, 0]).pair() == (1, 0)
+    assert hl.attribute(model, prompt).pair() == (c, g)
+    for answers in ([g, c, 0], [c, g], [0, c, g]):
+        result, logits = hl.attribute(model, prompt, answers=answers), model(prompt.tokens[None])[0, -1].detach()
+        assert result.pair() == (0, 1)
+        close(result.margin().total, logits[answers[0]] - logits[answers[1]])
 
 
 def test_one_token_stands_for_a_list_of_one_wherever_one_will_do(unchecked):

@@ -321,7 +321,7 @@ test_bad_input_is_refused = refused(
         "bigram's prompts is 17 tokens long; the model takes at most n_ctx=12": lambda: fact_prompts(
             plain(), Bigram(1, 2, 3), 8
         ),
-        "fact must be of words that the model's tokenizer knows, got 'zero is'": lambda: fact_prompts(
+        "fact must be of words that the model's tokenizer knows, which lacks 'is'": lambda: fact_prompts(
             gpt2_like(), Fact("zero", "one", "two", "{subject} is {answer}")
         ),
         r"fact is \d+ tokens long; the model takes at most n_ctx=24": lambda: fact_prompts(

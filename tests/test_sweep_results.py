@@ -153,7 +153,7 @@ def test_the_table_has_a_row_per_patch(sweep):
 
 def test_half_precision_has_a_table_too():
     sweep = patch_sweep(hooked("LN", dtype=torch.bfloat16), CLEAN, CORRUPTED, METRIC, "resid_pre")
-    assert sweep.values.dtype == torch.bfloat16
+    assert sweep.values.dtype == torch.float32
     assert sweep.picture().png().startswith(PNG)
     assert sweep.to_pandas()["value"].tolist() == sweep.values.flatten().tolist()
 

@@ -13,6 +13,7 @@ from hijack_lens.core.checks import as_int, check_count, check_shapes
 from hijack_lens.core.circuit import Circuit, Component, Margin
 from hijack_lens.core.files import Saved
 from hijack_lens.core.tables import Shown, tidy, visible
+from hijack_lens.core.texts import spellings
 
 Memory = Literal["context", "weights", "rest"]
 MEMORIES: tuple[Memory, ...] = ("context", "weights", "rest")
@@ -78,7 +79,8 @@ class LogitAttribution(Saved, Shown):
             occur here, by id.
         candidates: two token ids that the prompt sets against each other, (in-context, global).
         joiner: what separates two tokens in a text.
-        answers: ids of the tokens on the last axis; `None` for the whole vocabulary.
+        answers: ids of the outputs on the last axis; `None` for all of them.
+        outputs_are_tokens: whether the model has as many outputs as tokens; if not, outputs are called by their ids.
     """
 
     values: Float[Tensor, "*batch path source d_vocab"]
@@ -90,6 +92,7 @@ class LogitAttribution(Saved, Shown):
     candidates: tuple[int, int] | None = None
     joiner: str = ""
     answers: tuple[int, ...] | None = None
+    outputs_are_tokens: bool = True
 
     def __post_init__(self) -> None:
         *batch, n_paths, n_sources, d_vocab = self.values.shape
@@ -133,7 +136,7 @@ class LogitAttribution(Saved, Shown):
         return {memory: self._of(memory).sum(-3) for memory in MEMORIES}
 
     def margin(self, a: str | int | None = None, b: str | int | None = None) -> Margin:
-        """`logit[a] - logit[b]`, split by memory; by default for the tokens that `pair` gives."""
+        """`logit[a] - logit[b]`, split by memory; by default for those that `pair` gives: answers in their order."""
         first, second = self.pair(a, b)
         context, weights, rest = (part[..., first] - part[..., second] for part in self.by_memory().values())
         return Margin(context, weights, rest)
@@ -159,8 +162,8 @@ class LogitAttribution(Saved, Shown):
         return table[[*kept[:-1], "path", "memory", kept[-1], "token", "logit"]]
 
     def token_text(self, index: int) -> str:
-        """The text of a token on the last axis, with white space visible; its id if there is no tokenizer."""
-        return self._text(self._ids[index])
+        """The text of a token on the last axis, with white space visible; its id if there is no text."""
+        return self._text(self._ids[index]) if self.outputs_are_tokens else str(self._ids[index])
 
     def source_texts(self) -> list[str]:
         """The prompt's tokens, with white space visible; for one prompt."""
@@ -171,17 +174,21 @@ class LogitAttribution(Saved, Shown):
     def pair(self, a: str | int | None = None, b: str | int | None = None) -> tuple[int, int]:
         """Where two tokens to compare are on the last axis.
 
-        By default the prompt's candidates; without any, the first two answers; else those with the two largest logits.
+        By default the first two answers; without answers, the prompt's candidates, else the two largest logits.
 
         Raises:
             TypeError, ValueError: for tokens that are not on that axis, or if there is no default.
         """
         if a is not None or b is not None:
             return self._index(a, "a"), self._index(b, "b")
-        if self.candidates is not None and all(token in self._ids for token in self.candidates):
-            return self._ids.index(self.candidates[0]), self._ids.index(self.candidates[1])
-        if self.answers is not None and self.candidates is None:
+        if len(self._ids) == 1:
+            raise ValueError(
+                f"this attribution is of one answer, {self.token_text(0)!r}, which has no other to go with"
+            )
+        if self.answers is not None:
             return 0, 1
+        if self.candidates is not None and all(token in self._ids for token in self.candidates):
+            return self.candidates
         self._check_single("a default for a and b")
         first, second = self.logits.topk(2).indices.tolist()
         return first, second
@@ -196,10 +203,11 @@ class LogitAttribution(Saved, Shown):
     def _index(self, token: str | int | None, name: str) -> int:
         ids, among = self._ids, "" if self.answers is None else " among the answers"
         if isinstance(token, str):
-            texts = [] if self.vocab is None else [self.vocab[i] for i in ids]
-            if token not in texts:
-                raise ValueError(f"{name} must be a token of the model's vocabulary{among}, got {token!r}")
-            return texts.index(token)
+            texts = [] if self.vocab is None or not self.outputs_are_tokens else [self.vocab[i] for i in ids]
+            place = next((texts.index(text) for text in spellings(token) if text in texts), None)
+            if place is None:
+                raise ValueError(f"{name} must be a token of the model's vocabulary{among}, got {token!r:.80}")
+            return place
         number = as_int(token)
         if number is None:
             raise TypeError(f"{name} must be a token's text or its id, got {token!r}")

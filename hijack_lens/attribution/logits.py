@@ -13,7 +13,9 @@ from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import as_int
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import all_components
-from hijack_lens.core.inputs import Tokens, circuit_of, is_single, model_tokens, texts_of, token_ids, whole_vocab
+from hijack_lens.core.inputs import Tokens, circuit_of, is_single, model_tokens, token_ids
+from hijack_lens.core.tables import widened
+from hijack_lens.core.texts import outputs_are_tokens, texts_of, whole_vocab
 from hijack_lens.hooks.edges import embeddings
 from hijack_lens.hooks.intervention import record
 from hijack_lens.language.prompts import HijackPrompt
@@ -54,8 +56,9 @@ def attribute(
             position, summed over sources; not for deep models.
         circuit: the roles of the components, by which paths are named and grouped; by default `model.circuit`. Without
             one, components are named by their places, and nothing counts as the context's.
-        answers: the tokens whose logits to attribute, by id or text, in this order; by default the whole vocabulary, or
-            for deep models the prompt's candidates, else (for one prompt) the ten tokens with the largest logits.
+        answers: the outputs whose logits to attribute, one or several, by id or text (read as by `logit_diff`), in this
+            order; by default all of them, or for deep models the prompt's candidates, else (for one prompt) the ten
+            with the largest logits.
 
     Returns:
         A `LogitAttribution`; with a batch axis if `prompt` has one.
@@ -75,14 +78,9 @@ def attribute(
 
     too_deep = _beyond_whole_paths(model)
     asked = candidates if answers is None and too_deep is not None else answers
-    chosen = None if asked is None else token_ids(model, "answers", asked, at_least=2).to(ids.device)
-    vocab: tuple[str, ...] | dict[int, str] | None
+    chosen = None if asked is None else token_ids(model, "answers", asked, output=True).to(ids.device)
     if too_deep is None:
         values, logits = _whole_paths(model, ids, where, circuit, chosen)
-        if chosen is None or getattr(model, "language", None) is not None:
-            vocab = whole_vocab(model)
-        else:
-            vocab = texts_of(model, torch.cat([ids.flatten(), chosen]))
     else:
         check_additive(model)
         if where == "all":
@@ -95,16 +93,21 @@ def attribute(
                 f"answers must be fewer: their parts are {n_cells:,} numbers or more, over {_MOST_CELLS:,}"
             )
         values, logits, chosen = direct_paths(model, ids, where, circuit, chosen)
-        vocab = texts_of(model, torch.cat([ids.flatten(), chosen]))
 
     check_complete((value if where == "all" else value.sum(1) for value in values.values()), logits)
+    as_tokens = outputs_are_tokens(model)
+    vocab: tuple[str, ...] | dict[int, str] | None
+    if chosen is None or getattr(model, "language", None) is not None:
+        vocab = whole_vocab(model)
+    else:
+        vocab = texts_of(model, torch.cat([ids.flatten(), chosen]) if as_tokens else ids)
     kept = {path: value for path, value in values.items() if path.source != "biases" or bool(value.any())}
     stacked = torch.stack(list(kept.values()), 1)
     if is_single(prompt):
         stacked, logits, ids = stacked[0], logits[0], ids[0]
     return LogitAttribution(
-        values=stacked,
-        logits=logits,
+        values=widened(stacked),
+        logits=widened(logits),
         tokens=ids,
         paths=tuple(kept),
         position=where,
@@ -112,6 +115,7 @@ def attribute(
         joiner=getattr(getattr(model, "language", None), "joiner", ""),
         candidates=candidates,
         answers=None if chosen is None else tuple(chosen.tolist()),
+        outputs_are_tokens=as_tokens,
     )
 
 

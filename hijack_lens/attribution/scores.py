@@ -21,6 +21,7 @@ from hijack_lens.core.checks import as_int, check_position
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import all_components
 from hijack_lens.core.inputs import circuit_of, one_head, prompt_texts, single_prompt
+from hijack_lens.core.tables import widened
 from hijack_lens.hooks.edges import Sender, embeddings, sender_site
 from hijack_lens.hooks.intervention import record
 from hijack_lens.models.linear_maps import LinearNorm, linear_norm
@@ -193,9 +194,9 @@ def attribute_scores(
     scores = _scores(model, block, chosen, run, at)[list(keys)]
     _check_values(model, chosen, values, scores, keys)
     return ScoreAttribution(
-        values=values,
-        scores=scores,
-        attention=run[f"{_at(chosen)}.hook_pattern"][0, index, at, list(keys)],
+        values=widened(values),
+        scores=widened(scores),
+        attention=widened(run[f"{_at(chosen)}.hook_pattern"][0, index, at, list(keys)]),
         head=chosen,
         query=at,
         keys=keys,

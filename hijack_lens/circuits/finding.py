@@ -22,6 +22,7 @@ from hijack_lens.core.checks import Seed, as_generator, check_count
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.inputs import token_ids
 from hijack_lens.core.statistics import chance
+from hijack_lens.core.texts import n_outputs, outputs_are_tokens
 
 _MIN_PERIOD = 3
 
@@ -64,11 +65,16 @@ def find_circuit(
         The circuit, with its `evidence`.
 
     Raises:
-        TypeError, ValueError: for tokens that the model lacks, or a vocabulary or context too small to repeat
-            three tokens.
+        TypeError, ValueError: for tokens that the model lacks, a model whose outputs are not its tokens, or a
+            vocabulary or context too small to repeat three tokens.
     """
     check_count("n_prompts", n_prompts, minimum=8)
     check_count("period", period, minimum=_MIN_PERIOD)
+    if not outputs_are_tokens(model):
+        raise ValueError(
+            "find_circuit scores how likely the next token is, so model must have an output per token; got "
+            f"{n_outputs(model)} outputs for {model.cfg.d_vocab} tokens: name the components in a Circuit"
+        )
     generator = as_generator(seed)
     drawn_from = _vocabulary(model) if vocabulary is None else token_ids(model, "vocabulary", vocabulary)
     triggers = getattr(model, "triggers", None) if triggers is None else triggers

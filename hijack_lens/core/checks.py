@@ -4,7 +4,7 @@ import math
 import numbers
 import operator
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -56,10 +56,12 @@ def check_tokens(name: str, tokens: object, d_vocab: int, n_ctx: int | None = No
     if not isinstance(tokens, Tensor):
         if not isinstance(tokens, Iterable) or isinstance(tokens, (str, bytes)):
             raise TypeError(f"{name} must be a tensor of token ids, got {type(tokens).__name__}")
+        tokens = tokens if hasattr(tokens, "__len__") else list(tokens)
+        _check_lengths(name, tokens)
         try:
-            tokens = torch.as_tensor(np.asarray(tokens if hasattr(tokens, "__len__") else list(tokens)))
+            tokens = torch.as_tensor(np.asarray(tokens))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} must be token ids, every prompt equally long, got {tokens!r:.80}") from error
+            raise ValueError(f"{name} must be token ids, got {tokens!r:.80}") from error
         tokens = tokens.long() if tokens.numel() == 0 else tokens
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise TypeError(f"{name} must hold integer token ids, got dtype {tokens.dtype}")
@@ -72,6 +74,17 @@ def check_tokens(name: str, tokens: object, d_vocab: int, n_ctx: int | None = No
     if n_ctx is not None and tokens.shape[-1] > n_ctx:
         raise ValueError(f"{name} is {tokens.shape[-1]} tokens long; the model takes at most n_ctx={n_ctx}")
     return tokens.long()
+
+
+def _check_lengths(name: str, prompts: Iterable[Any]) -> None:
+    """Several prompts, if that is what these are, are equally long: they share one axis of positions."""
+    listed = [] if isinstance(prompts, np.ndarray) else [one for one in prompts if isinstance(one, Sized)]
+    lengths = [len(one) for one in listed if not isinstance(one, str) and getattr(one, "ndim", 1)]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"{name} must be prompts of one length, since they share one axis of positions, got {lengths!s:.60} "
+            "tokens: pass texts of one length, or one at a time"
+        )
 
 
 def check_count(name: str, value: object, minimum: int = 0) -> int:

@@ -1,6 +1,7 @@
 """The words for the two memories: what carries each, how strongly it is written, what it adds to a margin."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -9,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hijack_lens.core.checks import check_choice, check_count, check_number
+
+_PLACE = re.compile(r"L([0-9]{1,9})(?:H([0-9]{1,9})|MLP)")
 
 
 @dataclass(frozen=True, order=True)
@@ -26,24 +29,36 @@ class Component:
     head: int | None = None
 
     def __post_init__(self) -> None:
-        check_count("layer", self.layer)
+        object.__setattr__(self, "layer", check_count("layer", self.layer))
         check_choice("kind", self.kind, ("head", "mlp"))
         if self.kind == "head":
-            check_count("head", self.head)
+            object.__setattr__(self, "head", check_count("head", self.head))
         elif self.head is not None:
             raise ValueError(f"head must be None for an MLP, got {self.head!r}")
 
     def __str__(self) -> str:
         return f"L{self.layer}H{self.head}" if self.kind == "head" else f"L{self.layer}MLP"
 
+    @classmethod
+    def of(cls, place: str) -> "Component | None":
+        """The component at a place ("L0H1", "L2MLP"); `None` for any other text."""
+        found = _PLACE.fullmatch(place)
+        if found is None:
+            return None
+        return cls(int(found[1]), "head", int(found[2])) if found[2] else cls(int(found[1]), "mlp")
+
 
 ROLE_NAMES = {"previous_token": "previous-token head", "induction": "induction head", "bigram": "bigram memory"}
 """The name of each role of a `Circuit`, for readers."""
+
+_HEADS = ("head", 'attention heads, each a Component or its place ("L0H1")')
 
 
 @dataclass(frozen=True)
 class Circuit:
     """The components that carry the two memories; a role may have several or none.
+
+    A role is given as a `Component`, its place ("L0H1", "L2MLP"), or several of these.
 
     Attributes:
         previous_token: heads that write the previous token into each position.
@@ -56,6 +71,10 @@ class Circuit:
     induction: tuple[Component, ...] = ()
     bigram: tuple[Component, ...] = ()
     evidence: Any = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for role in ROLE_NAMES:
+            object.__setattr__(self, role, _players(role, getattr(self, role)))
 
     def __iter__(self) -> Iterator[tuple[str, Component]]:
         for role in ROLE_NAMES:
@@ -79,6 +98,18 @@ class Circuit:
         """What to call all components of a role together: by its name, and their places where they are several."""
         parts = getattr(self, role)
         return ROLE_NAMES[role] + (f" ({', '.join(map(str, parts))})" if len(parts) > 1 else "")
+
+
+def _players(role: str, given: Any) -> tuple[Component, ...]:
+    """The components that a user gives for a role of a circuit, each once."""
+    kind, wanted = ("mlp", 'MLPs, each a Component or its place ("L2MLP")') if role == "bigram" else _HEADS
+    listed = given if isinstance(given, (tuple, list)) else (given,)
+    if not all(isinstance(one, (str, Component)) for one in listed):
+        raise TypeError(f"{role} must be {wanted}, got {given!r:.80}")
+    found = [Component.of(one) if isinstance(one, str) else one for one in listed]
+    if not all(one is not None and one.kind == kind for one in found):
+        raise ValueError(f"{role} must be {wanted}, got {given!r:.80}")
+    return tuple(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Turns what users pass as tokens, answers, prompts, positions, components or circuits into ids and sites."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,132 +13,66 @@ from hijack_lens.core.checks import as_int, check_tokens, check_type
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
 from hijack_lens.core.hook_points import all_components, check_hook_points, check_model, sites
 from hijack_lens.core.tables import visible
+from hijack_lens.core.texts import listed_ids, n_outputs, text_ids
 
 Tokens = int | str | Iterable[int | str] | Int[Tensor, "token"] | None
 """Tokens, each as an id or a text, in the user's order; or a single one. `None` is the default, often all tokens."""
 
 
 def model_tokens(model: Any, prompt: object, name: str = "prompt") -> Int[Tensor, "batch pos"]:
-    """Token ids for a model, from text, a list of texts, a `HijackPrompt` or tokens."""
-    texts = [prompt] if isinstance(prompt, str) else prompt
-    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
-        if getattr(model, "tokenizer", None) is None:
-            raise ValueError(f"{name} is text, but the model has no tokenizer: give token ids")
-        prompt = model.to_tokens(texts, truncate=False)  # prompts that are too long are rejected below, not truncated
-    tokens = check_tokens(name, getattr(prompt, "tokens", prompt), model.cfg.d_vocab, model.cfg.n_ctx)
+    """Token ids for a model, from text, several texts of one length, a `HijackPrompt` or tokens.
+
+    Texts are never padded, nor cut: each is read alone, with the same beginning as the model's prompts (for example, a
+    BOS token). Ids are taken as they are.
+    """
+    if isinstance(prompt, Mapping):
+        held = f"{type(prompt).__name__} of {', '.join(map(repr, prompt))}"
+        raise TypeError(f"{name} must be text or token ids, got a {held:.80}: give its ids, of prompts of one length")
+    texts = _texts(prompt)
+    ids = getattr(prompt, "tokens", prompt) if texts is None else [text_ids(model, text, name) for text in texts]
+    tokens = check_tokens(name, ids, model.cfg.d_vocab, model.cfg.n_ctx)
     return (tokens if tokens.ndim == 2 else tokens[None]).to(model.cfg.device)
 
 
-def single_prompt(model: Any, prompt: object) -> Int[Tensor, "1 pos"]:
+def _texts(prompt: Any) -> list[str] | None:
+    """The texts in a user's prompt; `None` if it is something else."""
+    listed = prompt.tolist() if isinstance(prompt, np.ndarray) and prompt.dtype.kind in "UO" else prompt
+    listed = [listed] if isinstance(listed, str) else listed
+    is_texts = isinstance(listed, (list, tuple)) and len(listed) > 0 and all(isinstance(text, str) for text in listed)
+    return list(listed) if is_texts else None
+
+
+def single_prompt(model: Any, prompt: object, name: str = "prompt") -> Int[Tensor, "1 pos"]:
     """Token ids of a single prompt, as a batch of one; a `ValueError` for several prompts."""
-    tokens = model_tokens(model, prompt)
+    tokens = model_tokens(model, prompt, name)
     if len(tokens) != 1:
-        raise ValueError(f"prompt must be a single prompt, got a batch of {len(tokens)}: take them one by one")
+        raise ValueError(f"{name} must be a single prompt, got a batch of {len(tokens)}: take them one by one")
     return tokens
 
 
 def is_single(prompt: Any) -> bool:
     """Whether the user's `prompt` is a single prompt rather than a batch."""
-    tokens = getattr(prompt, "tokens", prompt)
-    if isinstance(tokens, Tensor):
-        return tokens.ndim == 1
-    return isinstance(tokens, str) or (np.ndim(tokens) == 1 and not isinstance(tokens[0], str))
+    if _texts(prompt) is not None:
+        return np.ndim(prompt) == 0
+    return np.ndim(getattr(prompt, "tokens", prompt)) == 1
 
 
-def text_tokens(model: Any, text: str, name: str) -> Int[Tensor, "pos"]:
-    """Token ids of one text, with the same beginning as the model's prompts (for example, a BOS token)."""
-    ids = model_tokens(model, text, name)[0]
-    if _knows(model, plain_ids(model, text), text):
-        return ids
-    raise ValueError(f"{name} must be of words that the model's tokenizer knows, got {text!r:.80}")
-
-
-def plain_ids(model: Any, text: str) -> list[int]:
-    """Token ids of a text by itself, with nothing before or after it."""
-    language = getattr(model, "language", None)
-    if language is not None:
-        return language.encode(text).tolist()
-    return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _knows(model: Any, ids: list[int], text: str) -> bool:
-    """Whether the tokenizer knows every word of a text, so that no token stands for an unknown word."""
-    unknown = model.tokenizer.unk_token
-    return unknown is None or unknown in text or model.tokenizer.unk_token_id not in ids
-
-
-def token_id(model: Any, name: str, token: object) -> int:
-    """The id of a token given as an id or a text; does not check that the id is in the vocabulary."""
-    if not isinstance(token, str):
-        number = as_int(token)
-        if number is None:
-            raise TypeError(f"{name} must be tokens, each a text or an id, got {token!r:.80}")
-        return number
-    if getattr(model, "tokenizer", None) is None:
-        raise ValueError(f"{name} holds the text {token!r}, but the model has no tokenizer: give token ids")
-    ids = plain_ids(model, token)
-    if len(ids) != 1 or not _knows(model, ids, token):
-        raise ValueError(f"{name} holds {token!r}, which is not a single token of the model's")
-    return ids[0]
-
-
-def token_ids(model: Any, name: str, tokens: Any, at_least: int = 1) -> Int[Tensor, "token"]:
+def token_ids(model: Any, name: str, tokens: Any, at_least: int = 1, output: bool = False) -> Int[Tensor, "token"]:
     """Ids of distinct tokens in the order given, on the CPU; of the whole vocabulary for `None`.
 
-    If one token is enough, it need not be in a list.
+    If one token is enough, it need not be in a list. `output` says that they are the model's outputs.
     """
+    size = n_outputs(model) if output else model.cfg.d_vocab
     if tokens is None:
-        return torch.arange(model.cfg.d_vocab)
+        return torch.arange(size)
     alone = isinstance(tokens, str) or as_int(tokens) is not None
     if (alone and at_least > 1) or not (alone or isinstance(tokens, Iterable)):
         raise TypeError(f"{name} must be a list of tokens, each a text or an id, got {tokens!r:.80}")
-    ids = [token_id(model, name, token) for token in ([tokens] if alone else tokens)]
+    ids = listed_ids(model, name, [tokens] if alone else list(tokens), output)
     if len(set(ids)) < max(at_least, len(ids)):
         count = "one or several" if at_least == 1 else "two or more"
         raise ValueError(f"{name} must be {count} different tokens, got {tokens!r:.80}")
-    return check_tokens(name, ids, model.cfg.d_vocab)
-
-
-def answer_tokens(model: Any, answer: str, foil: str) -> list[int]:
-    """The tokens of two answers: as written if both are single tokens, otherwise both with a leading space."""
-    texts = {"--answer": answer, "--foil": foil}
-    for option, text in texts.items():
-        if not text.strip() or not _knows(model, plain_ids(model, text), text):
-            raise ValueError(f"{option} must be a token that the model's tokenizer knows, got {text!r}")
-    written = {option: plain_ids(model, text) for option, text in texts.items()}
-    several = [option for option, ids in written.items() if len(ids) != 1]
-    chosen = [plain_ids(model, f" {text}") for text in texts.values()] if several else list(written.values())
-    if any(len(ids) != 1 for ids in chosen):
-        pieces = [model.tokenizer.decode([i]) for i in written[several[0]]]
-        raise ValueError(
-            f"{several[0]} must be a single token of the model's, got {texts[several[0]]!r}, which it reads as {pieces}"
-        )
-    if chosen[0] == chosen[1]:
-        raise ValueError(f"--answer and --foil must be different tokens, got {answer!r} and {foil!r}")
-    return [*chosen[0], *chosen[1]]
-
-
-def spaced_instead(model: Any, text: str, token: int) -> str | None:
-    """The single token that a text would be with a leading space, if it differs from `token`; else `None`."""
-    if text.startswith(" ") or getattr(model, "language", None) is not None:
-        return None
-    ids = plain_ids(model, f" {text}")
-    return model.tokenizer.decode(ids) if len(ids) == 1 and ids[0] != token else None
-
-
-def whole_vocab(model: Any) -> tuple[str, ...] | None:
-    """The text of every token, if the model has a tokenizer or a language; else `None`."""
-    language = getattr(model, "language", None)
-    if language is not None:
-        return language.tokens
-    tokenizer = getattr(model, "tokenizer", None)
-    return None if tokenizer is None else tuple(tokenizer.batch_decode([[i] for i in range(model.cfg.d_vocab)]))
-
-
-def texts_of(model: Any, ids: Int[Tensor, "..."]) -> dict[int, str] | None:
-    """The texts of these tokens by id; decoding all of a large vocabulary would take longer than everything else."""
-    tokenizer = getattr(model, "tokenizer", None)
-    return None if tokenizer is None else {i: tokenizer.decode([i]) for i in sorted(set(ids.flatten().tolist()))}
+    return check_tokens(name, ids, size)
 
 
 def prompt_texts(model: Any, ids: Int[Tensor, "pos"]) -> tuple[str, ...]:
@@ -189,7 +122,6 @@ def _own_circuit(model: Any) -> Circuit | None:
 Components = Component | Circuit | str | Iterable[Component | Circuit | str] | Mapping[str, Any]
 """What users may pass as components: see `players_of`."""
 
-_PLACE = re.compile(r"L(\d+)(?:H(\d+)|MLP)")
 _ONE = 'a Component, its place ("L0H1", "L2MLP") or the name of a role ("induction")'
 _KINDS = {"head": "attention heads", "mlp": "MLPs", None: ""}
 
@@ -282,7 +214,7 @@ def _parts(players: Iterable[Player]) -> tuple[Any, ...]:
 
 
 def _is_name(text: str) -> bool:
-    return text in ROLE_NAMES or _PLACE.fullmatch(text) is not None
+    return text in ROLE_NAMES or Component.of(text) is not None
 
 
 def _players(model: Any, given: Any, circuit: Circuit, name: str, kind: str | None, points: bool) -> list[Player]:
@@ -300,9 +232,7 @@ def _named(model: Any, given: Any, circuit: Circuit, name: str, kind: str | None
         return [Player(circuit.label(member), (member,)) for member in members if kind in (None, member.kind)]
     if text and points and not _is_name(text):
         return [Player(text, (text,))]
-    if place := _PLACE.fullmatch(text):
-        given = Component(int(place[1]), "head", int(place[2])) if place[2] else Component(int(place[1]), "mlp")
-    parts = getattr(circuit, text) if text in ROLE_NAMES else (given,)
+    parts = getattr(circuit, text) if text in ROLE_NAMES else (Component.of(text) or given,)
     if not parts:
         raise ValueError(f"{name} names {text!r}, a role that no component of the circuit plays")
     for part in parts:

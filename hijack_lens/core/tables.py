@@ -8,6 +8,7 @@ from functools import singledispatch
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ _ALIGN = {"l": "left", "r": "right"}
 def visible(text: str) -> str:
     """A token's text with white space made visible, including the forms of byte-level tokenizers."""
     return "".join(_VISIBLE.get(character, character) for character in text)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Numbers in half precision as float32, since sums and differences of them need more digits; others unchanged."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def tidy(axes: Mapping[str, Iterable[Any]], **columns: Tensor) -> Any:

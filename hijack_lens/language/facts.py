@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hijack_lens.core.checks import check_count, check_tokens
 from hijack_lens.core.hook_points import check_model
-from hijack_lens.core.inputs import text_tokens, token_ids
+from hijack_lens.core.inputs import token_ids
+from hijack_lens.core.texts import n_outputs, outputs_are_tokens, text_ids
 from hijack_lens.language.vocabulary import Token
 
 _TEMPLATE = "{subject}'s capital is {answer}."
@@ -40,7 +41,7 @@ class Fact:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(f"{name} must be a text, got {value!r}")
-        if self.weights == self.context:
+        if self.weights.strip() == self.context.strip():
             raise ValueError(f"context must differ from what the weights say, got {self.context!r} for both")
         if not isinstance(self.template, str) or self.template.count("{answer}") != 1 or not self.query:
             raise ValueError(f"template must hold '{{answer}}' once, after some text, got {self.template!r}")
@@ -58,6 +59,7 @@ class Fact:
     def statement(self, answer: str, end: str | None = None) -> str:
         """The template with the subject and an answer; `end`, if given, replaces what follows the answer."""
         after = self.template.split("{answer}")[1] if end is None else end
+        answer = answer.lstrip() if self._before[-1:].isspace() else answer  # one space is enough
         return self._before + answer + after.replace("{subject}", self.subject)
 
     def text(self, repeats: int, lead: str = "") -> str:
@@ -185,9 +187,15 @@ def fact_prompts(model: Any, fact: Fact | Bigram, repeats: int = 8, lead: str | 
 def _of_text(model: Any, fact: Fact, repeats: int, lead: str | Sequence[int]) -> FactPrompts:
     if not isinstance(lead, str):
         raise TypeError(f"lead must be text, as the fact is, got {lead!r:.80}")
+    if not outputs_are_tokens(model):
+        raise ValueError(
+            f"fact is of words, but the model's {n_outputs(model)} outputs are not its {model.cfg.d_vocab} tokens: ask "
+            "a Bigram of ids"
+        )
 
     def read(text: str) -> tuple[int, ...]:
-        return tuple(text_tokens(model, text, "fact").tolist())
+        ids = check_tokens("fact", text_ids(model, text, "fact"), model.cfg.d_vocab, model.cfg.n_ctx)
+        return tuple(ids.tolist())
 
     prompts = tuple(read(fact.text(k, lead)) for k in range(repeats + 1))
     start, n = fact.text(0, lead).removesuffix(fact.query), len(prompts[0])
@@ -213,11 +221,12 @@ def _of_text(model: Any, fact: Fact, repeats: int, lead: str | Sequence[int]) ->
 
 def _of_tokens(model: Any, fact: Bigram, repeats: int, lead: str | Sequence[int]) -> FactPrompts:
     q, c, g = token_ids(model, "bigram", [fact.trigger, fact.context, fact.weights]).tolist()
+    token_ids(model, "bigram", [fact.context, fact.weights], output=True)  # they are also looked for in the logits
     tokenizer = getattr(model, "tokenizer", None)
     if not isinstance(lead, str):
         before = check_tokens("lead", lead, model.cfg.d_vocab).tolist() if len(lead) else []
     elif lead:
-        before = text_tokens(model, lead, "lead").tolist()
+        before = text_ids(model, lead, "lead")
     elif tokenizer is not None and getattr(model.cfg, "default_prepend_bos", False):
         before = [tokenizer.bos_token_id]
     else:

@@ -74,6 +74,8 @@ class Vocabulary:
             ValueError: naming `name`, if the vocabulary has no such token.
         """
         if isinstance(token, str):
+            if token not in self._ids and self.level == "word":
+                token = token.strip()  # words bring no space
             if token not in self._ids:
                 raise ValueError(f"{name} {token!r} is not one of the language's {self.d_vocab} tokens")
             return self._ids[token]

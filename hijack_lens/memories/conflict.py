@@ -130,7 +130,7 @@ def memory_conflict(
         prompt: a single prompt: text, tokens or a `HijackPrompt`. What comes after the position does not matter.
         position: where the token is replaced; negative ones count from the end.
         query_tokens: tokens to put there, by id or text; by default the whole vocabulary.
-        answers: at least two tokens whose logits to give; by default the whole vocabulary.
+        answers: outputs whose logits to give; by default all.
         circuit: the roles of the components; by default `model.circuit`.
 
     Raises:

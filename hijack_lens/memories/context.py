@@ -19,7 +19,7 @@ from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.core.inputs import Tokens, circuit_of, one_head
-from hijack_lens.core.tables import Drawn, tidy
+from hijack_lens.core.tables import Drawn, tidy, widened
 from hijack_lens.hooks.edges import changes_attn_out
 from hijack_lens.hooks.intervention import Intervention, logits_of
 from hijack_lens.memories.token_tables import TokenTables, replaced, token_tables
@@ -125,7 +125,7 @@ def context_memory(
             circuit's induction head.
         position: where it is read; negative ones count from the end.
         query_tokens: tokens to put there, by id or text; by default the whole vocabulary.
-        answers: tokens whose logits to give; by default the whole vocabulary.
+        answers: outputs whose logits to give; by default all.
         circuit: the roles of the components; by default `model.circuit`, if there is one.
 
     Raises:
@@ -159,12 +159,12 @@ def context_memory(
     query_vectors, keys = _products(model, chosen, run) or (None, None)
     return ContextMemory(
         **vars(tables),
-        attention=attention,
-        value_logits=v[:at] @ to_logits,
-        own_logits=run["own_v"] @ to_logits,
-        scale=1 / readout.weight[:, 0],
-        fast_weights=None if keys is None else (v[:at] @ W_O).T @ keys,
-        query_vectors=query_vectors,
+        attention=widened(attention),
+        value_logits=widened(v[:at] @ to_logits),
+        own_logits=widened(run["own_v"] @ to_logits),
+        scale=widened(1 / readout.weight[:, 0]),
+        fast_weights=None if keys is None else widened((v[:at] @ W_O).T @ keys),
+        query_vectors=None if query_vectors is None else widened(query_vectors),
         head=chosen,
         circuit=circuit,
     )

@@ -14,8 +14,9 @@ from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import check_choice, check_count, check_shapes, check_type
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved
-from hijack_lens.core.inputs import Components, Tokens, components_of, texts_of, token_ids
+from hijack_lens.core.inputs import Components, Tokens, components_of, token_ids
 from hijack_lens.core.tables import Drawn, tidy
+from hijack_lens.core.texts import n_outputs, outputs_are_tokens, texts_of
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.memories.token_tables import NamedTokens, centred, check_logits, context_free
 from hijack_lens.models.linear_maps import linear_norm
@@ -32,7 +33,7 @@ class MemoryMatrix(NamedTokens, Saved, Drawn):
         values: the memory's table.
         log_pi_b: the language's table; `None` without a language, and then all that compares the two is NaN.
         key_tokens: ids of the rows' tokens.
-        value_tokens: ids of the columns' tokens.
+        value_tokens: ids of the columns' tokens, which are outputs.
         part: what wrote the table: "memory" (the `components`) or "weights" (all that does not depend on the context).
         components: the MLPs; none for "weights".
     """
@@ -103,7 +104,7 @@ class MemoryMatrix(NamedTokens, Saved, Drawn):
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per cell: the texts of `key` and `value`, the `logit`, `log_pi_b` and `crosstalk`."""
-        keys, values = (map(self.token_text, tokens) for tokens in (self.key_tokens, self.value_tokens))
+        keys, values = map(self.token_text, self.key_tokens), map(self.output_text, self.value_tokens)
         log_pi_b = torch.full_like(self.values, torch.nan) if self.log_pi_b is None else self.log_pi_b
         return tidy({"key": keys, "value": values}, logit=self.values, log_pi_b=log_pi_b, crosstalk=self.crosstalk)
 
@@ -151,7 +152,10 @@ def memory_matrix(
         raise ValueError(f"components must not be given with part='weights', which is all of them; got {components!r}")
     mlps = () if part == "weights" else components_of(model, components, kind="mlp")
     check_additive(model)
-    rows, columns = token_ids(model, "key_tokens", key_tokens), token_ids(model, "value_tokens", value_tokens)
+    rows, columns = (
+        token_ids(model, "key_tokens", key_tokens),
+        token_ids(model, "value_tokens", value_tokens, output=True),
+    )
     if len(rows) * len(columns) > _MOST_CELLS:
         raise ValueError(
             f"key_tokens and value_tokens must be fewer: {len(rows)} by {len(columns)} cells are over {_MOST_CELLS:,}"
@@ -164,6 +168,8 @@ def memory_matrix(
         check_type("language", language, BigramLanguage)
         if language.d_vocab != model.cfg.d_vocab:
             raise ValueError(f"language must have the model's {model.cfg.d_vocab} tokens, got {language.d_vocab}")
+        if not outputs_are_tokens(model):
+            raise ValueError(f"language must be None for a model whose {n_outputs(model)} outputs are not its tokens")
         log_pi_b = centred(language.finite_log_pi_b()[rows][:, columns])
 
     check_logits(model, int(rows[0]))
@@ -179,8 +185,10 @@ def memory_matrix(
         else:
             logits = norm.linear(torch.stack([run[name] for name in outputs]).sum(0)) @ W_U
         table.append(centred(logits.cpu().double()))
+    as_tokens = outputs_are_tokens(model)
     return MemoryMatrix(
-        texts_of(model, torch.cat([rows, columns])),
+        texts_of(model, torch.cat([rows, *([columns] if as_tokens else [])])),
+        outputs_are_tokens=as_tokens,
         values=torch.cat(table),
         log_pi_b=log_pi_b,
         key_tokens=tuple(rows.tolist()),

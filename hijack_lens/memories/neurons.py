@@ -15,9 +15,10 @@ from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import check_count, check_shapes
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved
-from hijack_lens.core.inputs import Components, Tokens, components_of, texts_of, token_ids
+from hijack_lens.core.inputs import Components, Tokens, components_of, token_ids
 from hijack_lens.core.tables import Drawn
-from hijack_lens.memories.token_tables import NamedTokens, check_logits, context_free
+from hijack_lens.core.texts import n_outputs, outputs_are_tokens, texts_of
+from hijack_lens.memories.token_tables import NamedTokens, centred, check_logits, context_free
 from hijack_lens.models.linear_maps import linear_norm
 
 _BY_KEY = ("key_tokens", "pre", "post")
@@ -37,11 +38,11 @@ class MemoryNeurons(NamedTokens, Saved, Drawn):
         post: the value that W_out is multiplied by, after the activation.
         n_keys: how many tokens were tried as keys.
         on: the fraction of them whose `pre` is positive.
-        promoted: ids of the tokens whose logits the neuron raises most.
-        promoted_logits: how much it adds to them, per unit of `post`, relative to the mean over the vocabulary.
-        suppressed: ids of the tokens whose logits it lowers most.
+        promoted: ids of the outputs whose logits the neuron raises most.
+        promoted_logits: how much it adds to them, per unit of `post`, relative to the mean over all outputs.
+        suppressed: ids of the outputs whose logits it lowers most.
         suppressed_logits: how much it adds to them, likewise.
-        spread: root mean square over the vocabulary of what it adds.
+        spread: root mean square over all outputs of what it adds.
     """
 
     older_names: ClassVar = {"keys": "key_tokens"}
@@ -94,8 +95,8 @@ class MemoryNeurons(NamedTokens, Saved, Drawn):
             for names, width in ((_BY_KEY, self.key_tokens.shape[1]), (_BY_VALUE, self.promoted.shape[1])):
                 for name in names if rank < width else ():
                     column = getattr(self, name)[:, rank]
-                    is_token = not column.is_floating_point()
-                    table[name] = [self.token_text(i) for i in column.tolist()] if is_token else column.numpy()
+                    text = self.token_text if name == "key_tokens" else self.output_text
+                    table[name] = column.numpy() if column.is_floating_point() else [text(i) for i in column.tolist()]
             by_rank.append(table)
         frame = pd.concat(by_rank).sort_values(["neuron", "rank"], ignore_index=True)
         return frame.rename(columns={"key_tokens": "key"})
@@ -152,8 +153,11 @@ def memory_neurons(
     found |= _values(model, W_out, asked.to(W_out.device), k)
     on = found.pop("n_on").cpu().double() / len(ids)
     tensors = {name: x.cpu().double() if x.is_floating_point() else x.cpu() for name, x in found.items()}
-    shown = torch.cat([tensors[name].flatten() for name in ("key_tokens", "promoted", "suppressed")])
-    return MemoryNeurons(texts_of(model, shown), component=named[0], neurons=asked, n_keys=len(ids), on=on, **tensors)
+    as_tokens = outputs_are_tokens(model)
+    named_by_text = ("key_tokens", *(("promoted", "suppressed") if as_tokens else ()))
+    vocab = texts_of(model, torch.cat([tensors[name].flatten() for name in named_by_text]))
+    counted = {"n_keys": len(ids), "on": on, "outputs_are_tokens": as_tokens}
+    return MemoryNeurons(vocab, component=named[0], neurons=asked, **counted, **tensors)
 
 
 def _keys(
@@ -197,13 +201,12 @@ def _check_written(
 
 def _values(model: Any, W_out: Float[Tensor, "d_mlp d_model"], neurons: Tensor, k: int) -> dict[str, Tensor]:
     """The k tokens whose logits each neuron raises and lowers most, some neurons at a time."""
-    k = min(k, model.cfg.d_vocab)
+    k = min(k, n_outputs(model))
     parts: dict[str, list[Tensor]] = {}
-    for some in neurons.split(max(1, _CELLS // model.cfg.d_vocab)):
+    for some in neurons.split(max(1, _CELLS // n_outputs(model))):
         rows = W_out[some]
         norm = linear_norm(getattr(model, "ln_final", None), rows)
-        logits = norm.linear(rows, rows.new_ones(1, 1)) @ model.W_U
-        logits = logits - logits.mean(1, keepdim=True)
+        logits = centred(norm.linear(rows, rows.new_ones(1, 1)) @ model.W_U)
         parts.setdefault("spread", []).append(logits.square().mean(1).sqrt())
         for name, largest in (("promoted", True), ("suppressed", False)):
             top = logits.topk(k, largest=largest)

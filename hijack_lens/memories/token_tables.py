@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from hijack_lens.attribution.direct import check_unembedded
 from hijack_lens.core.checks import as_int, check_position
 from hijack_lens.core.hook_points import rows_at_once
-from hijack_lens.core.inputs import Tokens, single_prompt, texts_of, token_ids
+from hijack_lens.core.inputs import Tokens, single_prompt, token_ids
 from hijack_lens.core.tables import visible
+from hijack_lens.core.texts import n_outputs, outputs_are_tokens, spellings, texts_of
 from hijack_lens.hooks.edges import embeddings
 from hijack_lens.hooks.intervention import Intervention, keeping, record
 
@@ -30,13 +31,19 @@ class NamedTokens:
 
     Attributes:
         vocab: texts of the tokens that occur in it, by id; `None` if the model has no tokenizer.
+        outputs_are_tokens: whether the model has as many outputs as tokens; if not, outputs are called by their ids.
     """
 
     vocab: Mapping[int, str] | None
+    outputs_are_tokens: bool = field(default=True, kw_only=True)
 
     def token_text(self, token: int) -> str:
         """A token's text with white space visible; its id if there is no tokenizer."""
         return str(token) if self.vocab is None else visible(self.vocab[token])
+
+    def output_text(self, output: int) -> str:
+        """Likewise of an output."""
+        return self.token_text(output) if self.outputs_are_tokens else str(output)
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,7 +53,7 @@ class TokenTables(NamedTokens):
     Attributes:
         tokens: the prompt's tokens, up to the one that is replaced, which is the last.
         query_tokens: ids of the tokens that replace it, row by row.
-        answers: ids of the tokens whose logits these are, column by column.
+        answers: ids of the outputs whose logits these are, column by column.
     """
 
     older_names: ClassVar[Mapping[str, str]] = {"queries": "query_tokens"}
@@ -68,7 +75,7 @@ class TokenTables(NamedTokens):
     @property
     def answer_texts(self) -> tuple[str, ...]:
         """Texts of the columns."""
-        return tuple(map(self.token_text, self.answers))
+        return tuple(map(self.output_text, self.answers))
 
     @property
     def source_texts(self) -> tuple[str, ...]:
@@ -82,30 +89,36 @@ class TokenTables(NamedTokens):
 
     def row(self, query_token: int | str) -> int:
         """The index of a query token's row."""
-        return self._find("query_token", query_token, self.query_tokens)
+        return self._find("query_token", query_token, self.query_tokens, self.query_texts)
 
     def chosen(self, query_tokens: Tokens, answers: Tokens, most: int) -> tuple[list[int], list[int]]:
         """Rows and columns to show: those asked for, by id or text, or else the `most` frequent in the context."""
         chosen = []
-        axes = ("query_tokens", query_tokens, self.query_tokens), ("answers", answers, self.answers)
-        for name, asked, ids in axes:
+        axes = (
+            ("query_tokens", query_tokens, self.query_tokens, self.query_texts),
+            ("answers", answers, self.answers, self.answer_texts),
+        )
+        for name, asked, ids, texts in axes:
             listed = [asked] if isinstance(asked, (int, str)) else asked
-            rows = self._held(ids, most) if listed is None else [self._find(name, token, ids) for token in listed]
+            if listed is not None:
+                rows = [self._find(name, one, ids, texts) for one in listed]
+            else:
+                rows = self._held(ids, most, name == "query_tokens" or self.outputs_are_tokens)
             if not rows:
                 raise ValueError(f"{name} must be at least one token, got none")
             chosen.append(rows)
         return chosen[0], chosen[1]
 
-    def _held(self, ids: Sequence[int], most: int) -> list[int]:
+    def _held(self, ids: Sequence[int], most: int, are_tokens: bool) -> list[int]:
         """Where the context's most frequent tokens are in `ids`, at most `most` of them; if none is, any places."""
-        count = Counter(self.tokens[:-1].tolist())
+        count = Counter(self.tokens[:-1].tolist() if are_tokens else [])
         held = [index for index, token in enumerate(ids) if token in count] or list(range(len(ids)))
         return sorted(sorted(held, key=lambda index: -count[ids[index]])[:most])
 
-    def _find(self, name: str, token: Any, ids: Sequence[int]) -> int:
+    def _find(self, name: str, token: Any, ids: Sequence[int], texts: Sequence[str]) -> int:
         if isinstance(token, str):
-            known, wanted = [self.token_text(i) for i in ids], visible(token)
-            place = known.index(wanted) if self.vocab is not None and wanted in known else None
+            spelled = map(visible, spellings(token) if self.vocab is not None else ())
+            place = next((texts.index(text) for text in spelled if text in texts), None)
         else:
             number = as_int(token)
             place = ids.index(number) if number is not None and number in ids else None
@@ -119,15 +132,17 @@ def token_tables(model: Any, prompt: object, position: int, query_tokens: Tokens
     ids = single_prompt(model, prompt)
     length = ids.shape[1]
     at = check_position("position", position, length, length - 1)
-    rows, columns = token_ids(model, "query_tokens", query_tokens), token_ids(model, "answers", answers)
+    rows, columns = token_ids(model, "query_tokens", query_tokens), token_ids(model, "answers", answers, output=True)
     n_cells = len(rows) * (len(columns) + at + 1)
     if n_cells > _MOST_CELLS:
         raise ValueError(
             f"query_tokens and answers must be fewer: {len(rows)} by {len(columns)} tokens take {n_cells:,} numbers, "
             f"over {_MOST_CELLS:,}"
         )
-    vocab = texts_of(model, torch.cat([ids.flatten().cpu(), rows, columns]))
-    return TokenTables(vocab, ids[0, : at + 1], tuple(rows.tolist()), tuple(columns.tolist()))
+    as_tokens = outputs_are_tokens(model)
+    vocab = texts_of(model, torch.cat([ids.flatten().cpu(), rows, *([columns] if as_tokens else [])]))
+    listed = tuple(rows.tolist()), tuple(columns.tolist())
+    return TokenTables(vocab, ids[0, : at + 1], *listed, outputs_are_tokens=as_tokens)
 
 
 def replaced(tokens: Int[Tensor, "source"], query_tokens: Sequence[int]) -> Int[Tensor, "query source"]:
@@ -148,7 +163,7 @@ def check_logits(model: Any, token: int) -> None:
     """Checks that the logits after a single token are a sum over the last residual stream."""
     stream, answers = (
         f"blocks.{model.cfg.n_layers - 1}.hook_resid_post",
-        torch.arange(min(_CHECKED, model.W_U.shape[1])),
+        torch.arange(min(_CHECKED, n_outputs(model))),
     )
     logits, run = record(model, torch.tensor([[token]], device=model.cfg.device), [stream])
     check_unembedded(model, run[stream][:, -1], logits[:, -1, answers], answers)
@@ -178,5 +193,5 @@ def context_free(
 
 
 def centred(table: Float[Tensor, "key value"]) -> Float[Tensor, "key value"]:
-    """Each row relative to its mean: what all columns share changes no prediction."""
-    return table - table.mean(1, keepdim=True)
+    """Each row relative to its mean: what all columns share changes no prediction; one column alone, as it is."""
+    return table - table.mean(1, keepdim=True) if table.shape[1] > 1 else table

@@ -1,6 +1,9 @@
 """Logits by path: a table, the paths' parts as bars, and the prompt shaded by what each token contributed."""
 
 from html import escape
+from typing import Any
+
+from torch import Tensor
 
 from hijack_lens.attribution.logit_attribution import LogitAttribution
 from hijack_lens.core.tables import Markup, Report, Table, html_of, report_of
@@ -12,8 +15,8 @@ _NOTHING = 0.0005
 _MOST_ROWS = 80
 """A deep model has hundreds of paths; those that make the largest difference are shown."""
 
-Row = tuple[str, str, float, float, float]
-"""Path, memory, what it wrote into either logit, and the difference."""
+Row = tuple[Any, ...]
+"""Path, memory, what it wrote into either logit, and the difference; of one answer alone, into its logit."""
 
 
 @report_of.register
@@ -31,33 +34,34 @@ def logit_html(result: LogitAttribution) -> str:
     """The verdict and the shaded prompt over the table, with a bar for each path."""
     if not _is_single(result):
         return f"<pre>{escape(report_of(result).text())}</pre>"
-    (a, b), rows = result.pair(), _rows(result)
-    columns = ["path", "memory", *(f"logit {result.token_text(token)}" for token in (a, b)), "difference", ""]
-    widest = max(abs(row[4]) for row in rows) or 1.0
+    compared, rows = _compared(result), _rows(result)
+    columns = ["path", "memory", *(f"logit {result.token_text(token)}" for token in compared)]
+    columns += ["difference"] * (len(compared) - 1) + [""]
+    widest = max(abs(row[-1]) for row in rows) or 1.0
     table = path_table(result)
     drawn = [
         (
             cells[0],
             Markup(f"<span style='color:{COLOURS.get(row[1], 'inherit')}'>{row[1]}</span>"),
             *cells[2:],
-            _bar(row[4], widest, row[1]),
+            _bar(row[-1], widest, row[1]),
         )
         for cells, row in zip(table.rows, rows, strict=True)
     ]
     return (
         f"<div class='hijack-lens'><p><b>{escape(incomplete(result))}</b></p>"
         f"<p><b>Which memory wrote the logits at position {result.position}?</b> {_verdict(result)}</p>"
-        f"{shaded_prompt(result, a, b)}{Table(columns, drawn, table.align, total=True).html()}"
+        f"{shaded_prompt(result, *compared)}{Table(columns, drawn, table.align, total=True).html()}"
         f"<p style='font-size:85%'>{_hidden(result)} "
         f"Sum over all paths minus the model's logits: at most {result.completeness_error:.1e}.</p></div>"
     )
 
 
 def path_table(result: LogitAttribution) -> Table:
-    """What each path wrote into the two logits, and into their difference."""
-    first, second = (repr(result.token_text(token)) for token in result.pair())
+    """What each path wrote into the two logits, and into their difference; of one answer alone, into its logit."""
+    names = [repr(result.token_text(token)) for token in _compared(result)]
     return Table(
-        ["path", "memory", f"logit {first}", f"logit {second}", f"{first} - {second}"],
+        ["path", "memory", *(f"logit {name}" for name in names), *([" - ".join(names)] if len(names) > 1 else [])],
         [(label, memory, *(f"{number:+.3f}" for number in numbers)) for label, memory, *numbers in _rows(result)],
         align="llr",
         title=f"logits at position {result.position}, by path",
@@ -75,10 +79,12 @@ def incomplete(result: LogitAttribution) -> str:
     )
 
 
-def shaded_prompt(result: LogitAttribution, a: int, b: int) -> str:
-    """The prompt's tokens, shaded by their pull through the induction head: blue to the first, orange to the second."""
-    pull = result.by_source()["context"]
-    pull = pull[:, a] - pull[:, b]
+def shaded_prompt(result: LogitAttribution, *compared: int) -> str:
+    """The prompt's tokens, shaded by their pull through the induction head: blue to the first, orange to the second.
+
+    Of one answer alone, blue up, orange down.
+    """
+    pull = _difference(result.by_source()["context"][:, list(compared)])
     widest = float(pull.abs().max()) or 1.0
     spans = []
     for text, value in zip(result.source_texts(), pull.tolist(), strict=True):
@@ -91,9 +97,22 @@ def shaded_prompt(result: LogitAttribution, a: int, b: int) -> str:
         "<p style='font-family:monospace;line-height:1.6;overflow-wrap:anywhere'>"
         + "".join(spans)
         + "</p><p style='font-size:85%'>Shading: what each source token adds to the "
-        "difference through the induction head, blue towards the first candidate, orange towards the second."
-        "</p>"
+        + (
+            "difference through the induction head, blue towards the first candidate, orange towards the second."
+            if len(compared) > 1
+            else "logit through the induction head, blue up, orange down."
+        )
+        + "</p>"
     )
+
+
+def _compared(result: LogitAttribution) -> list[int]:
+    """The two answers to show, or the only one."""
+    return [0] if result.values.shape[-1] == 1 else list(result.pair())
+
+
+def _difference(logits: Tensor) -> Tensor:
+    return logits[..., 0] - logits[..., 1] if logits.shape[-1] > 1 else logits[..., 0]
 
 
 def _is_single(result: LogitAttribution) -> bool:
@@ -102,13 +121,15 @@ def _is_single(result: LogitAttribution) -> bool:
 
 def _rows(result: LogitAttribution) -> list[Row]:
     """The paths that make the largest difference, by memory, and their sum."""
-    a, b = result.pair()
-    by_path = result.by_path()[:, [a, b]].tolist()
-    rows = [(path.label, path.memory, x, y, x - y) for path, (x, y) in zip(result.paths, by_path, strict=True)]
-    shown = sorted((row for row in rows if max(map(abs, row[2:])) >= _NOTHING), key=lambda row: -abs(row[4]))
-    shown = sorted(shown[:_MOST_ROWS], key=lambda row: list(COLOURS).index(row[1]))
-    first, second = result.by_path()[:, [a, b]].sum(0).tolist()
-    return [*shown, ("sum", "", first, second, first - second)]
+    by_path = result.by_path()[:, _compared(result)]
+
+    def row(path: str, memory: str, wrote: Tensor) -> Row:
+        return (path, memory, *wrote.tolist(), *([float(_difference(wrote))] if len(wrote) > 1 else []))
+
+    rows = [row(path.label, path.memory, wrote) for path, wrote in zip(result.paths, by_path, strict=True)]
+    shown = sorted((one for one in rows if max(map(abs, one[2:])) >= _NOTHING), key=lambda one: -abs(one[-1]))
+    shown = sorted(shown[:_MOST_ROWS], key=lambda one: list(COLOURS).index(one[1]))
+    return [*shown, row("sum", "", by_path.sum(0))]
 
 
 def _hidden(result: LogitAttribution) -> str:
@@ -122,6 +143,9 @@ def _hidden(result: LogitAttribution) -> str:
 
 
 def _verdict(result: LogitAttribution) -> str:
+    if len(_compared(result)) == 1:
+        parts = ", ".join(f"{memory} {float(part[0]):+.2f}" for memory, part in result.by_memory().items())
+        return f"<code>{escape(result.token_text(0))}</code> has the logit {float(result.logits[0]):+.2f} ({parts})."
     margin = {part: float(value) for part, value in result.margin().parts.items()}
     first, second = (f"<code>{escape(result.token_text(token))}</code>" for token in result.pair())
     winner, loser = (first, second) if margin["total"] > 0 else (second, first)

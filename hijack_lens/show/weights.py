@@ -1,6 +1,7 @@
 """The weights' memory: its neurons, its table beside the bigrams', and how much it holds."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,9 +27,15 @@ def neurons_report(result: MemoryNeurons) -> Report:
         rows.append(
             [
                 str(int(result.neurons[i])),
-                _tokens(result, [pair for pair in zip(result.key_tokens[i].tolist(), post, strict=True) if pair[1]])
+                _tokens(
+                    result.token_text,
+                    [pair for pair in zip(result.key_tokens[i].tolist(), post, strict=True) if pair[1]],
+                )
                 or "none",
-                _tokens(result, zip(result.value_tokens[i].tolist(), result.value_logits[i].tolist(), strict=True)),
+                _tokens(
+                    result.output_text,
+                    zip(result.value_tokens[i].tolist(), result.value_logits[i].tolist(), strict=True),
+                ),
                 f"{float(result.on[i]):.1%}",
                 f"{float(result.strength[i]):.3g}",
             ]
@@ -62,16 +69,22 @@ def neuron_map(result: MemoryNeurons, most: int = 12) -> Picture:
     """
     rows = result.strongest(most)
     sides = (
-        ("turned on by", "activation (post)", result.key_tokens, result.post),
-        ("writes for the first of them", "logits, relative to their mean", result.value_tokens, result.value_logits),
+        ("turned on by", "activation (post)", result.key_tokens, result.post, result.token_text),
+        (
+            "writes for the first of them",
+            "logits, relative to their mean",
+            result.value_tokens,
+            result.value_logits,
+            result.output_text,
+        ),
     )
     picture = Picture(12.0, 1.7 + 0.36 * len(rows))
     axes = picture.figure.subplots(1, 2, sharey=True)
-    for ax, (title, label, tokens, numbers) in zip(axes, sides, strict=True):
+    for ax, (title, label, tokens, numbers, text) in zip(axes, sides, strict=True):
         image, chosen = numbers[rows, :_RANKS], tokens[rows, :_RANKS].tolist()
         # Tokens that leave a neuron off are not its keys.
         texts = [
-            [_short(result.token_text(token)) if value else "·" for token, value in zip(*pair, strict=True)]
+            [_short(text(token)) if value else "·" for token, value in zip(*pair, strict=True)]
             for pair in zip(chosen, image.tolist(), strict=True)
         ]
         ranks = [str(rank + 1) for rank in range(image.shape[1])]
@@ -97,7 +110,7 @@ def matrix_report(result: MemoryMatrix) -> Report:
             for table in tables
         ]
         key = result.token_text(result.key_tokens[i])
-        rows.append([key, *(_tokens(result, pairs) for pairs in largest), f"{float(by_row[i]):.3g}"])
+        rows.append([key, *(_tokens(result.output_text, pairs) for pairs in largest), f"{float(by_row[i]):.3g}"])
     n_keys, n_values = result.values.shape
     wrote = "all that the weights say" if result.part == "weights" else ", ".join(map(str, result.components))
     lines = [f"rank {result.rank}, effective rank {result.effective_rank:.3g}"]
@@ -130,7 +143,7 @@ def matrix_maps(result: MemoryMatrix) -> Picture:
     picture = Picture(_MAP * n_maps + 5.2, _MAP + 0.6)
     axes = picture.figure.subplots(1, n_maps + 1, width_ratios=[1.0] * n_maps + [0.85])
     spread = max(float(table.abs().max()) for table in maps.values()) or 1.0
-    keys, values = ([result.token_text(i) for i in ids] for ids in (result.key_tokens, result.value_tokens))
+    keys, values = list(map(result.token_text, result.key_tokens)), list(map(result.output_text, result.value_tokens))
     rotation = 90 if max(map(len, values)) > 2 else 0
     for ax, (title, table) in zip(axes, maps.items(), strict=False):
         drawn = heatmap(
@@ -207,9 +220,9 @@ def capacity_curves(result: MemoryCapacity) -> Picture:
     return picture
 
 
-def _tokens(result: Any, pairs: Any) -> str:
+def _tokens(text: Callable[[int], str], pairs: Any) -> str:
     """The first few tokens, each with its number."""
-    return "  ".join(f"{result.token_text(token)!r} {number:+.3g}" for token, number in list(pairs)[:_TOKENS])
+    return "  ".join(f"{text(token)!r} {number:+.3g}" for token, number in list(pairs)[:_TOKENS])
 
 
 def _short(text: str) -> str:

@@ -12,6 +12,7 @@ from hijack_lens import theory
 from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import Seed, as_generator, check_count
 from hijack_lens.core.circuit import Positions, Strengths
+from hijack_lens.core.tables import widened
 from hijack_lens.language import BigramLanguage, Token, Triggers
 from hijack_lens.language.prompts import HijackPrompt, hijack_prompt
 from hijack_lens.models.transformer import BigramTransformer
@@ -77,7 +78,7 @@ def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = N
     ids = model.language.trigger_ids(keys)
     if not len(ids):
         raise ValueError("triggers must name at least one token, got none")
-    weight = model.language.long_run.to(model.W_E)
+    weight = model.language.long_run.to(widened(model.W_E))
     head = circuit.induction[0]
 
     scores, right = previous
@@ -96,7 +97,7 @@ def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = N
     if len(ids) < len(weight):
         rows[ids] = False
     log_pi_b = model.language.finite_log_pi_b().to(weight)
-    learned = context_free_logits(model)
+    learned = widened(context_free_logits(model))
     x, y = (_centred(table, log_pi_b.exp())[rows] for table in (log_pi_b, learned))
     cells = (weight[:, None] * log_pi_b.exp())[rows]
     slope = float((cells * x * y).sum() / (cells * x * x).sum())
@@ -195,6 +196,7 @@ def _diagonal_strength(
     scores: Float[Tensor, "key value"], right: Tensor, weight: Float[Tensor, "key"]
 ) -> tuple[float, float]:
     """How far the right value's score lies above the others' mean, and how much of the table this explains (R^2)."""
+    scores = widened(scores)
     own = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, right[:, None], True)
     usable = scores.isfinite()
     others = usable & ~own

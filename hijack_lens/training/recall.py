@@ -15,6 +15,7 @@ from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import check_count
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.hook_points import check_unhooked
+from hijack_lens.core.tables import widened
 from hijack_lens.hooks.intervention import record
 from hijack_lens.language import SampledSequences, Token
 from hijack_lens.models.architecture import RelativeAttention
@@ -122,7 +123,7 @@ def effective_copy_scores(
     read = _norm_weights(model.blocks[head.layer].ln1).linear(model.W_E)
     written = read @ attn.W_V[head.head] @ attn.W_O[head.head]
     alone = context_free_logits(model)
-    rows = [weight @ (context_free_logits(model, row) - alone) for row in written]
+    rows = [weight @ widened(context_free_logits(model, row) - alone) for row in written]
     return torch.stack(rows)
 
 
@@ -143,7 +144,7 @@ def behaviour(model: BigramTransformer, sequences: SampledSequences) -> Scores:
     heads = [*model.circuit.previous_token, *model.circuit.induction]
     names = {f"blocks.{head.layer}.attn.hook_pattern" for head in heads}
     logits, run = record(model, tokens, sorted(names))
-    log_probs = logits.log_softmax(-1)
+    log_probs = widened(logits).log_softmax(-1)
     known = predictable[:, :-1]  # at the last position there is no next token to compare with
     answers = tokens[:, 1:]
     loss = -log_probs[:, :-1].gather(-1, answers[..., None])[..., 0]
@@ -210,4 +211,5 @@ def _mean(values: Tensor) -> float:
 def _norm_weights(norm: torch.nn.Module | None) -> LinearNorm:
     """A norm with its scale set to 1."""
     known = linear_norm(norm, torch.ones(1, 1))
-    return LinearNorm(known.centred, None if known.scale is None else torch.ones(1), known.w, None)
+    ones = torch.ones(1) if known.w is None else known.w.new_ones(1)
+    return LinearNorm(known.centred, None if known.scale is None else ones, known.w, None)

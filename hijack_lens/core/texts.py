@@ -1,0 +1,153 @@
+"""From text to token ids and back: whole prompts, and single tokens, as a model's tokenizer reads them."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from hijack_lens.core.checks import as_int
+from hijack_lens.core.tables import visible
+
+
+def text_ids(model: Any, text: str, name: str) -> list[int]:
+    """Token ids of a text, with the same beginning as the model's prompts (for example, a BOS token)."""
+    if getattr(model, "tokenizer", None) is None:
+        raise ValueError(f"{name} is text, but the model has no tokenizer: give token ids")
+    unknown = _unknown(model, text)
+    if unknown:
+        raise ValueError(
+            f"{name} must be of words that the model's tokenizer knows, which lacks {', '.join(map(repr, unknown)):.80}"
+        )
+    # A tokenizer returns floats for an empty text.
+    return [int(i) for i in model.to_tokens(text, truncate=False)[0].tolist()]
+
+
+def _plain_ids(model: Any, text: str) -> list[int]:
+    """Token ids of a text by itself, with nothing before or after it."""
+    language = getattr(model, "language", None)
+    if language is not None:
+        return language.encode(text).tolist()
+    return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _known_ids(model: Any, text: str) -> list[int] | None:
+    """The same; `None` if the tokenizer lacks a word of the text."""
+    try:
+        ids = _plain_ids(model, text)
+    except Exception:  # a language without "<unk>"; and tokenizers have no error of their own for words
+        return None
+    unknown = model.tokenizer.unk_token
+    spelled_out = 0 if unknown is None else text.count(unknown)
+    return ids if unknown is None or ids.count(model.tokenizer.unk_token_id) <= spelled_out else None
+
+
+def _unknown(model: Any, text: str) -> list[str]:
+    """The words of a text that the tokenizer lacks."""
+    if _known_ids(model, text) is not None:
+        return []
+    return [word for word in dict.fromkeys(text.split()) if _known_ids(model, word) is None] or [text]
+
+
+def spellings(text: str) -> tuple[str, ...]:
+    """A token's text as a user may have written it: as it stands; else with a leading space, or without the one."""
+    other = text[1:] if text.startswith(" ") else f" {text}"
+    return (text, other) if text.strip() and not other.startswith("  ") and not text.startswith("  ") else (text,)
+
+
+def token_id(model: Any, name: str, token: object, output: bool = False) -> int:
+    """The id of a token given as an id or a text; does not check that the id is in the vocabulary.
+
+    A text is read as it stands, if that is a single token; else with a leading space, or without the one that it has.
+
+    Args:
+        model: whose token; not used for an id.
+        name: the argument's name, for error messages.
+        token: what the user gives.
+        output: whether it is one of the model's outputs, which have texts only if they are its tokens.
+    """
+    if not isinstance(token, str):
+        number = as_int(token)
+        if number is None:
+            raise TypeError(f"{name} must be tokens, each a text or an id, got {token!r:.80}")
+        return number
+    if getattr(model, "tokenizer", None) is None:
+        raise ValueError(f"{name} holds the text {token!r:.80}, but the model has no tokenizer: give token ids")
+    if output and not outputs_are_tokens(model):
+        raise ValueError(
+            f"{name} holds the text {token!r:.80}, but the model's {n_outputs(model)} outputs are not its "
+            f"{model.cfg.d_vocab} tokens: give ids of outputs"
+        )
+    for spelled in spellings(token):
+        ids = _known_ids(model, spelled)
+        # "▁Paris" brings its space; where tokens do not, " a" is a space and an "a".
+        if ids is not None and len(ids) == 1 and (spelled != token[1:] or _brings_space(model, ids[0])):
+            return ids[0]
+    pieces = _known_ids(model, token)
+    found = "does not know it" if pieces is None else f"reads it as {decoded(model.tokenizer, pieces)}"
+    raise ValueError(f"{name} holds {token!r:.80}, which is not a single token: the model's tokenizer {found:.80}")
+
+
+def _brings_space(model: Any, token: int) -> bool:
+    if getattr(model, "language", None) is not None:
+        return False
+    return visible(str(model.tokenizer.convert_ids_to_tokens(token))).startswith("␣")
+
+
+def decoded(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    """The text of each token, by its id where it has none: the tokenizer may be smaller than the vocabulary."""
+    listed = list(ids)
+    pieces, texts = tokenizer.convert_ids_to_tokens(listed), [tokenizer.decode([i]) for i in listed]
+    # Alone, "▁Paris" would lose its space.
+    spaced = (
+        " " * (str(piece).startswith("▁") and not text.startswith(" "))
+        for piece, text in zip(pieces, texts, strict=True)
+    )
+    return [space + text or str(i) for space, text, i in zip(spaced, texts, listed, strict=True)]
+
+
+def listed_ids(model: Any, name: str, tokens: Sequence[object], output: bool = False) -> list[int]:
+    """The ids of several tokens; refuses texts that are the pieces of one word, given by mistake for its token."""
+    ids = [token_id(model, name, token, output) for token in tokens]
+    texts = [token for token in tokens if isinstance(token, str)]
+    if len(texts) == len(tokens) > 1:
+        word = "".join(texts)
+        whole = _known_ids(model, f" {word}")
+        if _known_ids(model, word) == ids and whole is not None and len(whole) == 1:
+            raise ValueError(
+                f"{name} holds {texts!r:.80}, the pieces of {word!r:.80} without a space before it; with one, "
+                f"{decoded(model.tokenizer, whole)[0]!r:.80} is a single token"
+            )
+    return ids
+
+
+def n_outputs(model: Any) -> int:
+    """How many logits a position has; not always as many as there are tokens."""
+    return int(model.W_U.shape[-1])
+
+
+def outputs_are_tokens(model: Any) -> bool:
+    """Whether output i stands for token i, as far as their numbers tell."""
+    return n_outputs(model) == model.cfg.d_vocab
+
+
+def spaced_instead(model: Any, text: str, token: int) -> str | None:
+    """The single token that a text would be with a leading space, if it differs from `token`; else `None`."""
+    ids = None if text.startswith(" ") else _known_ids(model, f" {text}")
+    return decoded(model.tokenizer, ids)[0] if ids is not None and len(ids) == 1 and ids[0] != token else None
+
+
+def whole_vocab(model: Any) -> tuple[str, ...] | None:
+    """The text of every token, if the model has a tokenizer or a language; else `None`."""
+    language = getattr(model, "language", None)
+    if language is not None:
+        return language.tokens
+    tokenizer = getattr(model, "tokenizer", None)
+    return None if tokenizer is None else tuple(decoded(tokenizer, range(model.cfg.d_vocab)))
+
+
+def texts_of(model: Any, ids: Int[Tensor, "..."]) -> dict[int, str] | None:
+    """The texts of these tokens by id; decoding all of a large vocabulary would take longer than everything else."""
+    tokenizer = getattr(model, "tokenizer", None)
+    chosen = sorted(set(ids.flatten().tolist()))
+    return None if tokenizer is None else dict(zip(chosen, decoded(tokenizer, chosen), strict=True))
