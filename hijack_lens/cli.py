@@ -12,6 +12,7 @@ from rich.text import Text
 
 import hijack_lens as hl
 from hijack_lens.core.circuit import ROLE_NAMES
+from hijack_lens.core.files import check_target
 from hijack_lens.core.inputs import answer_tokens, circuit_of, spaced_instead, text_tokens
 from hijack_lens.core.tables import Report, Table
 from hijack_lens.models.loading import is_hugging_face, load_model
@@ -77,8 +78,7 @@ def explain(
         as_json: Print JSON instead of tables.
         out: Where to write the report.
     """
-    if not out.parent.is_dir() or out.is_dir():
-        raise ValueError(f"--out must be a file in an existing folder, got {str(out)!r}")
+    check_target("--out", out)
     strengths = {"previous_token": previous_token, "match": match, "copy": copy, "bigram": bigram}
     written = {"text": text, "level": level, "max-vocab": max_vocab, "positions": positions, **strengths}
     asked = {"prompt": prompt, "answer": answer, "foil": foil}

@@ -10,8 +10,12 @@ from transformer_lens.components import Attention
 from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
 
-from hijack_lens.core.checks import check_choice, check_count
+from hijack_lens.core.checks import check_choice, check_count, check_memory
 from hijack_lens.core.circuit import Circuit, Component
+
+
+_BLOCK = 70_000
+"""Bytes of a block's modules and hook points, beside its weights."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Architecture:
 
     def __post_init__(self) -> None:
         for name in ("d_model", "d_head", "d_mlp", "n_ctx", "n_layers", "n_heads", "n_offsets"):
-            check_count(name, getattr(self, name), minimum=1)
+            object.__setattr__(self, name, check_count(name, getattr(self, name), minimum=1))
         check_choice("positions", self.positions, ("relative", "absolute", "rotary", "none"))
         if self.mlp is not None:
             check_choice("mlp", self.mlp, ("relu", "linear"))
@@ -50,6 +54,16 @@ class Architecture:
             check_choice("norm", self.norm, ("LN", "RMS"))
         if self.positions == "rotary" and self.d_head % 2:
             raise ValueError(f"d_head must be even with rotary positions, got {self.d_head}")
+
+    def check_memory(self, d_vocab: int, bytes_per_weight: int) -> None:
+        """There is memory for a model of this shape."""
+        attention = 4 * self.n_heads * self.d_model * self.d_head
+        mlp = 0 if self.mlp is None else 2 * self.d_model * self.d_mlp
+        positions = self.n_ctx * (self.d_head if self.positions == "rotary" else self.d_model)
+        weights = self.n_layers * (attention + mlp) + positions + 2 * d_vocab * self.d_model
+        weights += self.n_heads * self.n_offsets * self.d_head if self.positions == "relative" else 0
+        sizes = {name: getattr(self, name) for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx")}
+        check_memory(bytes_per_weight * weights + _BLOCK * self.n_layers, **sizes, d_vocab=d_vocab)
 
     @property
     def circuit(self) -> Circuit:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from hijack_lens.core.checks import Seed, check_count, fixed_seed
+from hijack_lens.core.files import locked, make_folder
 from hijack_lens.language.bigrams import BigramLanguage, SampledSequences
 from hijack_lens.models.storage import latest_checkpoint
 from hijack_lens.models.trainable import trainable_transformer
@@ -54,11 +55,20 @@ def train(
         out: folder for checkpoints.
 
     Raises:
-        TypeError, ValueError: for triggers that the language lacks, lengths beyond the model's n_ctx, or an
-            `out` that holds a run of another config or model.
+        TypeError, ValueError: for triggers that the language lacks, lengths beyond the model's n_ctx, or an `out` that
+            is no folder, that another training is writing to, or that holds a run of another config or model.
     """
     _check(model, language, config)
-    folder = None if out is None else Path(out)
+    if out is None:
+        return _train(model, language, config, None)
+    folder = make_folder("out", out)
+    with locked(folder / ".lock", f"out must be a folder that no other training writes to, got {str(out)!r}"):
+        return _train(model, language, config, folder)
+
+
+def _train(
+    model: BigramTransformer, language: BigramLanguage, config: TrainConfig, folder: Path | None
+) -> TrainingRun:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(parameters, config)
     step, rows = _resume(model, language, config, optimizer, folder)
