@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.text import Text
 
 import hijack_lens as hl
+from hijack_lens.core.checks import check_memory
 from hijack_lens.core.circuit import ROLE_NAMES
 from hijack_lens.core.files import check_target
 from hijack_lens.core.inputs import answer_tokens, circuit_of, spaced_instead, text_tokens
 from hijack_lens.core.tables import Report, Table
+from hijack_lens.core.token_texts import token_texts
 from hijack_lens.models.loading import is_hugging_face, load_model
 from hijack_lens.show import report_of
 
@@ -98,6 +100,8 @@ def explain(
                 )
             trained = hl.BigramTransformer.from_pretrained(model)
             language, triggers = trained.language, trained.triggers
+        # The model's table of positions.
+        check_memory(12 * length * 3 * language.d_vocab, **{"--length": length})
         q, c = _conflict(language, trigger, in_context, triggers)
         conflict = hl.hijack_prompt(language, q, c, repeats, length, global_candidate=global_candidate, seed=seed)
         if model is None:
@@ -150,6 +154,7 @@ def train(
         seed: Of the weights and the data.
     """
     language = _language(text, level, max_vocab)
+    check_memory(4 * 4 * length * d_model, **{"--length": length, "--d-model": d_model})  # the table of positions
     chosen = triggers or [language.tokens[i] for i in language.pi_u.argsort(descending=True)[:5].tolist()]
     config = hl.TrainConfig(triggers=chosen, length=length, seed=seed, steps=steps)
     model = hl.trainable_transformer(language, positions, d_model, seed=seed, n_ctx=4 * length)
@@ -286,7 +291,7 @@ def _explain_answers(
     found: dict[str, Any] = {"model": str(name), "prompt": prompt}
     intro: list[str | Text] = [Text("prompt  ", style="bold").append(prompt, style="dim")]
     for side, token, text in zip(("answer", "foil"), pair, (answer, foil), strict=True):
-        shown, spaced = model.tokenizer.decode([token]), spaced_instead(model, text, token)
+        shown, spaced = token_texts(model, [token])[0], spaced_instead(model, text, token)
         found[side] = {"text": shown, "id": token}
         other = f"; {spaced!r}, with a space, is another" if spaced else ""
         intro.append(f"{side}: {shown!r}, token {token}{other}")

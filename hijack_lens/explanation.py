@@ -15,6 +15,7 @@ from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Margin
 from hijack_lens.core.hook_points import check_model, evaluating
 from hijack_lens.core.inputs import circuit_of, single_prompt, text_tokens, token_ids
 from hijack_lens.core.tables import Drawn
+from hijack_lens.core.token_texts import UNDECODED
 from hijack_lens.language.prompts import HijackPrompt
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.theory.flips import Flip
@@ -159,8 +160,8 @@ def _joiner(model: Any, tokens: Int[Tensor, "pos"]) -> str:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         return " "
-    ids = tokens.tolist()
-    return "" if "".join(tokenizer.decode([i]) for i in ids) == tokenizer.decode(ids) else " "
+    whole = [i for i in tokens.tolist() if UNDECODED not in tokenizer.decode([i])]  # the others are parts of characters
+    return "" if "".join(tokenizer.decode([i]) for i in whole) == tokenizer.decode(whole) else " "
 
 
 def _ablated(model: Any, tokens: Int[Tensor, "1 pos"], circuit: Circuit, pair: list[int]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_number
 from hijack_lens.core.hook_points import check_model, is_hooked
 from hijack_lens.core.inputs import model_tokens
+from hijack_lens.core.token_texts import token_texts
 from hijack_lens.hooks.incremental_runs import IncrementalRuns
 from hijack_lens.hooks.intervention import check_reference, draw_rows, read_source, record, stand_in
 from hijack_lens.hooks.patched_runs import (
@@ -264,7 +265,7 @@ def _labelled(
     """The numbers with what the plan says of their axes."""
     texts = None  # of the positions, where they are one prompt's
     if len(tokens) == 1 and plan.positions is not None and getattr(model, "tokenizer", None) is not None:
-        every = model.to_str_tokens(tokens[0])
+        every = token_texts(model, tokens[0].tolist())
         texts = tuple(every[position] for position in plan.positions)
     return Sweep(
         values=values,

@@ -17,7 +17,7 @@ from hijack_lens.circuits.evidence import (
     MLPEvidence,
 )
 from hijack_lens.circuits.heads import AblationEffects, Repeats, ablation_effects, draw_repeats, head_scores
-from hijack_lens.core.checks import Seed, as_generator, check_count
+from hijack_lens.core.checks import Seed, as_generator, check_count, check_memory
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import check_model, evaluating
 from hijack_lens.core.inputs import token_ids
@@ -67,7 +67,7 @@ def find_circuit(
             three tokens.
     """
     check_model(model)
-    check_count("n_prompts", n_prompts, minimum=8)
+    check_memory(8 * check_count("n_prompts", n_prompts, minimum=8) * model.cfg.d_vocab, n_prompts=n_prompts)
     check_count("period", period, minimum=_MIN_PERIOD)
     generator = as_generator(seed)
     drawn_from = _vocabulary(model) if vocabulary is None else token_ids(model, "vocabulary", vocabulary)

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_tokens, check_type
+from hijack_lens.core.checks import as_int, check_text, check_tokens, check_type
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
 from hijack_lens.core.hook_points import all_components, check_hook_points, check_model, sites
 from hijack_lens.core.tables import visible
+from hijack_lens.core.token_texts import token_texts
 
 Tokens = int | str | Iterable[int | str] | Int[Tensor, "token"] | None
 """Tokens, each as an id or a text, in the user's order; or a single one. `None` is the default, often all tokens."""
@@ -23,6 +24,7 @@ def model_tokens(model: Any, prompt: object, name: str = "prompt") -> Int[Tensor
     """Token ids for a model, from text, a list of texts, a `HijackPrompt` or tokens."""
     texts = [prompt] if isinstance(prompt, str) else prompt
     if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        texts = [check_text(name, text) for text in texts]
         if getattr(model, "tokenizer", None) is None:
             raise ValueError(f"{name} is text, but the model has no tokenizer: give token ids")
         prompt = model.to_tokens(texts, truncate=False)  # prompts that are too long are rejected below, not truncated
@@ -54,8 +56,9 @@ def text_tokens(model: Any, text: str, name: str) -> Int[Tensor, "pos"]:
     raise ValueError(f"{name} must be of words that the model's tokenizer knows, got {text!r:.80}")
 
 
-def plain_ids(model: Any, text: str) -> list[int]:
+def plain_ids(model: Any, text: str, name: str = "text") -> list[int]:
     """Token ids of a text by itself, with nothing before or after it."""
+    check_text(name, text)
     language = getattr(model, "language", None)
     if language is not None:
         return language.encode(text).tolist()
@@ -77,7 +80,7 @@ def token_id(model: Any, name: str, token: object) -> int:
         return number
     if getattr(model, "tokenizer", None) is None:
         raise ValueError(f"{name} holds the text {token!r}, but the model has no tokenizer: give token ids")
-    ids = plain_ids(model, token)
+    ids = plain_ids(model, token, name)
     if len(ids) != 1 or not _knows(model, ids, token):
         raise ValueError(f"{name} holds {token!r}, which is not a single token of the model's")
     return ids[0]
@@ -104,13 +107,13 @@ def answer_tokens(model: Any, answer: str, foil: str) -> list[int]:
     """The tokens of two answers: as written if both are single tokens, otherwise both with a leading space."""
     texts = {"--answer": answer, "--foil": foil}
     for option, text in texts.items():
-        if not text.strip() or not _knows(model, plain_ids(model, text), text):
+        if not text.strip() or not _knows(model, plain_ids(model, text, option), text):
             raise ValueError(f"{option} must be a token that the model's tokenizer knows, got {text!r}")
     written = {option: plain_ids(model, text) for option, text in texts.items()}
     several = [option for option, ids in written.items() if len(ids) != 1]
     chosen = [plain_ids(model, f" {text}") for text in texts.values()] if several else list(written.values())
     if any(len(ids) != 1 for ids in chosen):
-        pieces = [model.tokenizer.decode([i]) for i in written[several[0]]]
+        pieces = token_texts(model, written[several[0]])
         raise ValueError(
             f"{several[0]} must be a single token of the model's, got {texts[several[0]]!r}, which it reads as {pieces}"
         )
@@ -124,7 +127,7 @@ def spaced_instead(model: Any, text: str, token: int) -> str | None:
     if text.startswith(" ") or getattr(model, "language", None) is not None:
         return None
     ids = plain_ids(model, f" {text}")
-    return model.tokenizer.decode(ids) if len(ids) == 1 and ids[0] != token else None
+    return token_texts(model, ids)[0] if len(ids) == 1 and ids[0] != token else None
 
 
 def whole_vocab(model: Any) -> tuple[str, ...] | None:
@@ -132,21 +135,22 @@ def whole_vocab(model: Any) -> tuple[str, ...] | None:
     language = getattr(model, "language", None)
     if language is not None:
         return language.tokens
-    tokenizer = getattr(model, "tokenizer", None)
-    return None if tokenizer is None else tuple(tokenizer.batch_decode([[i] for i in range(model.cfg.d_vocab)]))
+    return None if getattr(model, "tokenizer", None) is None else tuple(token_texts(model, range(model.cfg.d_vocab)))
 
 
 def texts_of(model: Any, ids: Int[Tensor, "..."]) -> dict[int, str] | None:
     """The texts of these tokens by id; decoding all of a large vocabulary would take longer than everything else."""
-    tokenizer = getattr(model, "tokenizer", None)
-    return None if tokenizer is None else {i: tokenizer.decode([i]) for i in sorted(set(ids.flatten().tolist()))}
+    if getattr(model, "tokenizer", None) is None:
+        return None
+    known = sorted(set(ids.flatten().tolist()))
+    return dict(zip(known, token_texts(model, known), strict=True))
 
 
 def prompt_texts(model: Any, ids: Int[Tensor, "pos"]) -> tuple[str, ...]:
     """The texts of a prompt's tokens, with white space made visible; their ids if the model has no tokenizer."""
     if getattr(model, "tokenizer", None) is None:
         return tuple(map(str, ids.tolist()))
-    return tuple(map(visible, model.to_str_tokens(ids)))
+    return tuple(map(visible, token_texts(model, ids.tolist())))
 
 
 def indices(name: str, given: Any, size: int | None = None, limit: str = "") -> list[int]:

@@ -56,10 +56,9 @@ def run_grid(
 
     Files: with `out`, each outcome is appended as it arrives, as one whole line. If called again with the same `out`,
     only points missing from the file are run; a line cut short by a kill is dropped and its point is run again. A file
-    belongs to one function (by module and name; its code is not compared) and one seed. Only one run may write to it
-    at a time: a second is refused. Several grids may use it in turn. A Parquet file cannot be appended to, so it is made
-    from a file beside it, `NAME.parquet.jsonl`, whenever a run ends, even by an error; after a kill, when the next run
-    ends.
+    belongs to one function (by module and name; its code is not compared) and one seed. Several grids may use it in
+    turn; while one run writes to it, another is refused. A Parquet file cannot be appended to, so it is made from a
+    file beside it, `NAME.parquet.jsonl`, whenever a run ends, even by an error; after a kill, when the next run ends.
 
     If the function raises at a point, the error is recorded and the other points still run. Ctrl-C cancels what has
     not started, keeps what has finished, and raises.

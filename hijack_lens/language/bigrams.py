@@ -26,9 +26,11 @@ from hijack_lens.core.checks import (
 )
 from hijack_lens.language.vocabulary import UNKNOWN, Token, Vocabulary, cut
 
-
 _CELL = 8
 """Bytes of a cell of `pi_b`."""
+
+STEP = 600
+"""Bytes of a tensor of its own for a time step, beside what it holds."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,8 @@ class BigramLanguage(Vocabulary):
         """
         check_count("n_sequences", n_sequences, minimum=1)
         check_count("length", length, minimum=1)
+        per_sequence = 8 * (4 * length + 4 * self.d_vocab)
+        check_memory(n_sequences * per_sequence + STEP * length, n_sequences=n_sequences, length=length)
         generator = as_generator(seed)
         if n_triggers is not None and (triggers is None or not isinstance(triggers, Sequence) or len(triggers)):
             raise ValueError(f"give either triggers or n_triggers, got {triggers!r} and {n_triggers!r}")

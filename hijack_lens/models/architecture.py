@@ -13,9 +13,10 @@ from transformer_lens.hook_points import HookPoint
 from hijack_lens.core.checks import check_choice, check_count, check_memory
 from hijack_lens.core.circuit import Circuit, Component
 
-
 _BLOCK = 70_000
 """Bytes of a block's modules and hook points, beside its weights."""
+
+_SIZES = ("d_model", "d_head", "d_mlp", "n_ctx", "n_layers", "n_heads", "n_offsets")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Architecture:
     scale_attention: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "d_head", "d_mlp", "n_ctx", "n_layers", "n_heads", "n_offsets"):
-            object.__setattr__(self, name, check_count(name, getattr(self, name), minimum=1))
+        for name, size in self._sizes.items():
+            object.__setattr__(self, name, check_count(name, size, minimum=1))
         check_choice("positions", self.positions, ("relative", "absolute", "rotary", "none"))
         if self.mlp is not None:
             check_choice("mlp", self.mlp, ("relu", "linear"))
@@ -62,8 +63,11 @@ class Architecture:
         positions = self.n_ctx * (self.d_head if self.positions == "rotary" else self.d_model)
         weights = self.n_layers * (attention + mlp) + positions + 2 * d_vocab * self.d_model
         weights += self.n_heads * self.n_offsets * self.d_head if self.positions == "relative" else 0
-        sizes = {name: getattr(self, name) for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx")}
-        check_memory(bytes_per_weight * weights + _BLOCK * self.n_layers, **sizes, d_vocab=d_vocab)
+        check_memory(bytes_per_weight * weights + _BLOCK * self.n_layers, **self._sizes, d_vocab=d_vocab)
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in _SIZES}
 
     @property
     def circuit(self) -> Circuit:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from hijack_lens.core.checks import Seed, check_count, fixed_seed
+from hijack_lens.core.checks import Seed, check_count, check_memory, fixed_seed
 from hijack_lens.core.files import locked, make_folder
 from hijack_lens.language.bigrams import BigramLanguage, SampledSequences
 from hijack_lens.models.storage import latest_checkpoint
@@ -66,9 +66,7 @@ def train(
         return _train(model, language, config, folder)
 
 
-def _train(
-    model: BigramTransformer, language: BigramLanguage, config: TrainConfig, folder: Path | None
-) -> TrainingRun:
+def _train(model: BigramTransformer, language: BigramLanguage, config: TrainConfig, folder: Path | None) -> TrainingRun:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(parameters, config)
     step, rows = _resume(model, language, config, optimizer, folder)
@@ -138,7 +136,11 @@ def _check(model: BigramTransformer, language: BigramLanguage, config: TrainConf
         raise ValueError("language must have the model's tokens")
     if config.length > model.cfg.n_ctx:
         raise ValueError(f"config.length is {config.length}; the model takes at most n_ctx={model.cfg.n_ctx}")
-    language.trigger_ids(config.triggers)
+    language.sample(1, 1, config.triggers, n_triggers=config.n_triggers, seed=0)  # refuses triggers that it lacks
+    if model.W_E.device.type == "cpu":  # logits and their gradient; with relative positions, scores and theirs
+        rows = 3 * language.d_vocab + (3 * model.cfg.n_heads * config.length if model.positions == "relative" else 0)
+        needed = model.W_E.itemsize * config.batch_size * config.length * rows
+        check_memory(needed, batch_size=config.batch_size, length=config.length)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model has no parameter left to train: all are frozen")
 
