@@ -191,7 +191,7 @@ def test_a_report_is_written_whole_or_not_at_all(explanation, tmp_path, monkeypa
         hl.write_report(explanation, path)
     assert path.read_text() == "the old report"
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
-    with pytest.raises(ValueError, match=r"path must lie in an existing folder, got '/no/such"):
+    with pytest.raises(ValueError, match=r"path must be a file in an existing folder, got '/no/such"):
         hl.write_report(explanation, Path("/no/such/report.html"))
 
 

@@ -59,10 +59,11 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
     """
     path = check_target("path", path)
     if path.exists() and _is_stream(path):
+        descriptor = _descriptor(path)
         # A pipe that nobody reads raises at once, instead of waiting for somebody.
-        stream = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
-        os.set_blocking(stream, True)
+        stream = os.open(path, os.O_WRONLY | os.O_NONBLOCK) if descriptor is None else os.dup(descriptor)
         with open(stream, "wb") as file:
+            os.set_blocking(stream, True)
             file.write(data)
         return path
     target = Path(os.path.realpath(path))
@@ -84,15 +85,18 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether a path stands for a pipe, a character device or an open file of a process, as /dev/stdout does."""
+    """Whether a path stands for a pipe, a character device, or what this process has open."""
     mode = path.stat().st_mode
-    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
-        return True
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or _descriptor(path) is not None
+
+
+def _descriptor(path: Path) -> int | None:
+    """The open file of this process that a path such as /dev/stdout stands for."""
     while path.is_symlink():
-        if Path(os.path.realpath(path.parent)).parts[:2] == (os.sep, "proc"):
-            return True
+        if os.path.realpath(path.parent) == f"/proc/{os.getpid()}/fd":
+            return int(path.name)
         path = path.parent / os.readlink(path)
-    return False
+    return None
 
 
 def sync(path: Path) -> None:
