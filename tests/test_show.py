@@ -32,7 +32,8 @@ def explanation(language):
 def nasty_explanation():
     """A language whose tokens would break out of a careless page."""
     tokens = ["q", NASTY, "<img/src=x/onerror=document.title='PWNED'>", "'\"", "`${x}`", "</SCRIPT>", "a", "b"]
-    language = hl.BigramLanguage(hl.BigramLanguage.dirichlet(8, seed=3).pi_b, tokens=tokens)
+    tokens += ["<!--", "<script>", "-->", "$\\{", "$a_1$", "\\$", "$", "&lt;"]
+    language = hl.BigramLanguage(hl.BigramLanguage.dirichlet(len(tokens), seed=3).pi_b, tokens=tokens)
     prompt = hl.hijack_prompt(
         language, "q", NASTY, 3, 30, global_candidate="<img/src=x/onerror=document.title='PWNED'>", seed=0
     )

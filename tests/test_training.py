@@ -465,7 +465,7 @@ def test_a_lock_ends_with_its_process_and_holds_against_others_meanwhile(tmp_pat
     if child == 0:
         try:
             model = build()
-            model.blocks[0].attn.W_V.register_hook(lambda gradient: (os.write(told, b"."), time.sleep(60)) and None)
+            model.blocks[0].attn.W_V.register_hook(lambda gradient: time.sleep(60 * os.write(told, b".")))
             hl.train(model, LANGUAGE, short(), out)
         finally:
             os._exit(1)

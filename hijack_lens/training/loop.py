@@ -34,6 +34,9 @@ from hijack_lens.training.run import (
     write_checkpoint,
 )
 
+HeldOut = dict[tuple[str, int], SampledSequences]
+"""Sequences for the probes, by continuations (as trained, and the other kind) and length."""
+
 _BLOCK = 16
 """Steps whose sequences are sampled together: the sampler's cost is per time step, hardly per sequence."""
 
@@ -59,14 +62,17 @@ def train(
             is no folder, that another training is writing to, or that holds a run of another config or model.
     """
     _check(model, language, config)
+    held_out = _held_out(model, language, config)
     if out is None:
-        return _train(model, language, config, None)
+        return _train(model, language, config, None, held_out)
     folder = make_folder("out", out)
     with locked(folder / ".lock", f"out must be a folder that no other training writes to, got {str(out)!r}"):
-        return _train(model, language, config, folder)
+        return _train(model, language, config, folder, held_out)
 
 
-def _train(model: BigramTransformer, language: BigramLanguage, config: TrainConfig, folder: Path | None) -> TrainingRun:
+def _train(
+    model: BigramTransformer, language: BigramLanguage, config: TrainConfig, folder: Path | None, held_out: HeldOut
+) -> TrainingRun:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(parameters, config)
     step, rows = _resume(model, language, config, optimizer, folder)
@@ -78,7 +84,6 @@ def _train(model: BigramTransformer, language: BigramLanguage, config: TrainConf
     if config.compile:
         forward = torch.compile(forward)
     device = model.W_E.device
-    held_out = _held_out(model, language, config)
     sequences: SampledSequences | None = None
     elapsed = rows[-1]["seconds"] if rows else 0.0
     started = time.monotonic() - elapsed
@@ -136,7 +141,6 @@ def _check(model: BigramTransformer, language: BigramLanguage, config: TrainConf
         raise ValueError("language must have the model's tokens")
     if config.length > model.cfg.n_ctx:
         raise ValueError(f"config.length is {config.length}; the model takes at most n_ctx={model.cfg.n_ctx}")
-    language.sample(1, 1, config.triggers, n_triggers=config.n_triggers, seed=0)  # refuses triggers that it lacks
     if model.W_E.device.type == "cpu":  # logits and their gradient; with relative positions, scores and theirs
         rows = 3 * language.d_vocab + (3 * model.cfg.n_heads * config.length if model.positions == "relative" else 0)
         needed = model.W_E.itemsize * config.batch_size * config.length * rows
@@ -206,10 +210,7 @@ def _sequences(language: BigramLanguage, config: TrainConfig, block: int) -> Sam
     )
 
 
-def _held_out(
-    model: BigramTransformer, language: BigramLanguage, config: TrainConfig
-) -> dict[tuple[str, int], SampledSequences]:
-    """Sequences for the probes, by continuations (as trained, and the other kind) and length."""
+def _held_out(model: BigramTransformer, language: BigramLanguage, config: TrainConfig) -> HeldOut:
     lengths = [config.length * multiple for multiple in config.eval_lengths]
     cases = [(config.continuations, length) for length in lengths if length <= model.cfg.n_ctx]
     cases.append(("bigram" if config.continuations == "uniform" else "uniform", config.length))
@@ -229,7 +230,7 @@ def _held_out(
 def _evaluate(
     model: BigramTransformer,
     config: TrainConfig,
-    held_out: dict[tuple[str, int], SampledSequences],
+    held_out: HeldOut,
     step: int,
     seconds: float,
 ) -> list[dict[str, Any]]:
