@@ -206,7 +206,7 @@ def test_a_second_run_into_one_grids_file_is_refused_by_whatever_path(tmp_path):
     (tmp_path / "link.jsonl").symlink_to("out.jsonl")
     out = tmp_path / "out.jsonl"
     table = run_grid(nested, {"x": [1], "out": [str(out), str(tmp_path / "link.jsonl")]}, out=out)
-    assert table["said"].str.contains("out must be a file that no other run writes to").all()
+    assert table["said"].str.contains("out must be written to by one run at a time").all()
     assert run_grid(double, {"x": [1, 2]}, out=tmp_path / "other.jsonl")["twice"].tolist() == [2, 4]
     assert sorted(os.listdir(tmp_path)) == ["link.jsonl", "other.jsonl", "out.jsonl"]
 

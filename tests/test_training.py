@@ -452,7 +452,7 @@ def test_a_folder_that_another_training_writes_to_is_refused(tmp_path, unchecked
     model.blocks[0].attn.W_V.register_hook(second)
     hl.train(model, LANGUAGE, short(steps=2), out)
     assert len(said) == 2
-    assert all(re.match(f"out must be a folder that no other training writes to, got '{out}'", one) for one in said)
+    assert all(re.match(f"out must be written to by one run at a time, got '{out}'", one) for one in said)
     # Its lock has gone with it.
     assert [path.name for path in out.iterdir()] == ["checkpoint-00000002"]
     assert fit(short(steps=2), out).finished
@@ -470,7 +470,7 @@ def test_a_lock_ends_with_its_process_and_holds_against_others_meanwhile(tmp_pat
         finally:
             os._exit(1)
     assert os.read(heard, 1) == b"."
-    with pytest.raises(ValueError, match="no other training writes to"):
+    with pytest.raises(ValueError, match="out must be written to by one run at a time"):
         fit(short(), out)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

@@ -210,7 +210,7 @@ def estimate(
     in a fraction 2 / n_players of the orders; a pair with too few samples, or none, gets NaN.
     """
     n = n_players
-    check_memory(8 * n_samples * n * (n + 1), n_samples=n_samples)  # who has joined, at each place in each order
+    check_memory(8 * int(n_samples) * n * (n + 1), n_samples=n_samples)  # who has joined, at each place in each order
     ranks = torch.rand(n_samples, n, generator=generator, dtype=torch.float64).argsort(-1)
     # Who has joined after k players, k = 0 ... n; the complement has joined after n - k players in the reverse order.
     come = ranks[:, None] < torch.arange(n + 1)[:, None]

@@ -180,14 +180,14 @@ def check_memory(needed: int, remedy: str = "choose smaller", /, **sizes: object
     """There is memory for what these arguments ask for, in bytes; to be called before any of it is taken."""
     free = free_memory()
     if needed > free:
-        given = ", ".join(f"{name}={value}" for name, value in sizes.items())
+        given = ", ".join(f"{name}={value!s:.80}" for name, value in sizes.items())
         raise ValueError(
             f"{given} would take {_shown_bytes(needed)} of memory, and {_shown_bytes(free)} are free: {remedy}"
         )
 
 
 def _shown_bytes(count: int) -> str:
-    return f"{count / 2**30:,.1f} GiB" if count < 2**60 else f"{count / 2**60:.3g} EiB"
+    return f"{count / 2**30:,.1f} GiB" if count < 2**60 else "more than a million TiB"
 
 
 def check_shapes(result: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -72,11 +72,11 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
     try:
         partial.touch(0o666 if before is None else 0o600, exist_ok=False)
         partial.write_bytes(data)
+        sync(partial)
         if before is not None:
             with suppress(PermissionError, AttributeError):  # only root may give files away; Windows has no owners
                 os.chown(partial, before.st_uid, before.st_gid)
             partial.chmod(stat.S_IMODE(before.st_mode))
-        sync(partial)
         os.replace(partial, target)
         sync(target.parent)
     finally:
@@ -110,19 +110,21 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, complaint: str) -> Iterator[None]:
-    """Holds a lock file, against this process and others. A process that is killed holds it no longer.
+def locked(name: str, given: str | os.PathLike[str], path: Path) -> Iterator[None]:
+    """Holds the lock file of what the user has given, against this process and others; until it is killed, if it is.
 
     Raises:
-        ValueError: with the complaint, if another holds it; or if it cannot be written.
+        ValueError: if another holds it, or it cannot be written.
     """
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(complaint) from error
+        raise ValueError(
+            f"{name} must be written to by one run at a time, got {str(given)!r}, which another is writing to"
+        ) from error
     except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error}") from error
+        raise ValueError(f"{name} must be where files may be written, got {str(given)!r}: {error}") from error
     try:
         yield
     finally:

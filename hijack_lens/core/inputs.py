@@ -58,7 +58,7 @@ def text_tokens(model: Any, text: str, name: str) -> Int[Tensor, "pos"]:
 
 def plain_ids(model: Any, text: str, name: str = "text") -> list[int]:
     """Token ids of a text by itself, with nothing before or after it."""
-    check_text(name, text)
+    text = check_text(name, text)
     language = getattr(model, "language", None)
     if language is not None:
         return language.encode(text).tolist()

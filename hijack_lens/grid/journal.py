@@ -62,8 +62,7 @@ class Journal:
             return
         make_folder("out", self.path.parent)
         real = Path(os.path.realpath(self.path))
-        complaint = f"out must be a file that no other run writes to, got {str(self.parquet or self.path)!r}"
-        with locked(real.with_name(f".{real.name}.lock"), complaint):
+        with locked("out", self.parquet or self.path, real.with_name(f".{real.name}.lock")):
             self._read()
             try:
                 yield self

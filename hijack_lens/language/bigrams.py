@@ -221,8 +221,8 @@ class BigramLanguage(Vocabulary):
         Raises:
             ValueError: for an invalid count, trigger or distribution.
         """
-        check_count("n_sequences", n_sequences, minimum=1)
-        check_count("length", length, minimum=1)
+        n_sequences = check_count("n_sequences", n_sequences, minimum=1)
+        length = check_count("length", length, minimum=1)
         per_sequence = 8 * (4 * length + 4 * self.d_vocab)
         check_memory(n_sequences * per_sequence + STEP * length, n_sequences=n_sequences, length=length)
         generator = as_generator(seed)

@@ -127,7 +127,7 @@ def hijack_prompt(
             )
         latest = length - 1 - distance
     count = 1 if n_prompts is None else check_count("n_prompts", n_prompts, minimum=1)
-    check_memory((6 * 8 * count + STEP) * length, n_prompts=count, length=length)
+    check_memory((6 * 8 * count + STEP) * int(length), n_prompts=count, length=length)
     generator = as_generator(seed)
 
     starts = _pair_starts(count, repeats, latest, distance is not None, generator)

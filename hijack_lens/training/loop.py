@@ -66,7 +66,7 @@ def train(
     if out is None:
         return _train(model, language, config, None, held_out)
     folder = make_folder("out", out)
-    with locked(folder / ".lock", f"out must be a folder that no other training writes to, got {str(out)!r}"):
+    with locked("out", out, folder / ".lock"):
         return _train(model, language, config, folder, held_out)
 
 
