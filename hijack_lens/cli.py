@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.text import Text
 
 import hijack_lens as hl
+from hijack_lens.core.checks import check_memory
 from hijack_lens.core.circuit import ROLE_NAMES
+from hijack_lens.core.files import check_target
 from hijack_lens.core.inputs import circuit_of, single_prompt
 from hijack_lens.core.tables import Report, Table
 from hijack_lens.core.texts import decoded, spaced_instead, token_id
@@ -78,8 +80,7 @@ def explain(
         as_json: Print JSON instead of tables.
         out: Where to write the report.
     """
-    if not out.parent.is_dir() or out.is_dir():
-        raise ValueError(f"--out must be a file in an existing folder, got {str(out)!r}")
+    check_target("--out", out)
     strengths = {"previous_token": previous_token, "match": match, "copy": copy, "bigram": bigram}
     written = {"text": text, "level": level, "max-vocab": max_vocab, "positions": positions, **strengths}
     asked = {"prompt": prompt, "answer": answer, "foil": foil}
@@ -99,6 +100,8 @@ def explain(
                 )
             trained = hl.BigramTransformer.from_pretrained(model)
             language, triggers = trained.language, trained.triggers
+        # The model's table of positions.
+        check_memory(12 * length * 3 * language.d_vocab, **{"--length": length})
         q, c = _conflict(language, trigger, in_context, triggers)
         conflict = hl.hijack_prompt(language, q, c, repeats, length, global_candidate=global_candidate, seed=seed)
         if model is None:
@@ -151,6 +154,7 @@ def train(
         seed: Seed of the weights and the data.
     """
     language = _language(text, level, max_vocab)
+    check_memory(4 * 4 * length * d_model, **{"--length": length, "--d-model": d_model})  # the table of positions
     chosen = triggers or [language.tokens[i] for i in language.pi_u.argsort(descending=True)[:5].tolist()]
     config = hl.TrainConfig(triggers=chosen, length=length, seed=seed, steps=steps)
     model = hl.trainable_transformer(language, positions, d_model, seed=seed, n_ctx=4 * length)

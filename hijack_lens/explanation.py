@@ -14,6 +14,7 @@ from hijack_lens.core.analysis import analysis
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Margin
 from hijack_lens.core.inputs import circuit_of, single_prompt, token_ids
 from hijack_lens.core.tables import Drawn
+from hijack_lens.core.texts import UNDECODED
 from hijack_lens.hooks.intervention import logits_of
 from hijack_lens.language.prompts import HijackPrompt
 from hijack_lens.models.transformer import BigramTransformer
@@ -158,8 +159,8 @@ def _joiner(model: Any, tokens: Int[Tensor, "pos"]) -> str:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         return " "
-    ids = tokens.tolist()
-    return "" if "".join(tokenizer.decode([i]) for i in ids) == tokenizer.decode(ids) else " "
+    whole = [i for i in tokens.tolist() if UNDECODED not in tokenizer.decode([i])]  # the others are parts of characters
+    return "" if "".join(tokenizer.decode([i]) for i in whole) == tokenizer.decode(whole) else " "
 
 
 def _ablated(model: Any, tokens: Int[Tensor, "1 pos"], circuit: Circuit, pair: list[int]) -> dict[str, float]:

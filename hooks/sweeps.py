@@ -15,6 +15,7 @@ from hijack_lens.core.checks import Seed, as_generator, check_choice, check_coun
 from hijack_lens.core.hook_points import is_hooked
 from hijack_lens.core.inputs import model_tokens
 from hijack_lens.core.tables import widened
+from hijack_lens.core.texts import decoded
 from hijack_lens.hooks.incremental_runs import IncrementalRuns
 from hijack_lens.hooks.intervention import check_reference, draw_rows, read_source, record, stand_in
 from hijack_lens.hooks.patched_runs import (
@@ -269,7 +270,7 @@ def _labelled(
     """The values, with the plan's labels for their axes."""
     texts = None  # of the tokens at the positions, for a single prompt
     if len(tokens) == 1 and plan.positions is not None and getattr(model, "tokenizer", None) is not None:
-        every = model.to_str_tokens(tokens[0])
+        every = decoded(model.tokenizer, tokens[0].tolist())
         texts = tuple(every[position] for position in plan.positions)
     return Sweep(
         values=values,

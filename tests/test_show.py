@@ -32,7 +32,8 @@ def explanation(language):
 def nasty_explanation():
     """A language whose tokens would break out of a careless page."""
     tokens = ["q", NASTY, "<img/src=x/onerror=document.title='PWNED'>", "'\"", "`${x}`", "</SCRIPT>", "a", "b"]
-    language = hl.BigramLanguage(hl.BigramLanguage.dirichlet(8, seed=3).pi_b, tokens=tokens)
+    tokens += ["<!--", "<script>", "-->", "$\\{", "$a_1$", "\\$", "$", "&lt;"]
+    language = hl.BigramLanguage(hl.BigramLanguage.dirichlet(len(tokens), seed=3).pi_b, tokens=tokens)
     prompt = hl.hijack_prompt(
         language, "q", NASTY, 3, 30, global_candidate="<img/src=x/onerror=document.title='PWNED'>", seed=0
     )
@@ -191,7 +192,7 @@ def test_a_report_is_written_whole_or_not_at_all(explanation, tmp_path, monkeypa
         hl.write_report(explanation, path)
     assert path.read_text() == "the old report"
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
-    with pytest.raises(ValueError, match=r"path must lie in an existing folder, got '/no/such"):
+    with pytest.raises(ValueError, match=r"path must be a file in an existing folder, got '/no/such"):
         hl.write_report(explanation, Path("/no/such/report.html"))
 
 

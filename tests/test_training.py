@@ -4,13 +4,16 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -433,6 +436,88 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
     assert same_weights(fit(short(), out).model, fit(short()).model)
 
 
+# One folder, one training
+
+
+def test_a_folder_that_another_training_writes_to_is_refused(tmp_path, unchecked):
+    out, said = tmp_path / "run", []
+
+    def second(*gradient):
+        try:
+            fit(short(), out)
+        except ValueError as error:
+            said.append(str(error))
+
+    model = build()
+    model.blocks[0].attn.W_V.register_hook(second)
+    hl.train(model, LANGUAGE, short(steps=2), out)
+    assert len(said) == 2
+    assert all(re.match(f"out must be written to by one run at a time, got '{out}'", one) for one in said)
+    # Its lock has gone with it.
+    assert [path.name for path in out.iterdir()] == ["checkpoint-00000002"]
+    assert fit(short(steps=2), out).finished
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked child")
+def test_a_lock_ends_with_its_process_and_holds_against_others_meanwhile(tmp_path):
+    out, (heard, told) = tmp_path / "run", os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            model = build()
+            model.blocks[0].attn.W_V.register_hook(lambda gradient: time.sleep(60 * os.write(told, b".")))
+            hl.train(model, LANGUAGE, short(), out)
+        finally:
+            os._exit(1)
+    assert os.read(heard, 1) == b"."
+    with pytest.raises(ValueError, match="out must be written to by one run at a time"):
+        fit(short(), out)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert same_weights(fit(short(), out).model, fit(short()).model)
+
+
+def test_an_out_that_is_no_folder_is_refused_before_the_first_step(tmp_path, unchecked):
+    (tmp_path / "file").write_text("kept")
+    model = build()
+    before = weights(model)
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="out must be a folder"):
+            hl.train(model, LANGUAGE, short(), out)
+    with pytest.raises(TypeError, match="out must be a path, got 5"):
+        hl.train(model, LANGUAGE, short(), 5)
+    assert same_weights(model, before)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_numbers_of_numpy_and_torch_are_plain_ones_in_configs_and_survive_checkpoints(tmp_path, unchecked):
+    whole = {"length": 10, "seed": 0, "steps": 20, "batch_size": 4, "warmup": 4, "evaluate_every": 10}
+    whole |= {"eval_sequences": 4, "checkpoint_every": 6}
+    parts = {"lr": 0.25, "final_lr": 0.5, "momentum": 0.5, "weight_decay": 0.0}
+    plain = short(**parts, betas=(0.5, 0.75), compile=False)
+    for of in (np.int64, np.uint16, torch.tensor, np.array):
+        floats = torch.tensor if of is torch.tensor else np.float32
+        config = hl.TrainConfig(
+            triggers=[of(token) for token in TRIGGERS],
+            eval_lengths=(of(1), of(2)),
+            betas=[floats(0.5), floats(0.75)],
+            compile=np.bool_(False),
+            **{name: of(value) for name, value in whole.items()},
+            **{name: floats(value) for name, value in parts.items()},
+        )
+        assert config == plain
+        assert json.dumps(asdict(config)) == json.dumps(asdict(plain))
+    model = build(d_model=np.int64(16), n_ctx=torch.tensor(32), n_layers=np.int8(2))
+    run = hl.train(model, LANGUAGE, config, tmp_path / "run")
+    assert hl.TrainingRun.load(tmp_path / "run").config == plain
+    assert same_weights(fit(plain, tmp_path / "run").model, run.model)
+    written = hl.associative_transformer(
+        LANGUAGE, [np.int64(1)], strengths=hl.Strengths(match=np.float32(3)), n_ctx=np.int64(9), d_model=np.int64(24)
+    )
+    written.save_pretrained(tmp_path / "written")
+    assert hl.BigramTransformer.from_pretrained(tmp_path / "written").strengths.match == 3.0
+
+
 KILLED = """
 import os, random, signal, sys, time
 sys.path.insert(0, {here!r})
@@ -587,6 +672,11 @@ def rewrite(folder, change_header=lambda header: None, change_state=lambda state
         lambda header: header.update(table={}),
         lambda header: header.update(table={"step": [0]}),
         lambda header: header.update(table=5),
+        lambda header: header["table"].pop("seconds"),
+        lambda header: header["table"].update(seconds=[None] * len(header["table"]["step"])),
+        lambda header: header["table"]["seconds"].__setitem__(-1, None),
+        lambda header: header["table"]["seconds"].__setitem__(0, "soon"),
+        lambda header: header["table"]["step"].__setitem__(0, 0.5),
         lambda header: header.update(format="hijack_lens.TwoLayerTransformer.1"),
     ],
     ids=lambda change: None,

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hijack_lens.core.checks import check_memory
 from hijack_lens.core.hook_points import Site, check_hook_points, sites
 from hijack_lens.core.inputs import Player
 from hijack_lens.hooks.intervention import HookFunction, Intervention, draw_rows, logits_of, read_source, stand_in
@@ -209,6 +210,7 @@ def estimate(
     in a fraction 2 / n_players of the orders; a pair with too few samples, or none, gets NaN.
     """
     n = n_players
+    check_memory(8 * int(n_samples) * n * (n + 1), n_samples=n_samples)  # who has joined, at each place in each order
     ranks = torch.rand(n_samples, n, generator=generator, dtype=torch.float64).argsort(-1)
     # Who has joined after k players, k = 0 ... n; the complement has joined after n - k players in the reverse order.
     come = ranks[:, None] < torch.arange(n + 1)[:, None]

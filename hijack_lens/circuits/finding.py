@@ -18,7 +18,7 @@ from hijack_lens.circuits.evidence import (
 )
 from hijack_lens.circuits.heads import AblationEffects, Repeats, ablation_effects, draw_repeats, head_scores
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import Seed, as_generator, check_count
+from hijack_lens.core.checks import Seed, as_generator, check_count, check_memory
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.inputs import token_ids
 from hijack_lens.core.statistics import chance
@@ -68,7 +68,7 @@ def find_circuit(
         TypeError, ValueError: for tokens that the model lacks, a model whose outputs are not its tokens, or a
             vocabulary or context too small to repeat three tokens.
     """
-    check_count("n_prompts", n_prompts, minimum=8)
+    check_memory(8 * check_count("n_prompts", n_prompts, minimum=8) * model.cfg.d_vocab, n_prompts=n_prompts)
     check_count("period", period, minimum=_MIN_PERIOD)
     if not outputs_are_tokens(model):
         raise ValueError(

@@ -5,9 +5,12 @@ import numbers
 import operator
 import secrets
 from collections.abc import Iterable, Mapping, Sized
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -45,10 +48,29 @@ def as_int(value: object) -> int | None:
         return None
 
 
+def plain_scalar(value: Any) -> Any:
+    """A NumPy or PyTorch scalar as Python's own; anything else as it is."""
+    return value.item() if callable(getattr(value, "item", None)) and getattr(value, "ndim", None) == 0 else value
+
+
 def check_type(name: str, value: object, kind: type) -> None:
     """`value` is of type `kind`."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, got {value!r:.80}")
+
+
+def check_text(name: str, value: object) -> str:
+    """`value` as text that UTF-8 can hold, without the mark that a file's first bytes may be (U+FEFF)."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        lone = value[error.start]
+        raise ValueError(
+            f"{name} must be text, got {value!r:.80}, which holds a lone surrogate, {lone!r}, at {error.start}"
+        ) from error
+    return value.removeprefix("\ufeff")
 
 
 def check_tokens(name: str, tokens: object, d_vocab: int, n_ctx: int | None = None) -> Int[Tensor, "*batch pos"]:
@@ -125,15 +147,16 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_distribution(name: str, values: object, shape: tuple[int, ...]) -> Float[Tensor, "... d_vocab"]:
+def check_distribution(
+    name: str, values: object, shape: tuple[int, ...], copy: bool = True
+) -> Float[Tensor, "... d_vocab"]:
     """`values` as float64 probabilities of `shape`, their last axis summing to exactly one.
 
-    Rows may be off by up to 1e-6, as float32 rows are, and are then rescaled.
+    Rows may be off by up to 1e-6, as float32 rows are, and are then rescaled. Without `copy`, in place.
     """
     try:
-        probabilities = (
-            (values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))).detach().cpu().clone()
-        )
+        given = (values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))).detach().cpu()
+        probabilities = given.clone() if copy else given
         if probabilities.is_complex():
             raise TypeError("complex numbers are not probabilities")
         probabilities = probabilities.double()
@@ -141,11 +164,11 @@ def check_distribution(name: str, values: object, shape: tuple[int, ...]) -> Flo
         raise TypeError(f"{name} must be a tensor of probabilities, got {type(values).__name__}") from error
     if tuple(probabilities.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(probabilities.shape)}")
-    if not bool(probabilities.isfinite().all()):
+    sums = probabilities.sum(-1)  # large tables leave no room for copies
+    if not bool(sums.isfinite().all()):
         raise ValueError(f"{name} must be finite, got a NaN or an infinity")
-    if bool((probabilities < 0).any()):
+    if probabilities.numel() and float(probabilities.min()) < 0:
         raise ValueError(f"{name} must not be negative, got {float(probabilities.min()):g}")
-    sums = probabilities.sum(-1)
     off = (sums - 1).abs()
     if bool((off > 1e-6).any()):
         where = f"row {int(off.argmax())}" if probabilities.ndim > 1 else "it"
@@ -153,7 +176,31 @@ def check_distribution(name: str, values: object, shape: tuple[int, ...]) -> Flo
             f"{name} must sum to 1 along its last axis; {where} sums to {float(sums.flatten()[off.argmax()]):g}"
         )
     # Rows already normalised stay the same, bit for bit, when a language is saved and loaded.
-    return torch.where(off.unsqueeze(-1) > 1e-14, probabilities / sums.unsqueeze(-1), probabilities)
+    probabilities /= torch.where(off > 1e-14, sums, 1.0).unsqueeze(-1)
+    return probabilities
+
+
+def free_memory() -> int:
+    """Bytes of memory that the machine, or the container that this runs in, could still give."""
+    free = psutil.virtual_memory().available
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # there is no such container, or no limit ("max")
+            free = min(free, int(Path(limit).read_text()))
+    return free
+
+
+def check_memory(needed: int, remedy: str = "choose smaller", /, **sizes: object) -> None:
+    """There is memory for what these arguments ask for, in bytes; to be called before any of it is taken."""
+    free = free_memory()
+    if needed > free:
+        given = ", ".join(f"{name}={value!s:.80}" for name, value in sizes.items())
+        raise ValueError(
+            f"{given} would take {_shown_bytes(needed)} of memory, and {_shown_bytes(free)} are free: {remedy}"
+        )
+
+
+def _shown_bytes(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count < 2**60 else "more than a million TiB"
 
 
 def check_shapes(result: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:

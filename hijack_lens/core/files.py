@@ -1,44 +1,184 @@
 """Files that are written whole or not at all, and read without trust; results saved to such a file."""
 
+import hashlib
 import json
 import os
+import secrets
+import stat
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import AbstractArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from hijack_lens.core.checks import plain_scalar
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Writes a file under another name, then moves it into place, so that no reader sees part of it."""
+
+def check_target(name: str, path: str | os.PathLike[str]) -> Path:
+    """`path` as a file that `write_atomically` could write."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path, got {path!r:.80}")
     target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    if target.is_dir() or not (target.exists() or Path(os.path.realpath(target)).parent.is_dir()):
+        raise ValueError(f"{name} must be a file in an existing folder, got {str(path)!r}")
+    if target.exists() and not (target.is_file() or _is_stream(target)):
+        raise ValueError(f"{name} must be a file, a pipe or a character device, got {str(path)!r}")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise ValueError(f"{name} must be a file that may be written, got {str(path)!r}, which is read-only")
     return target
 
 
+def make_folder(name: str, path: str | os.PathLike[str]) -> Path:
+    """`path` as a folder, made if need be."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path, got {path!r:.80}")
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{name} must be a folder, got the file {str(path)!r}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{name} must be a folder that can be made, got {str(path)!r}: {error}") from error
+    return folder
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Writes a file, whole or not at all: who reads it meanwhile, or after a crash, sees the old one or the new one.
+
+    Links are followed, and a file that was there keeps its mode and owner. Pipes and devices are written into.
+
+    Raises:
+        TypeError, ValueError: for a folder, a file that is read-only, or one in no existing folder.
+    """
+    path = check_target("path", path)
+    if path.exists() and _is_stream(path):
+        descriptor = _descriptor(path)
+        # A pipe that nobody reads raises at once, instead of waiting for somebody.
+        stream = os.open(path, os.O_WRONLY | os.O_NONBLOCK) if descriptor is None else os.dup(descriptor)
+        with open(stream, "wb") as file:
+            os.set_blocking(stream, True)
+            file.write(data)
+        return path
+    target = Path(os.path.realpath(path))
+    before = target.stat() if target.exists() else None
+    partial = target.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        partial.touch(0o666 if before is None else 0o600, exist_ok=False)
+        partial.write_bytes(data)
+        sync(partial)
+        if before is not None:
+            with suppress(PermissionError, AttributeError):  # only root may give files away; Windows has no owners
+                os.chown(partial, before.st_uid, before.st_gid)
+            partial.chmod(stat.S_IMODE(before.st_mode))
+        os.replace(partial, target)
+        sync(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path stands for a pipe, a character device, or what this process has open."""
+    mode = path.stat().st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or _descriptor(path) is not None
+
+
+def _descriptor(path: Path) -> int | None:
+    """The open file of this process that a path such as /dev/stdout stands for."""
+    while path.is_symlink():
+        if os.path.realpath(path.parent) == f"/proc/{os.getpid()}/fd":
+            return int(path.name)
+        path = path.parent / os.readlink(path)
+    return None
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on disk."""
+    if os.name == "posix":  # elsewhere, folders cannot be opened
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def locked(name: str, given: str | os.PathLike[str], path: Path) -> Iterator[None]:
+    """Holds the lock file of what the user has given, against this process and others; until it is killed, if it is.
+
+    Raises:
+        ValueError: if another holds it, or it cannot be written.
+    """
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"{name} must be written to by one run at a time, got {str(given)!r}, which another is writing to"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"{name} must be where files may be written, got {str(given)!r}: {error}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file
+            path.unlink()
+        lock.release()
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]
+) -> None:
+    """Writes what `read_safetensors` reads, with a checksum of each tensor and of the header."""
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    written = json.dumps({"format": kind, **header})
+    metadata = {"hijack_lens": written, "checksums": json.dumps(_checksums(kept, written))}
+    write_atomically(path, save(kept, metadata))
+
+
+def _checksums(tensors: Mapping[str, torch.Tensor], header: str) -> dict[str, str]:
+    """By tensor; that of the header has an empty name."""
+    sums = {"": hashlib.sha256(header.encode()).hexdigest()}
+    for name, tensor in tensors.items():
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        sums[name] = digest.hexdigest()
+    return sums
+
+
 def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A safetensors file's tensors, and the header that marks it as our `kind`."""
+    """A safetensors file's tensors, and the header that marks it as our `kind`.
+
+    Raises:
+        ValueError: for any other file, and for one that has changed since it was written. Files of versions that wrote
+            no checksums are taken as they are.
+    """
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist")
     try:
         with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("hijack_lens", "null"))
+            metadata = file.metadata() or {}
+            header = json.loads(metadata.get("hijack_lens", "null"))
             ours = isinstance(header, dict) and header.get("format") == kind
             tensors = {name: file.get_tensor(name) for name in file.keys()} if ours else {}  # noqa: SIM118 (no mapping)
+            sums = json.loads(metadata["checksums"]) if "checksums" in metadata else None
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
     if not ours:
         raise ValueError(f"{path} is not a {kind} file")
+    if sums is not None:
+        found = _checksums(tensors, metadata["hijack_lens"])
+        written = sums if isinstance(sums, dict) else {}
+        damaged = [name or "its header" for name in {**found, **written} if found.get(name) != written.get(name)]
+        if damaged:
+            raise ValueError(f"{path} is damaged: {', '.join(damaged)} not as written, by the checksums")
     return tensors, header
 
 
@@ -61,8 +201,8 @@ class Saved:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, whole or not at all."""
         tensors: Tensors = {}
-        header = {"format": _format(type(self)), **_plain_fields(self, "", tensors)}
-        write_atomically(path, save(tensors, {"hijack_lens": json.dumps(header)}))
+        header = _plain_fields(self, "", tensors)
+        write_safetensors(path, _format(type(self)), tensors, header)
 
     @classmethod
     def load(cls: type[Kept], path: str | os.PathLike[str]) -> Kept:
@@ -111,7 +251,7 @@ def _plain(value: Any, name: str, tensors: Tensors) -> Any:
         return {key: _plain(item, f"{name}.{key}", tensors) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [_plain(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
-    return value
+    return plain_scalar(value)
 
 
 def _restored_fields(kind: Any, header: Mapping[str, Any], tensors: Tensors, prefix: str) -> Any:

@@ -13,7 +13,7 @@ from hijack_lens.core.checks import as_int, check_tokens, check_type
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
 from hijack_lens.core.hook_points import all_components, check_hook_points, check_model, sites
 from hijack_lens.core.tables import visible
-from hijack_lens.core.texts import listed_ids, n_outputs, text_ids
+from hijack_lens.core.texts import decoded, listed_ids, n_outputs, text_ids
 
 Tokens = int | str | Iterable[int | str] | Int[Tensor, "token"] | None
 """Tokens, each as an id or a text, in the user's order; or a single one. `None` is the default, often all tokens."""
@@ -79,7 +79,7 @@ def prompt_texts(model: Any, ids: Int[Tensor, "pos"]) -> tuple[str, ...]:
     """The texts of a prompt's tokens, with white space made visible; their ids if the model has no tokenizer."""
     if getattr(model, "tokenizer", None) is None:
         return tuple(map(str, ids.tolist()))
-    return tuple(map(visible, model.to_str_tokens(ids)))
+    return tuple(map(visible, decoded(model.tokenizer, ids.tolist())))
 
 
 def indices(name: str, given: Any, size: int | None = None, limit: str = "") -> list[int]:

@@ -1,17 +1,19 @@
 """From text to token ids and back: whole prompts, and single tokens, as a model's tokenizer reads them."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int
+from hijack_lens.core.checks import as_int, check_text
 from hijack_lens.core.tables import visible
 
 
 def text_ids(model: Any, text: str, name: str) -> list[int]:
     """Token ids of a text, with the same beginning as the model's prompts (for example, a BOS token)."""
+    text = check_text(name, text)
     if getattr(model, "tokenizer", None) is None:
         raise ValueError(f"{name} is text, but the model has no tokenizer: give token ids")
     unknown = _unknown(model, text)
@@ -71,6 +73,7 @@ def token_id(model: Any, name: str, token: object, output: bool = False) -> int:
         if number is None:
             raise TypeError(f"{name} must be tokens, each a text or an id, got {token!r:.80}")
         return number
+    token = check_text(name, token)
     if getattr(model, "tokenizer", None) is None:
         raise ValueError(f"{name} holds the text {token!r:.80}, but the model has no tokenizer: give token ids")
     if output and not outputs_are_tokens(model):
@@ -95,15 +98,38 @@ def _brings_space(model: Any, token: int) -> bool:
 
 
 def decoded(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """The text of each token, by its id where it has none: the tokenizer may be smaller than the vocabulary."""
+    """The text of each token; of a piece of a character its bytes; its id where the tokenizer has no such token."""
     listed = list(ids)
-    pieces, texts = tokenizer.convert_ids_to_tokens(listed), [tokenizer.decode([i]) for i in listed]
+    pieces = tokenizer.convert_ids_to_tokens(listed)
+    texts = [
+        _bytes_of(piece, text) if UNDECODED in text else text
+        for piece, text in zip(
+            pieces, tokenizer.batch_decode([[i] for i in listed], clean_up_tokenization_spaces=False), strict=True
+        )
+    ]
     # Alone, "▁Paris" would lose its space.
     spaced = (
         " " * (str(piece).startswith("▁") and not text.startswith(" "))
         for piece, text in zip(pieces, texts, strict=True)
     )
     return [space + text or str(i) for space, text, i in zip(spaced, texts, listed, strict=True)]
+
+
+UNDECODED = "\ufffd"
+"""What tokenizers decode bytes to that are no whole character."""
+
+_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(byte): byte for byte in _PRINTED}
+_BYTES |= {chr(256 + n): byte for n, byte in enumerate(byte for byte in range(256) if byte not in _PRINTED)}
+"""Bytes by the characters that byte-level tokenizers write for them."""
+
+
+def _bytes_of(token: str | None, text: str) -> str:
+    """A token's bytes: those that a byte-level tokenizer writes as letters, or one as "<0xF0>"; else its `text`."""
+    if token and _BYTES.keys() >= set(token):
+        return bytes(map(_BYTES.__getitem__, token)).decode(errors="backslashreplace")
+    fallback = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token or "")
+    return rf"\x{fallback[1].lower()}" if fallback else text
 
 
 def listed_ids(model: Any, name: str, tokens: Sequence[object], output: bool = False) -> list[int]:

@@ -3,13 +3,14 @@
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from hijack_lens.core.files import write_atomically
+from hijack_lens.core.files import locked, make_folder, write_atomically
 
 _FORMAT = "hijack_lens.sweep.1"
 _MOVED = {"hijack_lens.experiments.claims.run_claim": "hijack_lens.reproduction.claims.run_claim"}
@@ -49,8 +50,24 @@ class Journal:
             self.parquet, self.path = self.path, self.path.with_name(f"{self.path.name}.jsonl")
             if self.parquet.exists() and not self.path.exists():
                 raise ValueError(f"out={str(out)!r} exists without the {self.path.name} that it was made from")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._read()
+        for path in (self.path, self.parquet):
+            if path is not None and path.exists() and not path.is_file():
+                raise ValueError(f"out must be a file, got {str(path)!r}")
+
+    @contextmanager
+    def opened(self) -> Iterator["Journal"]:
+        """The journal with what its file holds; no other run writes to the file meanwhile."""
+        if self.path is None:
+            yield self
+            return
+        make_folder("out", self.path.parent)
+        real = Path(os.path.realpath(self.path))
+        with locked("out", self.parquet or self.path, real.with_name(f".{real.name}.lock")):
+            self._read()
+            try:
+                yield self
+            finally:
+                self._write_parquet()
 
     def _read(self) -> None:
         assert self.path is not None
@@ -109,7 +126,7 @@ class Journal:
         table.attrs = {name: self.header[name] for name in ("function", "seed")}
         return table
 
-    def close(self) -> None:
+    def _write_parquet(self) -> None:
         """Writes all known outcomes to the Parquet file, if one was asked for."""
         if self.parquet is None:
             return

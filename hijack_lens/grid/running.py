@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from hijack_lens.core.checks import check_count
+from hijack_lens.core.checks import check_count, plain_scalar
 from hijack_lens.grid.journal import COLUMNS, Journal, Outcome, identity
 
 Arguments = dict[str, Any]
@@ -56,9 +56,9 @@ def run_grid(
 
     Files: with `out`, each outcome is appended as it arrives, as one whole line. If called again with the same `out`,
     only points missing from the file are run; a line cut short by a kill is dropped and its point is run again. A file
-    belongs to one function (by module and name; its code is not compared) and one seed. Only one run may write to it
-    at a time, but several grids may use it in turn. A Parquet file cannot be appended to, so it is made from a file
-    beside it, `NAME.parquet.jsonl`, whenever a run ends, even by an error; after a kill, when the next run ends.
+    belongs to one function (by module and name; its code is not compared) and one seed. Several grids may use it in
+    turn; while one run writes to it, another is refused. A Parquet file cannot be appended to, so it is made from a
+    file beside it, `NAME.parquet.jsonl`, whenever a run ends, even by an error; after a kill, when the next run ends.
 
     If the function raises at a point, the error is recorded and the other points still run. Ctrl-C cancels what has
     not started, keeps what has finished, and raises.
@@ -95,24 +95,20 @@ def run_grid(
     check_count("seed", seed)
     check_count("in_flight", in_flight, minimum=1)
     points = [_seeded(function, point, seed) for point in _points(function, grid)]
-    journal = Journal(out, function, seed)
-
-    known = {key for key, record in journal.records.items() if not (retry_failed and "error" in record)}
-    missing = [point for point in points if identity(point) not in known]
     failed = 0
-    with tqdm(total=len(points), initial=len(points) - len(missing), disable=None, unit="point") as bar:
+    with Journal(out, function, seed).opened() as journal:
+        known = {key for key, record in journal.records.items() if not (retry_failed and "error" in record)}
+        missing = [point for point in points if identity(point) not in known]
+        with tqdm(total=len(points), initial=len(points) - len(missing), disable=None, unit="point") as bar:
 
-        def note(arguments: Arguments, outcome: Outcome) -> None:
-            nonlocal failed
-            journal.add(arguments, outcome)
-            failed += "error" in outcome
-            bar.set_postfix_str(f"{failed} failed" if failed else "", refresh=False)
-            bar.update()
+            def note(arguments: Arguments, outcome: Outcome) -> None:
+                nonlocal failed
+                journal.add(arguments, outcome)
+                failed += "error" in outcome
+                bar.set_postfix_str(f"{failed} failed" if failed else "", refresh=False)
+                bar.update()
 
-        try:
             _run(function, missing, executor, in_flight, note)
-        finally:
-            journal.close()
     return journal.table(points)
 
 
@@ -183,8 +179,7 @@ def _failure(error: BaseException) -> Outcome:
 
 def _scalar(name: str, value: Any) -> int | float | str | bool | None:
     """A number, string, boolean or `None` as a Python value; NumPy and PyTorch scalars are converted."""
-    if callable(getattr(value, "item", None)) and getattr(value, "ndim", None) == 0:
-        value = value.item()
+    value = plain_scalar(value)
     if isinstance(value, (int, float, str, bool, type(None))):
         return value
     raise TypeError(f"{name} must be a number, a string, True, False or None, got {value!r:.80}")

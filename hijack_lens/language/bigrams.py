@@ -1,5 +1,6 @@
 """The bigram language: a Markov chain over tokens, estimated from text or drawn at random, and sampled in batches."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +18,19 @@ from hijack_lens.core.checks import (
     check_choice,
     check_count,
     check_distribution,
+    check_memory,
     check_number,
+    check_text,
     fixed_seed,
+    free_memory,
 )
 from hijack_lens.language.vocabulary import UNKNOWN, Token, Vocabulary, cut
+
+_CELL = 8
+"""Bytes of a cell of `pi_b`."""
+
+STEP = 600
+"""Bytes of a tensor of its own for a time step, beside what it holds."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +101,10 @@ class BigramLanguage(Vocabulary):
                 that the text lacks have probability 0; then build models from `language.floored(...)`.
 
         Raises:
-            ValueError: for a text of fewer than two tokens, or a negative smoothing.
+            TypeError, ValueError: for no text, or one of fewer than two tokens; for more different tokens than there is
+                memory for, which grows with their square; or for a negative smoothing.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a string, got {type(text).__name__}")
+        text = check_text("text", text)
         check_choice("level", level, ("char", "word"))
         check_number("smoothing", smoothing)
         pieces = cut(text, level)
@@ -106,14 +116,22 @@ class BigramLanguage(Vocabulary):
             pieces = [piece if piece in kept else UNKNOWN for piece in pieces]
         tokens = sorted(set(pieces))
         size = len(tokens)
+        fits = math.isqrt(free_memory() // _CELL)
+        check_memory(_CELL * size**2, f"give a max_vocab below {fits}", max_vocab=max_vocab, different_tokens=size)
         index = {token: i for i, token in enumerate(tokens)}
         ids = torch.tensor([index[piece] for piece in pieces])
-        bigrams = torch.bincount(ids[:-1] * size + ids[1:], minlength=size * size).double()
-        bigrams = bigrams.reshape(size, size) + smoothing
+        found, times = (ids[:-1] * size + ids[1:]).unique(return_counts=True)
+        bigrams = torch.full((size, size), float(smoothing), dtype=torch.float64)
+        bigrams.view(-1)[found] += times
         unigrams = torch.bincount(ids, minlength=size).double() + smoothing
         # The text's last token may have no successor: then any token follows it, by its frequency.
-        bigrams = torch.where(bigrams.sum(-1, keepdim=True) > 0, bigrams, unigrams)
-        return cls(bigrams / bigrams.sum(-1, keepdim=True), unigrams / unigrams.sum(), tokens=tokens, level=level)
+        bigrams[bigrams.sum(-1) == 0] = unigrams
+        bigrams /= bigrams.sum(-1, keepdim=True)
+        language = cls.__new__(cls)  # as `cls(...)`, without a copy of what may be large
+        Vocabulary.__init__(language, size, tokens, level)
+        language.pi_b = check_distribution("pi_b", bigrams, (size, size), copy=False)
+        language.pi_u = check_distribution("pi_u", unigrams / unigrams.sum(), (size,))
+        return language
 
     @classmethod
     def dirichlet(cls, d_vocab: int, concentration: float = 1.0, seed: Seed = 0) -> "BigramLanguage":
@@ -124,7 +142,7 @@ class BigramLanguage(Vocabulary):
             concentration: below 1, few likely continuations per token; above, many.
             seed: for the random draw.
         """
-        check_count("d_vocab", d_vocab, minimum=2)
+        check_memory(2 * _CELL * check_count("d_vocab", d_vocab, minimum=2) ** 2, d_vocab=d_vocab)
         check_number("concentration", concentration, positive=True)
         rows = np.random.default_rng(fixed_seed(as_generator(seed))).dirichlet([concentration] * d_vocab, size=d_vocab)
         return cls(rows, level="word")
@@ -203,8 +221,10 @@ class BigramLanguage(Vocabulary):
         Raises:
             ValueError: for an invalid count, trigger or distribution.
         """
-        check_count("n_sequences", n_sequences, minimum=1)
-        check_count("length", length, minimum=1)
+        n_sequences = check_count("n_sequences", n_sequences, minimum=1)
+        length = check_count("length", length, minimum=1)
+        per_sequence = 8 * (4 * length + 4 * self.d_vocab)
+        check_memory(n_sequences * per_sequence + STEP * length, n_sequences=n_sequences, length=length)
         generator = as_generator(seed)
         if n_triggers is not None and (triggers is None or not isinstance(triggers, Sequence) or len(triggers)):
             raise ValueError(f"give either triggers or n_triggers, got {triggers!r} and {n_triggers!r}")

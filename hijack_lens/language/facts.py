@@ -12,7 +12,7 @@ from torch import Tensor
 from hijack_lens.core.checks import check_count, check_tokens
 from hijack_lens.core.hook_points import check_model
 from hijack_lens.core.inputs import token_ids
-from hijack_lens.core.texts import n_outputs, outputs_are_tokens, text_ids
+from hijack_lens.core.texts import decoded, n_outputs, outputs_are_tokens, text_ids
 from hijack_lens.language.vocabulary import Token
 
 _TEMPLATE = "{subject}'s capital is {answer}."
@@ -207,7 +207,7 @@ def _of_text(model: Any, fact: Fact, repeats: int, lead: str | Sequence[int]) ->
                 f"template {fact.template!r}: the tokenizer does not part the answer {answer!r} from the words around"
             )
         ids.append(said[n])
-        texts.append(model.tokenizer.decode([said[n]]))
+        texts += decoded(model.tokenizer, [said[n]])
         whole.append(len(cut_off) == n + 1)
     if ids[0] == ids[1]:
         raise ValueError(
@@ -235,5 +235,5 @@ def _of_tokens(model: Any, fact: Bigram, repeats: int, lead: str | Sequence[int]
         raise ValueError(f"lead must not hold the trigger {fact.trigger!r}, got {lead!r:.80}")
     prompts = tuple((*before, *[q, c] * k, q) for k in range(repeats + 1))
     check_tokens("bigram's prompts", torch.tensor(prompts[-1]), model.cfg.d_vocab, model.cfg.n_ctx)
-    texts = [str(i) if tokenizer is None else tokenizer.decode([i]) for i in (q, c, g)]
+    texts = [str(i) for i in (q, c, g)] if tokenizer is None else decoded(model.tokenizer, [q, c, g])
     return FactPrompts(f"{texts[0]}: {texts[1]}, not {texts[2]}", prompts, c, g, (texts[1], texts[2]), (True, True))

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_type
-from hijack_lens.language.bigrams import BigramLanguage
+from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_memory, check_type
+from hijack_lens.language.bigrams import STEP, BigramLanguage
 from hijack_lens.language.vocabulary import Token
 
 
@@ -127,6 +127,7 @@ def hijack_prompt(
             )
         latest = length - 1 - distance
     count = 1 if n_prompts is None else check_count("n_prompts", n_prompts, minimum=1)
+    check_memory((6 * 8 * count + STEP) * int(length), n_prompts=count, length=length)
     generator = as_generator(seed)
 
     starts = _pair_starts(count, repeats, latest, distance is not None, generator)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_choice, check_tokens
+from hijack_lens.core.checks import as_int, check_choice, check_text, check_tokens
 from hijack_lens.core.tables import visible
 
 UNKNOWN = "<unk>"
@@ -48,6 +48,8 @@ class Vocabulary:
             raise ValueError(f"tokens must name all {size} rows of pi_b, got {len(names)} names")
         if not all(isinstance(name, str) and name for name in names):
             raise TypeError("tokens must be non-empty strings")
+        for name in names:
+            check_text("tokens", name)
         if len(set(names)) != size:
             raise ValueError(f"tokens must be distinct, got {Counter(names).most_common(1)[0][0]!r} twice")
         if level is None:
@@ -102,10 +104,9 @@ class Vocabulary:
         Words are cut at white space; a word outside the vocabulary is then split from its punctuation.
 
         Raises:
-            ValueError: for a piece outside the vocabulary, unless the language has "<unk>".
+            TypeError, ValueError: for no text, and for a piece outside the vocabulary, unless the language has "<unk>".
         """
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a string, got {type(text).__name__}")
+        text = check_text("text", text)
         if self.level == "char":
             pieces = cut(text, self.level)
         else:

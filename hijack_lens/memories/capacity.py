@@ -30,7 +30,7 @@ from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hijack_lens.core.checks import check_count, check_shapes
+from hijack_lens.core.checks import check_count, check_memory, check_shapes
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.core.files import Saved
 from hijack_lens.core.tables import Drawn, tidy
@@ -201,7 +201,8 @@ def memory_capacity(
         TypeError, ValueError: for a language with zeros, or invalid sizes or seeds.
     """
     if not isinstance(language, BigramLanguage):
-        language = _facts(check_count("language", language, minimum=3))
+        check_memory(3 * 8 * check_count("language", language, minimum=3) ** 2, language=language)
+        language = _facts(int(language))
     table = centred(language.finite_log_pi_b())
     orthonormal = 3 * language.d_vocab
     if d_models is None:

@@ -10,8 +10,13 @@ from transformer_lens.components import Attention
 from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
 
-from hijack_lens.core.checks import check_choice, check_count
+from hijack_lens.core.checks import check_choice, check_count, check_memory
 from hijack_lens.core.circuit import Circuit, Component
+
+_BLOCK = 70_000
+"""Bytes of a block's modules and hook points, beside its weights."""
+
+_SIZES = ("d_model", "d_head", "d_mlp", "n_ctx", "n_layers", "n_heads", "n_offsets")
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class Architecture:
     scale_attention: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "d_head", "d_mlp", "n_ctx", "n_layers", "n_heads", "n_offsets"):
-            check_count(name, getattr(self, name), minimum=1)
+        for name, size in self._sizes.items():
+            object.__setattr__(self, name, check_count(name, size, minimum=1))
         check_choice("positions", self.positions, ("relative", "absolute", "rotary", "none"))
         if self.mlp is not None:
             check_choice("mlp", self.mlp, ("relu", "linear"))
@@ -50,6 +55,19 @@ class Architecture:
             check_choice("norm", self.norm, ("LN", "RMS"))
         if self.positions == "rotary" and self.d_head % 2:
             raise ValueError(f"d_head must be even with rotary positions, got {self.d_head}")
+
+    def check_memory(self, d_vocab: int, bytes_per_weight: int) -> None:
+        """There is memory for a model of this shape."""
+        attention = 4 * self.n_heads * self.d_model * self.d_head
+        mlp = 0 if self.mlp is None else 2 * self.d_model * self.d_mlp
+        positions = self.n_ctx * (self.d_head if self.positions == "rotary" else self.d_model)
+        weights = self.n_layers * (attention + mlp) + positions + 2 * d_vocab * self.d_model
+        weights += self.n_heads * self.n_offsets * self.d_head if self.positions == "relative" else 0
+        check_memory(bytes_per_weight * weights + _BLOCK * self.n_layers, **self._sizes, d_vocab=d_vocab)
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in _SIZES}
 
     @property
     def circuit(self) -> Circuit:

@@ -87,6 +87,7 @@ def associative_transformer(
     architecture = Architecture(
         d_model=d_model, d_head=max(size, learned), d_mlp=size, n_ctx=n_ctx, positions=positions, scale_attention=False
     )
+    architecture.check_memory(size, 4 + 8)  # the weights, and what they are written from, in float64
     model = BigramTransformer(
         architecture,
         language,

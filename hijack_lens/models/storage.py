@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save
 
 from hijack_lens.core.checks import check_count, check_type
 from hijack_lens.core.circuit import Strengths
-from hijack_lens.core.files import read_safetensors, write_atomically
+from hijack_lens.core.files import make_folder, read_safetensors, write_atomically, write_safetensors
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.models.architecture import Architecture
 
@@ -25,7 +24,6 @@ _FORMAT = "hijack_lens.TwoLayerTransformer.1"
 def write_model(model: Any, folder: Path) -> None:
     """Writes a model's folder. The weights file holds everything; only it is read back."""
     header = {
-        "format": _FORMAT,
         "architecture": asdict(model.architecture),
         "tokens": model.language.tokens,
         "level": model.language.level,
@@ -34,11 +32,12 @@ def write_model(model: Any, folder: Path) -> None:
         "n_ctx_train": model.n_ctx_train,
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
     }
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    tensors = dict(model.named_parameters())
     tensors |= {"language.pi_b": model.language.pi_b, "language.pi_u": model.language.pi_u}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "model.safetensors", save(tensors, {"hijack_lens": json.dumps(header)}))
-    write_atomically(folder / "config.json", json.dumps(header, indent=2, ensure_ascii=False).encode())
+    make_folder("folder", folder)
+    write_safetensors(folder / "model.safetensors", _FORMAT, tensors, header)
+    readable = json.dumps({"format": _FORMAT, **header}, indent=2, ensure_ascii=False)
+    write_atomically(folder / "config.json", readable.encode())
 
 
 def read_model(kind: Callable[..., Model], folder: Path, device: str | torch.device | None) -> Model:

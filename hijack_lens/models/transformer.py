@@ -76,6 +76,7 @@ class BigramTransformer(HookedTransformer):
             raise TypeError(f"language must be a BigramLanguage, got {type(language).__name__}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+        architecture.check_memory(language.d_vocab, dtype.itemsize)
         cfg = HookedTransformerConfig(
             n_layers=architecture.n_layers,
             d_model=architecture.d_model,

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from hijack_lens.core.checks import check_choice, check_count
-from hijack_lens.core.files import write_atomically
+from hijack_lens.core.files import make_folder, write_atomically
 from hijack_lens.grid.journal import Journal
 from hijack_lens.grid.running import run_grid
 from hijack_lens.reproduction.causal_agreement import causal_agreement
@@ -146,10 +146,7 @@ def reproduce(
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"claims must be one or several different ones, got {claims!r}")
     count = check_count("workers", (os.cpu_count() or 1) if workers is None else workers, minimum=1)
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out must be a folder, got the file {str(folder)!r}")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder("out", out)
 
     points = {name: {"claim": name, "settings": repr(one.quick if quick else one.full)} for name, one in CLAIMS.items()}
     pool = functools.partial(
@@ -162,7 +159,8 @@ def reproduce(
     executor = None if count == 1 or len(chosen) == 1 else pool
     kept = folder / "claims.jsonl"
     run_grid(run_claim, [points[name] for name in chosen], executor, kept, retry_failed=True, in_flight=count)
-    known = Journal(kept, run_claim, seed=0).table(list(points.values()))
+    with Journal(kept, run_claim, seed=0).opened() as journal:
+        known = journal.table(list(points.values()))
     outcomes = {row["claim"]: _outcome(row) for row in known.to_dict(orient="records")}
 
     without_figures = [{key: value for key, value in one.items() if key != "figure"} for one in outcomes.values()]

@@ -4,7 +4,7 @@ import os
 from html import escape
 from pathlib import Path
 
-from hijack_lens.core.files import write_atomically
+from hijack_lens.core.files import check_target, write_atomically
 from hijack_lens.core.tables import Report, Table, picture_of, report_of
 from hijack_lens.explanation import Explanation
 from hijack_lens.language import HijackPrompt
@@ -84,14 +84,10 @@ def write_report(explanation: Explanation, path: str | os.PathLike[str]) -> Path
         path: the file to write; its folder must exist.
 
     Raises:
-        ValueError: if the folder does not exist.
+        TypeError, ValueError: if the path is a folder, cannot be written, or lies in no existing folder.
     """
     _check(explanation)
-    target = Path(path)
-    if target.is_dir():
-        raise ValueError(f"path must be a file, got the folder {str(target)!r}")
-    if not target.parent.is_dir():
-        raise ValueError(f"path must lie in an existing folder, got {str(target)!r}")
+    target = check_target("path", path)
     return write_atomically(target, _page(explanation).encode())
 
 

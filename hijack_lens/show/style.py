@@ -2,10 +2,13 @@
 
 import io
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from hijack_lens.core.files import check_target, write_atomically
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#999999"
@@ -37,16 +40,26 @@ class Picture:
     """
 
     def __init__(self, width: float, height: float):
-        from matplotlib.figure import Figure
+        from hijack_lens.show.figure import LiteralFigure
 
-        self.figure = Figure(figsize=(width, height), layout="constrained")
+        self.figure = LiteralFigure(figsize=(width, height), layout="constrained")
 
     def __repr__(self) -> str:
         return f"Picture({'; '.join(ax.get_xlabel() for ax in self.figure.axes if ax.get_xlabel())})"
 
-    def save(self, path: Any) -> None:
-        """Writes the picture; the file name's extension sets the format."""
-        self.figure.savefig(path, dpi=150)
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the picture, whole or not at all; the file name's extension sets the format, by default PNG.
+
+        Raises:
+            TypeError, ValueError: for an extension of no such format, and a path that cannot be written.
+        """
+        target, known = check_target("path", path), self.figure.canvas.get_supported_filetypes()
+        kind = target.suffix[1:].lower() or "png"
+        if kind not in known:
+            raise ValueError(f"path must end in one of {', '.join(known)}, got {str(path)!r}")
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format=kind, dpi=150)
+        write_atomically(target, buffer.getvalue())
 
     def svg(self) -> str:
         """The picture as an SVG element, no wider than its page, its text drawn as outlines."""
@@ -63,11 +76,6 @@ class Picture:
 
     def _repr_png_(self) -> bytes:
         return self.png()
-
-
-def plain(text: str) -> str:
-    """The text as a label that matplotlib does not parse as mathematics."""
-    return text.replace("$", r"\$")
 
 
 def frameless(*axes: Any) -> None:
@@ -154,14 +162,14 @@ def heatmap(
     for names, set_ticks, turn in ((rows, ax.set_yticks, 0), (columns, ax.set_xticks, rotation)):
         if names is not None:
             ticks = range(0, len(names), -(-len(names) // named) or 1)
-            set_ticks(ticks, [plain(names[i]) for i in ticks], rotation=turn, **font)
+            set_ticks(ticks, [names[i] for i in ticks], rotation=turn, **font)
     if decimals is not None or texts is not None:
         fewest = decimals if decimals and spread < 100 else 0
         decimals = max(fewest, 1 - math.floor(math.log10(spread)))
         for (row, column), value in np.ndenumerate(image):
             if np.isfinite(value):
                 number = f"{value:+.{decimals}f}" if round(value, decimals) else "0"
-                text, size = (number, 7) if texts is None else (plain(texts[row][column]), 9)
+                text, size = (number, 7) if texts is None else (texts[row][column], 9)
                 colour = "white" if abs(value - centre) > 0.6 * spread else "black"
                 ax.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
     return drawn

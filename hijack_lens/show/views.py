@@ -85,7 +85,8 @@ class View:
         boxes, calls = [], []
         for panel in self.panels:
             name = f"hijack-lens-{uuid4().hex[:12]}"
-            props = json.dumps(panel.props, allow_nan=False).replace("</", r"<\/")
+            # Any "<" could begin what ends the script, or what hides its end from the browser.
+            props = json.dumps(panel.props, allow_nan=False).replace("<", r"\u003c")
             calls.append(f'lens.render("{name}", lens.{panel.element}, {props});')
             title = f'<div style="text-align:center;font-weight:600">{escape(panel.title)}</div>' if panel.title else ""
             boxes.append(f'<div style="flex:1 1 400px;min-width:0">{title}<div id="{name}">{panel.still}</div></div>')

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from hijack_lens.core.checks import Seed, check_count, fixed_seed
+from hijack_lens.core.checks import Seed, check_count, check_memory, fixed_seed
+from hijack_lens.core.files import locked, make_folder
 from hijack_lens.language.bigrams import BigramLanguage, SampledSequences
 from hijack_lens.models.storage import latest_checkpoint
 from hijack_lens.models.trainable import trainable_transformer
@@ -32,6 +33,9 @@ from hijack_lens.training.run import (
     restore_optimizer,
     write_checkpoint,
 )
+
+HeldOut = dict[tuple[str, int], SampledSequences]
+"""Sequences for the probes, by continuations (as trained, and the other kind) and length."""
 
 _BLOCK = 16
 """Steps whose sequences are sampled together: the sampler's cost is per time step, hardly per sequence."""
@@ -54,11 +58,21 @@ def train(
         out: folder for checkpoints.
 
     Raises:
-        TypeError, ValueError: for triggers that the language lacks, lengths beyond the model's n_ctx, or an
-            `out` that holds a run of another config or model.
+        TypeError, ValueError: for triggers that the language lacks, lengths beyond the model's n_ctx, or an `out` that
+            is no folder, that another training is writing to, or that holds a run of another config or model.
     """
     _check(model, language, config)
-    folder = None if out is None else Path(out)
+    held_out = _held_out(model, language, config)
+    if out is None:
+        return _train(model, language, config, None, held_out)
+    folder = make_folder("out", out)
+    with locked("out", out, folder / ".lock"):
+        return _train(model, language, config, folder, held_out)
+
+
+def _train(
+    model: BigramTransformer, language: BigramLanguage, config: TrainConfig, folder: Path | None, held_out: HeldOut
+) -> TrainingRun:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(parameters, config)
     step, rows = _resume(model, language, config, optimizer, folder)
@@ -70,7 +84,6 @@ def train(
     if config.compile:
         forward = torch.compile(forward)
     device = model.W_E.device
-    held_out = _held_out(model, language, config)
     sequences: SampledSequences | None = None
     elapsed = rows[-1]["seconds"] if rows else 0.0
     started = time.monotonic() - elapsed
@@ -128,7 +141,10 @@ def _check(model: BigramTransformer, language: BigramLanguage, config: TrainConf
         raise ValueError("language must have the model's tokens")
     if config.length > model.cfg.n_ctx:
         raise ValueError(f"config.length is {config.length}; the model takes at most n_ctx={model.cfg.n_ctx}")
-    language.trigger_ids(config.triggers)
+    if model.W_E.device.type == "cpu":  # logits and their gradient; with relative positions, scores and theirs
+        rows = 3 * language.d_vocab + (3 * model.cfg.n_heads * config.length if model.positions == "relative" else 0)
+        needed = model.W_E.itemsize * config.batch_size * config.length * rows
+        check_memory(needed, batch_size=config.batch_size, length=config.length)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model has no parameter left to train: all are frozen")
 
@@ -194,10 +210,7 @@ def _sequences(language: BigramLanguage, config: TrainConfig, block: int) -> Sam
     )
 
 
-def _held_out(
-    model: BigramTransformer, language: BigramLanguage, config: TrainConfig
-) -> dict[tuple[str, int], SampledSequences]:
-    """Sequences for the probes, by continuations (as trained, and the other kind) and length."""
+def _held_out(model: BigramTransformer, language: BigramLanguage, config: TrainConfig) -> HeldOut:
     lengths = [config.length * multiple for multiple in config.eval_lengths]
     cases = [(config.continuations, length) for length in lengths if length <= model.cfg.n_ctx]
     cases.append(("bigram" if config.continuations == "uniform" else "uniform", config.length))
@@ -217,7 +230,7 @@ def _held_out(
 def _evaluate(
     model: BigramTransformer,
     config: TrainConfig,
-    held_out: dict[tuple[str, int], SampledSequences],
+    held_out: HeldOut,
     step: int,
     seconds: float,
 ) -> list[dict[str, Any]]:

@@ -1,21 +1,19 @@
 """A training run: how the model is trained, its probes over time, and its checkpoints."""
 
 import hashlib
-import json
 import math
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
-from safetensors.torch import save
 
-from hijack_lens.core.checks import Seed, as_int, check_choice, check_count, check_number, fixed_seed
-from hijack_lens.core.files import read_safetensors, write_atomically
+from hijack_lens.core.checks import Seed, as_int, check_choice, check_count, check_number, fixed_seed, plain_scalar
+from hijack_lens.core.files import read_safetensors, sync, write_atomically, write_safetensors
 from hijack_lens.core.tables import Drawn
 from hijack_lens.language import BigramLanguage, Token
 from hijack_lens.models.storage import checkpoints, latest_checkpoint
@@ -78,12 +76,14 @@ class TrainConfig:
         )
         if not isinstance(listed, Iterable):
             raise TypeError(f"triggers must be a token or several, got {self.triggers!r}")
-        triggers = tuple(token if isinstance(token, str) else check_count("triggers", token) for token in listed)
-        object.__setattr__(self, "triggers", triggers)
+        triggers = tuple(str(token) if isinstance(token, str) else check_count("triggers", token) for token in listed)
+        self._set("triggers", triggers)
         for name in ("betas", "eval_lengths"):
             if not isinstance(getattr(self, name), Sequence):
                 raise TypeError(f"{name} must be several numbers, got {getattr(self, name)!r}")
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            self._set(name, tuple(map(plain_scalar, getattr(self, name))))
+        for field in fields(self):  # plain numbers, since a checkpoint's header holds no others
+            self._set(field.name, plain_scalar(getattr(self, field.name)))
         if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers, got {self.betas!r}")
         if 1 not in self.eval_lengths:
@@ -91,7 +91,7 @@ class TrainConfig:
         if bool(triggers) == (self.n_triggers is not None):
             raise ValueError(f"give either triggers or n_triggers, got {triggers!r} and {self.n_triggers!r}")
         check_count("length", self.length, minimum=2)
-        object.__setattr__(self, "seed", fixed_seed(self.seed))
+        self._set("seed", fixed_seed(self.seed))
         for name in ("steps", "batch_size", "evaluate_every", "eval_sequences", "checkpoint_every"):
             check_count(name, getattr(self, name), minimum=1)
         check_count("warmup", self.warmup)
@@ -109,6 +109,9 @@ class TrainConfig:
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -194,22 +197,21 @@ def write_checkpoint(
     try:
         run.model.save_pretrained(partial)
         state = {
-            f"{index}.{name}": value.detach().cpu().contiguous()
+            f"{index}.{name}": value
             for index, values in optimizer.state_dict()["state"].items()
             for name, value in values.items()
             if isinstance(value, torch.Tensor)
         }
         header = {
-            "format": _FORMAT,
             "config": asdict(run.config),
             "step": run.step,
             "language": fingerprint(language),
             "table": run.table.to_dict(orient="list"),
         }
-        data = save(state or {"empty": torch.zeros(1)}, {"hijack_lens": json.dumps(header)})
-        write_atomically(partial / "training.safetensors", data)
+        write_safetensors(partial / "training.safetensors", _FORMAT, state or {"empty": torch.zeros(1)}, header)
         if not target.exists():
             os.rename(partial, target)
+            sync(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for older in checkpoints(folder):
@@ -232,6 +234,10 @@ def read_checkpoint(folder: Path) -> tuple[TrainingRun, dict[str, torch.Tensor],
         step = check_count("step", header["step"], minimum=1)
         if step > config.steps or list(table.columns) != COLUMNS:
             raise ValueError(f"step {step} of {config.steps}, with a table of {list(table.columns)}")
+        for row in header["table"]["step"]:
+            check_count("table.step", row)
+        for row in header["table"]["seconds"]:
+            check_number("table.seconds", row)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a training run of hijack-lens: {error}") from error
     state.pop("empty", None)
