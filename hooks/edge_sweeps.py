@@ -98,6 +98,7 @@ def _edges(model: Any, components: Any, circuit: Any, via: Any) -> tuple[tuple[E
     return edges, names
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def edge_attribution(
     model: Any,
