@@ -19,7 +19,7 @@ from hijack_lens.attribution.logit_attribution import Path, Source
 from hijack_lens.attribution.terms import gate
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import all_components, rows_at_once
-from hijack_lens.hooks.edges import embeddings, precedes, read_stream
+from hijack_lens.hooks.edges import changes_attn_out, embeddings, precedes, read_stream
 from hijack_lens.hooks.intervention import Intervention
 from hijack_lens.models.linear_maps import Readout, linear_norm
 
@@ -28,16 +28,30 @@ _ROUNDING = 2e-4
 """Relative error allowed between a sum of parts and the model; in float32, a dozen layers stay far below it."""
 
 
+class NotAdditiveError(ValueError):
+    """Logits that are no sum over what heads and MLPs write."""
+
+
 def check_additive(model: Any) -> None:
     """Checks that no setting keeps the logits from being a sum over what heads and MLPs add to the residual stream."""
     cfg = model.cfg
     if getattr(cfg, "output_logits_soft_cap", -1.0) not in (None, -1.0, 0.0):
-        raise ValueError("model caps its logits (cfg.output_logits_soft_cap), so they are not a sum over paths")
+        raise NotAdditiveError("model caps its logits (cfg.output_logits_soft_cap), so they are not a sum over paths")
     if getattr(cfg, "use_normalization_before_and_after", False):
-        raise ValueError(
+        raise NotAdditiveError(
             "model has cfg.use_normalization_before_and_after=True, norms of all that heads write together, which "
             "attribution does not cover"
         )
+
+
+def check_heads_add(model: Any) -> None:
+    """Checks that every block's heads write straight into the residual stream."""
+    for layer in range(model.cfg.n_layers):
+        if changes_attn_out(model, layer):
+            raise NotAdditiveError(
+                f"model norms or scales what the heads of layer {layer} write, all together, which attribution does "
+                "not cover"
+            )
 
 
 def check_unembedded(
@@ -288,7 +302,7 @@ def _check_complete(values: list[Float[Tensor, "batch source answer"]], logits: 
     by_path = torch.stack([value.sum(1) for value in values])
     errors = (by_path.sum(0) - logits).abs()
     if not bool((errors <= _tolerance(logits) * (by_path.abs().sum(0) + logits.abs())).all()):
-        raise ValueError(
+        raise NotAdditiveError(
             f"what heads, MLPs, embeddings and biases wrote misses the logits by up to {float(errors.max()):.2g}: "
             "hooks on the model have changed what it computes, or it has parts that attribution does not know"
         )

@@ -78,7 +78,7 @@ class LogitAttribution(Saved, Shown):
             occur here, by id.
         candidates: two token ids that the prompt sets against each other, (in-context, global).
         joiner: what separates two tokens in a text.
-        answers: ids of the tokens on the last axis; `None` for the whole vocabulary.
+        answers: ids of the tokens on the last axis, or each prompt's own; `None` for the whole vocabulary.
     """
 
     values: Float[Tensor, "*batch path source d_vocab"]
@@ -89,7 +89,7 @@ class LogitAttribution(Saved, Shown):
     vocab: tuple[str, ...] | Mapping[int, str] | None = None
     candidates: tuple[int, int] | None = None
     joiner: str = ""
-    answers: tuple[int, ...] | None = None
+    answers: tuple[int | tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         *batch, n_paths, n_sources, d_vocab = self.values.shape
@@ -97,8 +97,11 @@ class LogitAttribution(Saved, Shown):
         if n_paths != len(self.paths):
             raise ValueError(f"paths must label all {n_paths} entries of values, got {len(self.paths)}")
         check_shapes(self, {"logits": expected, "tokens": (*batch, n_sources)})
-        if self.answers is not None and len(self.answers) != d_vocab:
-            raise ValueError(f"answers must name all {d_vocab} tokens of the last axis, got {len(self.answers)}")
+        if self._own and len(self.answers or ()) != batch[0]:
+            raise ValueError(f"answers must be of all {batch[0]} prompts, got {len(self.answers or ())}")
+        for row in () if self.answers is None else self.answers if self._own else (self.answers,):
+            if len(row) != d_vocab:
+                raise ValueError(f"answers must name all {d_vocab} tokens of the last axis, got {len(row)}")
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -116,7 +119,13 @@ class LogitAttribution(Saved, Shown):
         """One prompt of a batch."""
         if self.tokens.ndim == 1:
             raise TypeError("this attribution is of a single prompt, without a batch axis to index")
-        return replace(self, values=self.values[index], logits=self.logits[index], tokens=self.tokens[index])
+        parts = {name: getattr(self, name)[index] for name in ("values", "logits", "tokens")}
+        return replace(self, **parts, answers=self.answers[index] if self._own else self.answers)
+
+    @property
+    def _own(self) -> bool:
+        """Whether each prompt has answers of its own."""
+        return any(isinstance(answer, tuple) for answer in self.answers or ())
 
     def by_path(self) -> Float[Tensor, "... path d_vocab"]:
         """Each path's logits: [*batch, path, d_vocab], or [*batch, path, position, d_vocab] for "all"."""
@@ -150,6 +159,9 @@ class LogitAttribution(Saved, Shown):
 
     def to_pandas(self) -> pd.DataFrame:
         """A tidy table, one row per value: path, memory, source (or position), token, logit."""
+        if self._own:
+            tables = {index: self[index].to_pandas() for index in range(len(self.tokens))}
+            return pd.concat(tables, names=["batch"]).reset_index(level=0).reset_index(drop=True)
         table = tidy(dict(zip(self.axes, map(range, self.values.shape), strict=True)), logit=self.values)
         texts = [self.token_text(index) for index in range(self.values.shape[-1])]
         table["memory"] = [self.paths[i].memory for i in table["path"]]
@@ -178,6 +190,8 @@ class LogitAttribution(Saved, Shown):
         """
         if a is not None or b is not None:
             return self._index(a, "a"), self._index(b, "b")
+        if self._own:
+            return 0, 1
         if self.candidates is not None and all(token in self._ids for token in self.candidates):
             return self._ids.index(self.candidates[0]), self._ids.index(self.candidates[1])
         if self.answers is not None and self.candidates is None:
@@ -188,6 +202,8 @@ class LogitAttribution(Saved, Shown):
 
     @property
     def _ids(self) -> Sequence[int]:
+        if self._own:
+            raise ValueError("the answers are each prompt's own; index the batch first")
         return range(self.values.shape[-1]) if self.answers is None else self.answers
 
     def _text(self, token: int) -> str:
