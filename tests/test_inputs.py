@@ -557,6 +557,22 @@ def test_nothing_is_differentiated_through_a_model_made_under_inference_mode(unc
     close(ANALYSES["patch_sweep"](model, CLEAN, CORRUPTED), ANALYSES["patch_sweep"](hooked("LN"), CLEAN, CORRUPTED))
 
 
+def test_models_are_made_and_trained_under_inference_mode(unchecked):
+    language = hl.BigramLanguage.dirichlet(6, seed=0)
+
+    def trained():
+        model = hl.trainable_transformer(language, d_model=8, n_heads=2, n_ctx=12, seed=0)
+        hl.train(model, language, hl.TrainConfig([1], length=12, seed=0, steps=3, batch_size=4, evaluate_every=3))
+        return model
+
+    outside = trained()
+    with torch.inference_mode():
+        inside = trained()
+    for name, parameter in inside.named_parameters():
+        assert torch.equal(parameter, dict(outside.named_parameters())[name])
+        assert not parameter.is_inference()
+
+
 @pytest.mark.parametrize("spelled", ["cpu", torch.device("cpu"), "cpu:0"])
 def test_a_device_is_a_string_or_an_object(spelled, tmp_path, unchecked):
     language = hl.BigramLanguage.dirichlet(5, seed=0)

@@ -97,8 +97,8 @@ class LogitAttribution(Saved, Shown):
         if n_paths != len(self.paths):
             raise ValueError(f"paths must label all {n_paths} entries of values, got {len(self.paths)}")
         check_shapes(self, {"logits": expected, "tokens": (*batch, n_sources)})
-        if self._own and len(self.answers or ()) != batch[0]:
-            raise ValueError(f"answers must be of all {batch[0]} prompts, got {len(self.answers or ())}")
+        if self._own and [len(self.answers or ())] != batch:
+            raise ValueError(f"answers must be of a batch {batch} of prompts, got those of {len(self.answers or ())}")
         for row in () if self.answers is None else self.answers if self._own else (self.answers,):
             if len(row) != d_vocab:
                 raise ValueError(f"answers must name all {d_vocab} tokens of the last axis, got {len(row)}")

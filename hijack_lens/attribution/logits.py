@@ -112,7 +112,7 @@ def attribute(
         at = torch.searchsorted(chosen, own.to(chosen.device))
         stacked, logits = (x.gather(-1, _spread(at, x)) for x in (stacked, logits))
     if is_single(prompt):
-        stacked, logits, ids = stacked[0], logits[0], ids[0]
+        stacked, logits, ids, named = stacked[0], logits[0], ids[0], named if own is None else named[0]
     return LogitAttribution(
         values=stacked,
         logits=logits,

@@ -251,8 +251,11 @@ def _bridge_block(model: TransformerBridge, block: Any) -> Block:
     )
 
     # Gemma 3 turns by other angles in the layers with a window.
-    by_kind = rotary is not None and hasattr(rotary.original_component, "layer_types")
-    kind = (attn.original_component.layer_type,) if by_kind else ()
+    kind = ()
+    if rotary is not None and hasattr(rotary.original_component, "layer_types"):
+        kind = (getattr(attn.original_component, "layer_type", None),)
+        if kind[0] not in rotary.original_component.layer_types:
+            raise UnknownArchitectureError("rotary angles that differ by kind of layer are not taken apart here")
 
     def rotate(x: Tensor, positions: Tensor) -> Tensor:
         assert rotary is not None
