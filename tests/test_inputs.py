@@ -505,6 +505,7 @@ def test_files_in_the_old_words_are_read_in_the_new_ones():
 
 # Small integers, and inference mode
 
+ONE_HEAD = hl.Circuit(induction=(INDUCTION,))
 ANALYSES = {
     "attribute": lambda model, a, b: hl.attribute(model, a, answers=[1, 2]).values,
     "attribute_scores": lambda model, a, b: hl.attribute_scores(model, a[0], "L1H0").values,
@@ -515,7 +516,7 @@ ANALYSES = {
     "attribution_patch": lambda model, a, b: hooks.attribution_patch(model, a, b, METRIC, steps=2).values,
     "path_sweep": lambda model, a, b: hooks.path_sweep(model, a, b, METRIC, ["L0H0", "L1H0"]).values,
     "edge_attribution": lambda model, a, b: hooks.edge_attribution(model, a, b, METRIC, ["L0H0", "L1H0"]).values,
-    "explain": lambda model, a, b: hl.explain(model, a[0], 1, 2, circuit=CIRCUIT).attribution.values,
+    "explain": lambda model, a, b: hl.explain(model, a[0], 1, 2, circuit=ONE_HEAD).attribution.values,
     "ablate": lambda model, a, b: ablated(model, a, b),
 }
 ANALYSED = {"two layers": perturbed, "deep": lambda: hooked("LN", n_layers=3), "bridge": gpt2_like}
@@ -580,7 +581,9 @@ def test_a_device_is_a_string_or_an_object(spelled, tmp_path, unchecked):
     trained = hl.trainable_transformer(language, d_model=8, n_heads=2, n_ctx=12, seed=0, device=spelled)
     written.save_pretrained(tmp_path)
     read = hl.BigramTransformer.from_pretrained(tmp_path, device=spelled)
-    for model in (written, trained, read, hooked("LN", device=spelled)):
+    another = hooked("LN")
+    another.cfg.device = spelled
+    for model in (written, trained, read, another):
         for analysis in ("attribute", "patch_sweep", "attribution_patch", "explain"):
             assert bool(ANALYSES[analysis](model, CLEAN % 5, CORRUPTED % 5).isfinite().all())
         hl.find_circuit(model, n_prompts=8)
