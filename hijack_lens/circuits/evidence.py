@@ -13,7 +13,7 @@ from hijack_lens.core.tables import Drawn
 
 MIN_ATTENTION = 0.1
 """Heads with a lower score are not named, even if it is clearly above chance: in random models that are tiny or have
-very large weights, some head reaches 0.05."""
+very large weights, some head reaches 0.05. For previous-token heads, above what attending to all alike would give."""
 
 N_SCREENED = 8
 """Prompts on which the heads that attention rules out are switched off."""
