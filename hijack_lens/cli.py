@@ -338,13 +338,14 @@ def _found(explanation: hl.Explanation, prompt: hl.HijackPrompt) -> dict[str, An
 def _outcome(explanation: hl.Explanation) -> dict[str, Any]:
     """What is reported for the explanation of any prompt."""
     attribution = explanation.attribution
+    said = {"winner": explanation.winner, "verdict": explanation.verdict, "ablated": explanation.ablated}
+    if attribution is None:
+        return {**said, "margin": {"total": explanation.total}, "not_split": explanation.not_split}
     by_path = attribution.by_path()[:, list(attribution.pair())].tolist()
     sides = ("in_context", "global") if isinstance(explanation.prompt, hl.HijackPrompt) else ("answer", "foil")
     return {
-        "winner": explanation.winner,
-        "verdict": explanation.verdict,
+        **said,
         "margin": {part: float(value) for part, value in explanation.margin.parts.items()},
-        "ablated": explanation.ablated,
         "paths": [
             {"path": path.label, "memory": path.memory, **dict(zip(sides, wrote, strict=True))}
             for path, wrote in zip(attribution.paths, by_path, strict=True)

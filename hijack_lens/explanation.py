@@ -1,5 +1,6 @@
 """The whole analysis in one call: the verdict on a prompt, its attribution, ablations and the theory's prediction."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,14 +8,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hijack_lens import hooks, theory
+from hijack_lens.attribution.direct import NotAdditiveError
 from hijack_lens.attribution.logit_attribution import LogitAttribution
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
 from hijack_lens.core.analysis import analysis
+from hijack_lens.core.checks import as_int
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Margin
-from hijack_lens.core.inputs import circuit_of, single_prompt, token_ids
-from hijack_lens.core.tables import Drawn
-from hijack_lens.core.texts import UNDECODED
+from hijack_lens.core.inputs import circuit_of, model_tokens, prompt_texts, token_ids
+from hijack_lens.core.tables import Drawn, widened
+from hijack_lens.core.texts import UNDECODED, outputs_are_tokens
 from hijack_lens.hooks.intervention import logits_of
 from hijack_lens.language.prompts import HijackPrompt
 from hijack_lens.models.transformer import BigramTransformer
@@ -31,24 +34,40 @@ class Explanation(Drawn):
     Attributes:
         model: the model that was explained.
         prompt: the prompt; token ids if it was not a `HijackPrompt`.
-        attribution: the attribution of the last position's logits.
+        attribution: the attribution of the last position's logits; `None` where they are no sum over paths.
         circuit: the roles of the model's components.
         ablated: the margin with each role of the circuit zero-ablated, by the role's label.
+        total: the margin.
+        names: the texts of the two candidates, with white space made visible.
+        texts: those of the prompt's tokens.
+        first: that of the token with the largest logit.
+        not_split: why there is no attribution; `None` where there is one.
         theory: the closed form's margin, if the model was written by hand, with positions; else `None`.
         flip: the smallest number of repeats at which the context wins at the prompt's length; `None` likewise.
     """
 
     model: Any
     prompt: HijackPrompt | Int[Tensor, "pos"]
-    attribution: LogitAttribution
+    attribution: LogitAttribution | None
     circuit: Circuit
     ablated: dict[str, float]
+    total: float
+    names: tuple[str, str]
+    texts: tuple[str, ...]
+    first: str
+    not_split: str | None = None
     theory: Margin | None = None
     flip: Flip | None = None
 
     @property
     def margin(self) -> Margin:
-        """The model's own margin, split by memory."""
+        """The model's own margin, split by memory.
+
+        Raises:
+            ValueError: where there is no attribution.
+        """
+        if self.attribution is None:
+            raise ValueError(f"the margin, {self.total:+.4f}, is not split by memory: {self.not_split}")
         return self.attribution.margin()
 
     def theory_beside_model(self) -> dict[str, tuple[float, float]]:
@@ -61,23 +80,20 @@ class Explanation(Drawn):
     @property
     def winner(self) -> str:
         """ "context" or "weights", whichever candidate has the larger logit; "neither" on a tie."""
-        total = float(self.margin.total)
-        return "neither" if total == 0 else "context" if total > 0 else "weights"
-
-    @property
-    def names(self) -> tuple[str, str]:
-        """The texts of the two candidates, with white space made visible."""
-        first, second = (self.attribution.token_text(index) for index in self.attribution.pair())
-        return first, second
+        return "neither" if self.total == 0 else "context" if self.total > 0 else "weights"
 
     @property
     def verdict(self) -> str:
         """The answer in a sentence or two."""
-        (c, g), q = map(repr, self.names), repr(self.attribution.source_texts()[-1])
-        context, weights, rest, total = map(float, self.margin.parts.values())
+        (c, g), q, total = map(repr, self.names), repr(self.texts[-1]), self.total
         if total == 0:
             return f"Neither memory wins: after {q}, {c} and {g} have the same logit."
         preferred, other = (c, g) if total > 0 else (g, c)
+        aside = "" if self.first in self.names else f" (Its first choice is neither, but {self.first!r}.)"
+        if self.attribution is None:
+            sentence = f"After {q} the model prefers {preferred} to {other}, by {abs(total):.2f} logits"
+            return f"{sentence}; which memory wrote that is not split: {self.not_split}.{aside}"
+        context, weights, rest, _ = map(float, self.margin.parts.values())
         if rest * total > 0 and abs(rest) >= abs(context + weights):
             said = "Neither memory decides, but the rest of the model"
         elif context * total > 0 and weights * total > 0:
@@ -88,62 +104,96 @@ class Explanation(Drawn):
             said = "The context hijacks the weights" if context > 0 else "The weights speak for the context's candidate"
         else:
             said = "The weights overrule the context" if weights < 0 else "The context speaks against its own candidate"
-        sentence = f"{said}: after {q} the model prefers {preferred} to {other}, by {abs(total):.2f} logits."
-        first = int(self.attribution.logits.argmax())
-        if first not in self.attribution.pair():
-            sentence += f" (Its first choice is neither, but {self.attribution.token_text(first)!r}.)"
-        return sentence
+        return f"{said}: after {q} the model prefers {preferred} to {other}, by {abs(total):.2f} logits.{aside}"
 
 
 @analysis
-def explain(
-    model: Any,
-    prompt: object,
-    answer: str | int | None = None,
-    foil: str | int | None = None,
-    *,
-    circuit: Circuit | None = None,
-) -> Explanation:
+def explain(model: Any, prompt: object, answer: Any = None, foil: Any = None, *, circuit: Circuit | None = None) -> Any:
     """Explains what a model predicts at the end of a prompt that puts its two memories in conflict.
 
     Args:
         model: a `BigramTransformer`; for prompts other than a `HijackPrompt`, any HookedTransformer or
             TransformerBridge.
-        prompt: one `HijackPrompt` in the model's language; or a text or tokens.
-        answer: with a text or tokens, the token that the context suggests, as text or id.
-        foil: with a text or tokens, the token that the weights suggest, as text or id.
+        prompt: a `HijackPrompt` in the model's language; or a text or tokens; or several of these, a list of texts of
+            any lengths or a batch.
+        answer: with a text or tokens, the token that the context suggests, as text or id; or one per prompt.
+        foil: with a text or tokens, the token that the weights suggest; likewise.
         circuit: the roles of the components; by default the model's own circuit, else what `find_circuit` finds.
 
+    Returns:
+        An `Explanation`; for several prompts a list of them. Where the model's logits are no sum over paths, as where
+        it caps them or norms what its heads write, it has the verdict and the ablations, and says why no more.
+
     Raises:
-        TypeError, ValueError: for other models and prompts, for batches of prompts, and for answers that are not
-            single tokens.
+        TypeError, ValueError: for other models and prompts, and for answers that are not single tokens.
     """
     if isinstance(prompt, HijackPrompt):
         if answer is not None or foil is not None:
             raise ValueError(f"answer and foil come with a HijackPrompt, got answer={answer!r}, foil={foil!r}")
-        return _of_hijack_prompt(model, prompt, circuit)
+        if prompt.tokens.ndim == 1:
+            return _of_hijack_prompt(model, prompt, circuit)
+        rows = zip(prompt.tokens, prompt.corrupted, strict=True)
+        return [_of_hijack_prompt(model, replace(prompt, tokens=a, corrupted=b), circuit) for a, b in rows]
     if answer is None or foil is None:
         raise TypeError(f"prompt must be a HijackPrompt, got {type(prompt).__name__}; others need answer= and foil=")
-    tokens = single_prompt(model, prompt)
-    pair = token_ids(model, "answer and foil", [answer, foil], at_least=2, output=True).tolist()
+    listed = isinstance(prompt, list) and bool(prompt) and all(isinstance(text, str) for text in prompt)
+    prompts = [row for one in (prompt if listed else [prompt]) for row in model_tokens(model, one)]
+    sides = zip(_one_each("answer", answer, len(prompts)), _one_each("foil", foil, len(prompts)), strict=True)
+    pairs = [token_ids(model, "answer and foil", list(pair), at_least=2, output=True).tolist() for pair in sides]
     circuit = circuit_of(model, circuit, lambda: find_circuit(model))
-    first = int(logits_of(model, tokens)[0, -1].argmax())
-    attribution = attribute(model, tokens[0], circuit=circuit, answers=list(dict.fromkeys([*pair, first])))
-    ablated = _ablated(model, tokens, circuit, pair)
-    attribution = replace(attribution, candidates=(pair[0], pair[1]), joiner=_joiner(model, tokens[0]))
-    return Explanation(model, tokens[0], attribution, circuit, ablated)
+    found = [_explained(model, ids, ids, pair, circuit) for ids, pair in zip(prompts, pairs, strict=True)]
+    # One prompt's tokens often have a batch axis, since that is what models take.
+    return found if listed or len(found) > 1 else found[0]
+
+
+def _one_each(name: str, given: Any, n_prompts: int) -> list[Any]:
+    """One answer per prompt, from one for all or a list."""
+    if isinstance(given, str) or as_int(given) is not None or not isinstance(given, Iterable):
+        return [given] * n_prompts
+    listed = list(given)
+    if len(listed) != n_prompts:
+        raise ValueError(f"{name} must be one token, or one for each of {n_prompts} prompts, got {len(listed)}")
+    return listed
+
+
+def _explained(
+    model: Any, prompt: Any, ids: Int[Tensor, "pos"], pair: list[int], circuit: Circuit, **theory_says: Any
+) -> Explanation:
+    """The explanation of one prompt, with the answers `pair`."""
+    logits = widened(logits_of(model, ids[None])[0, -1])
+    first = int(logits.argmax())
+    attribution, not_split = None, None
+    try:
+        if isinstance(prompt, HijackPrompt):
+            attribution = attribute(model, prompt, circuit=circuit)
+        else:
+            found = attribute(model, ids, circuit=circuit, answers=list(dict.fromkeys([*pair, first])))
+            attribution = replace(found, candidates=(pair[0], pair[1]), joiner=_joiner(model, ids))
+    except NotAdditiveError as error:
+        not_split = str(error)
+    said = torch.tensor([*pair, first])
+    c, g, best = prompt_texts(model, said) if outputs_are_tokens(model) else map(str, said.tolist())
+    return Explanation(
+        model,
+        prompt,
+        attribution,
+        circuit,
+        ablated=_ablated(model, ids[None], circuit, pair),
+        total=float(logits[pair[0]] - logits[pair[1]]),
+        names=(c, g),
+        texts=prompt_texts(model, ids),
+        first=best,
+        not_split=not_split,
+        **theory_says,
+    )
 
 
 def _of_hijack_prompt(model: Any, prompt: HijackPrompt, circuit: Circuit | None) -> Explanation:
     if not isinstance(model, BigramTransformer):
         raise TypeError(f"model must be a BigramTransformer, got {type(model).__name__}")
-    if prompt.tokens.ndim != 1:
-        raise ValueError(f"prompt must be a single prompt, got a batch of {len(prompt.tokens)}")
     if prompt.language.tokens != model.language.tokens:
         raise ValueError("prompt must be of the model's language, got one with other tokens")
-    circuit = circuit_of(model, circuit)
-    attribution = attribute(model, prompt, circuit=circuit)
-    ablated = _ablated(model, prompt.tokens[None], circuit, [prompt.in_context, prompt.global_candidate])
+    circuit, ids = circuit_of(model, circuit), model_tokens(model, prompt)[0]
     predicted = flip = None
     if model.strengths is not None and model.positions != "none":  # the closed form needs positions
         setting = theory.Setting.of(model)
@@ -151,7 +201,8 @@ def _of_hijack_prompt(model: Any, prompt: HijackPrompt, circuit: Circuit | None)
         flip = theory.min_repeats(
             model.language, prompt.trigger, prompt.in_context, prompt.global_candidate, setting, length=len(prompt)
         )
-    return Explanation(model, prompt, attribution, circuit, ablated, predicted, flip)
+    pair = [prompt.in_context, prompt.global_candidate]
+    return _explained(model, prompt, ids, pair, circuit, theory=predicted, flip=flip)
 
 
 def _joiner(model: Any, tokens: Int[Tensor, "pos"]) -> str:

@@ -295,7 +295,12 @@ def _norms_after_only(model: Any, layer: int) -> bool:
 
 def changes_attn_out(model: Any, layer: int) -> bool:
     """Whether a norm or a factor stands between the heads and the residual stream, as in Gemma 2 or Granite."""
+    factor = getattr(model.blocks[layer], "residual_contribution_scale", 1.0)
+    return norms_of_heads(model, layer)[1] is not None or factor != 1.0
+
+
+def norms_of_heads(model: Any, layer: int) -> tuple[nn.Module | None, nn.Module | None]:
+    """The norm of what a block's heads read, and of what they write together; `None` where there is none."""
     block = model.blocks[layer]
-    normed = getattr(model.cfg, "use_normalization_before_and_after", False) or hasattr(block, "ln1_post")
-    factor = getattr(block, "residual_contribution_scale", 1.0)
-    return normed or factor != 1.0 or _norms_after_only(model, layer)
+    first = getattr(block, "ln1", None)
+    return (None, first) if _norms_after_only(model, layer) else (first, getattr(block, "ln1_post", None))

@@ -180,7 +180,8 @@ _START = "blocks.0.hook_resid_pre"
 class GradientRuns:
     """Runs of a model from the base run's embeddings, or from embeddings part of the way to the source run's.
 
-    The model is left unchanged, including which parameters require gradients and the gradients they hold.
+    The model is left unchanged, including which parameters require gradients and the gradients they hold. Must be used
+    outside `torch.inference_mode`.
 
     Args:
         model: a HookedTransformer or TransformerBridge. Hooks on it take part in all runs.
@@ -196,11 +197,13 @@ class GradientRuns:
     """
 
     def __init__(self, model: Any, pair: PromptPair, names: Sequence[str]):
+        if any(parameter.is_inference() for parameter in model.parameters()):
+            raise ValueError("model was made under torch.inference_mode(), so nothing can be differentiated through it")
         self.model = model
-        self.pair = pair
+        self.tokens = pair.base.clone()  # autograd keeps none that were made under inference mode
         recorded = list(dict.fromkeys([*names, _START]))
         source_logits, self.source = record(model, pair.source, recorded)
-        base_logits, self.base = record(model, pair.base, recorded)
+        base_logits, self.base = record(model, self.tokens, recorded)
         self.reader = pair.reader(model, base_logits, source_logits)
         self.base_value, self.source_value = self.reader(base_logits), self.reader(source_logits)
 
@@ -229,7 +232,7 @@ class GradientRuns:
         # Entered second, so that they see what the edits return.
         looks = Intervention(self.model, look=keeping(looked, look))
         with torch.enable_grad(), Intervention(self.model, edit=edits), looks:
-            value = self._value(logits_of(self.model, self.pair.base))
+            value = self._value(logits_of(self.model, self.tokens))
         gradients = torch.autograd.grad(value, [seen[name] for name in by], allow_unused=True)
         found: dict[str, Tensor] = {}
         for name, gradient in zip(by, gradients, strict=True):

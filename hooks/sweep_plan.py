@@ -9,7 +9,7 @@ from einops import reduce
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hijack_lens.core.hook_points import check_hook_points
+from hijack_lens.core.hook_points import all_components, check_hook_points
 from hijack_lens.core.inputs import indices
 
 Unit = Literal["head", "neuron"]
@@ -30,6 +30,12 @@ HOOKS: dict[str, tuple[str, Unit | None]] = {
 """By TransformerLens's short name of an activation: its hook point in a block, and the unit of its entries, if any."""
 
 
+STREAM = ("resid_pre", "attn_out", "mlp_out")
+"""What to sweep by default: what blocks read, and what they write."""
+
+_WRITTEN_BY = {"attn_out": "head", "mlp_out": "mlp"}
+
+
 def hook_name(activation: str, layer: int) -> str:
     """The full name of an activation's hook point."""
     return f"blocks.{layer}.{HOOKS[activation][0]}"
@@ -45,6 +51,7 @@ class Plan:
         positions: counted from the front; `None` patches all positions at once.
         unit: what the last axis counts, if there is one.
         units: the heads or neurons.
+        sizes: how many of them each activation has; where heads share keys and values, those have fewer.
     """
 
     activations: tuple[str, ...]
@@ -52,6 +59,7 @@ class Plan:
     positions: tuple[int, ...] | None
     unit: Unit | None
     units: tuple[int, ...]
+    sizes: tuple[int | None, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,6 +72,11 @@ class Plan:
     def points(self) -> list[tuple[str, int]]:
         """(activation, layer) pairs, in the order of the result's first two axes."""
         return [(activation, layer) for activation in self.activations for layer in self.layers]
+
+    def there(self, activation: str) -> Bool[Tensor, "unit"]:
+        """Which of the units an activation has."""
+        size = self.sizes[self.activations.index(activation)]
+        return torch.tensor([size is None or unit < size for unit in self.units or (0,)])
 
     def patches(self, length: int) -> "Patches":
         """Every position with every unit, in the order of the result's last axes."""
@@ -105,9 +118,18 @@ class Patches:
 
 
 def make_plan(
-    model: Any, activations: str | Sequence[str], positions: Any, layers: Any, units: Any, length: int
+    model: Any,
+    activations: str | Sequence[str] | None,
+    positions: Any,
+    layers: Any,
+    units: Any,
+    length: int,
+    default: Sequence[str] = STREAM,
 ) -> Plan:
-    """The plan that a user's arguments describe."""
+    """The plan that a user's arguments describe; no activations are those of the `default` that the model has."""
+    if activations is None:
+        kinds_there = {component.kind for component in all_components(model)}
+        activations = [name for name in default if _WRITTEN_BY.get(name) in (None, *kinds_there)]
     named = [activations] if isinstance(activations, str) else activations
     if not isinstance(named, Sequence) or not named or not all(isinstance(name, str) for name in named):
         raise TypeError(f"activations must be one or several of {', '.join(HOOKS)}, got {activations!r}")
@@ -123,18 +145,15 @@ def make_plan(
     unit = kinds.pop()
     chosen = indices("layers", layers, model.cfg.n_layers)
     check_hook_points(model, (hook_name(name, layer) for name in named for layer in chosen))
-    sizes = {name: _n_units(model, name) for name in named}
-    if len(set(sizes.values())) > 1:
-        counts = ", ".join(f"{name} has {size}" for name, size in sizes.items())
-        raise ValueError(f"activations must have equally many heads; in this model {counts}: sweep them one at a time")
+    sizes = [_n_units(model, name) for name in named]
     if unit is None and units is not None:
         raise ValueError(f"units must be None for {', '.join(named)}, which have neither heads nor neurons")
-    size = sizes[named[0]]
-    every = () if size is None else indices("units", units, size)
+    largest = max((size for size in sizes if size is not None), default=None)
+    every = () if largest is None else indices("units", units, largest)
     where = None
     if not isinstance(positions, str) or positions != "all":
         where = tuple(indices("positions", positions, length, f"the run has {length} tokens"))
-    return Plan(tuple(named), tuple(chosen), where, unit, tuple(every))
+    return Plan(tuple(named), tuple(chosen), where, unit, tuple(every), tuple(sizes))
 
 
 def _n_units(model: Any, activation: str) -> int | None:

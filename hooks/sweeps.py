@@ -28,14 +28,13 @@ from hijack_lens.hooks.patched_runs import (
     by_position,
     check_metric,
 )
-from hijack_lens.hooks.sweep_plan import Plan, hook_name, make_plan
+from hijack_lens.hooks.sweep_plan import STREAM, Plan, hook_name, make_plan
 from hijack_lens.hooks.sweep_results import Sweep
 from hijack_lens.models.opened import UnknownArchitectureError, check_plain, open_model
 from hijack_lens.models.readable import check_readable
 
 Method = Literal["auto", "incremental", "forward"]
 Which = int | Iterable[int] | None
-STREAM = ("resid_pre", "attn_out", "mlp_out")
 
 
 @analysis
@@ -44,7 +43,7 @@ def patch_sweep(
     clean: object,
     corrupted: object,
     metric: MetricLike,
-    activations: str | Sequence[str] = STREAM,
+    activations: str | Sequence[str] | None = None,
     positions: Which | Literal["all"] = None,
     direction: Direction = "denoise",
     *,
@@ -63,11 +62,13 @@ def patch_sweep(
         metric: one of `hijack_lens.metrics`; or a function from the logits [batch, pos, d_vocab] of one run to a
             number, which costs more, since it may read every position.
         activations: "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"; or, by head, "z", "q", "k", "v",
-            "pattern" (whose positions are the queries'); or "post", the MLPs' neurons.
+            "pattern" (whose positions are the queries'); or "post", the MLPs' neurons. By default those of "resid_pre",
+            "attn_out" and "mlp_out" that the model has.
         positions: which positions; by default every one, one at a time. "all" patches all positions at once.
         direction: "denoise" runs the corrupted prompts and patches the clean run's activations in; "noise" the reverse.
         layers: which layers; by default all.
-        units: which heads or neurons; by default all.
+        units: which heads or neurons; by default all. Where heads share keys and values, "k" and "v" have fewer than
+            "q": what is not there is NaN.
         method: "incremental" computes only what a patch can change, on models whose parts are known (it is first
             checked against a run of the model); "forward" runs the whole model on batches of patches. "auto" takes
             "incremental" where it works and the model has no hooks, else "forward".
@@ -89,7 +90,7 @@ def ablate_sweep(
     model: Any,
     prompt: object,
     metric: MetricLike,
-    activations: str | Sequence[str] = ("attn_out", "mlp_out"),
+    activations: str | Sequence[str] | None = None,
     positions: Which | Literal["all"] = None,
     how: Literal["zero", "mean", "resample"] = "zero",
     reference: object = None,
@@ -106,7 +107,7 @@ def ablate_sweep(
         model: as for `patch_sweep`; so are all details not given here.
         prompt: one prompt or a batch; its intact run is the "clean" run of a metric that needs one.
         metric: a metric of the logits.
-        activations: which activations to ablate.
+        activations: which activations to ablate; by default those of "attn_out" and "mlp_out" that the model has.
         positions: which positions; "all" ablates all positions at once.
         how: "zero"; "mean" over the reference prompts, position by position; or "resample": what a reference prompt
             has there, drawn for each prompt once for the whole sweep.
@@ -123,7 +124,7 @@ def ablate_sweep(
     check_reference(how, reference)
     generator = as_generator(seed)
     tokens = model_tokens(model, prompt)
-    plan = make_plan(model, activations, positions, layers, units, tokens.shape[1])
+    plan = make_plan(model, activations, positions, layers, units, tokens.shape[1], STREAM[1:])
     check_metric(metric, tokens.shape[1])
     names = [hook_name(*point) for point in plan.points]
     written: dict[str, Tensor] | None = None
@@ -145,7 +146,7 @@ def attribution_patch(
     clean: object,
     corrupted: object,
     metric: MetricLike,
-    activations: str | Sequence[str] = STREAM,
+    activations: str | Sequence[str] | None = None,
     positions: Which | Literal["all"] = None,
     direction: Direction = "denoise",
     *,
@@ -189,17 +190,19 @@ def attribution_patch(
             name = hook_name(activation, layer)
             source, base, gradient = map(widened, (runs.source[name], runs.base[name], gradients[name]))
             change = by_position(activation, (source - base) * gradient)
-            into += _of_patches(plan, reduce(change, "batch pos ... -> pos ...", "sum")).to(into) / steps
+            into += _of_patches(plan, activation, reduce(change, "batch pos ... -> pos ...", "sum")).to(into) / steps
     measured = {"base": runs.base_value, "source": runs.source_value, "direction": direction, "method": "gradient"}
     return _labelled(model, pair.base, plan, runs.base_value + effects, runs.reader, **measured)
 
 
-def _of_patches(plan: Plan, change: Float[Tensor, "pos ..."]) -> Float[Tensor, "position *unit"]:
+def _of_patches(plan: Plan, activation: str, change: Float[Tensor, "pos ..."]) -> Float[Tensor, "position *unit"]:
     """For each patch, the sum of `change` over the positions and units that it covers."""
     if plan.unit is None:
         change = reduce(change, "pos ... -> pos", "sum")
     else:
-        change = reduce(change, "pos unit ... -> pos unit", "sum")[:, list(plan.units)]
+        every, there = reduce(change, "pos unit ... -> pos unit", "sum"), plan.there(activation)
+        change = every.new_full((len(every), len(plan.units)), torch.nan)
+        change[:, there] = every[:, [unit for unit in plan.units if unit < every.shape[1]]]
     return change.sum(0, keepdim=True) if plan.positions is None else change[list(plan.positions)]
 
 
@@ -252,9 +255,12 @@ def _sweep(
             name = hook_name(activation, layer)
             current = by_position(activation, base[name])
             written = torch.zeros_like(current) if source is None else by_position(activation, source[name])
-            reached = runs.reaches(activation, layer, patches)
-            # Writing what is already there changes nothing.
-            live = (reached & patches.pick((current != written).any(0)).cpu()).nonzero()[:, 0]
+            there = plan.there(activation).repeat(len(into) // len(plan.units or (0,)))
+            into[~there.to(into.device)] = torch.nan
+            places = there.nonzero()[:, 0]
+            reached = runs.reaches(activation, layer, patches[places])
+            # Writing what is there already changes nothing.
+            live = places[reached & patches[places].pick((current != written).any(0)).cpu()]
             bar.update(len(patches) - len(live))
             for chosen in runs.chunks(activation, layer, patches[live], memory):
                 into[live[chosen]] = runs.values(activation, layer, patches[live[chosen]], written)

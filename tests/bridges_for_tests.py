@@ -8,8 +8,9 @@ import tempfile
 import warnings
 
 import torch
+import transformers
 from models_for_tests import hooked
-from plain_families import plain_of_hugging_face
+from plain_families import PLAIN, plain_of_hugging_face
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
@@ -58,7 +59,7 @@ def booted(model: torch.nn.Module) -> TransformerBridge:
         word_tokenizer().save_pretrained(folder)
         bridge = TransformerBridge.boot_transformers(folder, device="cpu", dtype=torch.float64)
     assert {parameter.dtype for parameter in bridge.parameters()} == {torch.float64}
-    bridge.plain = plain_of_hugging_face(model)
+    bridge.plain = plain_of_hugging_face(model) if model.config.model_type in PLAIN else None
     return bridge.eval()
 
 
@@ -113,6 +114,36 @@ def llama_like(seed: int = 0) -> TransformerBridge:
         tie_word_embeddings=False,
     )
     return booted(scattered(LlamaForCausalLM(config), seed))
+
+
+@functools.cache
+def modern(name: str, seed: int = 0, **options) -> TransformerBridge:
+    """Qwen 3, Gemma 2 or 3, OLMo 2 or Mistral: norms of queries and keys, norms after heads, windows, logit caps."""
+    sizes = {
+        "vocab_size": D_VOCAB,
+        "max_position_embeddings": N_CTX,
+        "hidden_size": D_MODEL,
+        "num_hidden_layers": N_LAYERS,
+        "num_attention_heads": N_HEADS,
+        "num_key_value_heads": 2,
+        "intermediate_size": D_MLP,
+        "head_dim": D_HEAD,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    }
+    windows = {"sliding_window": 4, "query_pre_attn_scalar": 9, "layer_types": ["sliding_attention", "full_attention"]}
+    own = {
+        "Qwen3": ("Qwen3Config", {}),
+        "Gemma2": ("Gemma2Config", windows),
+        "Gemma3": ("Gemma3TextConfig", windows),
+        "Olmo2": ("Olmo2Config", {}),
+        "Mistral": ("MistralConfig", {"sliding_window": 4}),
+    }
+    config, extra = own[name]
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, config)(**sizes, **extra, **options))
+    return booted(scattered(model, seed))
 
 
 BOOTED = {"GPT-2": gpt2_like, "GPT-NeoX": neox_like, "Llama": llama_like}

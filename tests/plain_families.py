@@ -128,6 +128,9 @@ def plain_of_hooked(model):
     )
 
 
+PLAIN = ("gpt2", "gpt_neox", "llama")
+
+
 def plain_of_hugging_face(model):
     """A Hugging Face GPT-2's, GPT-NeoX's or Llama's network."""
     config, kind = model.config, model.config.model_type

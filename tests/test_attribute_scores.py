@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from bridges_for_tests import BOOTED, hooked_twin
+from bridges_for_tests import BOOTED, hooked_twin, modern
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models_for_tests import CIRCUIT, HEADS, MLPS, close, handwritten, hooked, native, perturbed, prompts
@@ -43,6 +43,8 @@ def cases(draw):
     n_layers, seed = draw(st.integers(1, 4)), draw(st.integers(0, 10**6))
     positions = draw(st.sampled_from(["standard", "relative", "rotary", "half rotary"]))
     config = {"use_attn_scale": draw(st.booleans())}
+    if positions != "relative":
+        config["use_qk_norm"] = draw(st.booleans())
     if "rotary" in positions:
         config |= {"positional_embedding_type": "rotary", "rotary_dim": 4 if positions == "rotary" else 2}
     if positions != "relative":
@@ -83,7 +85,7 @@ def stream_parts(model, tokens, layer):
     return parts | {"biases": sum(biases, torch.zeros_like(parts["embed"]))}
 
 
-def vectors(model, parts, head, via, alive):
+def vectors(model, parts, head, via, alive, normed=True):
     """The head's queries or keys, made from some parts of the stream with the norm's scale of the whole of it."""
     w, at, cfg = weights_of(model), f"blocks.{head.layer}", model.cfg
     x = sum((part for name, part in parts.items() if name in alive), torch.zeros_like(parts["embed"]))
@@ -96,8 +98,15 @@ def vectors(model, parts, head, via, alive):
     weight, bias = w[f"{at}.attn.W_{via.upper()}"], w[f"{at}.attn.b_{via.upper()}"]
     index = head.head * len(weight) // cfg.n_heads
     out = x @ weight[index]
+    constant = norm_bias @ weight[index] + bias[index]
     if "biases" in alive:
-        out = out + norm_bias @ weight[index] + bias[index]
+        out = out + constant
+    if cfg.use_qk_norm:  # with the scale of the run's whole query or key
+        made = vectors(model, parts, head, via, set(parts) | {"biases"}, normed=False) if normed else None
+        if made is not None:
+            out = out / (made.square().mean(-1, keepdim=True) + cfg.eps).sqrt() * w[f"{at}.attn.{via}_norm.w"]
+    if not normed:
+        return out
     return plain_of_hooked(model).rotate(out[None, :, None])[0, :, 0]
 
 
@@ -178,6 +187,13 @@ def test_every_cell_is_what_its_two_terms_do_together(build):
         {"n_key_value_heads": 1, "ungroup_grouped_query_attention": True},
         {"norm": "LN", "act": "solu_ln", "post_embedding_ln": True},
         {"output_logits_soft_cap": 30.0},
+        {"norm": "RMS", "use_qk_norm": True, "use_normalization_before_and_after": True, "n_key_value_heads": 1},
+        {
+            "norm": "RMS",
+            "original_architecture": "Olmo2ForCausalLM",
+            "positional_embedding_type": "rotary",
+            "rotary_dim": 4,
+        },
     ],
     ids=str,
 )
@@ -228,6 +244,27 @@ def test_bridges_scores_explain_their_patterns_as_their_twins_do(name, atol, twi
             likely = log > math.log(1e-4)  # elsewhere the pattern's own rounding shows
             close((summed - summed[result.top_key])[likely], (log - log[result.top_key])[likely], atol=atol)
             close(result.attention, pattern[0, index, 5, :6], atol=0)
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma3", "Olmo2", "Mistral"])
+def test_scores_of_modern_bridges_explain_their_patterns_within_their_windows(name):
+    model, tokens = modern(name), prompts(1, 9, seed=2, d_vocab=13)
+    cache = model.run_with_cache(tokens)[1]
+    for layer, index in ((0, 0), (0, 3), (1, 1), (1, 2)):
+        result = attribute_scores(model, tokens, hl.Component(layer, "head", index))
+        pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0, index, -1].detach()
+        windowed = name == "Mistral" or (name == "Gemma3" and layer == 0)
+        assert result.keys == (tuple(range(5, 9)) if windowed else tuple(range(9)))
+        close(result.attention, pattern[list(result.keys)], atol=0)
+        # Hugging Face computes norms, rotary angles and the softmax in float32, whatever the model's dtype.
+        summed = result.values.sum((1, 2))
+        size = float(result.values.abs().sum((1, 2)).max())
+        close(summed.softmax(0), result.attention, atol=2e-6 * max(1.0, size))
+        assert result.completeness_error <= 2e-6 * max(1.0, size)
+        assert float(pattern.max()) < 1 - 1e-6  # so that scores show in it
+        if windowed:
+            with pytest.raises(ValueError, match=r"key must hold no positions that head .* got \[4\]"):
+                attribute_scores(model, tokens, hl.Component(layer, "head", index), key=[4, 6])
 
 
 @given(
@@ -544,13 +581,7 @@ def test_a_bridge_whose_pattern_is_not_the_softmax_of_its_scores_is_refused():
     [
         ({"attn_scores_soft_cap": 30.0}, "caps its attention scores"),
         ({"positional_embedding_type": "alibi"}, "ALiBi"),
-        ({"use_qk_norm": True, "norm": "RMS"}, "norms its queries and keys"),
         ({"positional_embedding_type": "shortformer"}, "its scores are not the sum over terms"),
-        ({"use_normalization_before_and_after": True, "norm": "RMS"}, "before layer 1 is not the sum of embeddings"),
-        (
-            {"use_local_attn": True, "window_size": 2, "attn_types": ["global", "local"]},
-            r"key must hold no positions that head L1H0 is kept from attending to, got \[0, 1, 2\]",
-        ),
     ],
     ids=str,
 )
@@ -562,7 +593,11 @@ def test_a_model_whose_scores_are_no_such_sum_is_refused(config, message):
 def test_windowed_attention_is_taken_apart_within_its_window():
     model = hooked(use_local_attn=True, window_size=2, attn_types=["global", "local"])
     recorded = model.run_with_cache(prompts(1))[1]["blocks.1.attn.hook_attn_scores"].detach()
-    close(attribute_scores(model, prompts(1), key=[3, 4]).values.sum((1, 2)), recorded[0, 0, -1, 3:])
+    result = attribute_scores(model, prompts(1))
+    assert result.keys == (3, 4)
+    close(result.values.sum((1, 2)), recorded[0, 0, -1, 3:])
+    with pytest.raises(ValueError, match=r"key must hold no positions that head L1H0 is kept from .* got \[1, 2\]"):
+        attribute_scores(model, prompts(1), key=[1, 2, 3])
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -3,7 +3,7 @@
 import bridges_for_tests
 import pytest
 import torch
-from bridges_for_tests import booted, llama_like, neox_like, scattered
+from bridges_for_tests import booted, gpt2_like, llama_like, neox_like, scattered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models_for_tests import CIRCUIT, HEADS, MLPS, close, handwritten, hooked, perturbed, prompts
@@ -465,3 +465,55 @@ def test_answers_must_fit_the_last_axis(unchecked):
     result = attribute(DEEP, [1, 2], answers=[1, 2])
     with pytest.raises(ValueError, match="answers must name all 2 tokens of the last axis, got 3"):
         LogitAttribution(**{**vars(result), "answers": (1, 2, 3)})
+
+
+# Answers of each prompt's own
+
+
+@pytest.mark.parametrize("name", ["two layers", "deep", "bridge"])
+def test_each_prompt_of_a_batch_may_have_its_own_answers(name, tmp_path, unchecked):
+    build = {"two layers": lambda: hooked("LN"), "deep": lambda: hooked("LN", n_layers=3), "bridge": gpt2_like}
+    model, tokens = build[name](), prompts(3, 5)
+    answers = [[1, 2], [3, 0], [2, 1]]
+    for position in (-1, 2, *(["all"] if name == "two layers" else [])):
+        found = attribute(model, tokens, position, answers=answers)
+        with torch.no_grad():
+            logits = model(tokens) if position == "all" else model(tokens)[:, position]
+        for index, (ids, own) in enumerate(zip(tokens, answers, strict=True)):
+            alone = attribute(model, ids, position, answers=own)
+            close(found[index].values, alone.values, atol=1e-10)
+            assert found[index].answers == alone.answers == tuple(own)
+            close(found.logits[index], logits[index][..., own].detach(), atol=1e-10)
+            close(found.margin().total[index], alone.margin().total, atol=1e-10)
+            close(found.margin().context[index], alone.margin().context, atol=1e-10)
+        assert found.completeness_error < 1e-8
+    same = attribute(model, tokens, answers=torch.tensor(answers))
+    assert same.answers == ((1, 2), (3, 0), (2, 1))
+    same.save(tmp_path / "own.safetensors")
+    assert hl.LogitAttribution.load(tmp_path / "own.safetensors").answers == same.answers
+    table = same.to_pandas()
+    assert len(table) == same.values.numel()
+    last = table[table["batch"] == 2].groupby("token", sort=False)["logit"].sum()
+    close(torch.tensor(last.to_numpy()), same.logits[2], atol=1e-10)
+    assert repr(same)
+    for wrong, message in (
+        ([[1, 2], [3, 0]], r"answers must be one list, or one for each of 3 prompts, got 2 lists"),
+        ([[1, 2], [3, 0], [1, 2, 3]], r"answers must be equally many for every prompt, got \[2, 2, 3\]"),
+        ([[1, 2], [3, 0], [1, 1]], r"answers\[2\] must be two or more different tokens"),
+        ([[1, 2], [3, 0], [1, 99]], r"answers\[2\] holds token id 99"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attribute(model, tokens, answers=wrong)
+    with pytest.raises(ValueError, match="index the batch first"):
+        same.token_text(0)
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 4])
+def test_without_a_circuit_heads_bear_their_places(n_layers, unchecked):
+    model = hooked("LN", n_layers=n_layers)
+    model.circuit = None
+    found = attribute(model, prompts(1, 5)[0])
+    last = f"L{n_layers - 1}H1"
+    assert any(last in path.label for path in found.paths)
+    assert float(found.margin().context) == 0
+    close(found.margin().total, found.logits[found.pair()[0]] - found.logits[found.pair()[1]], atol=1e-10)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bridges_for_tests import gpt2_like, modern
 from models_for_tests import close, handwritten, hooked, perturbed, prompts
 
 import hijack_lens as hl
@@ -130,8 +131,10 @@ def test_what_it_cannot_explain_is_refused_with_the_reason(unchecked):
         hl.explain(model, prompt.tokens)
     with pytest.raises(TypeError, match="prompt must be a HijackPrompt, got str"):
         hl.explain(model, "012")
-    with pytest.raises(ValueError, match="single prompt, got a batch of 3"):
-        hl.explain(model, prompt_for(model, n_prompts=3))
+    with pytest.raises(ValueError, match="answer must be one token, or one for each of 2 prompts, got 3"):
+        hl.explain(model, prompts(), [1, 2, 3], 0)
+    with pytest.raises(ValueError, match="prompt is text, but the model has no tokenizer"):
+        hl.explain(hooked(), ["0 1", "2"], 1, 2)
     with pytest.raises(ValueError, match="of the model's language"):
         hl.explain(handwritten(d_vocab=9), prompt)
     with pytest.raises(ValueError, match=r"14 tokens long.*n_ctx=10"):
@@ -149,3 +152,98 @@ def test_a_verdict_says_when_both_memories_agree_and_when_neither_candidate_come
     first = language.display(int(outvoted.attribution.logits.argmax()))
     assert first not in ("a", "b")
     assert outvoted.verdict.endswith(f"(Its first choice is neither, but {first!r}.)")
+
+
+# Several prompts
+
+
+def same(one, other):
+    assert one.names == other.names
+    assert one.texts == other.texts
+    assert one.verdict == other.verdict
+    close(one.attribution.values, other.attribution.values, atol=1e-12)
+    assert one.ablated == pytest.approx(other.ablated, abs=1e-12)
+
+
+@pytest.mark.parametrize("family", ["hooked", "bridge"])
+def test_a_batch_is_explained_prompt_by_prompt(family, unchecked):
+    model = hooked("LN", n_layers=3) if family == "hooked" else gpt2_like()
+    circuit, tokens = hl.Circuit(induction=(hl.Component(1, "head", 0),)), prompts(3, 5)
+    found = hl.explain(model, tokens, [1, 2, 3], 4, circuit=circuit)
+    assert [type(one) for one in found] == [hl.Explanation] * 3
+    for one, ids, answer in zip(found, tokens, (1, 2, 3), strict=True):
+        same(one, hl.explain(model, ids, answer, 4, circuit=circuit))
+        assert one.attribution.candidates == (answer, 4)
+    same(hl.explain(model, tokens[:1], 1, 4, circuit=circuit), found[0])
+
+
+def test_texts_of_any_lengths_are_explained_each_as_it_is_alone(unchecked):
+    bridge, circuit = gpt2_like(), hl.Circuit(induction=(hl.Component(1, "head", 0),))
+    texts = ["one two one", "seven eight nine a b seven", "two"]
+    found = hl.explain(bridge, texts, ["two", "eight", "one"], ["a", "b", "a"], circuit=circuit)
+    for one, text, answer, foil in zip(found, texts, ("two", "eight", "one"), "aba", strict=True):
+        same(one, hl.explain(bridge, text, answer, foil, circuit=circuit))
+        with torch.no_grad():
+            logits = bridge(bridge.to_tokens(text))[0, -1]
+        first, second = (bridge.tokenizer.convert_tokens_to_ids(word) for word in (answer, foil))
+        assert one.total == pytest.approx(float(logits[first] - logits[second]), abs=1e-12)
+    assert len(hl.explain(bridge, texts[:1], "two", "a", circuit=circuit)) == 1
+
+
+def test_a_batch_of_hijack_prompts_is_explained_too():
+    model = handwritten()
+    batch = prompt_for(model, n_prompts=3)
+    for index, one in enumerate(hl.explain(model, batch)):
+        assert torch.equal(one.prompt.tokens, batch.tokens[index])
+        close(one.margin.total, hl.attribute(model, batch)[index].margin().total)
+        assert one.flip == hl.explain(model, one.prompt).flip
+
+
+# Logits that are no sum over paths
+
+NO_SUMS = {
+    "logit cap": (lambda: hooked("LN", output_logits_soft_cap=5.0), "caps its logits"),
+    "norms after": (lambda: hooked("RMS", use_normalization_before_and_after=True), "norms of all that heads write"),
+    "OLMo 2": (
+        lambda: hooked("RMS", original_architecture="Olmo2ForCausalLM", n_layers=2),
+        "norms or scales what the heads of layer 0 write",
+    ),
+    "Gemma2 bridge": (lambda: modern("Gemma2"), "caps its logits"),
+    "Gemma3 bridge": (lambda: modern("Gemma3"), "norms or scales what the heads of layer 0 write"),
+    "Olmo2 bridge": (lambda: modern("Olmo2"), "norms or scales what the heads of layer 0 write"),
+}
+
+
+@pytest.mark.parametrize("name", NO_SUMS)
+def test_without_paths_there_are_verdict_and_ablations_and_the_reason(name, tmp_path, unchecked):
+    build, reason = NO_SUMS[name]
+    model, tokens = build(), prompts(1, 6)[0]
+    circuit = hl.Circuit((hl.Component(0, "head", 1),), (hl.Component(1, "head", 0),), (hl.Component(1, "mlp"),))
+    explanation = hl.explain(model, tokens, 1, 2, circuit=circuit)
+    with torch.no_grad():
+        logits = model(tokens[None])[0, -1]
+        zeros = [("blocks.1.hook_mlp_out", lambda x, hook: torch.zeros_like(x))]
+        ablated = model.run_with_hooks(tokens[None], fwd_hooks=zeros)[0, -1]
+    assert explanation.attribution is None
+    assert reason in explanation.not_split
+    assert explanation.total == pytest.approx(float(logits[1] - logits[2]), abs=1e-12)
+    assert explanation.ablated["bigram memory"] == pytest.approx(float(ablated[1] - ablated[2]), abs=1e-12)
+    assert set(explanation.ablated) == {"previous-token head", "induction head", "bigram memory"}
+    preferred, other = explanation.names if explanation.total > 0 else explanation.names[::-1]
+    by = abs(explanation.total)
+    said = (
+        f"the model prefers {preferred!r} to {other!r}, by {by:.2f} logits; which memory wrote that is not split: model"
+    )
+    assert said in explanation.verdict
+    assert reason in explanation.verdict
+    for shown in (
+        repr(explanation),
+        explanation._repr_html_(),
+        hl.write_report(explanation, tmp_path / "r.html").read_text(),
+    ):
+        assert reason in shown
+    assert explanation.picture().png()
+    with pytest.raises(ValueError, match="is not split by memory: model"):
+        _ = explanation.margin
+    with pytest.raises(ValueError, match=reason):
+        hl.attribute(model, tokens, answers=[1, 2])

@@ -1,5 +1,6 @@
 """Finding circuits: against models whose circuit is known, random ones that have none, and plain loops."""
 
+import functools
 import math
 import pickle
 
@@ -145,7 +146,10 @@ def test_attention_is_read_as_a_plain_loop_reads_it():
             gain += float(log_probs[0][at][answer] - log_probs[1][at][answer]) / len(pairs)
         assert float(scores.target[i, 1, 1]) == pytest.approx(target, abs=1e-6)
         assert float(scores.gain[i]) == pytest.approx(gain, abs=1e-9)
-        by_distance = [sum(float(patterns[0][i, t, t - d]) for t in range(7, 13)) / 6 for d in range(1, 7)]
+        targets = [int(prompts.target[i, k]) for k in pairs]
+        by_distance = [
+            sum(float(patterns[0][i, t, t - d]) for t in targets if t >= d) / len(pairs) for d in range(1, 7)
+        ]
         assert float(scores.previous[i, 1, 1]) == pytest.approx(by_distance[0], abs=1e-6)
         elsewhere.append(torch.tensor(by_distance[1:]))
     assert float(scores.elsewhere[1, 1]) == pytest.approx(float(torch.stack(elsewhere).mean(0).max()), abs=1e-6)
@@ -253,6 +257,80 @@ def test_a_trained_circuit_is_found(options):
     assert {part.layer for part in circuit.previous_token} == {0}
     assert {part.layer for part in circuit.induction} == {1}
     assert circuit.bigram == TWO_LAYERS.bigram
+
+
+@functools.cache
+def trained_on_repeats():
+    """Two layers of attention alone, of one head, trained on [begin, x, x] for x of 4 to 8 tokens."""
+    options = {"d_model": 64, "d_head": 64, "n_heads": 1, "n_layers": 2, "n_ctx": 17, "d_vocab": 33, "seed": 0}
+    model = HookedTransformer(HookedTransformerConfig(attn_only=True, device="cpu", normalization_type=None, **options))
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(500):
+        loss = loss_on_repeats(model, int(torch.randint(4, 9, (), generator=generator)), generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def repeated(length, generator, n_prompts=64):
+    x = 1 + torch.rand(n_prompts, 32, generator=generator).argsort(1)[:, :length]
+    return torch.cat([torch.zeros(n_prompts, 1, dtype=torch.long), x, x], 1)
+
+
+def loss_on_repeats(model, length, generator):
+    tokens = repeated(length, generator)
+    log_probs = model(tokens)[:, length + 1 : -1].log_softmax(-1)
+    return -log_probs.gather(-1, tokens[:, length + 2 :, None]).mean()
+
+
+def test_a_previous_token_head_is_judged_where_induction_looks_for_it():
+    """It attends to the previous token at the first occurrence alone: at the second, nothing needs it."""
+    model = trained_on_repeats()
+    pattern = model.run_with_cache(repeated(8, torch.Generator().manual_seed(1)))[1]["pattern", 0][:, 0].detach()
+    by_query = pattern.diagonal(-1, 1, 2).mean(0)  # from query 1 on
+    assert float(by_query[2:8].mean()) > 0.4
+    assert float(by_query[9:].mean()) < 0.2
+    with torch.no_grad():
+        intact = float(loss_on_repeats(model, 8, torch.Generator().manual_seed(1)))
+        with hooks.ablate(model, "L0H0"):
+            assert float(loss_on_repeats(model, 8, torch.Generator().manual_seed(1))) > 1 + intact
+
+    options = {"d_model": 64, "d_head": 64, "n_heads": 1, "n_layers": 2, "n_ctx": 17, "d_vocab": 33, "attn_only": True}
+    bridge = TransformerBridge.boot_native(
+        {**options, "act_fn": "relu", "normalization_type": None, "seed": 0}, device="cpu", dtype=torch.float32
+    ).eval()
+    weights = {"tok_embed": model.W_E, "pos": model.W_pos, "head": model.W_U.T, "head.bias": model.b_U}
+    for layer, block in enumerate(model.blocks):
+        for name in "qkv":
+            weights[f"layers.{layer}.attn.{name}"] = getattr(block.attn, f"W_{name.upper()}")[0].T
+            weights[f"layers.{layer}.attn.{name}.bias"] = getattr(block.attn, f"b_{name.upper()}")[0]
+        weights[f"layers.{layer}.attn.o"] = block.attn.W_O[0].T
+        weights[f"layers.{layer}.attn.o.bias"] = block.attn.b_O
+    with torch.no_grad():
+        for name, parameter in bridge.named_parameters():
+            parameter.copy_(weights[name.replace("_original_component.", "").removesuffix(".weight")])
+    for one in (model, bridge):
+        for seed in range(3):
+            circuit = hl.find_circuit(one, seed=seed)
+            assert circuit == hl.Circuit((head(0, 0),), (head(1, 0),))
+            assert circuit.evidence.by_effect == ()
+            assert bool(circuit.evidence.others.isnan().all())
+
+
+def test_a_head_that_only_its_effect_gives_away_is_named_as_such():
+    """With attention so blurred that most of it goes elsewhere, of which an induction head makes enough."""
+    model = handwritten(12, strengths=hl.Strengths(previous_token=0.5, match=60.0), n_ctx=32)
+    circuit = hl.find_circuit(model)
+    evidence = circuit.evidence
+    assert (circuit.previous_token, circuit.induction) == ((), TWO_LAYERS.induction)
+    assert evidence.by_effect == TWO_LAYERS.previous_token
+    share = float(evidence.others[0, 0]) / evidence.gain
+    assert share > 0.5
+    said = f"L0H0 ({share:.0%} of the in-context gain lost without it)"
+    assert evidence.verdicts.splitlines()[3:] == [f"by effect alone, with attention of neither role: {said}"]
+    assert evidence.verdict("previous_token").startswith("no previous-token head: the best score 0.")
 
 
 def test_a_circuit_among_other_heads_and_layers_is_found():

@@ -3,10 +3,12 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from models_for_tests import close
 from refusals import refused
 
 import hijack_lens as hl
@@ -296,3 +298,32 @@ TYPE_ERRORS = {
 
 test_a_bad_value_is_refused_by_name_and_value = refused(ValueError, VALUE_ERRORS)
 test_a_bad_type_is_refused_by_name_and_value = refused(TypeError, TYPE_ERRORS)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.uint16, torch.int8, torch.uint8, torch.int16])
+def test_small_integers_count_like_any_others(kind, unchecked):
+    def small(n):
+        return torch.tensor(n, dtype=kind) if isinstance(kind, torch.dtype) else kind(n)
+
+    setting, repeats = theory.Setting(hl.Strengths(previous_token=3.0)), [0, 1, 5, 60, 100]
+    of_kind = torch.tensor(repeats).to(kind) if isinstance(kind, torch.dtype) else np.array(repeats, kind)
+    for layout in ({"lead": 127}, {"lead": 100, "global_count": 90}):
+        given = {name: small(n) for name, n in layout.items()}
+        expected = theory.phase_boundary(torch.tensor(repeats), setting, **layout)
+        close(theory.phase_boundary(of_kind, setting, **given), expected, atol=0)
+    language = hl.BigramLanguage.dirichlet(6, seed=0)
+    close(
+        theory.phase_boundary(of_kind[:3], setting, length=small(120)),
+        theory.phase_boundary(torch.tensor(repeats[:3]), setting, length=120),
+        atol=0,
+    )
+    for layout in ({"lead": 127}, {"length": 127}):
+        for one in (setting, theory.Setting()):
+            given = {name: small(n) for name, n in layout.items()}
+            assert theory.min_repeats(language, small(0), small(1), small(2), one, **given) == theory.min_repeats(
+                language, 0, 1, 2, one, **layout
+            )
+            at_infinity = theory.Setting(hl.Strengths(previous_token=math.inf))
+            assert theory.min_repeats(language, 0, 1, 2, at_infinity, **given) == theory.min_repeats(
+                language, 0, 1, 2, at_infinity, **layout
+            )

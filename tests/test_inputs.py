@@ -556,3 +556,89 @@ def test_files_in_the_old_words_are_read_in_the_new_ones():
         assert [tables.row(token) for token in tables.query_tokens] == list(range(len(tables.query_tokens)))
     neurons = hl.MemoryNeurons.load(saved / "MemoryNeurons.safetensors")
     assert neurons.key_tokens.shape == neurons.pre.shape
+
+
+# Small integers, and inference mode
+
+ONE_HEAD = hl.Circuit(induction=(INDUCTION,))
+ANALYSES = {
+    "attribute": lambda model, a, b: hl.attribute(model, a, answers=[1, 2]).values,
+    "attribute_scores": lambda model, a, b: hl.attribute_scores(model, a[0], "L1H0").values,
+    "context_memory": lambda model, a, b: hl.context_memory(model, a[0], "L1H0").attention,
+    "shapley": lambda model, a, b: hl.shapley(model, a, METRIC, ["L0H0", "L1H0"]).values,
+    "patch_sweep": lambda model, a, b: hooks.patch_sweep(model, a, b, METRIC).values,
+    "ablate_sweep": lambda model, a, b: hooks.ablate_sweep(model, a, METRIC, how="mean", reference=b).values,
+    "attribution_patch": lambda model, a, b: hooks.attribution_patch(model, a, b, METRIC, steps=2).values,
+    "path_sweep": lambda model, a, b: hooks.path_sweep(model, a, b, METRIC, ["L0H0", "L1H0"]).values,
+    "edge_attribution": lambda model, a, b: hooks.edge_attribution(model, a, b, METRIC, ["L0H0", "L1H0"]).values,
+    "explain": lambda model, a, b: hl.explain(model, a[0], 1, 2, circuit=ONE_HEAD).attribution.values,
+    "ablate": lambda model, a, b: ablated(model, a, b),
+}
+ANALYSED = {"two layers": perturbed, "deep": lambda: hooked("LN", n_layers=3), "bridge": gpt2_like}
+
+
+@torch.no_grad()
+def ablated(model, tokens, reference):
+    with hooks.ablate(model, "L1H0", "mean", reference):
+        return model(torch.as_tensor(np.asarray(tokens)).long())
+
+
+@pytest.mark.parametrize("name", ANALYSED)
+def test_tokens_of_small_integers_and_inference_mode_change_nothing(name, unchecked):
+    model = ANALYSED[name]()
+    spelled = [[x.numpy().astype(np.uint16) for x in (CLEAN, CORRUPTED)]]
+    spelled += [[x.to(dtype) for x in (CLEAN, CORRUPTED)] for dtype in (torch.uint16, torch.uint8, torch.int8)]
+    with torch.inference_mode():
+        made_inside = [x.clone() for x in (CLEAN, CORRUPTED)]
+    for analysis in ANALYSES.values():
+        expected = analysis(model, CLEAN, CORRUPTED)
+        for pair in spelled:
+            close(analysis(model, *pair), expected, atol=0)
+        close(analysis(model, *made_inside), expected, atol=0)
+        with torch.inference_mode():
+            close(analysis(model, *made_inside).clone(), expected, atol=0)
+            close(analysis(model, CLEAN, CORRUPTED).clone(), expected, atol=0)
+    circuit = hl.find_circuit(model, n_prompts=8)
+    with torch.inference_mode():
+        again = hl.find_circuit(model, n_prompts=8)
+    assert again.evidence.to_pandas().equals(circuit.evidence.to_pandas())
+
+
+def test_nothing_is_differentiated_through_a_model_made_under_inference_mode(unchecked):
+    with torch.inference_mode():
+        model = hooked("LN")
+    for name in ("attribution_patch", "edge_attribution"):
+        with pytest.raises(ValueError, match=r"model was made under torch.inference_mode\(\)"):
+            ANALYSES[name](model, CLEAN, CORRUPTED)
+    close(ANALYSES["patch_sweep"](model, CLEAN, CORRUPTED), ANALYSES["patch_sweep"](hooked("LN"), CLEAN, CORRUPTED))
+
+
+def test_models_are_made_and_trained_under_inference_mode(unchecked):
+    language = hl.BigramLanguage.dirichlet(6, seed=0)
+
+    def trained():
+        model = hl.trainable_transformer(language, d_model=8, n_heads=2, n_ctx=12, seed=0)
+        hl.train(model, language, hl.TrainConfig([1], length=12, seed=0, steps=3, batch_size=4, evaluate_every=3))
+        return model
+
+    outside = trained()
+    with torch.inference_mode():
+        inside = trained()
+    for name, parameter in inside.named_parameters():
+        assert torch.equal(parameter, dict(outside.named_parameters())[name])
+        assert not parameter.is_inference()
+
+
+@pytest.mark.parametrize("spelled", ["cpu", torch.device("cpu"), "cpu:0"])
+def test_a_device_is_a_string_or_an_object(spelled, tmp_path, unchecked):
+    language = hl.BigramLanguage.dirichlet(5, seed=0)
+    written = hl.associative_transformer(language, n_ctx=12, device=spelled)
+    trained = hl.trainable_transformer(language, d_model=8, n_heads=2, n_ctx=12, seed=0, device=spelled)
+    written.save_pretrained(tmp_path)
+    read = hl.BigramTransformer.from_pretrained(tmp_path, device=spelled)
+    another = hooked("LN")
+    another.cfg.device = spelled
+    for model in (written, trained, read, another):
+        for analysis in ("attribute", "patch_sweep", "attribution_patch", "explain"):
+            assert bool(ANALYSES[analysis](model, CLEAN % 5, CORRUPTED % 5).isfinite().all())
+        hl.find_circuit(model, n_prompts=8)

@@ -15,7 +15,7 @@ import transformer_lens.patching as lens_patching
 from bridges_for_tests import BOOTED, gpt2_like
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import HEADS, close, handwritten, hooked, native, perturbed, prompts
+from models_for_tests import HEADS, SHAPE, close, handwritten, hooked, native, perturbed, prompts
 from refusals import refused
 from strategies import seeds
 from test_hooks_safety import hooks_on, left_as_it_was
@@ -23,7 +23,7 @@ from transformer_lens.components import Attention, TransformerBlock
 from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
-from hijack_lens.hooks import ablate, ablate_sweep, patch_sweep
+from hijack_lens.hooks import ablate, ablate_sweep, attribution_patch, patch_sweep
 from hijack_lens.hooks import sweeps as api
 from hijack_lens.hooks.incremental_runs import IncrementalRuns
 from hijack_lens.hooks.patched_runs import ForwardRuns
@@ -1029,7 +1029,6 @@ test_what_makes_no_sense_is_refused = refused(
             activations=("z", "mlp_out")
         ),
         "activations must all have heads.*: sweep post, z": patching(activations=("post", "z")),
-        "activations must have equally many heads.*q has 4, k has 2": patching(model="grouped", activations=("q", "k")),
         "clean and corrupted must have one shape .*\\(2, 4\\) and \\(2, 3\\)": patching(corrupted=CORRUPTED[:, :3]),
         "clean and corrupted must have one shape .*\\(2, 4\\) and \\(1, 4\\)": patching(corrupted=CORRUPTED[:1]),
         "clean is text, but the model has no tokenizer": patching(clean="one two"),
@@ -1082,7 +1081,6 @@ test_what_is_of_another_kind_is_refused = refused(
     {
         "model must be a HookedTransformer or TransformerBridge, got 3": patching(model=3),
         "activations must be one or several of .*got \\[\\]": patching(activations=[]),
-        "activations must be one or several of .*got None": patching(activations=None),
         "activations must be one or several of .*got 5": patching(activations=5),
         "activations must be one or several of .*HEAD|Component": patching(activations=[HEADS[0]]),
         "clean must be a tensor of token ids, got NoneType": patching(clean=None),
@@ -1121,6 +1119,46 @@ def test_a_metric_whose_numbers_are_not_one_per_prompt_is_refused(of_logits):
 def test_mlps_of_a_model_without_them_are_refused(components, unchecked):
     with pytest.raises(ValueError, match=r"blocks\.0\.hook_mlp_out' never fires: this model's blocks have no MLPs"):
         patch_sweep(shared("attention only"), CLEAN, CORRUPTED, hl.logit_diff(1, 2), components)
+
+
+def without_mlps(kind):
+    if kind == "hooked":
+        return shared("attention only")
+    options = {**SHAPE, "n_layers": 2, "act_fn": "gelu", "normalization_type": "LN", "seed": 0, "attn_only": True}
+    return TransformerBridge.boot_native(options, device="cpu", dtype=torch.float64).eval()
+
+
+@pytest.mark.parametrize("kind", ["hooked", "native bridge"])
+def test_by_default_a_sweep_leaves_out_what_the_model_lacks(kind, unchecked):
+    model, pair = without_mlps(kind), (CLEAN, CORRUPTED, hl.logit_diff(1, 2))
+    for function in (patch_sweep, attribution_patch):
+        found = function(model, *pair)
+        assert found.activations == ("resid_pre", "attn_out")
+        close(found.values, function(model, *pair, ("resid_pre", "attn_out")).values, atol=0)
+    ablated = ablate_sweep(model, CLEAN, hl.logit_diff(1, 2))
+    assert ablated.activations == ("attn_out",)
+    assert float(ablated.effect.abs().max()) > 0.01
+    with pytest.raises(ValueError, match=r"hook_mlp_out' (never fires|is not a hook point)"):
+        patch_sweep(model, *pair, ("resid_pre", "attn_out", "mlp_out"))
+
+
+@pytest.mark.parametrize("name", ["grouped", "Llama"])
+def test_queries_and_shared_keys_and_values_are_swept_in_one_call(name, unchecked):
+    model, pair = shared(name), (CLEAN, CORRUPTED, hl.logit_diff(1, 2))
+    for function in (patch_sweep, functools.partial(patch_sweep, method="forward"), attribution_patch):
+        for positions in (None, "all"):
+            found = function(model, *pair, ("q", "k", "v"), positions)
+            assert found.units == (0, 1, 2, 3)
+            for activation, size in (("q", 4), ("k", 2), ("v", 2)):
+                alone = function(model, *pair, activation, positions).values
+                close(found[activation].values[..., :size], alone, atol=1e-12)
+                assert bool(found[activation].values[..., size:].isnan().all())
+    some = patch_sweep(model, *pair, ("k", "q"), units=[3, 1])
+    close(some["k"].values[..., 1:], patch_sweep(model, *pair, "k", units=1).values)
+    assert bool(some["k"].values[..., 0].isnan().all())
+    assert some.picture().png()
+    assert "nan" not in repr(some)
+    assert int(some.to_pandas()["value"].isna().sum()) == model.cfg.n_layers * 4
 
 
 @pytest.mark.parametrize("model", ["LayerNorm", "native bridge"])

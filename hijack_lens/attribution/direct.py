@@ -19,23 +19,37 @@ from hijack_lens.attribution.logit_attribution import Path, Source
 from hijack_lens.attribution.terms import gate
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import all_components, rows_at_once
-from hijack_lens.hooks.edges import embeddings, precedes, read_stream
+from hijack_lens.hooks.edges import changes_attn_out, embeddings, precedes, read_stream
 from hijack_lens.hooks.intervention import Intervention, logits_of
 from hijack_lens.models.linear_maps import Readout, linear_norm, rounding
 
 _DEFAULT_ANSWERS = 10
 
 
+class NotAdditiveError(ValueError):
+    """Logits that are no sum over what heads and MLPs write."""
+
+
 def check_additive(model: Any) -> None:
     """Checks that no setting keeps the logits from being a sum over what heads and MLPs add to the residual stream."""
     cfg = model.cfg
     if getattr(cfg, "output_logits_soft_cap", -1.0) not in (None, -1.0, 0.0):
-        raise ValueError("model caps its logits (cfg.output_logits_soft_cap), so they are not a sum over paths")
+        raise NotAdditiveError("model caps its logits (cfg.output_logits_soft_cap), so they are not a sum over paths")
     if getattr(cfg, "use_normalization_before_and_after", False):
-        raise ValueError(
+        raise NotAdditiveError(
             "model has cfg.use_normalization_before_and_after=True, norms of all that heads write together, which "
             "attribution does not cover"
         )
+
+
+def check_heads_add(model: Any) -> None:
+    """Checks that every block's heads write straight into the residual stream."""
+    for layer in range(model.cfg.n_layers):
+        if changes_attn_out(model, layer):
+            raise NotAdditiveError(
+                f"model norms or scales what the heads of layer {layer} write, all together, which attribution does "
+                "not cover"
+            )
 
 
 def check_unembedded(
@@ -293,7 +307,7 @@ def check_complete(parts: Iterable[Float[Tensor, "..."]], logits: Float[Tensor, 
         total, size = total + part, size + part.abs()
     errors = (total - logits).abs()
     if not bool((errors <= rounding(logits.dtype) * size).all()):
-        raise ValueError(
+        raise NotAdditiveError(
             f"what heads, MLPs, embeddings and biases wrote misses the logits by up to {float(errors.max()):.2g}: "
             "hooks on the model have changed what it computes, or it has parts that attribution does not know"
         )

@@ -79,7 +79,7 @@ class LogitAttribution(Saved, Shown):
             occur here, by id.
         candidates: two token ids that the prompt sets against each other, (in-context, global).
         joiner: what separates two tokens in a text.
-        answers: ids of the outputs on the last axis; `None` for all of them.
+        answers: ids of the outputs on the last axis, or each prompt's own; `None` for all of them.
         outputs_are_tokens: whether the model has as many outputs as tokens; if not, outputs are called by their ids.
     """
 
@@ -91,7 +91,7 @@ class LogitAttribution(Saved, Shown):
     vocab: tuple[str, ...] | Mapping[int, str] | None = None
     candidates: tuple[int, int] | None = None
     joiner: str = ""
-    answers: tuple[int, ...] | None = None
+    answers: tuple[int | tuple[int, ...], ...] | None = None
     outputs_are_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -100,8 +100,11 @@ class LogitAttribution(Saved, Shown):
         if n_paths != len(self.paths):
             raise ValueError(f"paths must label all {n_paths} entries of values, got {len(self.paths)}")
         check_shapes(self, {"logits": expected, "tokens": (*batch, n_sources)})
-        if self.answers is not None and len(self.answers) != d_vocab:
-            raise ValueError(f"answers must name all {d_vocab} tokens of the last axis, got {len(self.answers)}")
+        if self._own and [len(self.answers or ())] != batch:
+            raise ValueError(f"answers must be of a batch {batch} of prompts, got those of {len(self.answers or ())}")
+        for row in () if self.answers is None else self.answers if self._own else (self.answers,):
+            if len(row) != d_vocab:
+                raise ValueError(f"answers must name all {d_vocab} tokens of the last axis, got {len(row)}")
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -119,7 +122,13 @@ class LogitAttribution(Saved, Shown):
         """One prompt of a batch."""
         if self.tokens.ndim == 1:
             raise TypeError("this attribution is of a single prompt, without a batch axis to index")
-        return replace(self, values=self.values[index], logits=self.logits[index], tokens=self.tokens[index])
+        parts = {name: getattr(self, name)[index] for name in ("values", "logits", "tokens")}
+        return replace(self, **parts, answers=self.answers[index] if self._own else self.answers)
+
+    @property
+    def _own(self) -> bool:
+        """Whether each prompt has answers of its own."""
+        return any(isinstance(answer, tuple) for answer in self.answers or ())
 
     def by_path(self) -> Float[Tensor, "... path d_vocab"]:
         """Each path's logits: [*batch, path, d_vocab], or [*batch, path, position, d_vocab] for "all"."""
@@ -153,6 +162,9 @@ class LogitAttribution(Saved, Shown):
 
     def to_pandas(self) -> pd.DataFrame:
         """A tidy table, one row per value: path, memory, source (or position), token, logit."""
+        if self._own:
+            tables = {index: self[index].to_pandas() for index in range(len(self.tokens))}
+            return pd.concat(tables, names=["batch"]).reset_index(level=0).reset_index(drop=True)
         table = tidy(dict(zip(self.axes, map(range, self.values.shape), strict=True)), logit=self.values)
         texts = [self.token_text(index) for index in range(self.values.shape[-1])]
         table["memory"] = [self.paths[i].memory for i in table["path"]]
@@ -181,7 +193,7 @@ class LogitAttribution(Saved, Shown):
         """
         if a is not None or b is not None:
             return self._index(a, "a"), self._index(b, "b")
-        if len(self._ids) == 1:
+        if self.values.shape[-1] == 1:
             raise ValueError(
                 f"this attribution is of one answer, {self.token_text(0)!r}, which has no other to go with"
             )
@@ -195,6 +207,8 @@ class LogitAttribution(Saved, Shown):
 
     @property
     def _ids(self) -> Sequence[int]:
+        if self._own:
+            raise ValueError("the answers are each prompt's own; index the batch first")
         return range(self.values.shape[-1]) if self.answers is None else self.answers
 
     def _text(self, token: int) -> str:

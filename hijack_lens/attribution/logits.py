@@ -1,12 +1,14 @@
 """Every logit as an exact sum over paths through the model."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.attribution.direct import check_additive, check_complete, direct_paths
+from hijack_lens.attribution.direct import check_additive, check_complete, check_heads_add, direct_paths
 from hijack_lens.attribution.logit_attribution import LogitAttribution, Path, Source
 from hijack_lens.attribution.terms import FirstBlock, FrozenBlock, LastBlock, Local, SummedBlock, Unembedding
 from hijack_lens.core.analysis import analysis
@@ -16,7 +18,7 @@ from hijack_lens.core.hook_points import all_components
 from hijack_lens.core.inputs import Tokens, circuit_of, is_single, model_tokens, token_ids
 from hijack_lens.core.tables import widened
 from hijack_lens.core.texts import outputs_are_tokens, texts_of, whole_vocab
-from hijack_lens.hooks.edges import embeddings
+from hijack_lens.hooks.edges import changes_attn_out, embeddings
 from hijack_lens.hooks.intervention import record
 from hijack_lens.language.prompts import HijackPrompt
 from hijack_lens.models.linear_maps import linear_norm
@@ -34,7 +36,7 @@ def attribute(
     position: int | Literal["all"] = -1,
     *,
     circuit: Circuit | None = None,
-    answers: Tokens = None,
+    answers: Tokens | Sequence[Tokens] | Int[Tensor, "prompt answer"] = None,
 ) -> LogitAttribution:
     """Attributes the logits at a position to the paths that wrote them, by source position.
 
@@ -58,7 +60,7 @@ def attribute(
             one, components are named by their places, and nothing counts as the context's.
         answers: the outputs whose logits to attribute, one or several, by id or text (read as by `logit_diff`), in this
             order; by default all of them, or for deep models the prompt's candidates, else (for one prompt) the ten
-            with the largest logits.
+            with the largest logits. For a batch, they may be one list per prompt, all equally long.
 
     Returns:
         A `LogitAttribution`; with a batch axis if `prompt` has one.
@@ -78,11 +80,14 @@ def attribute(
 
     too_deep = _beyond_whole_paths(model)
     asked = candidates if answers is None and too_deep is not None else answers
-    chosen = None if asked is None else token_ids(model, "answers", asked, output=True).to(ids.device)
+    own = _own_answers(model, asked, len(ids))
+    chosen = None if asked is None else token_ids(model, "answers", asked, output=True) if own is None else own.unique()
+    chosen = None if chosen is None else chosen.to(ids.device)
     if too_deep is None:
         values, logits = _whole_paths(model, ids, where, circuit, chosen)
     else:
         check_additive(model)
+        check_heads_add(model)
         if where == "all":
             raise ValueError(f"position must be an int for this model, got 'all': {too_deep}")
         if chosen is None and not is_single(prompt):
@@ -103,8 +108,14 @@ def attribute(
         vocab = texts_of(model, torch.cat([ids.flatten(), chosen]) if as_tokens else ids)
     kept = {path: value for path, value in values.items() if path.source != "biases" or bool(value.any())}
     stacked = torch.stack(list(kept.values()), 1)
+    named: Any = None if chosen is None else tuple(chosen.tolist())
+    if own is not None:
+        assert chosen is not None
+        named = tuple(map(tuple, own.tolist()))
+        at = torch.searchsorted(chosen, own.to(chosen.device))
+        stacked, logits = (x.gather(-1, _spread(at, x)) for x in (stacked, logits))
     if is_single(prompt):
-        stacked, logits, ids = stacked[0], logits[0], ids[0]
+        stacked, logits, ids, named = stacked[0], logits[0], ids[0], named if own is None else named[0]
     return LogitAttribution(
         values=widened(stacked),
         logits=widened(logits),
@@ -114,9 +125,36 @@ def attribute(
         vocab=vocab,
         joiner=getattr(getattr(model, "language", None), "joiner", ""),
         candidates=candidates,
-        answers=None if chosen is None else tuple(chosen.tolist()),
+        answers=named,
         outputs_are_tokens=as_tokens,
     )
+
+
+def _own_answers(model: Any, answers: Any, n_prompts: int) -> Int[Tensor, "prompt answer"] | None:
+    """The ids of each prompt's own answers, where there is a list per prompt."""
+    if (
+        isinstance(answers, str)
+        or as_int(answers) is not None
+        or not isinstance(answers, Sequence | Tensor | np.ndarray)
+    ):
+        return None
+    rows = list(answers)
+    if not any(isinstance(row, Iterable) and not isinstance(row, str) and np.ndim(row) == 1 for row in rows):
+        return None
+    if len(rows) != n_prompts:
+        raise ValueError(f"answers must be one list, or one for each of {n_prompts} prompts, got {len(rows)} lists")
+    ids = [token_ids(model, f"answers[{index}]", row, output=True) for index, row in enumerate(rows)]
+    if len({len(row) for row in ids}) > 1:
+        raise ValueError(f"answers must be equally many for every prompt, got {[len(row) for row in ids]!s:.80}")
+    return torch.stack(ids)
+
+
+def _spread(
+    index: Int[Tensor, "batch answer"], x: Float[Tensor, "batch ... answers"]
+) -> Int[Tensor, "batch ... answer"]:
+    """An index per prompt, to gather the last axis of `x` by."""
+    middle = x.shape[1:-1]
+    return index.view(len(index), *[1] * len(middle), -1).expand(-1, *middle, -1)
 
 
 def _whole_paths(
@@ -204,6 +242,8 @@ def _beyond_whole_paths(model: Any) -> str | None:
     for flag in ("parallel_attn_mlp", "gated_mlp", "use_normalization_before_and_after", "post_embedding_ln"):
         if getattr(cfg, flag, False):
             return f"model has cfg.{flag}=True, and paths are not followed through that"
+    if any(changes_attn_out(model, layer) for layer in range(cfg.n_layers)):
+        return "model norms or scales what its heads write, and paths are not followed through that"
     if getattr(cfg, "n_key_value_heads", None) not in (None, cfg.n_heads):
         return "model has grouped-query attention (cfg.n_key_value_heads), and paths are not followed through that"
     if getattr(cfg, "output_logits_soft_cap", -1.0) not in (None, -1.0, 0.0):

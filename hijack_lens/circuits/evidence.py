@@ -13,7 +13,10 @@ from hijack_lens.core.tables import Drawn
 
 MIN_ATTENTION = 0.1
 """Heads with a lower score are not named, even if it is clearly above chance: in random models that are tiny or have
-very large weights, some head reaches 0.05."""
+very large weights, some head reaches 0.05. For previous-token heads, above what attending to all alike would give."""
+
+N_SCREENED = 8
+"""Prompts on which the heads that attention rules out are switched off."""
 
 MIN_GAIN = 0.05
 """Nats: a model with a lower in-context gain has no induction circuit."""
@@ -33,9 +36,9 @@ class HeadEvidence:
     """Every head's scores for one role. NaN: not measured, since the head's attention had ruled it out.
 
     Attributes:
-        score: attention to where the role looks. For previous-token heads, the previous position; for induction heads,
-            the token after the current one's previous occurrence, minus what the same positions get if the earlier
-            tokens are in another order.
+        score: attention to where the role looks, from where it is played. For previous-token heads, the previous
+            position, from those that induction attends to; for induction heads, the token after the current one's
+            previous occurrence, minus what the same positions get if the earlier tokens are in another order.
         null: what the score must exceed.
         lost: nats of in-context gain lost when only this head is switched off.
         regained: nats regained when all the role's candidates are switched off and then this head is switched on
@@ -100,6 +103,10 @@ class CircuitEvidence(Drawn):
         gain: the in-context gain, in nats: how much more log-probability the right next token gets on repeated random
             tokens than after the same tokens in another order.
         gain_null: what the gain must exceed.
+        others: nats of in-context gain lost when only this head is switched off, of heads that attend as neither role
+            does. NaN: not measured, since it does, or since its layer's such heads together lose too little, or since
+            there is no gain.
+        others_null: what that must exceed.
         n_prompts: prompts scored; as many other prompts were used for ablation.
         period: tokens that each prompt repeats.
     """
@@ -110,8 +117,18 @@ class CircuitEvidence(Drawn):
     bigram: MLPEvidence
     gain: float
     gain_null: float
+    others: Float[Tensor, "layer head"]
+    others_null: float
     n_prompts: int
     period: int
+
+    @property
+    def by_effect(self) -> tuple[Component, ...]:
+        """Heads that carry the in-context gain, by effect alone: they attend as neither role does."""
+        # Effects that were not measured are NaN, which exceeds nothing.
+        return tuple(
+            Component(layer, "head", head) for layer, head in (self.others > self.others_null).nonzero().tolist()
+        )
 
     def verdict(self, role: str) -> str:
         """One sentence: what was found for a role, or why nothing was.
@@ -128,8 +145,15 @@ class CircuitEvidence(Drawn):
 
     @property
     def verdicts(self) -> str:
-        """The verdicts on all roles, one per line."""
-        return "\n".join(map(self.verdict, ROLE_NAMES))
+        """The verdicts on all roles, one per line; and on the heads that only their effect gives away, if any."""
+        lines = list(map(self.verdict, ROLE_NAMES))
+        if self.by_effect:
+            lost = {str(part): float(self.others[part.layer, part.head]) / self.gain for part in self.by_effect}
+            named = ", ".join(
+                f"{part} ({share:.0%} of the in-context gain lost without it)" for part, share in lost.items()
+            )
+            lines.append(f"by effect alone, with attention of neither role: {named}")
+        return "\n".join(lines)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per role and component that might have it.

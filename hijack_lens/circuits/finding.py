@@ -1,9 +1,12 @@
 """Finding the two memories' components in any model, with the evidence for each."""
 
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -12,11 +15,19 @@ from hijack_lens.circuits.evidence import (
     MIN_ATTENTION,
     MIN_EFFECT,
     MIN_GAIN,
+    N_SCREENED,
     CircuitEvidence,
     HeadEvidence,
     MLPEvidence,
 )
-from hijack_lens.circuits.heads import AblationEffects, Repeats, ablation_effects, draw_repeats, head_scores
+from hijack_lens.circuits.heads import (
+    AblationEffects,
+    Repeats,
+    ablation_effects,
+    draw_repeats,
+    head_scores,
+    lost_alone,
+)
 from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import Seed, as_generator, check_count, check_memory
 from hijack_lens.core.circuit import Circuit, Component
@@ -38,11 +49,14 @@ def find_circuit(
     the context, which is all that induction can use. A head is named if both hold:
 
     - Attention. An induction head attends to what followed the current token's previous occurrence, more than to
-      the same positions in the twin. A previous-token head attends to the previous position, more than to any other
-      distance. Both by at least `evidence.MIN_ATTENTION`, and by more than the best of all heads reaches by chance.
+      the same positions in the twin, and by more than the best of all heads reaches by chance. A previous-token head
+      attends to the previous position, more than to any other distance, from the positions that induction looks for.
+      Both by at least `evidence.MIN_ATTENTION`, the latter above what attending to all positions alike would give.
     - Effect, on other prompts than those scored: the right next token becomes less likely if the head's output is
       taken from the twin, or more likely if all the role's candidates are off and this one is switched on again (which
       also finds heads that back one another up). A previous-token head comes before an induction head.
+
+    Heads with such an effect, but not such attention, have no role; `evidence.by_effect` names them.
 
     An MLP is a bigram memory if two things hold. With its output the same for all tokens, the prediction for a token
     in random contexts loses a share of what it tells about the token. And its output moves the logits by more than it
@@ -68,8 +82,9 @@ def find_circuit(
         TypeError, ValueError: for tokens that the model lacks, a model whose outputs are not its tokens, or a
             vocabulary or context too small to repeat three tokens.
     """
-    check_memory(8 * check_count("n_prompts", n_prompts, minimum=8) * model.cfg.d_vocab, n_prompts=n_prompts)
-    check_count("period", period, minimum=_MIN_PERIOD)
+    n_prompts = check_count("n_prompts", n_prompts, minimum=N_SCREENED)
+    check_memory(8 * n_prompts * model.cfg.d_vocab, n_prompts=n_prompts)
+    period = check_count("period", period, minimum=_MIN_PERIOD)
     if not outputs_are_tokens(model):
         raise ValueError(
             "find_circuit scores how likely the next token is, so model must have an output per token; got "
@@ -102,8 +117,9 @@ def find_circuit(
         gain_null = max(MIN_GAIN, chance(scores.gain[:, None], generator))
         target_null = max(MIN_ATTENTION, chance(scores.target.flatten(1), generator))
         previous, target = scores.previous.mean(0), scores.target.mean(0)
+        evenly = float(scored.mean(1 / (scored.target.double() + 1)).mean())  # by a head that attends to all alike
         nulls = {
-            "previous_token": scores.elsewhere.clamp_min(MIN_ATTENTION),
+            "previous_token": scores.elsewhere.clamp_min(MIN_ATTENTION + evenly),
             "induction": torch.full_like(target, target_null),
         }
         # A head has one role: the one with the larger score.
@@ -111,6 +127,7 @@ def find_circuit(
             "previous_token": (previous > nulls["previous_token"]) & (previous >= target),
             "induction": (target > nulls["induction"]) & (target > previous),
         }
+        looks_elsewhere = ~(fits["previous_token"] | fits["induction"])
         if gain <= gain_null:
             fits = {role: torch.zeros_like(fit) for role, fit in fits.items()}
 
@@ -124,9 +141,41 @@ def find_circuit(
         fits["previous_token"][last:] = False
         before, previous_heads = judge("previous_token", previous)
         bigram = bigram_evidence(model, drawn_from, first, longest, generator, bar.update)
+        others, others_null = torch.full_like(target, torch.nan), torch.nan
+        if gain > gain_null:
+            others, others_null = _others(model, held_out[:N_SCREENED], looks_elsewhere, gain, generator, bar.update)
     roles = (previous_heads, induction_heads, _named_mlps(bigram))
-    evidence = CircuitEvidence(Circuit(*roles), before, induction, bigram, gain, gain_null, n_prompts, period)
+    evidence = CircuitEvidence(
+        Circuit(*roles), before, induction, bigram, gain, gain_null, others, others_null, n_prompts, period
+    )
     return Circuit(*roles, evidence=evidence)
+
+
+def _others(
+    model: Any,
+    prompts: Repeats,
+    looks_elsewhere: Bool[Tensor, "layer head"],
+    gain: float,
+    generator: torch.Generator,
+    tick: Callable[[], object],
+) -> tuple[Float[Tensor, "layer head"], float]:
+    """What is lost without each of these heads, and what that must exceed: layer by layer first, which is cheap."""
+    heads = [Component(layer, "head", head) for layer, head in looks_elsewhere.nonzero().tolist()]
+    layers = [tuple(group) for _, group in itertools.groupby(heads, lambda head: head.layer)]
+
+    def without(groups: Sequence[tuple[Component, ...]]) -> tuple[list[float], float]:
+        if not groups:
+            return [], math.nan
+        found = lost_alone(model, prompts, groups, tick)
+        return found.mean(0).tolist(), max(MIN_EFFECT * gain, chance(found, generator))
+
+    together, null = without(layers)
+    alone = [(head,) for layer, mean in zip(layers, together, strict=True) if mean > null for head in layer]
+    each, null = without(alone)
+    lost = torch.full(looks_elsewhere.shape, torch.nan, dtype=torch.float64)
+    for (head,), mean in zip(alone, each, strict=True):
+        lost[head.layer, head.head] = mean
+    return lost, null
 
 
 def _judged(

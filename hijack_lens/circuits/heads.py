@@ -1,6 +1,7 @@
 """How much each head attends as previous-token and induction heads do, and what ablating it costs."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -108,9 +109,9 @@ class HeadScores:
     """Scores of each prompt.
 
     Attributes:
-        previous: mean attention to the previous position.
-        elsewhere: the largest of the attentions to distances from 2 to the period, each the mean over prompts.
-        target: mean attention to the targets, minus that on the twins.
+        previous: mean attention from the targets to the position before, whose token induction must find there.
+        elsewhere: the largest of the targets' attentions to distances from 2 to the period, each the mean over prompts.
+        target: mean attention of the queries to the targets, minus that on the twins.
         gain: mean log-probability of the answers, in nats, minus that on the twins.
     """
 
@@ -154,13 +155,14 @@ class _AttentionProbe:
             return answer_log_prob(self.model, tokens, self.prompts)
 
     def read(self, pattern: Tensor, hook: Any) -> None:
-        first = 1 + self.prompts.period  # the second half's first position
-        late = pattern[:, :, first:].float()
-        distances = [late.diagonal(first - distance, 2, 3).mean(-1) for distance in range(1, self.prompts.period + 1)]
-        self.distances.append(torch.stack(distances, 1))
+        query, target = self.prompts.query, self.prompts.target
         rows = torch.arange(len(pattern), device=pattern.device)[:, None]
-        # Indices on both sides of a slice put their axes first: [prompt, pair, head].
-        at_targets = pattern[rows, :, self.prompts.query, self.prompts.target].float()
+        back = target[..., None] - torch.arange(1, self.prompts.period + 1, device=pattern.device)
+        # Indices on both sides of a slice put their axes first: [prompt, pair, distance, head].
+        distances = pattern[rows[..., None], :, target[..., None], back.clamp_min(0)].float()
+        distances = distances * (back >= 0)[..., None]
+        self.distances.append(self.prompts.mean(distances.permute(2, 3, 0, 1)).movedim(-1, 0))
+        at_targets = pattern[rows, :, query, target].float()
         self.targets.append(self.prompts.mean(at_targets.movedim(-1, 0)).T)
 
 
@@ -191,31 +193,38 @@ class AblationEffects:
 def ablation_effects(
     model: Any, prompts: Repeats, candidates: Sequence[Component], tick: Callable[[], object]
 ) -> AblationEffects:
-    """Ablates candidates one by one, and all but one.
+    """Ablates candidates one by one, and all but one."""
+    every = tuple(candidates)
+    alone = [tuple(other for other in every if other != head) for head in every]
+    intact, none, *rest = _log_probs(model, prompts, [(), every, *((head,) for head in every), *alone], tick)
+    without, with_it = (torch.stack(part, 1) for part in (rest[: len(every)], rest[len(every) :]))
+    return AblationEffects(intact[:, None] - without, with_it - none[:, None], intact - none)
+
+
+def lost_alone(
+    model: Any, prompts: Repeats, groups: Sequence[Sequence[Component]], tick: Callable[[], object]
+) -> Float[Tensor, "prompt group"]:
+    """Log-probability of each prompt's right answers that is lost without each of some groups of heads, in nats."""
+    intact, *without = _log_probs(model, prompts, [(), *map(tuple, groups)], tick)
+    return intact[:, None] - torch.stack(without, 1)
+
+
+def _log_probs(
+    model: Any, prompts: Repeats, offs: Sequence[tuple[Component, ...]], tick: Callable[[], object]
+) -> list[Float[Tensor, "prompt"]]:
+    """The answers' log-probability with each of some groups of heads ablated.
 
     An ablated head writes what it writes on the prompt's twin, which has the same tokens in another order. So exactly
     what the head knew of the order is lost (resample ablation).
     """
-    names = [f"blocks.{layer}.attn.hook_z" for layer in sorted({head.layer for head in candidates})]
+    names = [f"blocks.{layer}.attn.hook_z" for layer in sorted({head.layer for off in offs for head in off})]
     step = rows_at_once(model, prompts.tokens.shape[1])
-    parts = []
+    found: dict[tuple[Component, ...], list[Tensor]] = {off: [] for off in offs}
     for start in range(0, len(prompts.tokens), step):
         part = prompts[start : start + step]
         _, twins = record(model, part.twins, names)
-
-        def log_prob(off: Sequence[Component], part: Repeats = part, twins: dict[str, Tensor] = twins) -> Tensor:
+        for off, parts in found.items():
             tick()
-            if not off:
-                return answer_log_prob(model, part.tokens, part)
-            with patch(model, off, twins):
-                return answer_log_prob(model, part.tokens, part)
-
-        intact, none = log_prob([]), log_prob(candidates)
-        without = [log_prob([head]) if len(candidates) > 1 else none for head in candidates]
-        alone = [
-            log_prob([other for other in candidates if other != head]) if len(candidates) > 1 else intact
-            for head in candidates
-        ]
-        lost = intact[:, None] - torch.stack(without, 1)
-        parts.append((lost, torch.stack(alone, 1) - none[:, None], intact - none))
-    return AblationEffects(*(torch.cat(values).double().cpu() for values in zip(*parts, strict=True)))
+            with patch(model, off, twins) if off else nullcontext():
+                parts.append(answer_log_prob(model, part.tokens, part))
+    return [torch.cat(found[off]).double().cpu() for off in offs]

@@ -89,13 +89,14 @@ def check_tokens(name: str, tokens: object, d_vocab: int, n_ctx: int | None = No
         raise TypeError(f"{name} must hold integer token ids, got dtype {tokens.dtype}")
     if tokens.ndim not in (1, 2) or tokens.numel() == 0:
         raise ValueError(f"{name} must be a non-empty [pos] or [batch, pos], got shape {tuple(tokens.shape)}")
+    tokens = tokens.long()  # torch finds no minimum of uint16, in which nanoGPT keeps its tokens
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= d_vocab:
         bad = low if low < 0 else high
         raise ValueError(f"{name} holds token id {bad}; the vocabulary has ids 0 to {d_vocab - 1}")
     if n_ctx is not None and tokens.shape[-1] > n_ctx:
         raise ValueError(f"{name} is {tokens.shape[-1]} tokens long; the model takes at most n_ctx={n_ctx}")
-    return tokens.long()
+    return tokens
 
 
 def _check_lengths(name: str, prompts: Iterable[Any]) -> None:

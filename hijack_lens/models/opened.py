@@ -200,6 +200,8 @@ def check_plain(model: Any) -> None:
     window = getattr(getattr(getattr(model, "original_model", None), "config", None), "sliding_window", None)
     if window:
         raise UnknownArchitectureError(f"a sliding window of {window} is not taken apart")
+    if any(getattr(block.attn, "q_norm", None) is not None for block in model.blocks if hasattr(block, "attn")):
+        raise UnknownArchitectureError("norms of queries and keys are not taken apart")
 
 
 def open_model(model: Any) -> OpenModel:
@@ -248,19 +250,28 @@ def _bridge_block(model: TransformerBridge, block: Any) -> Block:
         *(() if rotary is None else (PositionEmbeddingsAttentionBridge, JointQKVPositionEmbeddingsAttentionBridge)),
     )
 
+    # Gemma 3 turns by other angles in the layers with a window.
+    kind = ()
+    if rotary is not None and hasattr(rotary.original_component, "layer_types"):
+        kind = (getattr(attn.original_component, "layer_type", None),)
+        if kind[0] not in rotary.original_component.layer_types:
+            raise UnknownArchitectureError("rotary angles that differ by kind of layer are not taken apart here")
+
     def rotate(x: Tensor, positions: Tensor) -> Tensor:
         assert rotary is not None
-        cos, sin = (table[0].view(*positions.shape, -1) for table in rotary(x, positions.reshape(1, -1)))
+        cos, sin = (table[0].view(*positions.shape, -1) for table in rotary(x, positions.reshape(1, -1), *kind))
         return _rotated(x, cos, sin, _half_turned)
+
+    step_by_step = type(attn) is PositionEmbeddingsAttentionBridge
 
     return _block(
         block,
         every=1,
-        scale=cfg.d_head**0.5,
+        scale=1 / getattr(attn.original_component, "scaling", cfg.d_head**-0.5) if step_by_step else cfg.d_head**0.5,
         mlp=getattr(block, "mlp", None),
         parallel=cfg.parallel_attn_mlp,
         rotate=None if rotary is None else rotate,
-        softmax_dtype=torch.float32 if type(attn) is PositionEmbeddingsAttentionBridge else None,
+        softmax_dtype=torch.float32 if step_by_step else None,
     )
 
 

@@ -61,6 +61,7 @@ class BigramTransformer(HookedTransformer):
         n_ctx_train: with absolute positions, the last position whose predecessor it knows, if known.
     """
 
+    @torch.inference_mode(False)  # under which it could never be trained
     def __init__(
         self,
         architecture: Architecture,

@@ -18,8 +18,8 @@ _NOTHING_NAMED = "The circuit names no component, so there is none to switch off
 @report_of.register
 def explanation_report(explanation: Explanation) -> Report:
     """The verdict; the paths, the ablations, and theory beside the model."""
-    tables = [path_table(explanation.attribution)]
-    notes = []
+    tables = [] if explanation.attribution is None else [path_table(explanation.attribution)]
+    notes = [] if explanation.not_split is None else [f"No paths: {explanation.not_split}."]
     if explanation.ablated:
         tables.append(ablation_table(explanation))
     else:
@@ -33,7 +33,7 @@ def explanation_report(explanation: Explanation) -> Report:
 def ablation_table(explanation: Explanation) -> Table:
     """The margin with each role of the circuit switched off."""
     c, g = map(repr, explanation.names)
-    total = float(explanation.margin.total)
+    total = explanation.total
     rows = [(name, f"{value:+.3f}", f"{value - total:+.3f}") for name, value in explanation.ablated.items()]
     title = f"margin, logit {c} - logit {g}, with a component switched off"
     return Table(("switched off", "margin", "change"), rows, title=title)
@@ -52,20 +52,20 @@ def theory_table(explanation: Explanation) -> Table:
 def margin_bars(explanation: Explanation) -> Picture:
     """The hijack margin by memory, and what is left of it with each component switched off."""
     _check(explanation)
-    margin, (c, g) = explanation.margin, explanation.names
+    (c, g), split = explanation.names, explanation.attribution is not None
     rows = ["whole model", *(f"{name} off" for name in explanation.ablated)]
     picture = Picture(8.0, 1.3 + 0.5 * len(rows))
     ax = picture.figure.add_subplot()
-    high, low = stacked_bars(ax, 0, margin, 0.62)
+    high, low = stacked_bars(ax, 0, explanation.margin, 0.62) if split else ([0.0], [0.0])
     box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.85, "edgecolor": "none"}
-    for row, total in enumerate([float(margin.total), *explanation.ablated.values()]):
-        if row:
+    for row, total in enumerate([explanation.total, *explanation.ablated.values()]):
+        if row or not split:
             ax.barh(row, total, color="#555555", height=0.62)
         ax.plot(total, row, "D", color="black", markersize=6, label="total" if row == 0 else None)
         write_beside(ax, f"{total:+.2f}", total, row, 9, bbox=box)
     ax.set_yticks(range(len(rows)), rows)
     ax.invert_yaxis()
-    extent = [*high, *low, *explanation.ablated.values()]
+    extent = [*high, *low, explanation.total, *explanation.ablated.values()]
     room = 0.15 * ((max(extent) - min(extent)) or 1.0)  # for the numbers beside the bars
     ax.set_xlim(min(extent) - room, max(extent) + room)
     ax.set_xlabel(f"weights win: {g!r}   ←   logit {c!r} − logit {g!r}   →   context wins: {c!r}")
@@ -105,21 +105,32 @@ def _page(explanation: Explanation) -> str:
 {_question(explanation)}
 {margin_bars(explanation).svg()}
 <h2>Which paths wrote it</h2>
-{logit_html(explanation.attribution)}
+{_paths(explanation)}
 <h2>What each component is for</h2>
 {_ablations(explanation)}
 {_theory(explanation)}
 {_heads(explanation)}
-<h2>Which tokens spoke, through which path</h2>
-{token_paths(explanation.attribution).fragment()}
+{_tokens(explanation)}
 </body></html>
 """
 
 
+def _paths(explanation: Explanation) -> str:
+    if explanation.attribution is None:
+        return f"<p>No paths: {escape(str(explanation.not_split))}.</p>"
+    return logit_html(explanation.attribution)
+
+
+def _tokens(explanation: Explanation) -> str:
+    if explanation.attribution is None:
+        return ""
+    return f"<h2>Which tokens spoke, through which path</h2>\n{token_paths(explanation.attribution).fragment()}"
+
+
 def _question(explanation: Explanation) -> str:
     """The question; and the evidence for the circuit, if it was found."""
-    attribution, evidence = explanation.attribution, explanation.circuit.evidence
-    q, c, g = (f"<code>{escape(text)}</code>" for text in (attribution.source_texts()[-1], *explanation.names))
+    evidence = explanation.circuit.evidence
+    q, c, g = (f"<code>{escape(text)}</code>" for text in (explanation.texts[-1], *explanation.names))
     if isinstance(explanation.prompt, HijackPrompt):
         return (
             f"<p>The prompt ends with {q}. Its context says that {c} follows; the weights, which hold the bigrams of "
@@ -139,7 +150,7 @@ def _heads(explanation: Explanation) -> str:
     """The named heads' attention; if none is named, that of the heads that wrote most of the margin."""
     attribution, title = explanation.attribution, "Where the heads look"
     heads = [part for _, part in explanation.circuit if part.kind == "head"]
-    if not heads:
+    if not heads and attribution is not None:
         a, b = attribution.pair()
         wrote = (attribution.by_path()[:, a] - attribution.by_path()[:, b]).abs().tolist()
         by_size = sorted(zip(wrote, attribution.paths, strict=True), key=lambda pair: -pair[0])
@@ -155,9 +166,9 @@ def _heads(explanation: Explanation) -> str:
 def _ablations(explanation: Explanation) -> str:
     if not explanation.ablated:
         return f"<p>{_NOTHING_NAMED}</p>"
-    total = float(explanation.margin.total)
     return (
-        f"<p>The margin, in logits, with a component's output set to zero; the whole model's is {total:+.3f}.</p>"
+        f"<p>The margin, in logits, with a component's output set to zero; the whole model's is "
+        f"{explanation.total:+.3f}.</p>"
         f"{ablation_table(explanation).html()}"
     )
 

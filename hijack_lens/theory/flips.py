@@ -83,17 +83,16 @@ def min_repeats(
     if q not in language.trigger_ids(setting.triggers):  # it matches nothing, so all positions score alike
         setting = replace(setting, strengths=replace(setting.strengths, match=0.0))
     layout = _Layout(length, lead, global_count)
-    check_count("max_repeats", max_repeats, minimum=1)
+    most = check_count("max_repeats", max_repeats, minimum=1)
 
-    if lead is not None:
+    if layout.lead is not None:
         if setting.strengths.previous_token == math.inf and setting.positions == "relative":
-            return _with_infinite_focus(ahead, setting.strengths, lead, global_count)
-        most = max_repeats
+            return _with_infinite_focus(ahead, setting.strengths, layout.lead, layout.global_count)
         limit = f"no number of repeats up to {most} wins"
     else:
-        assert length is not None
-        most = (length - 1 - global_count) // 2
-        limit = f"no number of repeats that fits into {length} tokens (at most {most}) wins"
+        assert layout.length is not None
+        most = (layout.length - 1 - layout.global_count) // 2
+        limit = f"no number of repeats that fits into {layout.length} tokens (at most {most}) wins"
     repeats = torch.arange(most + 1)
     pull = _context_pull(repeats, setting, layout)
     wins = (pull > ahead).nonzero().flatten()
@@ -123,11 +122,12 @@ def phase_boundary(
     layout = _Layout(length, lead, global_count)
     check_type("setting", setting, Setting)
     repeats = torch.as_tensor(np.asarray(repeats)) if not isinstance(repeats, str) else torch.zeros(0)
-    whole = not repeats.is_floating_point() and repeats.dtype != torch.bool
+    whole = not (repeats.is_floating_point() or repeats.is_complex() or repeats.dtype == torch.bool)
+    given, repeats = repeats, repeats.long()  # small integers are masks as indices, or overflow
     if not whole or repeats.ndim != 1 or not len(repeats) or int(repeats.min()) < 0:
-        raise ValueError(f"repeats must be a vector of integers >= 0, got {repeats.tolist()}")
-    shortest = 2 * int(repeats.max()) + 1 + global_count
-    if length is not None and length < shortest:
+        raise ValueError(f"repeats must be a vector of integers >= 0, got {given.tolist()!s:.80}")
+    shortest = 2 * int(repeats.max()) + 1 + layout.global_count
+    if layout.length is not None and layout.length < shortest:
         raise ValueError(f"length must be at least 2 * repeats + 1 + global_count = {shortest}, got {length}")
     if setting.strengths.bigram == 0:
         raise ValueError("strengths.bigram must be > 0: without the weights' memory there is no boundary")
@@ -145,11 +145,11 @@ class _Layout:
     def __post_init__(self) -> None:
         if (self.length is None) == (self.lead is None):
             raise ValueError(f"give either length= or lead=, got length={self.length}, lead={self.lead}")
-        check_count("global_count", self.global_count)
-        if self.lead is not None:
-            check_count("lead", self.lead, minimum=self.global_count)
-        else:
-            check_count("length", self.length, minimum=1 + self.global_count)
+        # As Python's ints, since NumPy's small ones overflow.
+        count = check_count("global_count", self.global_count)
+        object.__setattr__(self, "global_count", count)
+        name, minimum = ("length", 1 + count) if self.lead is None else ("lead", count)
+        object.__setattr__(self, name, check_count(name, getattr(self, name), minimum))
 
 
 def _with_infinite_focus(ahead: float, strengths: Strengths, lead: int, global_count: int) -> Flip:

@@ -41,6 +41,7 @@ _BLOCK = 16
 """Steps whose sequences are sampled together: the sampler's cost is per time step, hardly per sequence."""
 
 
+@torch.inference_mode(False)
 def train(
     model: BigramTransformer, language: BigramLanguage, config: TrainConfig, out: str | os.PathLike[str] | None = None
 ) -> TrainingRun:
@@ -277,6 +278,7 @@ STEPS = {"copy": "blocks.1.attn.W_V", "match": "blocks.1.attn.W_K", "previous_to
 """Which matrix each step learns: the induction head's W_OV, its keys, and the previous-token head's keys."""
 
 
+@torch.inference_mode(False)
 def gradient_steps(
     language: BigramLanguage,
     d_model: int = 384,
