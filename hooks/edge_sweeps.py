@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hijack_lens.core.checks import check_choice, check_count
+from hijack_lens.core.checks import check_choice, check_count, shown
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.inputs import Components, circuit_of, components_of
 from hijack_lens.hooks.edges import (
@@ -86,7 +86,7 @@ def _edges(model: Any, components: Any, circuit: Any, via: Any) -> tuple[tuple[E
     """The edges that a user's arguments name, each of them one that can be patched; and by what to call their ends."""
     names = circuit_of(model, components if circuit is None and isinstance(components, Circuit) else circuit)
     if not isinstance(via, Iterable):
-        raise TypeError(f"via must be one or several of {', '.join(map(repr, VIAS))}, got {via!r:.80}")
+        raise TypeError(f"via must be one or several of {', '.join(map(repr, VIAS))}, got {shown(via)}")
     inputs = (via,) if isinstance(via, str) else tuple(via)
     for name in inputs:
         check_choice("via", name, VIAS)

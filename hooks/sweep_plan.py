@@ -9,6 +9,7 @@ from einops import reduce
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hijack_lens.core.checks import shown
 from hijack_lens.core.hook_points import check_hook_points
 from hijack_lens.core.inputs import indices
 
@@ -110,10 +111,10 @@ def make_plan(
     """The plan that a user's arguments describe."""
     named = [activations] if isinstance(activations, str) else activations
     if not isinstance(named, Sequence) or not named or not all(isinstance(name, str) for name in named):
-        raise TypeError(f"activations must be one or several of {', '.join(HOOKS)}, got {activations!r}")
+        raise TypeError(f"activations must be one or several of {', '.join(HOOKS)}, got {shown(activations)}")
     for name in named:
         if name not in HOOKS:
-            raise ValueError(f"activations must be among {', '.join(map(repr, HOOKS))}, got {name!r}")
+            raise ValueError(f"activations must be among {', '.join(map(repr, HOOKS))}, got {shown(name)}")
     kinds = {HOOKS[name][1] for name in named}
     if len(kinds) > 1:
         raise ValueError(

@@ -9,7 +9,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_count, check_shapes
+from hijack_lens.core.checks import (
+    as_int,
+    check_choice,
+    check_count,
+    check_fields,
+    check_list,
+    check_position,
+    check_shapes,
+    check_type,
+    shown,
+)
 from hijack_lens.core.circuit import Circuit, Component, Margin
 from hijack_lens.core.files import Saved
 from hijack_lens.core.tables import Shown, tidy, visible
@@ -50,6 +60,10 @@ class Path:
     @classmethod
     def of(cls, source: Source, through: tuple[Component, ...], circuit: Circuit) -> "Path":
         """A path, labelled by the roles of a circuit."""
+        check_choice("source", source, _SOURCE_NAMES)
+        check_type("circuit", circuit, Circuit)
+        for component in check_list("through", through, "components"):
+            check_type("through", component, Component)
         words = [_SOURCE_NAMES[source], *(circuit.label(component) for component in through)]
         label = words[0] if source == "biases" else " → ".join([*words, "unembed"])
         if any(component in circuit.induction for component in through):
@@ -92,6 +106,7 @@ class LogitAttribution(Saved, Shown):
     answers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         *batch, n_paths, n_sources, d_vocab = self.values.shape
         expected = (*batch, n_sources, d_vocab) if self.position == "all" else (*batch, d_vocab)
         if n_paths != len(self.paths):
@@ -116,6 +131,7 @@ class LogitAttribution(Saved, Shown):
         """One prompt of a batch."""
         if self.tokens.ndim == 1:
             raise TypeError("this attribution is of a single prompt, without a batch axis to index")
+        index = check_position("index", index, len(self.tokens), len(self.tokens) - 1)
         return replace(self, values=self.values[index], logits=self.logits[index], tokens=self.tokens[index])
 
     def by_path(self) -> Float[Tensor, "... path d_vocab"]:
@@ -160,7 +176,8 @@ class LogitAttribution(Saved, Shown):
 
     def token_text(self, index: int) -> str:
         """The text of a token on the last axis, with white space visible; its id if there is no tokenizer."""
-        return self._text(self._ids[index])
+        last = len(self._ids) - 1
+        return self._text(self._ids[check_position("index", index, last + 1, last)])
 
     def source_texts(self) -> list[str]:
         """The prompt's tokens, with white space visible; for one prompt."""
@@ -198,13 +215,13 @@ class LogitAttribution(Saved, Shown):
         if isinstance(token, str):
             texts = [] if self.vocab is None else [self.vocab[i] for i in ids]
             if token not in texts:
-                raise ValueError(f"{name} must be a token of the model's vocabulary{among}, got {token!r}")
+                raise ValueError(f"{name} must be a token of the model's vocabulary{among}, got {shown(token)}")
             return texts.index(token)
         number = as_int(token)
         if number is None:
-            raise TypeError(f"{name} must be a token's text or its id, got {token!r}")
+            raise TypeError(f"{name} must be a token's text or its id, got {shown(token)}")
         if number not in ids:
-            raise ValueError(f"{name} must be a token id{among or f' from 0 to {len(ids) - 1}'}, got {token}")
+            raise ValueError(f"{name} must be a token id{among or f' from 0 to {len(ids) - 1}'}, got {shown(number)}")
         return ids.index(number)
 
     def _of(self, memory: Memory) -> Float[Tensor, "*batch path source d_vocab"]:

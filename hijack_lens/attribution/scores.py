@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from hijack_lens.attribution.score_attribution import ScoreAttribution, ScoreTerm
-from hijack_lens.core.checks import as_int, check_position
+from hijack_lens.core.checks import as_int, check_position, shown
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import all_components, check_model
 from hijack_lens.core.inputs import circuit_of, one_head, prompt_texts, single_prompt
@@ -280,5 +280,5 @@ def _keys(key: Any, length: int, query: int) -> tuple[int, ...]:
     listed = list(key) if several else [key]
     keys = tuple(check_position("key", one, length, query) for one in listed)
     if not keys or len(set(keys)) < len(keys):
-        raise ValueError(f"key must be one position or several different ones, got {key!r}")
+        raise ValueError(f"key must be one position or several different ones, got {shown(key)}")
     return keys

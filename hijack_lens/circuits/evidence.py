@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hijack_lens.core.checks import shown
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
 from hijack_lens.core.tables import Drawn
 
@@ -120,7 +121,7 @@ class CircuitEvidence(Drawn):
             ValueError: for a role that circuits do not have.
         """
         if role not in ROLE_NAMES:
-            raise ValueError(f"role must be one of {', '.join(map(repr, ROLE_NAMES))}, got {role!r}")
+            raise ValueError(f"role must be one of {', '.join(map(repr, ROLE_NAMES))}, got {shown(role)}")
         named = getattr(self.circuit, role)
         if named:
             return f"{ROLE_NAMES[role]}: {', '.join(f'{part} ({self._why(role, part)})' for part in named)}"

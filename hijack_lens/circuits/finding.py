@@ -17,7 +17,7 @@ from hijack_lens.circuits.evidence import (
     MLPEvidence,
 )
 from hijack_lens.circuits.heads import AblationEffects, Repeats, ablation_effects, draw_repeats, head_scores
-from hijack_lens.core.checks import Seed, as_generator, check_count
+from hijack_lens.core.checks import Seed, as_generator, check_count, shown
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import check_model, evaluating
 from hijack_lens.core.inputs import token_ids
@@ -74,7 +74,7 @@ def find_circuit(
     triggers = getattr(model, "triggers", None) if triggers is None else triggers
     asked = None if triggers is None else token_ids(model, "triggers", triggers)
     if asked is not None and not bool(torch.isin(asked, drawn_from).any()):
-        raise ValueError(f"triggers must be among the vocabulary's tokens, got {triggers!r:.80}")
+        raise ValueError(f"triggers must be among the vocabulary's tokens, got {shown(triggers)}")
     first = _first_token(model)
     # A previous-token head works only as far as the model's learned absolute positions.
     longest = min(model.cfg.n_ctx, getattr(model, "n_ctx_train", None) or model.cfg.n_ctx)

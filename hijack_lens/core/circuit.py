@@ -8,7 +8,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.core.checks import check_choice, check_count, check_number
+from hijack_lens.core.checks import check_choice, check_count, check_number, shown
 
 
 @dataclass(frozen=True, order=True)
@@ -31,7 +31,7 @@ class Component:
         if self.kind == "head":
             check_count("head", self.head)
         elif self.head is not None:
-            raise ValueError(f"head must be None for an MLP, got {self.head!r}")
+            raise ValueError(f"head must be None for an MLP, got {shown(self.head)}")
 
     def __str__(self) -> str:
         return f"L{self.layer}H{self.head}" if self.kind == "head" else f"L{self.layer}MLP"
@@ -77,6 +77,7 @@ class Circuit:
 
     def role_label(self, role: str) -> str:
         """What to call all components of a role together: by its name, and their places where they are several."""
+        check_choice("role", role, ROLE_NAMES)
         parts = getattr(self, role)
         return ROLE_NAMES[role] + (f" ({', '.join(map(str, parts))})" if len(parts) > 1 else "")
 

@@ -13,10 +13,12 @@ from jaxtyping import AbstractArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from hijack_lens.core.checks import check_path
+
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
     """Writes a file under another name, then moves it into place, so that no reader sees part of it."""
-    target = Path(path)
+    target = check_path("path", path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(data)
@@ -28,7 +30,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
 
 def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """A safetensors file's tensors, and the header that marks it as our `kind`."""
-    if not Path(path).is_file():
+    path = check_path("path", path)
+    if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
         with safe_open(str(path), framework="pt") as file:

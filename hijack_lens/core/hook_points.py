@@ -15,7 +15,7 @@ from transformer_lens.model_bridge.generalized_components import (
     PositionEmbeddingsAttentionBridge,
 )
 
-from hijack_lens.core.checks import check_choice
+from hijack_lens.core.checks import check_choice, shown
 from hijack_lens.core.circuit import Component
 
 _NEEDS_FLAG = {
@@ -39,7 +39,7 @@ def check_model(model: Any) -> None:
     """Checks that `model` is a TransformerLens model with hook points."""
     # Do not read a bridge's hook_dict here: each access rebuilds it.
     if not isinstance(model, TransformerBridge) and not hasattr(model, "hook_dict"):
-        raise TypeError(f"model must be a HookedTransformer or TransformerBridge, got {model!r:.80}")
+        raise TypeError(f"model must be a HookedTransformer or TransformerBridge, got {shown(model)}")
 
 
 def check_hook_points(model: Any, names: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_tokens, check_type
+from hijack_lens.core.checks import as_int, check_tokens, check_type, shown
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
 from hijack_lens.core.hook_points import all_components, check_hook_points, check_model, sites
 from hijack_lens.core.tables import visible
@@ -51,7 +51,7 @@ def text_tokens(model: Any, text: str, name: str) -> Int[Tensor, "pos"]:
     ids = model_tokens(model, text, name)[0]
     if _knows(model, plain_ids(model, text), text):
         return ids
-    raise ValueError(f"{name} must be of words that the model's tokenizer knows, got {text!r:.80}")
+    raise ValueError(f"{name} must be of words that the model's tokenizer knows, got {shown(text)}")
 
 
 def plain_ids(model: Any, text: str) -> list[int]:
@@ -73,13 +73,13 @@ def token_id(model: Any, name: str, token: object) -> int:
     if not isinstance(token, str):
         number = as_int(token)
         if number is None:
-            raise TypeError(f"{name} must be tokens, each a text or an id, got {token!r:.80}")
+            raise TypeError(f"{name} must be tokens, each a text or an id, got {shown(token)}")
         return number
     if getattr(model, "tokenizer", None) is None:
-        raise ValueError(f"{name} holds the text {token!r}, but the model has no tokenizer: give token ids")
+        raise ValueError(f"{name} holds the text {shown(token)}, but the model has no tokenizer: give token ids")
     ids = plain_ids(model, token)
     if len(ids) != 1 or not _knows(model, ids, token):
-        raise ValueError(f"{name} holds {token!r}, which is not a single token of the model's")
+        raise ValueError(f"{name} holds {shown(token)}, which is not a single token of the model's")
     return ids[0]
 
 
@@ -92,11 +92,11 @@ def token_ids(model: Any, name: str, tokens: Any, at_least: int = 1) -> Int[Tens
         return torch.arange(model.cfg.d_vocab)
     alone = isinstance(tokens, str) or as_int(tokens) is not None
     if (alone and at_least > 1) or not (alone or isinstance(tokens, Iterable)):
-        raise TypeError(f"{name} must be a list of tokens, each a text or an id, got {tokens!r:.80}")
+        raise TypeError(f"{name} must be a list of tokens, each a text or an id, got {shown(tokens)}")
     ids = [token_id(model, name, token) for token in ([tokens] if alone else tokens)]
     if len(set(ids)) < max(at_least, len(ids)):
         count = "one or several" if at_least == 1 else "two or more"
-        raise ValueError(f"{name} must be {count} different tokens, got {tokens!r:.80}")
+        raise ValueError(f"{name} must be {count} different tokens, got {shown(tokens)}")
     return check_tokens(name, ids, model.cfg.d_vocab)
 
 
@@ -105,7 +105,7 @@ def answer_tokens(model: Any, answer: str, foil: str) -> list[int]:
     texts = {"--answer": answer, "--foil": foil}
     for option, text in texts.items():
         if not text.strip() or not _knows(model, plain_ids(model, text), text):
-            raise ValueError(f"{option} must be a token that the model's tokenizer knows, got {text!r}")
+            raise ValueError(f"{option} must be a token that the model's tokenizer knows, got {shown(text)}")
     written = {option: plain_ids(model, text) for option, text in texts.items()}
     several = [option for option, ids in written.items() if len(ids) != 1]
     chosen = [plain_ids(model, f" {text}") for text in texts.values()] if several else list(written.values())
@@ -115,7 +115,7 @@ def answer_tokens(model: Any, answer: str, foil: str) -> list[int]:
             f"{several[0]} must be a single token of the model's, got {texts[several[0]]!r}, which it reads as {pieces}"
         )
     if chosen[0] == chosen[1]:
-        raise ValueError(f"--answer and --foil must be different tokens, got {answer!r} and {foil!r}")
+        raise ValueError(f"--answer and --foil must be different tokens, got {shown(answer)} and {shown(foil)}")
     return [*chosen[0], *chosen[1]]
 
 
@@ -158,12 +158,12 @@ def indices(name: str, given: Any, size: int | None = None, limit: str = "") -> 
     given = range(size) if given is None and size is not None else given
     alone = as_int(given) is not None
     if not alone and (not isinstance(given, Iterable) or isinstance(given, str)):
-        raise TypeError(f"{name} must be an int or several, got {given!r}")
+        raise TypeError(f"{name} must be an int or several, got {shown(given)}")
     numbers = []
     for value in [given] if alone else given:
         number = as_int(value)
         if number is None:
-            raise TypeError(f"{name} must be ints, got {value!r}")
+            raise TypeError(f"{name} must be ints, got {shown(value)}")
         if size is not None and not -size <= number < size:
             raise ValueError(f"{name} holds {number}; {limit or f'the model has {size}'}")
         numbers.append(number if size is None else number % size)
@@ -237,7 +237,7 @@ def players_of(
         raise ValueError(f"{name} must {wanted}, got none")
     for player in found:
         if not isinstance(player.label, str):
-            raise TypeError(f"{name} must have names as keys, got {player.label!r:.80}")
+            raise TypeError(f"{name} must have names as keys, got {shown(player.label)}")
         if not player.parts:
             raise ValueError(f"{name}[{player.label!r}] must name at least one, got none")
         at = sites(model, player.parts, name=name)  # rejects what the model lacks
@@ -258,7 +258,7 @@ def one_component(model: Any, given: Any, name: str, others: Sequence[str] = (),
         return given
     if not isinstance(given, (Component, str, tuple, list)) or (isinstance(given, str) and not _is_name(given)):
         error = ValueError if isinstance(given, str) else TypeError
-        raise error(f"{name} must be {', '.join([*map(repr, others), _ONE])}; got {given!r:.80}")
+        raise error(f"{name} must be {', '.join([*map(repr, others), _ONE])}; got {shown(given)}")
     found = _parts(_players(model, given, circuit or _own_circuit(model) or Circuit(), name, None, False))
     if len(found) != 1:
         what = "head" if name == "head" else "component"
@@ -304,12 +304,12 @@ def _named(model: Any, given: Any, circuit: Circuit, name: str, kind: str | None
         given = Component(int(place[1]), "head", int(place[2])) if place[2] else Component(int(place[1]), "mlp")
     parts = getattr(circuit, text) if text in ROLE_NAMES else (given,)
     if not parts:
-        raise ValueError(f"{name} names {text!r}, a role that no component of the circuit plays")
+        raise ValueError(f"{name} names {shown(text)}, a role that no component of the circuit plays")
     for part in parts:
         if not isinstance(part, Component):
             expected = f'{_ONE}, several of these, a Circuit, a mapping from labels to these, or "all"'
             expected += ", or names of hook points" * points
-            raise (ValueError if text else TypeError)(f"{name} must be {expected}; got {part!r:.80}")
+            raise (ValueError if text else TypeError)(f"{name} must be {expected}; got {shown(part)}")
         if kind not in (None, part.kind):
             raise ValueError(f"{name} must be {_KINDS[kind]}, got {part}")
     return [Player(circuit.role_label(text) if text in ROLE_NAMES else circuit.label(parts[0]), parts)]

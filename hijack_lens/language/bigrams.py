@@ -19,6 +19,7 @@ from hijack_lens.core.checks import (
     check_distribution,
     check_number,
     fixed_seed,
+    shown,
 )
 from hijack_lens.language.vocabulary import UNKNOWN, Token, Vocabulary, cut
 
@@ -69,7 +70,7 @@ class BigramLanguage(Vocabulary):
         shape = np.shape(pi_b)
         size = shape[0] if len(shape) == 2 else 0
         if size == 0:
-            raise ValueError(f"pi_b must be a [d_vocab, d_vocab] matrix, got {pi_b!r}")
+            raise ValueError(f"pi_b must be a [d_vocab, d_vocab] matrix, got {shown(pi_b)}")
         self.pi_b: Float[Tensor, "d_vocab d_vocab"] = check_distribution("pi_b", pi_b, (size, size))
         super().__init__(size, tokens, level)
         start = torch.full((size,), 1 / size, dtype=torch.float64)
@@ -99,7 +100,7 @@ class BigramLanguage(Vocabulary):
         check_number("smoothing", smoothing)
         pieces = cut(text, level)
         if len(pieces) < 2:
-            raise ValueError(f"text must hold at least two tokens, got {text!r}")
+            raise ValueError(f"text must hold at least two tokens, got {shown(text)}")
         counts = Counter(pieces)
         if max_vocab is not None and len(counts) > check_count("max_vocab", max_vocab, minimum=2):
             kept = {token for token, _ in counts.most_common(max_vocab - 1)} - {UNKNOWN}
@@ -132,7 +133,7 @@ class BigramLanguage(Vocabulary):
     def floored(self, floor: float) -> "BigramLanguage":
         """The language mixed with a uniform one, just enough that every probability is at least `floor`."""
         if check_number("floor", floor, positive=True) >= 1 / self.d_vocab:
-            raise ValueError(f"floor must lie between 0 and 1/d_vocab = {1 / self.d_vocab:g}, got {floor!r}")
+            raise ValueError(f"floor must lie between 0 and 1/d_vocab = {1 / self.d_vocab:g}, got {shown(floor)}")
         mixed = self.pi_b * (1 - self.d_vocab * floor) + floor
         return BigramLanguage(mixed, self.pi_u, tokens=self.tokens, level=self.level)
 
@@ -207,7 +208,7 @@ class BigramLanguage(Vocabulary):
         check_count("length", length, minimum=1)
         generator = as_generator(seed)
         if n_triggers is not None and (triggers is None or not isinstance(triggers, Sequence) or len(triggers)):
-            raise ValueError(f"give either triggers or n_triggers, got {triggers!r} and {n_triggers!r}")
+            raise ValueError(f"give either triggers or n_triggers, got {shown(triggers)} and {shown(n_triggers)}")
         if n_triggers is None:
             chosen = self.trigger_ids(triggers).expand(n_sequences, -1)
         else:

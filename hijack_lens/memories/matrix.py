@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hijack_lens.attribution.direct import check_additive
-from hijack_lens.core.checks import check_choice, check_count, check_shapes, check_type
+from hijack_lens.core.checks import check_choice, check_count, check_fields, check_shapes, check_type, shown
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.inputs import Components, Tokens, components_of, texts_of, token_ids
@@ -44,6 +44,7 @@ class MemoryMatrix(NamedTokens, Saved, Drawn):
     components: tuple[Component, ...]
 
     def __post_init__(self) -> None:
+        check_fields(self)
         shape = (len(self.key_tokens), len(self.value_tokens))
         check_shapes(self, {"values": shape, "log_pi_b": shape})
 
@@ -147,7 +148,9 @@ def memory_matrix(
     """
     check_choice("part", part, ("memory", "weights"))
     if part == "weights" and components is not None:
-        raise ValueError(f"components must not be given with part='weights', which is all of them; got {components!r}")
+        raise ValueError(
+            f"components must not be given with part='weights', which is all of them; got {shown(components)}"
+        )
     mlps = () if part == "weights" else components_of(model, components, kind="mlp")
     check_additive(model)
     rows, columns = token_ids(model, "key_tokens", key_tokens), token_ids(model, "value_tokens", value_tokens)

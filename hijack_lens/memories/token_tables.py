@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hijack_lens.attribution.direct import check_unembedded
-from hijack_lens.core.checks import as_int, check_position
+from hijack_lens.core.checks import as_int, check_count, check_list, check_position, shown
 from hijack_lens.core.hook_points import check_model, evaluating, rows_at_once
 from hijack_lens.core.inputs import Tokens, single_prompt, texts_of, token_ids
 from hijack_lens.core.tables import visible
@@ -36,7 +36,10 @@ class NamedTokens:
 
     def token_text(self, token: int) -> str:
         """A token's text with white space visible; its id if there is no tokenizer."""
-        return str(token) if self.vocab is None else visible(self.vocab[token])
+        number = check_count("token", token)
+        if self.vocab is not None and number not in self.vocab:
+            raise ValueError(f"token must be the id of a token that occurs here, got {number}")
+        return str(number) if self.vocab is None else visible(self.vocab[number])
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,11 +89,12 @@ class TokenTables(NamedTokens):
 
     def chosen(self, query_tokens: Tokens, answers: Tokens, most: int) -> tuple[list[int], list[int]]:
         """Rows and columns to show: those asked for, by id or text, else the `most` frequent that the context holds."""
-        chosen = []
+        chosen, most = [], check_count("most", most, minimum=1)
         axes = ("query_tokens", query_tokens, self.query_tokens), ("answers", answers, self.answers)
         for name, asked, ids in axes:
-            listed = [asked] if isinstance(asked, (int, str)) else asked
-            rows = self._held(ids, most) if listed is None else [self._find(name, token, ids) for token in listed]
+            alone = asked is None or isinstance(asked, str) or as_int(asked) is not None
+            listed = [asked] if alone else check_list(name, asked, "tokens, each a text or an id")
+            rows = self._held(ids, most) if asked is None else [self._find(name, token, ids) for token in listed]
             if not rows:
                 raise ValueError(f"{name} must be at least one token, got none")
             chosen.append(rows)
@@ -110,7 +114,7 @@ class TokenTables(NamedTokens):
             number = as_int(token)
             place = ids.index(number) if number is not None and number in ids else None
         if place is None:
-            raise ValueError(f"{name} must be among this table's tokens, got {token!r}")
+            raise ValueError(f"{name} must be among this table's tokens, got {shown(token)}")
         return place
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hijack_lens.core.checks import Seed, as_generator, check_choice
+from hijack_lens.core.checks import Seed, as_generator, check_choice, shown
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.models.architecture import Architecture
 from hijack_lens.models.transformer import BigramTransformer
@@ -92,7 +92,7 @@ def trainable_transformer(
         for name in names:
             if name not in known:
                 raise ValueError(
-                    f"{argument} names {name!r}, which is not a parameter; known are {', '.join(sorted(known))}"
+                    f"{argument} names {shown(name)}, which is not a parameter; known are {', '.join(sorted(known))}"
                 )
 
     unused_mlps = tuple(f"blocks.{layer}.mlp." for layer in range(n_layers - 1))

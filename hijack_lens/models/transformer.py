@@ -15,7 +15,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
-from hijack_lens.core.checks import check_tokens
+from hijack_lens.core.checks import check_tokens, shown
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.language import UNKNOWN, BigramLanguage, Token
 from hijack_lens.models.architecture import Architecture, RelativeAttention
@@ -75,7 +75,7 @@ class BigramTransformer(HookedTransformer):
         if not isinstance(language, BigramLanguage):
             raise TypeError(f"language must be a BigramLanguage, got {type(language).__name__}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {shown(dtype)}")
         cfg = HookedTransformerConfig(
             n_layers=architecture.n_layers,
             d_model=architecture.d_model,
@@ -167,7 +167,7 @@ class BigramTransformer(HookedTransformer):
         rows = [self.language.encode(text) for text in ([input] if isinstance(input, str) else input)]
         lengths = sorted({len(row) for row in rows})
         if not lengths or lengths[0] == 0:
-            raise ValueError(f"input must hold at least one token, got {input!r}")
+            raise ValueError(f"input must hold at least one token, got {shown(input)}")
         if len(lengths) > 1:
             raise ValueError(f"input texts must be equally long, got {lengths} tokens: the vocabulary has no padding")
         self._check_length(lengths[0])

@@ -15,7 +15,7 @@ from hijack_lens import theory
 from hijack_lens.attribution.logit_attribution import MEMORIES
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
-from hijack_lens.core.checks import Seed, check_count
+from hijack_lens.core.checks import Seed, check_count, check_fields, shown
 from hijack_lens.core.circuit import Circuit, Margin, Strengths
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import check_model, evaluating
@@ -152,6 +152,7 @@ class DoseResponse(Saved, Drawn):
     completeness_error: float
 
     def __post_init__(self) -> None:
+        check_fields(self)
         shape = (len(self.conflicts), len(self.conflicts[0].prompts))
         for part in (*self.margin.parts.values(), self.theory.margin):
             if tuple(part.shape) != shape:
@@ -273,7 +274,7 @@ def dose_response(
     check_model(model)
     check_count("repeats", repeats, minimum=_FEWEST)
     if not isinstance(facts, (Fact, Bigram, Iterable)):
-        raise TypeError(f"facts must be a Fact or Bigram, or several, got {facts!r:.80}")
+        raise TypeError(f"facts must be a Fact or Bigram, or several, got {shown(facts)}")
     listed = [facts] if isinstance(facts, (Fact, Bigram)) else list(facts)
     if not listed:
         raise ValueError("facts must hold at least one, got none")

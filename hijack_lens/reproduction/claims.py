@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from hijack_lens.core.checks import check_choice, check_count
+from hijack_lens.core.checks import check_choice, check_count, shown
 from hijack_lens.core.files import write_atomically
 from hijack_lens.grid.journal import Journal
 from hijack_lens.grid.running import run_grid
@@ -144,7 +144,7 @@ def reproduce(
     for name in chosen:
         check_choice("claims", name, CLAIMS)
     if not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"claims must be one or several different ones, got {claims!r}")
+        raise ValueError(f"claims must be one or several different ones, got {shown(claims)}")
     count = check_count("workers", (os.cpu_count() or 1) if workers is None else workers, minimum=1)
     folder = Path(out)
     if folder.exists() and not folder.is_dir():

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hijack_lens import theory
-from hijack_lens.core.checks import Seed, as_generator, check_count
+from hijack_lens.core.checks import Seed, as_generator, check_count, shown
 from hijack_lens.core.circuit import Positions, Strengths
 from hijack_lens.language import BigramLanguage, Token, Triggers
 from hijack_lens.language.prompts import HijackPrompt, hijack_prompt
@@ -64,7 +64,7 @@ def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = N
     length = model.n_ctx_train or min(model.cfg.n_ctx, 128)
     previous = previous_token_scores(model, circuit.previous_token[0], length)
     if previous is None:
-        raise ValueError(f"model must have relative or absolute positions, got {model.positions!r}")
+        raise ValueError(f"model must have relative or absolute positions, got {shown(model.positions)}")
     keys = triggers if triggers is not None else model.triggers
     ids = model.language.trigger_ids(keys)
     if not len(ids):

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from safetensors.torch import save
 
-from hijack_lens.core.checks import Seed, as_int, check_choice, check_count, check_number, fixed_seed
+from hijack_lens.core.checks import Seed, as_int, check_choice, check_count, check_number, fixed_seed, shown
 from hijack_lens.core.files import read_safetensors, write_atomically
 from hijack_lens.core.tables import Drawn
 from hijack_lens.language import BigramLanguage, Token
@@ -77,7 +77,7 @@ class TrainConfig:
             [self.triggers] if isinstance(self.triggers, str) or as_int(self.triggers) is not None else self.triggers
         )
         if not isinstance(listed, Iterable):
-            raise TypeError(f"triggers must be a token or several, got {self.triggers!r}")
+            raise TypeError(f"triggers must be a token or several, got {shown(self.triggers)}")
         triggers = tuple(token if isinstance(token, str) else check_count("triggers", token) for token in listed)
         object.__setattr__(self, "triggers", triggers)
         for name in ("betas", "eval_lengths"):
@@ -85,11 +85,11 @@ class TrainConfig:
                 raise TypeError(f"{name} must be several numbers, got {getattr(self, name)!r}")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.betas) != 2:
-            raise ValueError(f"betas must be two numbers, got {self.betas!r}")
+            raise ValueError(f"betas must be two numbers, got {shown(self.betas)}")
         if 1 not in self.eval_lengths:
-            raise ValueError(f"eval_lengths must include 1, the training length itself, got {self.eval_lengths!r}")
+            raise ValueError(f"eval_lengths must include 1, the training length itself, got {shown(self.eval_lengths)}")
         if bool(triggers) == (self.n_triggers is not None):
-            raise ValueError(f"give either triggers or n_triggers, got {triggers!r} and {self.n_triggers!r}")
+            raise ValueError(f"give either triggers or n_triggers, got {shown(triggers)} and {shown(self.n_triggers)}")
         check_count("length", self.length, minimum=2)
         object.__setattr__(self, "seed", fixed_seed(self.seed))
         for name in ("steps", "batch_size", "evaluate_every", "eval_sequences", "checkpoint_every"):
@@ -106,12 +106,13 @@ class TrainConfig:
         bounded = {"final_lr": self.final_lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
         for name, value in [*bounded.items(), *(("betas", beta) for beta in self.betas)]:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+                raise TypeError(f"{name} must be a number, got {shown(value)}")
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
+                raise ValueError(f"{name} must lie between 0 and 1, got {shown(value)}")
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
+        check_count("step", step)
         rising = min(1.0, (step + 1) / max(self.warmup, 1))
         falling = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.lr * rising * (self.final_lr + (1 - self.final_lr) * falling)
@@ -157,7 +158,7 @@ class TrainingRun(Drawn):
             rows = rows[rows["continuations"] == (continuations or self.config.continuations)]
         if rows.empty:
             raise ValueError(
-                f"name must be a probe of the table, got {name!r}; it has {sorted(set(self.table['probe']))}"
+                f"name must be a probe of the table, got {shown(name)}; it has {sorted(set(self.table['probe']))}"
             )
         return rows.set_index("step")["value"].rename(name)
 

@@ -22,6 +22,11 @@ def raising(*names: str) -> Maker:
     return lambda: type("Broken", (), {"__hash__": object.__hash__, **dict.fromkeys(names, broken)})()
 
 
+def failing(*arguments: Any, **options: Any) -> Any:
+    """A function of the user's that raises an error of its own, which is the user's to see."""
+    return 1 // 0
+
+
 def looped() -> list:
     """A list that holds itself."""
     inside: list = [1]
@@ -117,7 +122,7 @@ VALUES: dict[str, Maker] = {
     "int": lambda: int,
     "print": lambda: print,
     "lambda": lambda: lambda *a, **k: None,
-    "failing function": lambda: lambda *a, **k: 1 // 0,
+    "failing function": lambda: failing,
     "module": lambda: math,
     "error": lambda: ValueError("an error as a value"),
     "no __len__": raising("__len__"),

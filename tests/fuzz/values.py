@@ -54,7 +54,7 @@ def _point(**arguments: Any) -> dict[str, Any]:
 
 
 IDS = st.integers(0, D_VOCAB - 1)
-TEXT = st.sampled_from(["0 1 2 0 1 3 4 0", "zero one two zero one", "a b a b", "one", "3", "abcabca", "The cat. The dog."])
+TEXT = st.sampled_from(["0 1 2 0 1 3 4 0", "zero one two zero one", "a b a b", "one", "3", "The cat. The dog."])
 PROMPTS = st.one_of(
     st.lists(IDS, min_size=LENGTH, max_size=LENGTH).map(torch.tensor),
     st.just(torch.tensor([1, 2, 3, 1, 2, 4, 5, 1])),
@@ -161,9 +161,9 @@ def of(annotation: Any, name: str = "") -> st.SearchStrategy:
     for kind, strategy in simple.items():
         if annotation is kind or origin is kind:
             return strategy
-    if inspect.isclass(annotation):
-        if kept := [one for kind, several in pool().items() if issubclass(kind, annotation) for one in several]:
-            return st.sampled_from(kept)
+    known = pool().items() if inspect.isclass(annotation) else ()
+    if kept := [one for kind, several in known if issubclass(kind, annotation) for one in several]:
+        return st.sampled_from(kept)
     return st.sampled_from([0, 1, 2, "0", "a"])
 
 
