@@ -211,7 +211,8 @@ def main() -> None:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except CycloptsError as error:
         error.verbose = False  # without it, the message names Python functions
-        _fail(str(error))
+        message = str(error)
+        _fail(message if len(message) <= 300 else f"{message[:297]}...")
     except (ValueError, TypeError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from hijack_lens import hooks, theory
 from hijack_lens.attribution.logit_attribution import LogitAttribution
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
+from hijack_lens.core.checks import shown
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Margin
 from hijack_lens.core.hook_points import check_model, evaluating
 from hijack_lens.core.inputs import circuit_of, single_prompt, text_tokens, token_ids
@@ -118,7 +119,9 @@ def explain(
     """
     if isinstance(prompt, HijackPrompt):
         if answer is not None or foil is not None:
-            raise ValueError(f"answer and foil come with a HijackPrompt, got answer={answer!r}, foil={foil!r}")
+            raise ValueError(
+                f"answer and foil come with a HijackPrompt, got answer={shown(answer)}, foil={shown(foil)}"
+            )
         return _of_hijack_prompt(model, prompt, circuit)
     if answer is None or foil is None:
         raise TypeError(f"prompt must be a HijackPrompt, got {type(prompt).__name__}; others need answer= and foil=")

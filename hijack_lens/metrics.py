@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_choice, check_count, check_tokens, shown
+from hijack_lens.core.checks import as_int, check_choice, check_count, check_tensor, check_tokens, shown
 from hijack_lens.core.hook_points import check_model
 from hijack_lens.core.inputs import token_id
 from hijack_lens.language.prompts import HijackPrompt
@@ -72,11 +72,10 @@ class Metric:
         Raises:
             TypeError: if `of_logits` returns anything else.
         """
-        if not isinstance(logits, Tensor) or logits.ndim < 2:
-            raise ValueError(f"logits must be a tensor [..., batch, d_vocab], got {shown(logits)}")
+        check_tensor("logits", logits, "logits")
         if self.of_logits is None:
             raise ValueError(
-                f"metric {self.name!r} needs a model or its unpatched runs before any logits: give it to .on(model) first"
+                f"metric {self.name!r} needs a model or its unpatched runs for any logits: give it to .on(model) first"
             )
         numbers = self.of_logits(logits)
         if not isinstance(numbers, Tensor) or numbers.shape != logits.shape[:-1]:
@@ -222,9 +221,10 @@ def kl(reference: _Run | Logits = "clean", position: int = -1) -> Metric:
 
 
 def _check_logits(name: str, logits: object) -> None:
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():
-        got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else shown(logits)
-        raise ValueError(f"{name} must be a tensor [batch, pos, d_vocab] of logits, got {got}")
+    check_tensor(name, logits, "logits")
+    assert isinstance(logits, Tensor)
+    if logits.ndim != 3:
+        raise ValueError(f"{name} must be a tensor [batch, pos, d_vocab], got {tuple(logits.shape)}")
 
 
 def _of_tokens(

@@ -10,7 +10,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
-from hijack_lens.core.checks import check_choice, shown
+from hijack_lens.core.checks import check_choice, check_type, shown
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import Site, check_hook_points, position_index, sites
 from hijack_lens.core.inputs import indices, one_component
@@ -42,6 +42,7 @@ class Edge:
 
     def label(self, circuit: Circuit) -> str:
         """The edge in words, by the roles of the circuit's components."""
+        check_type("circuit", circuit, Circuit)
         arrives = "" if self.via == "unembed" else f" {self.via}"
         return f"{name_of(self.sender, circuit)} → {name_of(self.receiver, circuit)}{arrives}"
 

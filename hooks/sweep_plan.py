@@ -123,7 +123,7 @@ def make_plan(
         )
     unit = kinds.pop()
     chosen = indices("layers", layers, model.cfg.n_layers)
-    check_hook_points(model, (hook_name(name, layer) for name in named for layer in chosen))
+    check_hook_points(model, (hook_name(name, layer) for name in named for layer in chosen), "activations")
     sizes = {name: _n_units(model, name) for name in named}
     if len(set(sizes.values())) > 1:
         counts = ", ".join(f"{name} has {size}" for name, size in sizes.items())

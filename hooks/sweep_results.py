@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.core.checks import check_fields, check_position, check_shapes, shown
+from hijack_lens.core.checks import check_fields, check_position, check_shapes, check_type, shown
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.files import Saved
 from hijack_lens.core.tables import Drawn, Shown, tidy
@@ -220,6 +220,8 @@ class Comparison(Shown, Generic[Result]):
     exact: Result
 
     def __post_init__(self) -> None:
+        check_type("approximate", self.approximate, PatchEffects)
+        check_type("exact", self.exact, PatchEffects)
         kinds = type(self.approximate).__name__, type(self.exact).__name__
         if kinds[0] != kinds[1]:
             raise TypeError("approximate and exact must be results of one kind, got a {} and a {}".format(*kinds))

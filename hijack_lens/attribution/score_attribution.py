@@ -80,8 +80,12 @@ class LogOdds(_ByTerms, Drawn):
     key_terms: tuple[ScoreTerm, ...]
     circuit: Circuit = Circuit()  # noqa: RUF009 (frozen)
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_shapes(self, {"values": (len(self.query_terms), len(self.key_terms)), "shares": (len(self.against),)})
+
     @classmethod
-    def between(
+    def _between(
         cls,
         values: Float[Tensor, "key query_term key_term"],
         scores: Float[Tensor, "key"],
@@ -217,7 +221,7 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
         if not others or own in others or len(set(others)) < len(others):
             raise ValueError(f"against must be one or several different keys other than {own}, got {shown(against)}")
         labels = (self.query_terms, self.key_terms, self.circuit)
-        return LogOdds.between(self.values, self.scores, self.keys, own, others, labels)
+        return LogOdds._between(self.values, self.scores, self.keys, own, others, labels)
 
     def position(self, key: Any, name: str = "key") -> int:
         """The position of a key of this attribution; negative ones count from the end of the prompt."""

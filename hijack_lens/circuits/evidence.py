@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.core.checks import shown
+from hijack_lens.core.checks import check_choice, check_fields
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
 from hijack_lens.core.tables import Drawn
 
@@ -114,14 +114,16 @@ class CircuitEvidence(Drawn):
     n_prompts: int
     period: int
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def verdict(self, role: str) -> str:
         """One sentence: what was found for a role, or why nothing was.
 
         Raises:
             ValueError: for a role that circuits do not have.
         """
-        if role not in ROLE_NAMES:
-            raise ValueError(f"role must be one of {', '.join(map(repr, ROLE_NAMES))}, got {shown(role)}")
+        check_choice("role", role, ROLE_NAMES)
         named = getattr(self.circuit, role)
         if named:
             return f"{ROLE_NAMES[role]}: {', '.join(f'{part} ({self._why(role, part)})' for part in named)}"

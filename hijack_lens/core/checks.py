@@ -87,6 +87,27 @@ _LONGEST = 2**22
 """Elements of a list: beyond, an iterator is taken for endless."""
 
 
+def check_texts(name: str, value: object) -> list[str]:
+    """The elements of a list or other iterable of texts."""
+    texts = check_list(name, value, "a list of texts")
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a list of texts, got {shown(text)} in it")
+    return texts
+
+
+def check_tensor(name: str, value: object, what: str, floating: bool = True) -> None:
+    """`value` is an ordinary tensor, of numbers that PyTorch computes with; `what` says of what."""
+    fits = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+    if (
+        not fits
+        or value.is_floating_point() is not floating
+        or value.is_complex()
+        or value.dtype.itemsize < 2 * floating
+    ):
+        raise TypeError(f"{name} must be a tensor of {what}, got {shown(value)}")
+
+
 def check_path(name: str, value: object) -> Path:
     """`value` as a path that a file could have."""
     try:
@@ -105,7 +126,7 @@ def check_dtype(name: str, value: object) -> None:
     """`value` is a dtype that models compute in."""
     if not isinstance(value, torch.dtype) or not value.is_floating_point or value.itemsize < 2:
         error = ValueError if isinstance(value, torch.dtype) else TypeError
-        raise error(f"{name} must be torch.float32 or another of torch's dtypes for real numbers, got {shown(value)}")
+        raise error(f"{name} must be a floating-point torch.dtype, of two bytes or more, got {shown(value)}")
 
 
 def check_device(name: str, value: object) -> None:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_tokens, check_type, shown
+from hijack_lens.core.checks import as_int, check_list, check_tokens, check_type, shown
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
 from hijack_lens.core.hook_points import all_components, check_hook_points, check_model, sites
 from hijack_lens.core.tables import visible
@@ -25,8 +25,17 @@ def model_tokens(model: Any, prompt: object, name: str = "prompt") -> Int[Tensor
     if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
         if getattr(model, "tokenizer", None) is None:
             raise ValueError(f"{name} is text, but the model has no tokenizer: give token ids")
-        prompt = model.to_tokens(texts, truncate=False)  # prompts that are too long are rejected below, not truncated
-    tokens = check_tokens(name, getattr(prompt, "tokens", prompt), model.cfg.d_vocab, model.cfg.n_ctx)
+        try:
+            prompt = model.to_tokens(texts, truncate=False)  # prompts that are too long are rejected below
+        except Exception as error:  # of the tokenizer, by what the text holds
+            raise ValueError(
+                f"{name} must be text that the model's tokenizer can read, got {shown(texts)}: {error}"
+            ) from error
+    try:
+        prompt = getattr(prompt, "tokens", prompt)
+    except Exception as error:  # raised by an object's own __getattr__
+        raise TypeError(f"{name} must be a text or tokens, got {shown(prompt)}") from error
+    tokens = check_tokens(name, prompt, model.cfg.d_vocab, model.cfg.n_ctx)
     return (tokens if tokens.ndim == 2 else tokens[None]).to(model.cfg.device)
 
 
@@ -90,10 +99,9 @@ def token_ids(model: Any, name: str, tokens: Any, at_least: int = 1) -> Int[Tens
     """
     if tokens is None:
         return torch.arange(model.cfg.d_vocab)
-    alone = isinstance(tokens, str) or as_int(tokens) is not None
-    if (alone and at_least > 1) or not (alone or isinstance(tokens, Iterable)):
-        raise TypeError(f"{name} must be a list of tokens, each a text or an id, got {shown(tokens)}")
-    ids = [token_id(model, name, token) for token in ([tokens] if alone else tokens)]
+    alone = at_least == 1 and (isinstance(tokens, str) or as_int(tokens) is not None)
+    listed = [tokens] if alone else check_list(name, tokens, "a list of tokens, each a text or an id")
+    ids = [token_id(model, name, token) for token in listed]
     if len(set(ids)) < max(at_least, len(ids)):
         count = "one or several" if at_least == 1 else "two or more"
         raise ValueError(f"{name} must be {count} different tokens, got {shown(tokens)}")
@@ -157,15 +165,14 @@ def indices(name: str, given: Any, size: int | None = None, limit: str = "") -> 
     """
     given = range(size) if given is None and size is not None else given
     alone = as_int(given) is not None
-    if not alone and (not isinstance(given, Iterable) or isinstance(given, str)):
-        raise TypeError(f"{name} must be an int or several, got {shown(given)}")
+    listed = [given] if alone else check_list(name, given, "an int or several")
     numbers = []
-    for value in [given] if alone else given:
+    for value in listed:
         number = as_int(value)
         if number is None:
             raise TypeError(f"{name} must be ints, got {shown(value)}")
         if size is not None and not -size <= number < size:
-            raise ValueError(f"{name} holds {number}; {limit or f'the model has {size}'}")
+            raise ValueError(f"{name} holds {shown(number)}; {limit or f'the model has {size}'}")
         numbers.append(number if size is None else number % size)
     if not numbers:
         raise ValueError(f"{name} must hold at least one, got none; None means all")
@@ -290,7 +297,9 @@ def _players(model: Any, given: Any, circuit: Circuit, name: str, kind: str | No
         inside = [(label, f"{name}[{label!r}]", value) for label, value in given.items()]
         return [Player(label, _parts(_players(model, v, circuit, one, kind, points))) for label, one, v in inside]
     alone = isinstance(given, (Component, str, Circuit)) or not isinstance(given, Iterable)
-    return [p for one in ([given] if alone else given) for p in _named(model, one, circuit, name, kind, points)]
+    expected = f'{_ONE}, several of these, a Circuit, a mapping from labels to these, or "all"'
+    listed = [given] if alone else check_list(name, given, expected)
+    return [p for one in listed for p in _named(model, one, circuit, name, kind, points)]
 
 
 def _named(model: Any, given: Any, circuit: Circuit, name: str, kind: str | None, points: bool) -> list[Player]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from hijack_lens.core.checks import check_path
 from hijack_lens.core.files import write_atomically
 
 _FORMAT = "hijack_lens.sweep.1"
@@ -38,7 +39,7 @@ class Journal:
         self.header = {"format": _FORMAT, "function": _name(function, kept=out is not None), "seed": seed}
         self.records: dict[str, dict[str, Any]] = {}
         self.parquet: Path | None = None
-        self.path = None if out is None else Path(out)
+        self.path = None if out is None else check_path("out", out)
         if self.path is None:
             return
         if self.path.suffix not in (".jsonl", ".parquet"):

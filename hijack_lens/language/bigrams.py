@@ -18,6 +18,7 @@ from hijack_lens.core.checks import (
     check_count,
     check_distribution,
     check_number,
+    check_tensor,
     fixed_seed,
     shown,
 )
@@ -67,7 +68,10 @@ class BigramLanguage(Vocabulary):
         *,
         level: Literal["char", "word"] | None = None,
     ):
-        shape = np.shape(pi_b)
+        try:
+            shape = np.shape(pi_b)
+        except Exception as error:  # of many kinds, by what the elements are
+            raise TypeError(f"pi_b must be a [d_vocab, d_vocab] matrix, got {shown(pi_b)}") from error
         size = shape[0] if len(shape) == 2 else 0
         if size == 0:
             raise ValueError(f"pi_b must be a [d_vocab, d_vocab] matrix, got {shown(pi_b)}")
@@ -241,6 +245,10 @@ class BigramLanguage(Vocabulary):
 
     def step(self, tokens: Int[Tensor, "sequence"], uniform: Float[Tensor, "sequence"]) -> Int[Tensor, "sequence"]:
         """One step of the chain: the successor of each token, by inverting its row's distribution at `uniform`."""
+        check_tensor("tokens", tokens, "token ids", floating=False)
+        check_tensor("uniform", uniform, "numbers from 0 to 1")
+        if tokens.ndim != 1 or tokens.shape != uniform.shape:
+            raise ValueError(f"uniform must have the shape of tokens, [{len(tokens)}], got {list(uniform.shape)}")
         # Stay below 1, or tokens + uniform could round up into the next token's row.
         drawn = tokens + uniform.clamp(max=1 - 2**-32)
         return torch.searchsorted(self._stacked_cdf, drawn, right=True) - tokens * self.d_vocab

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import check_count, check_tokens, check_type, shown
+from hijack_lens.core.checks import check_count, check_list, check_tokens, check_type, shown
 from hijack_lens.core.hook_points import check_model
 from hijack_lens.core.inputs import text_tokens, token_ids
 from hijack_lens.language.vocabulary import Token
@@ -223,7 +223,8 @@ def _of_tokens(model: Any, fact: Bigram, repeats: int, lead: str | Sequence[int]
     q, c, g = token_ids(model, "bigram", [fact.trigger, fact.context, fact.weights]).tolist()
     tokenizer = getattr(model, "tokenizer", None)
     if not isinstance(lead, str):
-        before = check_tokens("lead", lead, model.cfg.d_vocab).tolist() if len(lead) else []
+        given = check_list("lead", lead, "a text or token ids")
+        before = check_tokens("lead", given, model.cfg.d_vocab).tolist() if given else []
     elif lead:
         before = text_tokens(model, lead, "lead").tolist()
     elif tokenizer is not None and getattr(model.cfg, "default_prepend_bos", False):

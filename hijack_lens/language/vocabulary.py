@@ -2,14 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_choice, check_tokens, shown
+from hijack_lens.core.checks import as_int, check_choice, check_list, check_tokens, shown
 from hijack_lens.core.tables import visible
 
 UNKNOWN = "<unk>"
@@ -28,22 +28,17 @@ def cut(text: str, level: str) -> list[str]:
 
 def listed_triggers(triggers: Any) -> tuple[Token, ...] | None:
     """Triggers as a tuple; `None`, which means every token, stays. A string is one token."""
-    if isinstance(triggers, Tensor):
-        triggers = triggers.tolist()
     if isinstance(triggers, str) or as_int(triggers) is not None:
         triggers = (triggers,)
-    if triggers is not None and not isinstance(triggers, Iterable):
-        raise TypeError(f"triggers must be a token or several, got {shown(triggers)}")
-    return None if triggers is None else tuple(triggers)
+    return None if triggers is None else tuple(check_list("triggers", triggers, "a token or several"))
 
 
 class Vocabulary:
     """The texts of `size` tokens, each a character or a word; the arguments are those of `BigramLanguage`."""
 
     def __init__(self, size: int, tokens: Sequence[str] | None, level: Literal["char", "word"] | None):
-        if tokens is not None and not isinstance(tokens, Iterable):
-            raise TypeError(f"tokens must be the texts of the tokens, got {shown(tokens)}")
-        names = [str(index) for index in range(size)] if tokens is None else list(tokens)
+        what = "the texts of the tokens"
+        names = [str(index) for index in range(size)] if tokens is None else check_list("tokens", tokens, what)
         if len(names) != size:
             raise ValueError(f"tokens must name all {size} rows of pi_b, got {len(names)} names")
         if not all(isinstance(name, str) and name for name in names):
@@ -75,13 +70,13 @@ class Vocabulary:
         """
         if isinstance(token, str):
             if token not in self._ids:
-                raise ValueError(f"{name} {token!r} is not one of the language's {self.d_vocab} tokens")
+                raise ValueError(f"{name} {shown(token)} is not one of the language's {self.d_vocab} tokens")
             return self._ids[token]
         number = as_int(token)
         if number is None:
             raise TypeError(f"{name} must be a token's text or its id, got {shown(token)}")
         if not 0 <= number < self.d_vocab:
-            raise ValueError(f"{name} {number} is not a token id; ids run from 0 to {self.d_vocab - 1}")
+            raise ValueError(f"{name} {shown(number)} is not a token id; ids run from 0 to {self.d_vocab - 1}")
         return number
 
     def trigger_ids(self, triggers: Any) -> Int[Tensor, "trigger"]:

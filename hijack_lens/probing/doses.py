@@ -15,7 +15,7 @@ from hijack_lens import theory
 from hijack_lens.attribution.logit_attribution import MEMORIES
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
-from hijack_lens.core.checks import Seed, check_count, check_fields, shown
+from hijack_lens.core.checks import Seed, check_count, check_fields, check_list
 from hijack_lens.core.circuit import Circuit, Margin, Strengths
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import check_model, evaluating
@@ -273,9 +273,8 @@ def dose_response(
     """
     check_model(model)
     check_count("repeats", repeats, minimum=_FEWEST)
-    if not isinstance(facts, (Fact, Bigram, Iterable)):
-        raise TypeError(f"facts must be a Fact or Bigram, or several, got {shown(facts)}")
-    listed = [facts] if isinstance(facts, (Fact, Bigram)) else list(facts)
+    alone = isinstance(facts, (Fact, Bigram))
+    listed = [facts] if alone else check_list("facts", facts, "a Fact or Bigram, or several")
     if not listed:
         raise ValueError("facts must hold at least one, got none")
     conflicts = tuple(fact_prompts(model, fact, repeats, lead) for fact in listed)

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from hijack_lens.core.checks import check_choice, check_count, shown
+from hijack_lens.core.checks import check_choice, check_count, check_list, check_path, check_type, shown
 from hijack_lens.core.files import write_atomically
 from hijack_lens.grid.journal import Journal
 from hijack_lens.grid.running import run_grid
@@ -140,13 +140,18 @@ def reproduce(
         TypeError, ValueError: for names of no claim, and an `out` that is a file.
         RuntimeError: where no worker can start.
     """
-    chosen = tuple(CLAIMS) if claims is None else tuple([claims] if isinstance(claims, str) else claims)
+    chosen = (
+        tuple(CLAIMS)
+        if claims is None
+        else tuple([claims] if isinstance(claims, str) else check_list("claims", claims, "names of claims"))
+    )
     for name in chosen:
         check_choice("claims", name, CLAIMS)
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"claims must be one or several different ones, got {shown(claims)}")
     count = check_count("workers", (os.cpu_count() or 1) if workers is None else workers, minimum=1)
-    folder = Path(out)
+    check_type("quick", quick, bool)
+    folder = check_path("out", out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out must be a folder, got the file {str(folder)!r}")
     folder.mkdir(parents=True, exist_ok=True)

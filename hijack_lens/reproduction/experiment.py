@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hijack_lens.core.checks import check_fields
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.core.statistics import student_quantile
 from hijack_lens.language import BigramLanguage, HijackPrompt, hijack_prompt
@@ -66,6 +67,7 @@ class Result:
     note: str = ""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.findings:
             raise ValueError("findings must hold at least one, got none")
 

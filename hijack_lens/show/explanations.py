@@ -4,6 +4,7 @@ import os
 from html import escape
 from pathlib import Path
 
+from hijack_lens.core.checks import check_path
 from hijack_lens.core.files import write_atomically
 from hijack_lens.core.tables import Report, Table, picture_of, report_of
 from hijack_lens.explanation import Explanation
@@ -87,7 +88,7 @@ def write_report(explanation: Explanation, path: str | os.PathLike[str]) -> Path
         ValueError: if the folder does not exist.
     """
     _check(explanation)
-    target = Path(path)
+    target = check_path("path", path)
     if target.is_dir():
         raise ValueError(f"path must be a file, got the folder {str(target)!r}")
     if not target.parent.is_dir():

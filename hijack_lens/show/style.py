@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+
+from hijack_lens.core.checks import check_count, check_number, check_path, check_texts, shown
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#999999"
@@ -27,6 +30,8 @@ code { background: #f2f2f2; padding: 0 0.2em } svg { max-width: 100%; height: au
 _DIVERGING = "PuOr_r"  # purple one way, orange the other
 _ABSENT = "#dcdcdc"
 _NAMES_SHOWN = 60
+_INCHES = 400
+_DPI = 10  # matplotlib draws no text below
 
 
 class Picture:
@@ -39,6 +44,9 @@ class Picture:
     def __init__(self, width: float, height: float):
         from matplotlib.figure import Figure
 
+        for name, inches in (("width", width), ("height", height)):
+            if check_number(name, inches, positive=True) > _INCHES:
+                raise ValueError(f"{name} must be at most {_INCHES} inches, got {shown(inches)}")
         self.figure = Figure(figsize=(width, height), layout="constrained")
 
     def __repr__(self) -> str:
@@ -46,6 +54,10 @@ class Picture:
 
     def save(self, path: Any) -> None:
         """Writes the picture; the file name's extension sets the format."""
+        path = check_path("path", path)
+        known = self.figure.canvas.get_supported_filetypes()
+        if path.suffix[1:].lower() not in known:
+            raise ValueError(f"path must end in one of .{', .'.join(known)}, got {shown(str(path))}")
         self.figure.savefig(path, dpi=150)
 
     def svg(self) -> str:
@@ -57,6 +69,9 @@ class Picture:
 
     def png(self, dpi: int = 120) -> bytes:
         """The picture as the bytes of a PNG file."""
+        size = check_count("dpi", dpi, minimum=_DPI) * self.figure.get_size_inches()
+        if max(size) >= 2**16 or math.prod(size) > 2**28:
+            raise ValueError(f"dpi must be smaller for a picture this large, got {shown(dpi)}")
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format="png", dpi=dpi)
         return buffer.getvalue()
@@ -145,7 +160,21 @@ def heatmap(
     """
     import matplotlib
 
-    image = np.asarray(image.detach().cpu().double() if hasattr(image, "detach") else image, dtype=float)
+    if not callable(getattr(ax, "imshow", None)):
+        raise TypeError(f"ax must be matplotlib axes, got {shown(ax)}")
+    try:
+        image = np.asarray(image.detach().cpu().double() if isinstance(image, Tensor) else image, dtype=float)
+    except Exception as error:  # of many kinds, by what the elements are
+        raise TypeError(f"image must be a matrix of numbers, got {shown(image)}") from error
+    if image.ndim != 2 or not image.size:
+        raise ValueError(f"image must be a matrix [row, column], got shape {image.shape}")
+    check_number("centre", abs(centre) if isinstance(centre, (int, float)) else centre)
+    check_number("spread", 1.0 if spread is None else spread, positive=True)
+    check_count("decimals", 0 if decimals is None else decimals)
+    check_count("named", named, minimum=1)
+    for argument, given, size in (("rows", rows, image.shape[0]), ("columns", columns, image.shape[1])):
+        if given is not None and len(check_texts(argument, given)) != size:
+            raise ValueError(f"{argument} must name all {size} of the image, got {shown(given)}")
     spread = spread_of(image, centre) if spread is None else spread
     low, high = (0.0, 1.0) if attention else (centre - spread, centre + spread)
     colours = matplotlib.colormaps["Blues" if attention else _DIVERGING].with_extremes(bad=_ABSENT)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hijack_lens import theory
-from hijack_lens.core.checks import Seed, as_generator, check_count, shown
+from hijack_lens.core.checks import Seed, as_generator, check_count, check_type, shown
 from hijack_lens.core.circuit import Positions, Strengths
 from hijack_lens.language import BigramLanguage, Token, Triggers
 from hijack_lens.language.prompts import HijackPrompt, hijack_prompt
@@ -58,6 +58,7 @@ def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = N
     Raises:
         ValueError: for other models.
     """
+    check_type("model", model, BigramTransformer)
     circuit = model.circuit
     if len(circuit.previous_token) != 1 or len(circuit.induction) != 1:
         raise ValueError(f"model must have one previous-token and one induction head, got {circuit}")
@@ -155,6 +156,8 @@ def theory_agreement(
         length: tokens in each, at least 14.
         seed: for the random draws.
     """
+    check_type("model", model, BigramTransformer)
+    check_type("fit", fit, FittedStrengths)
     check_count("n_prompts", n_prompts, minimum=1)
     if check_count("length", length, minimum=14) > model.cfg.n_ctx:
         raise ValueError(f"length must be at most the model's n_ctx={model.cfg.n_ctx}, got {length}")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.core.checks import check_count
+from hijack_lens.core.checks import check_count, check_type
 from hijack_lens.core.circuit import Component
 from hijack_lens.hooks.intervention import record
 from hijack_lens.language import SampledSequences, Token
@@ -39,6 +39,7 @@ def memory_recall(model: BigramTransformer, length: int, triggers: Sequence[Toke
         divergence in nats of the token's own prediction (no attention) from pi_b, over tokens other than `triggers`.
         NaN if the model lacks the memory: no head in that role, or no positions.
     """
+    check_type("model", model, BigramTransformer)
     check_count("length", length, minimum=2)
     if model.positions == "absolute" and length > model.cfg.n_ctx:
         raise ValueError(f"length must be at most the model's n_ctx={model.cfg.n_ctx}, got {length}")
@@ -127,6 +128,8 @@ def behaviour(model: BigramTransformer, sequences: SampledSequences) -> Scores:
         positions whose previous token is the current one; "attended_correct", how often the position they attend to
         most holds the right answer. If a role has several heads, the best one's. NaN if there is nothing to score.
     """
+    check_type("model", model, BigramTransformer)
+    check_type("sequences", sequences, SampledSequences)
     device = model.W_E.device
     tokens, predictable = sequences.tokens.to(device), sequences.predictable.to(device)
     heads = [*model.circuit.previous_token, *model.circuit.induction]

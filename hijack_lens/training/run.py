@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from safetensors.torch import save
 
-from hijack_lens.core.checks import Seed, as_int, check_choice, check_count, check_number, fixed_seed, shown
+from hijack_lens.core.checks import Seed, as_int, check_choice, check_count, check_number, check_path, fixed_seed, shown
 from hijack_lens.core.files import read_safetensors, write_atomically
 from hijack_lens.core.tables import Drawn
 from hijack_lens.language import BigramLanguage, Token
@@ -165,7 +165,7 @@ class TrainingRun(Drawn):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the model as `save_pretrained` does, and the table as `probes.csv`."""
         self.model.save_pretrained(folder)
-        write_atomically(Path(folder) / "probes.csv", self.table.to_csv(index=False).encode())
+        write_atomically(check_path("folder", folder) / "probes.csv", self.table.to_csv(index=False).encode())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "TrainingRun":
@@ -174,7 +174,7 @@ class TrainingRun(Drawn):
         Raises:
             ValueError: if there is none, or its files are truncated or hold something else.
         """
-        checkpoint = latest_checkpoint(folder)
+        checkpoint = latest_checkpoint(check_path("folder", folder))
         if checkpoint is None:
             raise ValueError(f"{folder} is not a folder with checkpoints")
         return read_checkpoint(checkpoint)[0]

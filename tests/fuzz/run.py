@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
+import typing
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -124,7 +125,14 @@ def named(message: str, target: Target) -> bool:
 
 def forms(parameter: Parameter) -> set[str]:
     name = parameter.name.lower()
-    return {name, name.removesuffix("s"), f"{name}s", *({"json"} if name == "as_json" else {"global"} & {name[:6]})}
+    kinds = {one.__name__.lower() for one in typing.get_args(parameter.annotation) if isinstance(one, type)}
+    return {
+        *kinds,
+        name,
+        name.removesuffix("s"),
+        f"{name}s",
+        *({"json"} if name == "as_json" else {"global"} & {name[:6]}),
+    }
 
 
 def judged(call: Call, error: BaseException) -> Outcome:
@@ -144,7 +152,8 @@ def judged(call: Call, error: BaseException) -> Outcome:
         return Outcome(call, "refused", detail, where)
     if not isinstance(error, (ValueError, TypeError)):
         return Outcome(call, type(error).__name__, detail, where)
-    if not named(text, call.target):
+    called = call.made.get("name")  # what an error is told to call the argument
+    if not named(text, call.target) and not (called is not None and str(called)[:20] in text):
         return Outcome(call, "unnamed", detail, where)
     if len(text) > LONGEST:
         return Outcome(call, "long", detail, where)
@@ -158,6 +167,8 @@ def make(call: Call) -> Outcome:
     start = time.perf_counter()
     try:
         with limited(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            if hasattr(call.target.function, "dispatch"):  # chosen by the type of a positional argument
+                own, arguments = list(arguments.values()), {}
             call.target.function(*own, **arguments)
         outcome = Outcome(call, "returned")
     except TooSlow as error:
