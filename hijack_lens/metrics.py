@@ -101,8 +101,6 @@ class Metric:
 
     def on(self, model: Any, clean: Logits | None = None, corrupted: Logits | None = None) -> "Metric":
         """The metric with its tokens looked up in the model's tokenizer and its reference taken from the runs."""
-        if model is not None:  # metrics of runs alone need none
-            check_model(model)
         for name, logits in (("clean", clean), ("corrupted", corrupted)):
             if logits is not None:
                 _check_logits(name, logits)
@@ -221,10 +219,10 @@ def kl(reference: _Run | Logits = "clean", position: int = -1) -> Metric:
 
 
 def _check_logits(name: str, logits: object) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else f"{type(logits).__name__} {shown(logits)}"
+        raise ValueError(f"{name} must be a tensor [batch, pos, d_vocab], got {got}")
     check_tensor(name, logits, "logits")
-    assert isinstance(logits, Tensor)
-    if logits.ndim != 3:
-        raise ValueError(f"{name} must be a tensor [batch, pos, d_vocab], got {tuple(logits.shape)}")
 
 
 def _of_tokens(
@@ -250,6 +248,8 @@ def _listed(answer: Any) -> list[Any]:
 
 def _ids(argument: str, answer: Answer, model: Any = None) -> Int[Tensor, "..."]:
     """One token id, or one per prompt."""
+    if model is not None:
+        check_model(model)
     ids = [token_id(model, argument, one) for one in _listed(answer)]
     listed = check_tokens(argument, ids, 2**62 if model is None else model.cfg.d_vocab)
     return listed if _is_several(answer) else listed[0]
@@ -268,4 +268,4 @@ def _pick(
 
 def _named(answer: Answer) -> str:
     several = _listed(answer)
-    return repr(several[0]) if len(several) == 1 else "of each prompt's answer"
+    return shown(several[0]) if len(several) == 1 else "of each prompt's answer"

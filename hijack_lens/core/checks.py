@@ -45,8 +45,10 @@ def fixed_seed(seed: Any) -> int:
     number = as_int(seed)
     if number is None:
         raise TypeError(f"seed must be an int, a torch.Generator or None, got {shown(seed)}")
-    if not 0 <= number < 2**64:
-        raise ValueError(f"seed must be at least 0 and below 2^64, got {shown(number)}")
+    if number < 0:
+        raise ValueError(f"seed must be at least 0, got {shown(number)}")
+    if number >= 2**64:
+        raise ValueError(f"seed must be below 2^64, got {shown(number)}")
     return number
 
 
@@ -72,6 +74,8 @@ def check_list(name: str, value: object, what: str) -> list[Any]:
     """The elements of a list, tensor, array or other iterable, but not of a text; `what` says what they should be."""
     elements: list[Any] = []
     try:
+        if isinstance(value, (Tensor, np.ndarray)) and value.ndim and len(value) <= _LONGEST:
+            return value.tolist()
         if isinstance(value, Iterable) and not isinstance(value, (str, bytes, bytearray)):
             elements = list(itertools.islice(value, _LONGEST + 1))
             if len(elements) <= _LONGEST:
@@ -125,8 +129,9 @@ def check_path(name: str, value: object) -> Path:
 def check_dtype(name: str, value: object) -> None:
     """`value` is a dtype that models compute in."""
     if not isinstance(value, torch.dtype) or not value.is_floating_point or value.itemsize < 2:
-        error = ValueError if isinstance(value, torch.dtype) else TypeError
-        raise error(f"{name} must be a floating-point torch.dtype, of two bytes or more, got {shown(value)}")
+        raise TypeError(
+            f"{name} must be a floating-point torch.dtype, got {shown(value)}; those of one byte are too small"
+        )
 
 
 def check_device(name: str, value: object) -> None:
@@ -144,7 +149,7 @@ def check_tokens(name: str, tokens: object, d_vocab: int, n_ctx: int | None = No
     """`tokens` as integer ids of shape [pos] or [batch, pos], each in the vocabulary and within `n_ctx`."""
     if not isinstance(tokens, Tensor):
         if not isinstance(tokens, Iterable) or isinstance(tokens, (str, bytes)):
-            raise TypeError(f"{name} must be a tensor of token ids, got {shown(tokens)}")
+            raise TypeError(f"{name} must be a tensor of token ids, got {type(tokens).__name__} {shown(tokens)}")
         listed = tokens if isinstance(tokens, np.ndarray) else check_list(name, tokens, "token ids")
         try:
             tokens = torch.as_tensor(np.asarray(listed))
@@ -224,7 +229,8 @@ def check_distribution(name: str, values: object, shape: tuple[int, ...]) -> Flo
             raise TypeError("complex numbers are not probabilities; sparse tensors lack what is done with these")
         probabilities = probabilities.double()
     except Exception as error:  # of many kinds, by what the elements are
-        raise TypeError(f"{name} must be a tensor of probabilities, got {shown(values)}") from error
+        got = f"{type(values).__name__} {shown(values)}"
+        raise TypeError(f"{name} must be a tensor of probabilities, got {got}") from error
     if tuple(probabilities.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(probabilities.shape)}")
     if not bool(probabilities.isfinite().all()):

@@ -101,7 +101,7 @@ class BigramLanguage(Vocabulary):
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, got {type(text).__name__}")
         check_choice("level", level, ("char", "word"))
-        check_number("smoothing", smoothing)
+        smoothing = check_number("smoothing", smoothing)
         pieces = cut(text, level)
         if len(pieces) < 2:
             raise ValueError(f"text must hold at least two tokens, got {shown(text)}")

@@ -71,6 +71,8 @@ def trainable_transformer(
     check_count("d_model", d_model, minimum=1)
     check_count("n_heads", n_heads, minimum=1)
     check_type("init", {} if init is None else init, Mapping)
+    if isinstance(freeze, str):
+        raise ValueError(f"freeze must be a list of names, got the text {shown(freeze)}")
     freeze = check_texts("freeze", freeze)
     if d_head is None and d_model % n_heads:
         raise ValueError(f"n_heads must divide d_model={d_model}, got {n_heads}; or give d_head=")

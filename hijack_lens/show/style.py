@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hijack_lens.core.checks import check_count, check_number, check_path, check_texts, shown
+from hijack_lens.core.checks import check_count, check_list, check_number, check_path, check_texts, shown
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#999999"
@@ -175,6 +175,10 @@ def heatmap(
     for argument, given, size in (("rows", rows, image.shape[0]), ("columns", columns, image.shape[1])):
         if given is not None and len(check_texts(argument, given)) != size:
             raise ValueError(f"{argument} must name all {size} of the image, got {shown(given)}")
+    if texts is not None:
+        lines = [check_texts("texts", line) for line in check_list("texts", texts, "a list of texts for each row")]
+        if len(lines) != len(image) or any(len(line) != image.shape[1] for line in lines):
+            raise ValueError(f"texts must have the image's shape {image.shape}, got {shown(texts)}")
     spread = spread_of(image, centre) if spread is None else spread
     low, high = (0.0, 1.0) if attention else (centre - spread, centre + spread)
     colours = matplotlib.colormaps["Blues" if attention else _DIVERGING].with_extremes(bad=_ABSENT)

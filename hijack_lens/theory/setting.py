@@ -35,7 +35,7 @@ class Setting:
         if (last := self.n_ctx_train) is None:
             return
         if self.positions == "relative":
-            raise ValueError(f"n_ctx_train is for absolute positions; relative ones have no end, got {last}")
+            raise ValueError(f"n_ctx_train is for absolute positions; relative ones have no end, got {shown(last)}")
         object.__setattr__(self, "n_ctx_train", check_count("n_ctx_train", last, minimum=1))
 
     @classmethod

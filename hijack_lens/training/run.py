@@ -14,7 +14,17 @@ import pandas as pd
 import torch
 from safetensors.torch import save
 
-from hijack_lens.core.checks import Seed, as_int, check_choice, check_count, check_number, check_path, fixed_seed, shown
+from hijack_lens.core.checks import (
+    Seed,
+    as_int,
+    check_choice,
+    check_count,
+    check_number,
+    check_path,
+    check_type,
+    fixed_seed,
+    shown,
+)
 from hijack_lens.core.files import read_safetensors, write_atomically
 from hijack_lens.core.tables import Drawn
 from hijack_lens.language import BigramLanguage, Token
@@ -152,6 +162,7 @@ class TrainingRun(Drawn):
         Raises:
             ValueError: for a probe that the table lacks.
         """
+        check_type("name", name, str)
         rows = self.table[self.table["probe"] == name]
         if rows["length"].notna().any():
             rows = rows[rows["length"] == (self.config.length if length is None else length)]

@@ -120,7 +120,8 @@ def named(message: str, target: Target) -> bool:
     """Whether a message names an argument of the call, also in the singular, or as an option is written."""
     words = set(re.findall(r"[a-z_0-9]+", message.lower().replace("-", "_")))
     words |= {word.strip("_") for word in words}
-    return any(form in words for one in target.parameters for form in forms(one))
+    own = target.name.rsplit(".", 1)[-1]  # a method may say that it does not suit its result
+    return own in words or any(form in words for one in target.parameters for form in forms(one))
 
 
 def forms(parameter: Parameter) -> set[str]:
@@ -152,8 +153,9 @@ def judged(call: Call, error: BaseException) -> Outcome:
         return Outcome(call, "refused", detail, where)
     if not isinstance(error, (ValueError, TypeError)):
         return Outcome(call, type(error).__name__, detail, where)
-    called = call.made.get("name")  # what an error is told to call the argument
-    if not named(text, call.target) and not (called is not None and str(called)[:20] in text):
+    if "name" in call.bad or (call.target.owner is not None and not call.bad):
+        return Outcome(call, "refused", detail, where)  # told to call the argument so; or the result does not suit
+    if not named(text, call.target):
         return Outcome(call, "unnamed", detail, where)
     if len(text) > LONGEST:
         return Outcome(call, "long", detail, where)
