@@ -68,7 +68,7 @@ def attribute(
     ids = model_tokens(model, prompt)
     length = ids.shape[-1]
     number = None if isinstance(position, str) else as_int(position)
-    if position != "all" and (number is None or not -length <= number < length):
+    if not (isinstance(position, str) and position == "all") and (number is None or not -length <= number < length):
         raise ValueError(f"position must be 'all' or an int from {-length} to {length - 1}, got {shown(position)}")
     where: int | Literal["all"] = "all" if number is None else number % length
     candidates = (prompt.in_context, prompt.global_candidate) if isinstance(prompt, HijackPrompt) else None
