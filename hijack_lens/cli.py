@@ -1,6 +1,7 @@
 """The command line: `hijack-lens COMMAND`."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -216,7 +217,7 @@ def main() -> None:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except CycloptsError as error:
         error.verbose = False  # without it, the message names Python functions
-        _fail(str(error))
+        _fail(re.sub(r"\S{81,}", lambda word: f"{word[0][:77]}...", str(error)))
     except (ValueError, TypeError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from hijack_lens.attribution.logit_attribution import LogitAttribution
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import as_int
+from hijack_lens.core.checks import as_int, shown
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Margin
 from hijack_lens.core.inputs import circuit_of, model_tokens, prompt_texts, token_ids
 from hijack_lens.core.tables import Drawn, widened
@@ -129,7 +129,9 @@ def explain(model: Any, prompt: object, answer: Any = None, foil: Any = None, *,
     """
     if isinstance(prompt, HijackPrompt):
         if answer is not None or foil is not None:
-            raise ValueError(f"answer and foil come with a HijackPrompt, got answer={answer!r}, foil={foil!r}")
+            raise ValueError(
+                f"answer and foil come with a HijackPrompt, got answer={shown(answer)}, foil={shown(foil)}"
+            )
         if prompt.tokens.ndim == 1:
             return _of_hijack_prompt(model, prompt, circuit)
         rows = zip(prompt.tokens, prompt.corrupted, strict=True)

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_choice, check_tokens
+from hijack_lens.core.checks import as_int, check_choice, check_count, check_tensor, check_tokens, shown
+from hijack_lens.core.hook_points import check_model
 from hijack_lens.core.tables import visible, widened
 from hijack_lens.core.texts import decoded, listed_ids, n_outputs
 from hijack_lens.language.prompts import HijackPrompt
@@ -45,12 +46,12 @@ class Metric:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
-            raise TypeError(f"name must be a string, got {self.name!r}")
+            raise TypeError(f"name must be a string, got {shown(self.name)}")
         if not callable(self.of_logits) and not callable(self.resolve):
-            raise TypeError(f"of_logits must be a function of logits, got {self.of_logits!r}")
+            raise TypeError(f"of_logits must be a function of logits, got {shown(self.of_logits)}")
         position = as_int(self.position)
         if position is None:
-            raise TypeError(f"position must be an int, got {self.position!r}")
+            raise TypeError(f"position must be an int, got {shown(self.position)}")
         object.__setattr__(self, "position", position)
 
     def __call__(self, logits: Logits) -> Float[Tensor, ""]:
@@ -63,11 +64,7 @@ class Metric:
 
     def per_prompt(self, logits: Logits) -> Float[Tensor, "batch"]:
         """The number of each prompt; raises as a call does."""
-        if not isinstance(logits, Tensor) or logits.ndim != 3:
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"logits must be a tensor [batch, pos, d_vocab], got {got}")
-        if self.of_logits is None:
-            raise ValueError(f"metric {self.name!r} needs a model or its unpatched runs: give it to .on(model) first")
+        _check_logits("logits", logits)
         return self.of_rows(logits[:, self.index(logits.shape[1])])
 
     def of_rows(self, logits: Float[Tensor, "*runs batch d_vocab"]) -> Float[Tensor, "*runs batch"]:
@@ -76,7 +73,11 @@ class Metric:
         Raises:
             TypeError: if `of_logits` returns anything else.
         """
-        assert self.of_logits is not None
+        check_tensor("logits", logits, "logits")
+        if self.of_logits is None:
+            raise ValueError(
+                f"metric {self.name!r} needs a model or its unpatched runs for any logits: give it to .on(model) first"
+            )
         numbers = self.of_logits(widened(logits))
         if not isinstance(numbers, Tensor) or numbers.shape != logits.shape[:-1]:
             got = f"shape {tuple(numbers.shape)}" if isinstance(numbers, Tensor) else f"{numbers!r:.40}"
@@ -92,12 +93,18 @@ class Metric:
         Raises:
             ValueError: if they are too short.
         """
+        check_count("n_positions", n_positions, minimum=1)
         if not -n_positions <= self.position < n_positions:
-            raise ValueError(f"metric {self.name!r} reads position {self.position}; the prompts have {n_positions}")
+            raise ValueError(
+                f"metric {self.name!r} reads position {shown(self.position)}; the prompts have {n_positions}"
+            )
         return self.position % n_positions
 
     def on(self, model: Any, clean: Logits | None = None, corrupted: Logits | None = None) -> "Metric":
         """The metric with its tokens looked up in the model's tokenizer and its reference taken from the runs."""
+        for name, logits in (("clean", clean), ("corrupted", corrupted)):
+            if logits is not None:
+                _check_logits(name, logits)
         return self if self.resolve is None else replace(self, of_logits=self.resolve(model, clean, corrupted))
 
     def normalised(self, clean: Logits, corrupted: Logits) -> "Metric":
@@ -110,6 +117,8 @@ class Metric:
         Raises:
             ValueError: if both give the same number.
         """
+        _check_logits("clean", clean)
+        _check_logits("corrupted", corrupted)
         low, high = self(corrupted).detach(), self(clean).detach()
         if bool(low == high):
             raise ValueError(f"metric {self.name!r} is {float(low):g} on the clean and on the corrupted run alike")
@@ -183,7 +192,7 @@ def kl(reference: _Run | Logits = "clean", position: int = -1) -> Metric:
         check_choice("reference", reference, ("clean", "corrupted"))
     elif not isinstance(reference, Tensor) or reference.ndim != 3:
         raise TypeError(
-            f"reference must be 'clean', 'corrupted' or logits [batch, pos, d_vocab], got {reference!r:.80}"
+            f"reference must be 'clean', 'corrupted' or logits [batch, pos, d_vocab], got {shown(reference)}"
         )
     which = reference if isinstance(reference, str) else "reference"
     name = f"KL from the {which} run"
@@ -225,6 +234,13 @@ class _OfTokens(Metric):
         return replace(found, name=self.words.format(**named))
 
 
+def _check_logits(name: str, logits: object) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else f"{type(logits).__name__} {shown(logits)}"
+        raise ValueError(f"{name} must be a tensor [batch, pos, d_vocab], got {got}")
+    check_tensor(name, logits, "logits")
+
+
 def _of_tokens(
     words: str, answers: dict[str, Answer], of_logits: Callable[[Tensor, dict[str, Tensor]], Tensor], position: int
 ) -> Metric:
@@ -249,6 +265,8 @@ def _listed(answer: Any) -> list[Any]:
 
 def _ids(argument: str, answer: Answer, model: Any = None) -> Int[Tensor, "..."]:
     """One token id, or one per prompt."""
+    if model is not None:
+        check_model(model)
     ids = listed_ids(model, argument, _listed(answer), output=True)
     listed = check_tokens(argument, ids, 2**62 if model is None else n_outputs(model))
     return listed if _is_several(answer) else listed[0]
@@ -271,5 +289,5 @@ def _named(answer: Answer, model: Any = None) -> str:
     if model is not None and all(isinstance(one, str) for one in several):
         several = [visible(text) for text in decoded(model.tokenizer, listed_ids(model, "answer", several))]
     if len(several) == 1:
-        return repr(several[0])
+        return shown(several[0])
     return "of each prompt's answer" + (f" ({', '.join(map(repr, several)):.60})" if model is not None else "")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import check_choice, check_count
+from hijack_lens.core.checks import check_choice, check_count, check_list, shown
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.inputs import Components, circuit_of, components_of
 from hijack_lens.core.tables import widened
@@ -94,14 +94,13 @@ def path_sweep(
 def _edges(model: Any, components: Any, circuit: Any, via: Any) -> tuple[tuple[Edge, ...], Circuit]:
     """The edges that a user's arguments name, checked to be patchable; and the circuit that names their ends."""
     names = circuit_of(model, components if circuit is None and isinstance(components, Circuit) else circuit)
-    if not isinstance(via, Iterable):
-        raise TypeError(f"via must be one or several of {', '.join(map(repr, VIAS))}, got {via!r:.80}")
-    inputs = (via,) if isinstance(via, str) else tuple(via)
+    expected = f"one or several of {', '.join(map(repr, VIAS))}"
+    inputs = (via,) if isinstance(via, str) else tuple(check_list("via", via, expected))
     for name in inputs:
         check_choice("via", name, VIAS)
     edges = edges_among(model, components_of(model, components, names), inputs)
     if not edges:
-        raise ValueError(f"via={via!r}: the components have no such inputs")
+        raise ValueError(f"via={shown(via)}: the components have no such inputs")
     for edge in edges:
         check_edge(model, edge.sender, edge.receiver, edge.via)
     return edges, names

@@ -11,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from hijack_lens.core.analysis import as_written
-from hijack_lens.core.checks import check_choice
+from hijack_lens.core.checks import check_choice, check_type, shown
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import Site, check_hook_points, position_index, sites
 from hijack_lens.core.inputs import indices, one_component
@@ -44,6 +44,7 @@ class Edge:
 
     def label(self, circuit: Circuit) -> str:
         """The edge in words, with components named by their roles in the circuit."""
+        check_type("circuit", circuit, Circuit)
         arrives = "" if self.via == "unembed" else f" {self.via}"
         return f"{name_of(self.sender, circuit)} → {name_of(self.receiver, circuit)}{arrives}"
 
@@ -94,7 +95,7 @@ def check_edge(model: Any, sender: Sender, receiver: Receiver, via: Via) -> None
     """Checks that the model has this edge, and hook points that reach it alone."""
     _check_sender(model, sender)
     if via not in inputs_of(receiver):
-        raise ValueError(f"via must be one of {inputs_of(receiver)} for receiver {receiver}, got {via!r}")
+        raise ValueError(f"via must be one of {inputs_of(receiver)} for receiver {receiver}, got {shown(via)}")
     if not precedes(model, sender, receiver):
         raise ValueError(f"sender {sender} must come before receiver {receiver}")
     if isinstance(receiver, str):

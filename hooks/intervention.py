@@ -12,8 +12,8 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from hijack_lens.core.analysis import as_written, hold_eager, is_compiled, release_eager
-from hijack_lens.core.checks import check_choice
-from hijack_lens.core.hook_points import _check_hook_point, check_model
+from hijack_lens.core.checks import check_choice, check_list, shown
+from hijack_lens.core.hook_points import check_hook_points
 from hijack_lens.core.inputs import model_tokens
 
 HookFunction = Callable[..., Tensor | None]
@@ -49,12 +49,9 @@ class Intervention:
         self, model: Any, edit: Sequence[tuple[str, HookFunction]] = (), look: Sequence[tuple[str, HookFunction]] = ()
     ):
         model = as_written(model)
-        check_model(model)
-        known = model.hook_dict
-        for name, _ in look:
-            _check_hook_point(model, known, name, edits=False)
-        for name, _ in edit:
-            _check_hook_point(model, known, name, edits=True)
+        look, edit = _pairs("look", look), _pairs("edit", edit)
+        check_hook_points(model, (name for name, _ in look), "look", edits=False)
+        check_hook_points(model, (name for name, _ in edit), "edit")
         self.model = model
         self._hooks: list[tuple[str, HookFunction]] = [
             (name, functools.partial(_checked, name, fn)) for name, fn in (*look, *edit)
@@ -155,6 +152,14 @@ def _witness(name: str) -> str:
     parts = name.split(".")
     layer = parts[1] if parts[0] == "blocks" else "0"
     return f"blocks.{layer}.hook_resid_pre"
+
+
+def _pairs(argument: str, given: object) -> list[tuple[str, HookFunction]]:
+    pairs = check_list(argument, given, "(hook point name, function) pairs")
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not callable(pair[1]):
+            raise TypeError(f"{argument} must be (hook point name, function) pairs, got {shown(pair)} in it")
+    return pairs
 
 
 def _checked(name: str, fn: HookFunction, activation: Tensor, hook: Any) -> Tensor | None:

@@ -9,7 +9,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.core.checks import check_choice
+from hijack_lens.core.checks import check_choice, shown
 from hijack_lens.core.inputs import model_tokens
 from hijack_lens.core.tables import widened
 from hijack_lens.hooks.intervention import HookFunction, Intervention, keeping, logits_of, record
@@ -23,7 +23,7 @@ MetricLike = Metric | Callable[[Tensor], Any]
 def check_metric(metric: object, length: int) -> None:
     """Checks that `metric` is a function, and reads no position beyond the prompts."""
     if not callable(metric):
-        raise TypeError(f"metric must be a hijack_lens Metric or a function of logits, got {metric!r:.80}")
+        raise TypeError(f"metric must be a hijack_lens Metric or a function of logits, got {shown(metric)}")
     if isinstance(metric, Metric):
         metric.index(length)
 
@@ -60,7 +60,7 @@ class BoundMetric:
         try:
             return float(value)
         except (TypeError, ValueError) as error:
-            raise TypeError(f"metric must give one number per run, got {value!r:.80}") from error
+            raise TypeError(f"metric must give one number per run, got {shown(value)}") from error
 
     def each(self, logits: Float[Tensor, "patch batch pos d_vocab"]) -> Float[Tensor, "patch"]:
         """The metric of each run."""
@@ -248,7 +248,7 @@ class GradientRuns:
         value = self.reader.metric(widened(logits))
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise TypeError(
-                f"metric {self.reader.name!r} must give a tensor that torch can differentiate, got {value!r:.80}: "
+                f"metric {self.reader.name!r} must give a tensor that torch can differentiate, got {shown(value)}: "
                 "compute it from the logits with torch operations only, without .item(), .detach() or no_grad()"
             )
         return value.reshape(())

@@ -9,6 +9,7 @@ from einops import reduce
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hijack_lens.core.checks import shown
 from hijack_lens.core.hook_points import all_components, check_hook_points
 from hijack_lens.core.inputs import indices
 
@@ -132,10 +133,10 @@ def make_plan(
         activations = [name for name in default if _WRITTEN_BY.get(name) in (None, *kinds_there)]
     named = [activations] if isinstance(activations, str) else activations
     if not isinstance(named, Sequence) or not named or not all(isinstance(name, str) for name in named):
-        raise TypeError(f"activations must be one or several of {', '.join(HOOKS)}, got {activations!r}")
+        raise TypeError(f"activations must be one or several of {', '.join(HOOKS)}, got {shown(activations)}")
     for name in named:
         if name not in HOOKS:
-            raise ValueError(f"activations must be among {', '.join(map(repr, HOOKS))}, got {name!r}")
+            raise ValueError(f"activations must be among {', '.join(map(repr, HOOKS))}, got {shown(name)}")
     kinds = {HOOKS[name][1] for name in named}
     if len(kinds) > 1:
         raise ValueError(
@@ -144,7 +145,7 @@ def make_plan(
         )
     unit = kinds.pop()
     chosen = indices("layers", layers, model.cfg.n_layers)
-    check_hook_points(model, (hook_name(name, layer) for name in named for layer in chosen))
+    check_hook_points(model, (hook_name(name, layer) for name in named for layer in chosen), "activations")
     sizes = [_n_units(model, name) for name in named]
     if unit is None and units is not None:
         raise ValueError(f"units must be None for {', '.join(named)}, which have neither heads nor neurons")

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.core.checks import check_shapes
+from hijack_lens.core.checks import check_fields, check_position, check_shapes, check_type, shown
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.files import Saved
 from hijack_lens.core.tables import Drawn, Shown, tidy
@@ -112,6 +112,7 @@ class Sweep(PatchEffects, Saved, Drawn):
     texts: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_shapes(self, {"values": tuple(map(len, self._labels.values()))})
 
     @property
@@ -130,8 +131,8 @@ class Sweep(PatchEffects, Saved, Drawn):
         Raises:
             KeyError: for an activation that was not swept.
         """
-        if activation not in self.activations:
-            raise KeyError(f"{activation!r} was not swept; there are {', '.join(self.activations)}")
+        if not isinstance(activation, str) or activation not in self.activations:
+            raise KeyError(f"{shown(activation)} was not swept; there are {', '.join(self.activations)}")
         at = self.activations.index(activation)
         return replace(self, values=self.values[at : at + 1], activations=(activation,))
 
@@ -148,6 +149,7 @@ class Sweep(PatchEffects, Saved, Drawn):
 
     def describe(self, flat: int) -> str:
         """One patch in words, by its index in the flattened values."""
+        flat = check_position("flat", flat, self.values.numel(), self.values.numel() - 1)
         index = torch.unravel_index(torch.tensor(flat), self.values.shape)
         at = {axis: labels[int(i)] for (axis, labels), i in zip(self._labels.items(), index, strict=True)}
         unit = "" if self.unit is None else f" {self.unit} {at[self.unit]}"
@@ -186,6 +188,7 @@ class PathSweep(PatchEffects, Saved, Drawn):
     circuit: Circuit = Circuit()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_shapes(self, {"values": (len(self.edges),)})
 
     def to_pandas(self) -> pd.DataFrame:
@@ -215,6 +218,8 @@ class Comparison(Shown, Generic[Result]):
     exact: Result
 
     def __post_init__(self) -> None:
+        check_type("approximate", self.approximate, PatchEffects)
+        check_type("exact", self.exact, PatchEffects)
         kinds = type(self.approximate).__name__, type(self.exact).__name__
         if kinds[0] != kinds[1]:
             raise TypeError("approximate and exact must be results of one kind, got a {} and a {}".format(*kinds))

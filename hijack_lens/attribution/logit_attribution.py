@@ -9,7 +9,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_count, check_shapes
+from hijack_lens.core.checks import (
+    as_int,
+    check_choice,
+    check_count,
+    check_fields,
+    check_list,
+    check_position,
+    check_shapes,
+    check_type,
+    shown,
+)
 from hijack_lens.core.circuit import Circuit, Component, Margin
 from hijack_lens.core.files import Saved
 from hijack_lens.core.tables import Shown, tidy, visible
@@ -51,6 +61,10 @@ class Path:
     @classmethod
     def of(cls, source: Source, through: tuple[Component, ...], circuit: Circuit) -> "Path":
         """A path, labelled by the roles of a circuit."""
+        check_choice("source", source, _SOURCE_NAMES)
+        check_type("circuit", circuit, Circuit)
+        for component in check_list("through", through, "components"):
+            check_type("through", component, Component)
         words = [_SOURCE_NAMES[source], *(circuit.label(component) for component in through)]
         label = words[0] if source == "biases" else " → ".join([*words, "unembed"])
         if any(component in circuit.induction for component in through):
@@ -95,6 +109,7 @@ class LogitAttribution(Saved, Shown):
     outputs_are_tokens: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         *batch, n_paths, n_sources, d_vocab = self.values.shape
         expected = (*batch, n_sources, d_vocab) if self.position == "all" else (*batch, d_vocab)
         if n_paths != len(self.paths):
@@ -122,6 +137,7 @@ class LogitAttribution(Saved, Shown):
         """One prompt of a batch."""
         if self.tokens.ndim == 1:
             raise TypeError("this attribution is of a single prompt, without a batch axis to index")
+        index = check_position("index", index, len(self.tokens), len(self.tokens) - 1)
         parts = {name: getattr(self, name)[index] for name in ("values", "logits", "tokens")}
         return replace(self, **parts, answers=self.answers[index] if self._own else self.answers)
 
@@ -175,7 +191,9 @@ class LogitAttribution(Saved, Shown):
 
     def token_text(self, index: int) -> str:
         """The text of a token on the last axis, with white space visible; its id if there is no text."""
-        return self._text(self._ids[index]) if self.outputs_are_tokens else str(self._ids[index])
+        last = len(self._ids) - 1
+        one = self._ids[check_position("index", index, last + 1, last)]
+        return self._text(one) if self.outputs_are_tokens else str(one)
 
     def source_texts(self) -> list[str]:
         """The prompt's tokens, with white space visible; for one prompt."""
@@ -220,13 +238,13 @@ class LogitAttribution(Saved, Shown):
             texts = [] if self.vocab is None or not self.outputs_are_tokens else [self.vocab[i] for i in ids]
             place = next((texts.index(text) for text in spellings(token) if text in texts), None)
             if place is None:
-                raise ValueError(f"{name} must be a token of the model's vocabulary{among}, got {token!r:.80}")
+                raise ValueError(f"{name} must be a token of the model's vocabulary{among}, got {shown(token)}")
             return place
         number = as_int(token)
         if number is None:
-            raise TypeError(f"{name} must be a token's text or its id, got {token!r}")
+            raise TypeError(f"{name} must be a token's text or its id, got {shown(token)}")
         if number not in ids:
-            raise ValueError(f"{name} must be a token id{among or f' from 0 to {len(ids) - 1}'}, got {token}")
+            raise ValueError(f"{name} must be a token id{among or f' from 0 to {len(ids) - 1}'}, got {shown(number)}")
         return ids.index(number)
 
     def _of(self, memory: Memory) -> Float[Tensor, "*batch path source d_vocab"]:

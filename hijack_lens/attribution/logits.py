@@ -12,7 +12,7 @@ from hijack_lens.attribution.direct import check_additive, check_complete, check
 from hijack_lens.attribution.logit_attribution import LogitAttribution, Path, Source
 from hijack_lens.attribution.terms import FirstBlock, FrozenBlock, LastBlock, Local, SummedBlock, Unembedding
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import as_int
+from hijack_lens.core.checks import as_int, shown
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import all_components
 from hijack_lens.core.inputs import Tokens, circuit_of, is_single, model_tokens, token_ids
@@ -73,8 +73,8 @@ def attribute(
     ids = model_tokens(model, prompt)
     length = ids.shape[-1]
     number = None if isinstance(position, str) else as_int(position)
-    if position != "all" and (number is None or not -length <= number < length):
-        raise ValueError(f"position must be 'all' or an int from {-length} to {length - 1}, got {position!r}")
+    if not (isinstance(position, str) and position == "all") and (number is None or not -length <= number < length):
+        raise ValueError(f"position must be 'all' or an int from {-length} to {length - 1}, got {shown(position)}")
     where: int | Literal["all"] = "all" if number is None else number % length
     candidates = (prompt.in_context, prompt.global_candidate) if isinstance(prompt, HijackPrompt) else None
 

@@ -10,7 +10,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_shapes
+from hijack_lens.core.checks import as_int, check_fields, check_list, check_shapes, shown
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.tables import Drawn, tidy
@@ -80,8 +80,12 @@ class LogOdds(_ByTerms, Drawn):
     key_terms: tuple[ScoreTerm, ...]
     circuit: Circuit = Circuit()  # noqa: RUF009 (frozen)
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_shapes(self, {"values": (len(self.query_terms), len(self.key_terms)), "shares": (len(self.against),)})
+
     @classmethod
-    def between(
+    def _between(
         cls,
         values: Float[Tensor, "key query_term key_term"],
         scores: Float[Tensor, "key"],
@@ -159,6 +163,7 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
     circuit: Circuit = Circuit()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         expected = (len(self.keys), len(self.query_terms), len(self.key_terms))
         check_shapes(self, {"values": expected, "scores": expected[:1], "attention": expected[:1]})
         if not all(0 <= position < len(self.texts) for position in (self.query, *self.keys)):
@@ -211,21 +216,21 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
                 raise ValueError(f"against must be given, since this attribution lacks the keys {missing}")
             others = tuple(other for other in self.keys if other != own)
         else:
-            listed = list(against) if isinstance(against, Iterable) and not isinstance(against, str) else [against]
+            listed = [against] if as_int(against) is not None else check_list("against", against, "positions")
             others = tuple(self.position(other, "against") for other in listed)
         if not others or own in others or len(set(others)) < len(others):
-            raise ValueError(f"against must be one or several different keys other than {own}, got {against!r}")
+            raise ValueError(f"against must be one or several different keys other than {own}, got {shown(against)}")
         labels = (self.query_terms, self.key_terms, self.circuit)
-        return LogOdds.between(self.values, self.scores, self.keys, own, others, labels)
+        return LogOdds._between(self.values, self.scores, self.keys, own, others, labels)
 
     def position(self, key: Any, name: str = "key") -> int:
         """The position of a key of this attribution; negative ones count from the end of the prompt."""
         number = as_int(key)
         if number is None:
-            raise TypeError(f"{name} must be a position (an int), got {key!r}")
+            raise TypeError(f"{name} must be a position (an int), got {shown(key)}")
         position = number + len(self.texts) if number < 0 else number
         if position not in self.keys:
-            raise ValueError(f"{name} must be among this attribution's keys, got {number}")
+            raise ValueError(f"{name} must be among this attribution's keys, got {shown(number)}")
         return position
 
     def to_pandas(self) -> pd.DataFrame:
@@ -238,6 +243,6 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
 
 def _index(name: str, term: Any, terms: tuple[ScoreTerm, ...]) -> int:
     (term,) = term if isinstance(term, tuple) and len(term) == 1 else (term,)
-    if term not in terms:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, terms))}; got {term!s:.80}")
+    if not isinstance(term, (str, Component)) or term not in terms:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, terms))}; got {shown(term)}")
     return terms.index(term)

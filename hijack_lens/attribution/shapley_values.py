@@ -21,7 +21,15 @@ from hijack_lens.attribution.shapley_coalitions import (
     sites_of,
 )
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import Seed, as_generator, check_count, check_number, check_shapes
+from hijack_lens.core.checks import (
+    Seed,
+    as_generator,
+    check_count,
+    check_fields,
+    check_number,
+    check_shapes,
+    shown,
+)
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import is_hooked
@@ -72,6 +80,7 @@ class ShapleyValues(Saved, Drawn):
     pair_samples: Int[Tensor, "player player"] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         n = len(self.players)
         shapes = {"values": (n,), "interactions": (n, n), "worth": (2,) * n, "stderr": (n,)}
         shapes |= dict.fromkeys(("interactions_stderr", "pair_samples"), (n, n))
@@ -135,8 +144,8 @@ class ShapleyValues(Saved, Drawn):
         Raises:
             KeyError: for a label that no player has.
         """
-        if label not in self.labels:
-            raise KeyError(f"{label!r} is no player; there are {', '.join(self.labels)}")
+        if not isinstance(label, str) or label not in self.labels:
+            raise KeyError(f"{shown(label)} is no player; there are {', '.join(self.labels)}")
         return float(self.values[self.labels.index(label)])
 
     def to_pandas(self) -> pd.DataFrame:
@@ -229,7 +238,7 @@ def shapley(
         raise ValueError(f"max_exact must be at most {_MOST_EXACT}, a million runs, got {max_exact}")
     check_count("n_samples", n_samples, minimum=MIN_SAMPLES)
     if not isinstance(interactions, bool):
-        raise TypeError(f"interactions must be True or False, got {interactions!r}")
+        raise TypeError(f"interactions must be True or False, got {shown(interactions)}")
     generator = as_generator(seed)
     memory = check_number("memory_gb", memory_gb, positive=True) * 2**30
     tokens = model_tokens(model, prompt)

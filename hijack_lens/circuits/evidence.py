@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hijack_lens.core.checks import check_choice, check_fields
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
 from hijack_lens.core.tables import Drawn
 
@@ -122,6 +123,9 @@ class CircuitEvidence(Drawn):
     n_prompts: int
     period: int
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     def by_effect(self) -> tuple[Component, ...]:
         """Heads that carry the in-context gain, by effect alone: they attend as neither role does."""
@@ -136,8 +140,7 @@ class CircuitEvidence(Drawn):
         Raises:
             ValueError: for a role that circuits do not have.
         """
-        if role not in ROLE_NAMES:
-            raise ValueError(f"role must be one of {', '.join(map(repr, ROLE_NAMES))}, got {role!r}")
+        check_choice("role", role, ROLE_NAMES)
         named = getattr(self.circuit, role)
         if named:
             return f"{ROLE_NAMES[role]}: {', '.join(f'{part} ({self._why(role, part)})' for part in named)}"

@@ -29,7 +29,7 @@ from hijack_lens.circuits.heads import (
     lost_alone,
 )
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import Seed, as_generator, check_count, check_memory
+from hijack_lens.core.checks import Seed, as_generator, check_count, check_memory, shown
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.inputs import token_ids
 from hijack_lens.core.statistics import chance
@@ -95,7 +95,7 @@ def find_circuit(
     triggers = getattr(model, "triggers", None) if triggers is None else triggers
     asked = None if triggers is None else token_ids(model, "triggers", triggers)
     if asked is not None and not bool(torch.isin(asked, drawn_from).any()):
-        raise ValueError(f"triggers must be among the vocabulary's tokens, got {triggers!r:.80}")
+        raise ValueError(f"triggers must be among the vocabulary's tokens, got {shown(triggers)}")
     first = _first_token(model)
     # A previous-token head works only as far as the model's learned absolute positions.
     longest = min(model.cfg.n_ctx, getattr(model, "n_ctx_train", None) or model.cfg.n_ctx)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.core.checks import check_choice, check_count, check_number
+from hijack_lens.core.checks import check_choice, check_count, check_number, shown
 
 _PLACE = re.compile(r"L([0-9]{1,9})(?:H([0-9]{1,9})|MLP)")
 
@@ -34,7 +34,7 @@ class Component:
         if self.kind == "head":
             object.__setattr__(self, "head", check_count("head", self.head))
         elif self.head is not None:
-            raise ValueError(f"head must be None for an MLP, got {self.head!r}")
+            raise ValueError(f"head must be None for an MLP, got {shown(self.head)}")
 
     def __str__(self) -> str:
         return f"L{self.layer}H{self.head}" if self.kind == "head" else f"L{self.layer}MLP"
@@ -96,6 +96,7 @@ class Circuit:
 
     def role_label(self, role: str) -> str:
         """What to call all components of a role together: by its name, and their places where they are several."""
+        check_choice("role", role, ROLE_NAMES)
         parts = getattr(self, role)
         return ROLE_NAMES[role] + (f" ({', '.join(map(str, parts))})" if len(parts) > 1 else "")
 

@@ -18,20 +18,18 @@ from jaxtyping import AbstractArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from hijack_lens.core.checks import plain_scalar
+from hijack_lens.core.checks import check_path, plain_scalar, shown
 
 
 def check_target(name: str, path: str | os.PathLike[str]) -> Path:
     """`path` as a file that `write_atomically` could write."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a path, got {path!r:.80}")
-    target = Path(path)
+    target = check_path(name, path)
     if target.is_dir() or not (target.exists() or Path(os.path.realpath(target)).parent.is_dir()):
-        raise ValueError(f"{name} must be a file in an existing folder, got {str(path)!r}")
+        raise ValueError(f"{name} must be a file in an existing folder, got {shown(str(path))}")
     if target.exists() and not (target.is_file() or _is_stream(target)):
-        raise ValueError(f"{name} must be a file, a pipe or a character device, got {str(path)!r}")
+        raise ValueError(f"{name} must be a file, a pipe or a character device, got {shown(str(path))}")
     if target.exists() and not os.access(target, os.W_OK):
-        raise ValueError(f"{name} must be a file that may be written, got {str(path)!r}, which is read-only")
+        raise ValueError(f"{name} must be a file that may be written, got {shown(str(path))}, which is read-only")
     return target
 
 
@@ -160,7 +158,8 @@ def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str,
         ValueError: for any other file, and for one that has changed since it was written. Files of versions that wrote
             no checksums are taken as they are.
     """
-    if not Path(path).is_file():
+    path = check_path("path", path)
+    if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
         with safe_open(str(path), framework="pt") as file:

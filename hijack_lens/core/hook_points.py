@@ -14,7 +14,7 @@ from transformer_lens.model_bridge.generalized_components import (
     PositionEmbeddingsAttentionBridge,
 )
 
-from hijack_lens.core.checks import check_choice
+from hijack_lens.core.checks import check_choice, shown
 from hijack_lens.core.circuit import Component
 
 _NEEDS_FLAG = {
@@ -37,24 +37,30 @@ _FORKED_INPUTS = ("ln1.hook_in", "ln1.hook_out", "ln1.hook_scale", "ln1.hook_nor
 def check_model(model: Any) -> None:
     """Checks that `model` is a TransformerLens model with hook points."""
     # Do not read a bridge's hook_dict here: each access rebuilds it.
-    if not isinstance(model, TransformerBridge) and not hasattr(model, "hook_dict"):
-        raise TypeError(f"model must be a HookedTransformer or TransformerBridge, got {model!r:.80}")
+    try:
+        fits = isinstance(model, TransformerBridge) or hasattr(model, "hook_dict")
+    except Exception:  # raised by an object's own __getattr__
+        fits = False
+    if not fits:
+        raise TypeError(f"model must be a HookedTransformer or TransformerBridge, got {shown(model)}")
 
 
-def check_hook_points(model: Any, names: Iterable[str]) -> None:
-    """Checks that the model has these hook points, that they fire, and that edits there take effect."""
+def check_hook_points(model: Any, names: Iterable[str], argument: str = "components", edits: bool = True) -> None:
+    """Checks that the model has these hook points, that they fire, and that `edits` there would take effect."""
     check_model(model)
-    known = model.hook_dict
+    known = model.hook_dict  # read once: a bridge rebuilds it each time
     for name in names:
-        _check_hook_point(model, known, name, edits=True)
+        try:
+            _check_hook_point(model, known, name, edits)
+        except ValueError as error:
+            raise ValueError(f"{argument}: {error}") from error
 
 
 def _check_hook_point(model: Any, known: Mapping[str, Any], name: str, edits: bool) -> None:
-    """Checks one hook point; `known` is `model.hook_dict`, read once for many names."""
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
+    if not isinstance(name, str) or name not in known:
+        close = difflib.get_close_matches(str(name)[:200], known, n=3)
         hint = f"; close to it: {', '.join(close)}" if close else ""
-        raise ValueError(f"{name!r} is not a hook point of this {type(model).__name__}{hint}")
+        raise ValueError(f"{shown(name)} is not a hook point of this {type(model).__name__}{hint}")
     leaf = name.rsplit(".", 1)[-1]
     flag = _NEEDS_FLAG.get(leaf)
     if flag is not None and not getattr(model.cfg, flag):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_tokens, check_type
+from hijack_lens.core.checks import as_int, check_list, check_tokens, check_type, shown
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
 from hijack_lens.core.hook_points import all_components, check_hook_points, check_model, sites
 from hijack_lens.core.tables import visible
@@ -29,7 +29,12 @@ def model_tokens(model: Any, prompt: object, name: str = "prompt") -> Int[Tensor
         held = f"{type(prompt).__name__} of {', '.join(map(repr, prompt))}"
         raise TypeError(f"{name} must be text or token ids, got a {held:.80}: give its ids, of prompts of one length")
     texts = _texts(prompt)
-    ids = getattr(prompt, "tokens", prompt) if texts is None else [text_ids(model, text, name) for text in texts]
+    try:
+        ids = getattr(prompt, "tokens", prompt) if texts is None else [text_ids(model, text, name) for text in texts]
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:  # raised by an object's own __getattr__, or by the tokenizer
+        raise TypeError(f"{name} must be text or tokens that can be read, got {shown(prompt)}: {error}") from error
     tokens = check_tokens(name, ids, model.cfg.d_vocab, model.cfg.n_ctx)
     return (tokens if tokens.ndim == 2 else tokens[None]).to(model.cfg.device)
 
@@ -65,13 +70,12 @@ def token_ids(model: Any, name: str, tokens: Any, at_least: int = 1, output: boo
     size = n_outputs(model) if output else model.cfg.d_vocab
     if tokens is None:
         return torch.arange(size)
-    alone = isinstance(tokens, str) or as_int(tokens) is not None
-    if (alone and at_least > 1) or not (alone or isinstance(tokens, Iterable)):
-        raise TypeError(f"{name} must be a list of tokens, each a text or an id, got {tokens!r:.80}")
-    ids = listed_ids(model, name, [tokens] if alone else list(tokens), output)
+    alone = at_least == 1 and (isinstance(tokens, str) or as_int(tokens) is not None)
+    listed = [tokens] if alone else check_list(name, tokens, "a list of tokens, each a text or an id")
+    ids = listed_ids(model, name, listed, output)
     if len(set(ids)) < max(at_least, len(ids)):
         count = "one or several" if at_least == 1 else "two or more"
-        raise ValueError(f"{name} must be {count} different tokens, got {tokens!r:.80}")
+        raise ValueError(f"{name} must be {count} different tokens, got {shown(tokens)}")
     return check_tokens(name, ids, size)
 
 
@@ -90,15 +94,14 @@ def indices(name: str, given: Any, size: int | None = None, limit: str = "") -> 
     """
     given = range(size) if given is None and size is not None else given
     alone = as_int(given) is not None
-    if not alone and (not isinstance(given, Iterable) or isinstance(given, str)):
-        raise TypeError(f"{name} must be an int or several, got {given!r}")
+    listed = [given] if alone else check_list(name, given, "an int or several")
     numbers = []
-    for value in [given] if alone else given:
+    for value in listed:
         number = as_int(value)
         if number is None:
-            raise TypeError(f"{name} must be ints, got {value!r}")
+            raise TypeError(f"{name} must be ints, got {shown(value)}")
         if size is not None and not -size <= number < size:
-            raise ValueError(f"{name} holds {number}; {limit or f'the model has {size}'}")
+            raise ValueError(f"{name} holds {shown(number)}; {limit or f'the model has {size}'}")
         numbers.append(number if size is None else number % size)
     if not numbers:
         raise ValueError(f"{name} must hold at least one, got none; None means all")
@@ -169,7 +172,7 @@ def players_of(
         raise ValueError(f"{name} must {wanted}, got none")
     for player in found:
         if not isinstance(player.label, str):
-            raise TypeError(f"{name} must have names as keys, got {player.label!r:.80}")
+            raise TypeError(f"{name} must have names as keys, got {shown(player.label)}")
         if not player.parts:
             raise ValueError(f"{name}[{player.label!r}] must name at least one, got none")
         at = sites(model, player.parts, name=name)  # rejects what the model lacks
@@ -190,7 +193,7 @@ def one_component(model: Any, given: Any, name: str, others: Sequence[str] = (),
         return given
     if not isinstance(given, (Component, str, tuple, list)) or (isinstance(given, str) and not _is_name(given)):
         error = ValueError if isinstance(given, str) else TypeError
-        raise error(f"{name} must be {', '.join([*map(repr, others), _ONE])}; got {given!r:.80}")
+        raise error(f"{name} must be {', '.join([*map(repr, others), _ONE])}; got {shown(given)}")
     found = _parts(_players(model, given, circuit or _own_circuit(model) or Circuit(), name, None, False))
     if len(found) != 1:
         what = "head" if name == "head" else "component"
@@ -222,7 +225,9 @@ def _players(model: Any, given: Any, circuit: Circuit, name: str, kind: str | No
         inside = [(label, f"{name}[{label!r}]", value) for label, value in given.items()]
         return [Player(label, _parts(_players(model, v, circuit, one, kind, points))) for label, one, v in inside]
     alone = isinstance(given, (Component, str, Circuit)) or not isinstance(given, Iterable)
-    return [p for one in ([given] if alone else given) for p in _named(model, one, circuit, name, kind, points)]
+    expected = f'{_ONE}, several of these, a Circuit, a mapping from labels to these, or "all"'
+    listed = [given] if alone else check_list(name, given, expected)
+    return [p for one in listed for p in _named(model, one, circuit, name, kind, points)]
 
 
 def _named(model: Any, given: Any, circuit: Circuit, name: str, kind: str | None, points: bool) -> list[Player]:
@@ -234,12 +239,12 @@ def _named(model: Any, given: Any, circuit: Circuit, name: str, kind: str | None
         return [Player(text, (text,))]
     parts = getattr(circuit, text) if text in ROLE_NAMES else (Component.of(text) or given,)
     if not parts:
-        raise ValueError(f"{name} names {text!r}, a role that no component of the circuit plays")
+        raise ValueError(f"{name} names {shown(text)}, a role that no component of the circuit plays")
     for part in parts:
         if not isinstance(part, Component):
             expected = f'{_ONE}, several of these, a Circuit, a mapping from labels to these, or "all"'
             expected += ", or names of hook points" * points
-            raise (ValueError if text else TypeError)(f"{name} must be {expected}; got {part!r:.80}")
+            raise (ValueError if text else TypeError)(f"{name} must be {expected}; got {shown(part)}")
         if kind not in (None, part.kind):
             raise ValueError(f"{name} must be {_KINDS[kind]}, got {part}")
     return [Player(circuit.role_label(text) if text in ROLE_NAMES else circuit.label(parts[0]), parts)]

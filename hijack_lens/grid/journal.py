@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from hijack_lens.core.checks import check_path
 from hijack_lens.core.files import locked, make_folder, write_atomically
 
 _FORMAT = "hijack_lens.sweep.1"
@@ -39,7 +40,7 @@ class Journal:
         self.header = {"format": _FORMAT, "function": _name(function, kept=out is not None), "seed": seed}
         self.records: dict[str, dict[str, Any]] = {}
         self.parquet: Path | None = None
-        self.path = None if out is None else Path(out)
+        self.path = None if out is None else check_path("out", out)
         if self.path is None:
             return
         if self.path.suffix not in (".jsonl", ".parquet"):

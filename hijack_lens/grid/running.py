@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from hijack_lens.core.checks import check_count, plain_scalar
+from hijack_lens.core.checks import check_count, plain_scalar, shown
 from hijack_lens.grid.journal import COLUMNS, Journal, Outcome, identity
 
 Arguments = dict[str, Any]
@@ -86,11 +86,11 @@ def run_grid(
             finished is kept.
     """
     if not callable(function):
-        raise TypeError(f"function must be callable, got {function!r:.80}")
+        raise TypeError(f"function must be callable, got {shown(function)}")
     if executor is not None and not _makes_executors(executor) and not callable(getattr(executor, "submit", None)):
         raise TypeError(
             "executor must be None, have a submit(function, *arguments) or be a function that makes such a one, "
-            f"got {executor!r:.80}"
+            f"got {shown(executor)}"
         )
     check_count("seed", seed)
     check_count("in_flight", in_flight, minimum=1)
@@ -120,10 +120,10 @@ def _points(function: Function, grid: Any) -> list[Arguments]:
     elif isinstance(grid, Iterable) and not isinstance(grid, (str, bytes)):
         points = list(grid)
     else:
-        raise TypeError(f"grid must be a mapping of names to values, or points as mappings, got {grid!r:.80}")
+        raise TypeError(f"grid must be a mapping of names to values, or points as mappings, got {shown(grid)}")
     for index, point in enumerate(points):
         if not isinstance(point, Mapping) or not all(isinstance(name, str) for name in point):
-            raise TypeError(f"grid must hold mappings of names to values, got {point!r:.80}")
+            raise TypeError(f"grid must hold mappings of names to values, got {shown(point)}")
         points[index] = {name: _scalar(f"grid's {name!r}", value) for name, value in point.items()}
     if not points:
         raise ValueError("grid must have at least one point, got none")
@@ -138,7 +138,7 @@ def _points(function: Function, grid: Any) -> list[Arguments]:
 
 def _values(name: object, values: Any) -> list[Any]:
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(f"grid's {name!r} must be a list of values, got {values!r:.80}")
+        raise TypeError(f"grid's {name!r} must be a list of values, got {shown(values)}")
     return list(values)
 
 
@@ -182,12 +182,12 @@ def _scalar(name: str, value: Any) -> int | float | str | bool | None:
     value = plain_scalar(value)
     if isinstance(value, (int, float, str, bool, type(None))):
         return value
-    raise TypeError(f"{name} must be a number, a string, True, False or None, got {value!r:.80}")
+    raise TypeError(f"{name} must be a number, a string, True, False or None, got {shown(value)}")
 
 
 def _result(result: Any, arguments: Arguments) -> Arguments:
     if not isinstance(result, Mapping) or not all(isinstance(name, str) for name in result):
-        raise TypeError(f"function must return a dict of names to numbers, got {result!r:.80}")
+        raise TypeError(f"function must return a dict of names to numbers, got {shown(result)}")
     taken = sorted(result.keys() & {*arguments, *COLUMNS})
     if taken:
         raise ValueError(f"function must not return {', '.join(map(repr, taken))}: the table has such columns already")
@@ -235,7 +235,7 @@ def _made(make: Callable[[], Any]) -> Iterator[Executor]:
     """A new executor, shut down at the end."""
     executor = make()
     if not isinstance(executor, Executor):
-        raise TypeError(f"executor must make a concurrent.futures.Executor, got {executor!r:.80}")
+        raise TypeError(f"executor must make a concurrent.futures.Executor, got {shown(executor)}")
     with executor:
         try:
             executor.submit(int).result()

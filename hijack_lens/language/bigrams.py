@@ -20,9 +20,11 @@ from hijack_lens.core.checks import (
     check_distribution,
     check_memory,
     check_number,
+    check_tensor,
     check_text,
     fixed_seed,
     free_memory,
+    shown,
 )
 from hijack_lens.language.vocabulary import UNKNOWN, Token, Vocabulary, cut
 
@@ -76,10 +78,13 @@ class BigramLanguage(Vocabulary):
         *,
         level: Literal["char", "word"] | None = None,
     ):
-        shape = np.shape(pi_b)
+        try:
+            shape = np.shape(pi_b)
+        except Exception as error:  # of many kinds, by what the elements are
+            raise TypeError(f"pi_b must be a [d_vocab, d_vocab] matrix, got {shown(pi_b)}") from error
         size = shape[0] if len(shape) == 2 else 0
         if size == 0:
-            raise ValueError(f"pi_b must be a [d_vocab, d_vocab] matrix, got {pi_b!r}")
+            raise ValueError(f"pi_b must be a [d_vocab, d_vocab] matrix, got {shown(pi_b)}")
         self.pi_b: Float[Tensor, "d_vocab d_vocab"] = check_distribution("pi_b", pi_b, (size, size))
         super().__init__(size, tokens, level)
         start = torch.full((size,), 1 / size, dtype=torch.float64)
@@ -106,10 +111,10 @@ class BigramLanguage(Vocabulary):
         """
         text = check_text("text", text)
         check_choice("level", level, ("char", "word"))
-        check_number("smoothing", smoothing)
+        smoothing = check_number("smoothing", smoothing)
         pieces = cut(text, level)
         if len(pieces) < 2:
-            raise ValueError(f"text must hold at least two tokens, got {text!r}")
+            raise ValueError(f"text must hold at least two tokens, got {shown(text)}")
         counts = Counter(pieces)
         if max_vocab is not None and len(counts) > check_count("max_vocab", max_vocab, minimum=2):
             kept = {token for token, _ in counts.most_common(max_vocab - 1)} - {UNKNOWN}
@@ -150,7 +155,7 @@ class BigramLanguage(Vocabulary):
     def floored(self, floor: float) -> "BigramLanguage":
         """The language mixed with a uniform one, just enough that every probability is at least `floor`."""
         if check_number("floor", floor, positive=True) >= 1 / self.d_vocab:
-            raise ValueError(f"floor must lie between 0 and 1/d_vocab = {1 / self.d_vocab:g}, got {floor!r}")
+            raise ValueError(f"floor must lie between 0 and 1/d_vocab = {1 / self.d_vocab:g}, got {shown(floor)}")
         mixed = self.pi_b * (1 - self.d_vocab * floor) + floor
         return BigramLanguage(mixed, self.pi_u, tokens=self.tokens, level=self.level)
 
@@ -227,7 +232,7 @@ class BigramLanguage(Vocabulary):
         check_memory(n_sequences * per_sequence + STEP * length, n_sequences=n_sequences, length=length)
         generator = as_generator(seed)
         if n_triggers is not None and (triggers is None or not isinstance(triggers, Sequence) or len(triggers)):
-            raise ValueError(f"give either triggers or n_triggers, got {triggers!r} and {n_triggers!r}")
+            raise ValueError(f"give either triggers or n_triggers, got {shown(triggers)} and {shown(n_triggers)}")
         if n_triggers is None:
             chosen = self.trigger_ids(triggers).expand(n_sequences, -1)
         else:
@@ -260,6 +265,10 @@ class BigramLanguage(Vocabulary):
 
     def step(self, tokens: Int[Tensor, "sequence"], uniform: Float[Tensor, "sequence"]) -> Int[Tensor, "sequence"]:
         """One step of the chain: the successor of each token, by inverting its row's distribution at `uniform`."""
+        check_tensor("tokens", tokens, "token ids", floating=False)
+        check_tensor("uniform", uniform, "numbers from 0 to 1")
+        if tokens.ndim != 1 or tokens.shape != uniform.shape:
+            raise ValueError(f"uniform must have the shape of tokens, [{len(tokens)}], got {list(uniform.shape)}")
         # Stay below 1, or tokens + uniform could round up into the next token's row.
         drawn = tokens + uniform.clamp(max=1 - 2**-32)
         return torch.searchsorted(self._stacked_cdf, drawn, right=True) - tokens * self.d_vocab

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import check_count, check_tokens
+from hijack_lens.core.checks import check_count, check_list, check_tokens, check_type, shown
 from hijack_lens.core.hook_points import check_model
 from hijack_lens.core.inputs import token_ids
 from hijack_lens.core.texts import decoded, n_outputs, outputs_are_tokens, text_ids
@@ -40,11 +40,11 @@ class Fact:
         for name in ("subject", "weights", "context"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"{name} must be a text, got {value!r}")
+                raise ValueError(f"{name} must be a text, got {shown(value)}")
         if self.weights.strip() == self.context.strip():
-            raise ValueError(f"context must differ from what the weights say, got {self.context!r} for both")
+            raise ValueError(f"context must differ from what the weights say, got {shown(self.context)} for both")
         if not isinstance(self.template, str) or self.template.count("{answer}") != 1 or not self.query:
-            raise ValueError(f"template must hold '{{answer}}' once, after some text, got {self.template!r}")
+            raise ValueError(f"template must hold '{{answer}}' once, after some text, got {shown(self.template)}")
 
     @property
     def name(self) -> str:
@@ -58,12 +58,16 @@ class Fact:
 
     def statement(self, answer: str, end: str | None = None) -> str:
         """The template with the subject and an answer; `end`, if given, replaces what follows the answer."""
+        check_type("answer", answer, str)
+        check_type("end", "" if end is None else end, str)
         after = self.template.split("{answer}")[1] if end is None else end
         answer = answer.lstrip() if self._before[-1:].isspace() else answer  # one space is enough
         return self._before + answer + after.replace("{subject}", self.subject)
 
     def text(self, repeats: int, lead: str = "") -> str:
         """The prompt in which the context gives its answer `repeats` times, after `lead`."""
+        check_type("lead", lead, str)
+        check_count("repeats", repeats)
         return " ".join([*([lead] if lead else []), *[self.statement(self.context)] * repeats, self.query])
 
     @property
@@ -92,8 +96,9 @@ def counterfactuals(answers: Mapping[str, str], template: str = _TEMPLATE) -> tu
     Raises:
         ValueError: for fewer than two subjects, or neighbours with the same answer.
     """
+    check_type("answers", answers, Mapping)
     if len(answers) < 2:
-        raise ValueError(f"answers must hold two subjects or more, got {dict(answers)!r:.80}")
+        raise ValueError(f"answers must hold two subjects or more, got {shown(dict(answers))}")
     said = list(answers.values())
     return tuple(
         Fact(subject, own, other, template)
@@ -140,6 +145,9 @@ class FactPrompts:
 
     def tokens(self, repeats: int) -> Int[Tensor, "pos"]:
         """The prompt with so many repeats."""
+        most = len(self.prompts) - 1
+        if check_count("repeats", repeats) > most:
+            raise ValueError(f"repeats must be at most {most}, got {repeats}")
         return torch.tensor(self.prompts[repeats])
 
     @property
@@ -173,7 +181,7 @@ def fact_prompts(model: Any, fact: Fact | Bigram, repeats: int = 8, lead: str | 
     elif isinstance(fact, Bigram):
         found = _of_tokens(model, fact, repeats, lead)
     else:
-        raise TypeError(f"fact must be a Fact or a Bigram, got {fact!r:.80}")
+        raise TypeError(f"fact must be a Fact or a Bigram, got {shown(fact)}")
     last = found.prompts[-1]
     if last.count(found.context) != repeats or found.weights in last:
         raise ValueError(
@@ -186,7 +194,7 @@ def fact_prompts(model: Any, fact: Fact | Bigram, repeats: int = 8, lead: str | 
 
 def _of_text(model: Any, fact: Fact, repeats: int, lead: str | Sequence[int]) -> FactPrompts:
     if not isinstance(lead, str):
-        raise TypeError(f"lead must be text, as the fact is, got {lead!r:.80}")
+        raise TypeError(f"lead must be text, as the fact is, got {shown(lead)}")
     if not outputs_are_tokens(model):
         raise ValueError(
             f"fact is of words, but the model's {n_outputs(model)} outputs are not its {model.cfg.d_vocab} tokens: ask "
@@ -224,7 +232,8 @@ def _of_tokens(model: Any, fact: Bigram, repeats: int, lead: str | Sequence[int]
     token_ids(model, "bigram", [fact.context, fact.weights], output=True)  # they are also looked for in the logits
     tokenizer = getattr(model, "tokenizer", None)
     if not isinstance(lead, str):
-        before = check_tokens("lead", lead, model.cfg.d_vocab).tolist() if len(lead) else []
+        given = check_list("lead", lead, "a text or token ids")
+        before = check_tokens("lead", given, model.cfg.d_vocab).tolist() if given else []
     elif lead:
         before = text_ids(model, lead, "lead")
     elif tokenizer is not None and getattr(model.cfg, "default_prepend_bos", False):
@@ -232,7 +241,7 @@ def _of_tokens(model: Any, fact: Bigram, repeats: int, lead: str | Sequence[int]
     else:
         before = []
     if q in before:
-        raise ValueError(f"lead must not hold the trigger {fact.trigger!r}, got {lead!r:.80}")
+        raise ValueError(f"lead must not hold the trigger {fact.trigger!r}, got {shown(lead)}")
     prompts = tuple((*before, *[q, c] * k, q) for k in range(repeats + 1))
     check_tokens("bigram's prompts", torch.tensor(prompts[-1]), model.cfg.d_vocab, model.cfg.n_ctx)
     texts = [str(i) for i in (q, c, g)] if tokenizer is None else decoded(model.tokenizer, [q, c, g])

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_memory, check_type
+from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_memory, check_type, shown
 from hijack_lens.language.bigrams import STEP, BigramLanguage
 from hijack_lens.language.vocabulary import Token
 
@@ -109,7 +109,7 @@ def hijack_prompt(
         if token == q:
             raise ValueError(f"{role} must not be the trigger itself, {name[q]!r}")
     if other == c:
-        raise ValueError(f"alternative must differ from in_context, got {name[c]!r} for both")
+        raise ValueError(f"alternative must differ from in_context, got {shown(name[c])} for both")
     check_count("repeats", repeats)
     check_choice("filler", filler, ("sample", "avoid"))
     if check_count("length", length, minimum=1) < 2 * repeats + 2:

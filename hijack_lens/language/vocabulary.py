@@ -2,14 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_choice, check_text, check_tokens
+from hijack_lens.core.checks import as_int, check_choice, check_list, check_text, check_tokens, shown
 from hijack_lens.core.tables import visible
 
 UNKNOWN = "<unk>"
@@ -28,22 +28,17 @@ def cut(text: str, level: str) -> list[str]:
 
 def listed_triggers(triggers: Any) -> tuple[Token, ...] | None:
     """Triggers as a tuple; `None`, which means every token, stays. A string is one token."""
-    if isinstance(triggers, Tensor):
-        triggers = triggers.tolist()
     if isinstance(triggers, str) or as_int(triggers) is not None:
         triggers = (triggers,)
-    if triggers is not None and not isinstance(triggers, Iterable):
-        raise TypeError(f"triggers must be a token or several, got {triggers!r}")
-    return None if triggers is None else tuple(triggers)
+    return None if triggers is None else tuple(check_list("triggers", triggers, "a token or several"))
 
 
 class Vocabulary:
     """The texts of `size` tokens, each a character or a word; the arguments are those of `BigramLanguage`."""
 
     def __init__(self, size: int, tokens: Sequence[str] | None, level: Literal["char", "word"] | None):
-        if tokens is not None and not isinstance(tokens, Iterable):
-            raise TypeError(f"tokens must be the texts of the tokens, got {tokens!r}")
-        names = [str(index) for index in range(size)] if tokens is None else list(tokens)
+        what = "the texts of the tokens"
+        names = [str(index) for index in range(size)] if tokens is None else check_list("tokens", tokens, what)
         if len(names) != size:
             raise ValueError(f"tokens must name all {size} rows of pi_b, got {len(names)} names")
         if not all(isinstance(name, str) and name for name in names):
@@ -51,15 +46,15 @@ class Vocabulary:
         for name in names:
             check_text("tokens", name)
         if len(set(names)) != size:
-            raise ValueError(f"tokens must be distinct, got {Counter(names).most_common(1)[0][0]!r} twice")
+            raise ValueError(f"tokens must be distinct, got {shown(Counter(names).most_common(1)[0][0])} twice")
         if level is None:
             level = "char" if all(len(name) == 1 for name in names) else "word"
         check_choice("level", level, ("char", "word"))
         # <unk> stands for many characters, so it alone may be longer than one.
         if level == "char" and (bad := [name for name in names if len(name) != 1 and name != UNKNOWN]):
-            raise ValueError(f"tokens of a character-level language are single characters, got {bad[0]!r}")
+            raise ValueError(f"tokens of a character-level language are single characters, got {shown(bad[0])}")
         if level == "word" and (bad := [name for name in names if name.split() != [name]]):
-            raise ValueError(f"tokens of a word-level language hold no white space, got {bad[0]!r}")
+            raise ValueError(f"tokens of a word-level language hold no white space, got {shown(bad[0])}")
         self.tokens: tuple[str, ...] = tuple(names)
         self.level: Literal["char", "word"] = level
         self._ids = {name: index for index, name in enumerate(names)}
@@ -79,13 +74,13 @@ class Vocabulary:
             if token not in self._ids and self.level == "word":
                 token = token.strip()  # words bring no space
             if token not in self._ids:
-                raise ValueError(f"{name} {token!r} is not one of the language's {self.d_vocab} tokens")
+                raise ValueError(f"{name} {shown(token)} is not one of the language's {self.d_vocab} tokens")
             return self._ids[token]
         number = as_int(token)
         if number is None:
-            raise TypeError(f"{name} must be a token's text or its id, got {token!r}")
+            raise TypeError(f"{name} must be a token's text or its id, got {shown(token)}")
         if not 0 <= number < self.d_vocab:
-            raise ValueError(f"{name} {number} is not a token id; ids run from 0 to {self.d_vocab - 1}")
+            raise ValueError(f"{name} {shown(number)} is not a token id; ids run from 0 to {self.d_vocab - 1}")
         return number
 
     def trigger_ids(self, triggers: Any) -> Int[Tensor, "trigger"]:
@@ -95,7 +90,7 @@ class Vocabulary:
             return torch.arange(self.d_vocab)
         ids = [self.index(token, "trigger") for token in listed]
         if len(set(ids)) != len(ids):
-            raise ValueError(f"triggers must be distinct, got {list(listed)!r}")
+            raise ValueError(f"triggers must be distinct, got {shown(list(listed))}")
         return torch.tensor(ids, dtype=torch.long)
 
     def tokenize(self, text: str) -> list[str]:
@@ -116,7 +111,7 @@ class Vocabulary:
         known = [piece if piece in self._ids or UNKNOWN not in self._ids else UNKNOWN for piece in pieces]
         for piece in known:
             if piece not in self._ids:
-                raise ValueError(f"text holds {piece!r}, which is not one of the language's {self.d_vocab} tokens")
+                raise ValueError(f"text holds {shown(piece)}, which is not one of the language's {self.d_vocab} tokens")
         return known
 
     def encode(self, text: str) -> Int[Tensor, "pos"]:

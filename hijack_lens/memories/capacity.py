@@ -30,7 +30,7 @@ from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hijack_lens.core.checks import check_count, check_memory, check_shapes
+from hijack_lens.core.checks import check_count, check_fields, check_memory, check_shapes, shown
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.core.files import Saved
 from hijack_lens.core.tables import Drawn, tidy
@@ -142,6 +142,7 @@ class MemoryCapacity(Saved, Drawn):
     expected_crosstalk: Float[Tensor, "memory d_model"]
 
     def __post_init__(self) -> None:
+        check_fields(self)
         shape = (len(MEMORIES), len(self.d_models), len(self.seeds))
         check_shapes(self, dict.fromkeys(_MEASURED, shape) | dict.fromkeys(_EXPECTED, shape[:2]))
 
@@ -265,5 +266,5 @@ def _facts(d_vocab: int) -> BigramLanguage:
 
 def _listed(name: str, given: Any) -> list[Any]:
     if not isinstance(given, Iterable) or isinstance(given, str):
-        raise TypeError(f"{name} must be several ints, got {given!r:.80}")
+        raise TypeError(f"{name} must be several ints, got {shown(given)}")
     return list(given)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import check_shapes
+from hijack_lens.core.checks import check_fields, check_shapes
 from hijack_lens.core.circuit import Circuit, Margin
 from hijack_lens.core.files import Saved
 from hijack_lens.core.inputs import Tokens, circuit_of
@@ -40,6 +40,7 @@ class MemoryConflict(TokenTables, Saved, Drawn):
     logits: Float[Tensor, "query answer"]
 
     def __post_init__(self) -> None:
+        check_fields(self)
         shape = (len(self.query_tokens), len(self.answers))
         check_shapes(self, dict.fromkeys(("context", "weights", "rest", "logits"), shape))
 

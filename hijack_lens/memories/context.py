@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from hijack_lens.attribution.direct import check_additive, check_unembedded
 from hijack_lens.attribution.scores import offset_keys, tolerance
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import check_shapes
+from hijack_lens.core.checks import check_fields, check_shapes
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import rows_at_once
@@ -57,6 +57,7 @@ class ContextMemory(TokenTables, Saved, Drawn):
     circuit: Circuit = Circuit()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         n_sources, n_queries, n_answers = len(self.tokens), len(self.query_tokens), len(self.answers)
         expected = {
             "attention": (n_queries, n_sources),

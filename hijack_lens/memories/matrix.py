@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hijack_lens.attribution.direct import check_additive
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import check_choice, check_count, check_shapes, check_type
+from hijack_lens.core.checks import check_choice, check_count, check_fields, check_shapes, check_type, shown
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.inputs import Components, Tokens, components_of, token_ids
@@ -46,6 +46,7 @@ class MemoryMatrix(NamedTokens, Saved, Drawn):
     components: tuple[Component, ...]
 
     def __post_init__(self) -> None:
+        check_fields(self)
         shape = (len(self.key_tokens), len(self.value_tokens))
         check_shapes(self, {"values": shape, "log_pi_b": shape})
 
@@ -149,7 +150,9 @@ def memory_matrix(
     """
     check_choice("part", part, ("memory", "weights"))
     if part == "weights" and components is not None:
-        raise ValueError(f"components must not be given with part='weights', which is all of them; got {components!r}")
+        raise ValueError(
+            f"components must not be given with part='weights', which is all of them; got {shown(components)}"
+        )
     mlps = () if part == "weights" else components_of(model, components, kind="mlp")
     check_additive(model)
     rows, columns = (

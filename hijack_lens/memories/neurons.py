@@ -12,7 +12,7 @@ from torch import Tensor
 from hijack_lens.attribution.direct import check_additive
 from hijack_lens.attribution.scores import tolerance
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import check_count, check_shapes
+from hijack_lens.core.checks import check_count, check_fields, check_shapes, shown
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.inputs import Components, Tokens, components_of, token_ids
@@ -61,6 +61,7 @@ class MemoryNeurons(NamedTokens, Saved, Drawn):
     spread: Float[Tensor, "neuron"]
 
     def __post_init__(self) -> None:
+        check_fields(self)
         n = len(self.neurons)
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_BY_KEY, (n, self.key_tokens.shape[-1]))
         shapes |= dict.fromkeys(_BY_VALUE, (n, self.promoted.shape[-1])) | dict.fromkeys(("on", "spread"), (n,))
@@ -84,7 +85,7 @@ class MemoryNeurons(NamedTokens, Saved, Drawn):
 
     def strongest(self, most: int) -> list[int]:
         """Rows of the neurons with the largest `strength`, the largest first."""
-        return self.strength.argsort(descending=True, stable=True)[:most].tolist()
+        return self.strength.argsort(descending=True, stable=True)[: check_count("most", most)].tolist()
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per neuron and rank: the key of that rank with its `pre` and `post`, and the tokens that it raises and
@@ -219,7 +220,7 @@ def _neuron_ids(neurons: Any, d_mlp: int) -> Int[Tensor, "neuron"]:
     if neurons is None:
         return torch.arange(d_mlp)
     if not isinstance(neurons, Iterable) or isinstance(neurons, str):
-        raise TypeError(f"neurons must be several ints, got {neurons!r:.80}")
+        raise TypeError(f"neurons must be several ints, got {shown(neurons)}")
     ids = [check_count("neurons", neuron) for neuron in neurons]
     if not ids or len(set(ids)) < len(ids) or max(ids) >= d_mlp:
         raise ValueError(f"neurons must be one or several different ints below d_mlp={d_mlp}, got {ids}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hijack_lens.attribution.direct import check_unembedded
-from hijack_lens.core.checks import as_int, check_position
+from hijack_lens.core.checks import as_int, check_count, check_list, check_position, shown
 from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.core.inputs import Tokens, single_prompt, token_ids
 from hijack_lens.core.tables import visible
@@ -39,7 +39,10 @@ class NamedTokens:
 
     def token_text(self, token: int) -> str:
         """A token's text with white space visible; its id if there is no tokenizer."""
-        return str(token) if self.vocab is None else visible(self.vocab[token])
+        number = check_count("token", token)
+        if self.vocab is not None and number not in self.vocab:
+            raise ValueError(f"token must be the id of a token that occurs here, got {number}")
+        return str(number) if self.vocab is None else visible(self.vocab[number])
 
     def output_text(self, output: int) -> str:
         """Likewise of an output."""
@@ -93,14 +96,15 @@ class TokenTables(NamedTokens):
 
     def chosen(self, query_tokens: Tokens, answers: Tokens, most: int) -> tuple[list[int], list[int]]:
         """Rows and columns to show: those asked for, by id or text, or else the `most` frequent in the context."""
-        chosen = []
+        chosen, most = [], check_count("most", most, minimum=1)
         axes = (
             ("query_tokens", query_tokens, self.query_tokens, self.query_texts),
             ("answers", answers, self.answers, self.answer_texts),
         )
         for name, asked, ids, texts in axes:
-            listed = [asked] if isinstance(asked, (int, str)) else asked
-            if listed is not None:
+            alone = asked is None or isinstance(asked, str) or as_int(asked) is not None
+            listed = [asked] if alone else check_list(name, asked, "tokens, each a text or an id")
+            if asked is not None:
                 rows = [self._find(name, one, ids, texts) for one in listed]
             else:
                 rows = self._held(ids, most, name == "query_tokens" or self.outputs_are_tokens)
@@ -123,7 +127,7 @@ class TokenTables(NamedTokens):
             number = as_int(token)
             place = ids.index(number) if number is not None and number in ids else None
         if place is None:
-            raise ValueError(f"{name} must be among this table's tokens, got {token!r}")
+            raise ValueError(f"{name} must be among this table's tokens, got {shown(token)}")
         return place
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_type
+from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_type, shown
 from hijack_lens.core.circuit import Circuit, Component, Positions, Strengths
 from hijack_lens.language import BigramLanguage, Triggers
 from hijack_lens.models.architecture import Architecture
@@ -68,7 +68,7 @@ def associative_transformer(
     check_type("strengths", strengths, Strengths)
     check_choice("positions", positions, ("relative", "absolute"))
     if positions == "relative" and n_ctx_train is not None:
-        raise ValueError(f"n_ctx_train is for absolute positions; relative ones have no end, got {n_ctx_train}")
+        raise ValueError(f"n_ctx_train is for absolute positions; relative ones have no end, got {shown(n_ctx_train)}")
     if strengths.previous_token == float("inf"):
         raise ValueError("strengths.previous_token must be finite in a model, got inf")
     log_pi_b = language.finite_log_pi_b()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hijack_lens.core.checks import check_count, check_type
+from hijack_lens.core.checks import check_count, check_path, check_type
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.core.files import make_folder, read_safetensors, write_atomically, write_safetensors
 from hijack_lens.language.bigrams import BigramLanguage
@@ -91,7 +91,7 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
 def find_model(folder: str | os.PathLike[str], revision: str | None) -> Path:
     """The folder of a model, of a training run's latest checkpoint, or of a download from the Hub."""
-    path = Path(folder)
+    path = check_path("folder", folder)
     if path.is_dir():
         if (path / "model.safetensors").is_file():
             return path

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hijack_lens.core.checks import Seed, as_generator, check_choice
+from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_texts, check_type, shown
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.models.architecture import Architecture
 from hijack_lens.models.transformer import BigramTransformer
@@ -68,6 +68,12 @@ def trainable_transformer(
     Raises:
         TypeError, ValueError: for an invalid argument, or a name that no parameter has.
     """
+    check_count("d_model", d_model, minimum=1)
+    check_count("n_heads", n_heads, minimum=1)
+    check_type("init", {} if init is None else init, Mapping)
+    if isinstance(freeze, str):
+        raise ValueError(f"freeze must be a list of names, got the text {shown(freeze)}")
+    freeze = check_texts("freeze", freeze)
     if d_head is None and d_model % n_heads:
         raise ValueError(f"n_heads must divide d_model={d_model}, got {n_heads}; or give d_head=")
     architecture = Architecture(
@@ -90,10 +96,9 @@ def trainable_transformer(
     known = {name for full, _ in model.named_parameters() for name in (full, full.rsplit(".", 1)[-1])}
     for argument, names in (("init", chosen), ("freeze", freeze)):
         for name in names:
-            if name not in known:
-                raise ValueError(
-                    f"{argument} names {name!r}, which is not a parameter; known are {', '.join(sorted(known))}"
-                )
+            if not isinstance(name, str) or name not in known:
+                short = ", ".join(sorted(one for one in known if "." not in one))
+                raise ValueError(f"{argument} names {shown(name)}, which is not a parameter; known are {short}")
 
     unused_mlps = tuple(f"blocks.{layer}.mlp." for layer in range(n_layers - 1))
     with torch.no_grad():

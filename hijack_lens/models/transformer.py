@@ -4,7 +4,6 @@ import inspect
 import os
 import tempfile
 import warnings
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
-from hijack_lens.core.checks import check_tokens
+from hijack_lens.core.checks import check_device, check_dtype, check_path, check_tokens, check_type, shown
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.language import UNKNOWN, BigramLanguage, Token
 from hijack_lens.models.architecture import Architecture, RelativeAttention
@@ -75,8 +74,9 @@ class BigramTransformer(HookedTransformer):
     ):
         if not isinstance(language, BigramLanguage):
             raise TypeError(f"language must be a BigramLanguage, got {type(language).__name__}")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+        check_type("architecture", architecture, Architecture)
+        check_dtype("dtype", dtype)
+        check_device("device", device)
         architecture.check_memory(language.d_vocab, dtype.itemsize)
         cfg = HookedTransformerConfig(
             n_layers=architecture.n_layers,
@@ -95,7 +95,7 @@ class BigramTransformer(HookedTransformer):
             default_prepend_bos=False,
             init_weights=False,
             dtype=dtype,
-            device=None if device is None else str(device),
+            device=None if device is None else str(torch.device(device)),
         )
         with warnings.catch_warnings():
             # Known, and the reason for the bound on transformer-lens; a user cannot act on it.
@@ -122,7 +122,7 @@ class BigramTransformer(HookedTransformer):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `model.safetensors` and `config.json` into a folder, each whole or not at all."""
-        write_model(self, Path(folder))
+        write_model(self, check_path("folder", folder))
 
     @classmethod
     def from_pretrained(
@@ -169,7 +169,7 @@ class BigramTransformer(HookedTransformer):
         rows = [self.language.encode(text) for text in ([input] if isinstance(input, str) else input)]
         lengths = sorted({len(row) for row in rows})
         if not lengths or lengths[0] == 0:
-            raise ValueError(f"input must hold at least one token, got {input!r}")
+            raise ValueError(f"input must hold at least one token, got {shown(input)}")
         if len(lengths) > 1:
             raise ValueError(f"input texts must be equally long, got {lengths} tokens: the vocabulary has no padding")
         self._check_length(lengths[0])

@@ -16,7 +16,7 @@ from hijack_lens.attribution.logit_attribution import MEMORIES
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import Seed, check_count
+from hijack_lens.core.checks import Seed, check_count, check_fields, check_list
 from hijack_lens.core.circuit import Circuit, Margin, Strengths
 from hijack_lens.core.files import Saved
 from hijack_lens.core.inputs import circuit_of
@@ -152,6 +152,7 @@ class DoseResponse(Saved, Drawn):
     completeness_error: float
 
     def __post_init__(self) -> None:
+        check_fields(self)
         shape = (len(self.conflicts), len(self.conflicts[0].prompts))
         for part in (*self.margin.parts.values(), self.theory.margin):
             if tuple(part.shape) != shape:
@@ -272,9 +273,8 @@ def dose_response(
         TypeError, ValueError: for facts and prompts that `fact_prompts` rejects, and models that `attribute` rejects.
     """
     check_count("repeats", repeats, minimum=_FEWEST)
-    if not isinstance(facts, (Fact, Bigram, Iterable)):
-        raise TypeError(f"facts must be a Fact or Bigram, or several, got {facts!r:.80}")
-    listed = [facts] if isinstance(facts, (Fact, Bigram)) else list(facts)
+    alone = isinstance(facts, (Fact, Bigram))
+    listed = [facts] if alone else check_list("facts", facts, "a Fact or Bigram, or several")
     if not listed:
         raise ValueError("facts must hold at least one, got none")
     conflicts = tuple(fact_prompts(model, fact, repeats, lead) for fact in listed)

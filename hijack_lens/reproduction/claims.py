@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from hijack_lens.core.checks import check_choice, check_count
+from hijack_lens.core.checks import check_choice, check_count, check_list, check_type, shown
 from hijack_lens.core.files import make_folder, write_atomically
 from hijack_lens.grid.journal import Journal
 from hijack_lens.grid.running import run_grid
@@ -140,12 +140,17 @@ def reproduce(
         TypeError, ValueError: for names that no claim has, and for an `out` that is a file.
         RuntimeError: where no worker can start.
     """
-    chosen = tuple(CLAIMS) if claims is None else tuple([claims] if isinstance(claims, str) else claims)
+    chosen = (
+        tuple(CLAIMS)
+        if claims is None
+        else tuple([claims] if isinstance(claims, str) else check_list("claims", claims, "names of claims"))
+    )
     for name in chosen:
         check_choice("claims", name, CLAIMS)
     if not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"claims must be one or several different ones, got {claims!r}")
+        raise ValueError(f"claims must be one or several different ones, got {shown(claims)}")
     count = check_count("workers", (os.cpu_count() or 1) if workers is None else workers, minimum=1)
+    check_type("quick", quick, bool)
     folder = make_folder("out", out)
 
     points = {name: {"claim": name, "settings": repr(one.quick if quick else one.full)} for name, one in CLAIMS.items()}

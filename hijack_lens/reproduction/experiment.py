@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hijack_lens.core.checks import check_fields, check_list, check_type, shown
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.core.statistics import student_quantile
 from hijack_lens.language import BigramLanguage, HijackPrompt, hijack_prompt
@@ -45,7 +46,12 @@ class Finding:
         cls, setting: str, predicted: str, by_seed: Iterable[float], threshold: float, spec: str = ".1%"
     ) -> "Finding":
         """Holds where all of the 95% interval over seeds is at the threshold or above."""
-        found = over_seeds(by_seed)
+        values = check_list("by_seed", by_seed, "numbers")
+        for name, value in [("threshold", threshold), *(("by_seed", value) for value in values)]:
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
+                raise TypeError(f"{name} must be a number, got {shown(value)}")
+        check_type("spec", spec, str)
+        found = over_seeds(values)
         return cls(setting, predicted, f"{found:{spec}}", found.low >= threshold)
 
 
@@ -66,6 +72,7 @@ class Result:
     note: str = ""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.findings:
             raise ValueError("findings must hold at least one, got none")
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from hijack_lens.core.checks import check_count, check_list, check_number, check_texts, shown
 from hijack_lens.core.files import check_target, write_atomically
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart.
@@ -30,6 +32,8 @@ code { background: #f2f2f2; padding: 0 0.2em } svg { max-width: 100%; height: au
 _DIVERGING = "PuOr_r"  # purple one way, orange the other
 _ABSENT = "#dcdcdc"
 _NAMES_SHOWN = 60
+_INCHES = 400
+_DPI = 10  # matplotlib draws no text below
 
 
 class Picture:
@@ -42,6 +46,9 @@ class Picture:
     def __init__(self, width: float, height: float):
         from hijack_lens.show.figure import LiteralFigure
 
+        for name, inches in (("width", width), ("height", height)):
+            if check_number(name, inches, positive=True) > _INCHES:
+                raise ValueError(f"{name} must be at most {_INCHES} inches, got {shown(inches)}")
         self.figure = LiteralFigure(figsize=(width, height), layout="constrained")
 
     def __repr__(self) -> str:
@@ -70,6 +77,9 @@ class Picture:
 
     def png(self, dpi: int = 120) -> bytes:
         """The picture as the bytes of a PNG file."""
+        size = check_count("dpi", dpi, minimum=_DPI) * self.figure.get_size_inches()
+        if max(size) >= 2**16 or math.prod(size) > 2**28:
+            raise ValueError(f"dpi must be smaller for a picture this large, got {shown(dpi)}")
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format="png", dpi=dpi)
         return buffer.getvalue()
@@ -153,7 +163,25 @@ def heatmap(
     """
     import matplotlib
 
-    image = np.asarray(image.detach().cpu().double() if hasattr(image, "detach") else image, dtype=float)
+    if not callable(getattr(ax, "imshow", None)):
+        raise TypeError(f"ax must be matplotlib axes, got {shown(ax)}")
+    try:
+        image = np.asarray(image.detach().cpu().double() if isinstance(image, Tensor) else image, dtype=float)
+    except Exception as error:  # of many kinds, by what the elements are
+        raise TypeError(f"image must be a matrix of numbers, got {shown(image)}") from error
+    if image.ndim != 2 or not image.size:
+        raise ValueError(f"image must be a matrix [row, column], got shape {image.shape}")
+    check_number("centre", abs(centre) if isinstance(centre, (int, float)) else centre)
+    check_number("spread", 1.0 if spread is None else spread, positive=True)
+    check_count("decimals", 0 if decimals is None else decimals)
+    check_count("named", named, minimum=1)
+    for argument, given, size in (("rows", rows, image.shape[0]), ("columns", columns, image.shape[1])):
+        if given is not None and len(check_texts(argument, given)) != size:
+            raise ValueError(f"{argument} must name all {size} of the image, got {shown(given)}")
+    if texts is not None:
+        lines = [check_texts("texts", line) for line in check_list("texts", texts, "a list of texts for each row")]
+        if len(lines) != len(image) or any(len(line) != image.shape[1] for line in lines):
+            raise ValueError(f"texts must have the image's shape {image.shape}, got {shown(texts)}")
     spread = spread_of(image, centre) if spread is None else spread
     low, high = (0.0, 1.0) if attention else (centre - spread, centre + spread)
     colours = matplotlib.colormaps["Blues" if attention else _DIVERGING].with_extremes(bad=_ABSENT)

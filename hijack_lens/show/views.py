@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from html import escape
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from hijack_lens.attribution.logit_attribution import LogitAttribution
 from hijack_lens.core.analysis import analysis
+from hijack_lens.core.checks import check_number, check_type
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit
 from hijack_lens.core.inputs import Components, circuit_of, components_of, prompt_texts, single_prompt
 from hijack_lens.hooks.intervention import record
@@ -167,6 +169,10 @@ def attention_maps(patterns: dict[str, Float[Tensor, "query key"]], tokens: list
         tokens: texts of the positions.
         width: the picture's width, in inches.
     """
+    check_type("patterns", patterns, Mapping)
+    if not patterns:
+        raise ValueError("patterns must hold at least one, got none")
+    width = check_number("width", width, positive=True)
     picture = Picture(width, width / len(patterns) + 0.6)
     axes = picture.figure.subplots(1, len(patterns), squeeze=False)[0]
     for ax, (name, pattern) in zip(axes, patterns.items(), strict=True):
@@ -190,6 +196,7 @@ def token_paths(result: LogitAttribution, a: str | int | None = None, b: str | i
     Raises:
         ValueError: for a batch, or an attribution of all positions.
     """
+    check_type("result", result, LogitAttribution)
     first, second = result.pair(a, b)
     by_source = result.by_source()  # refuses what has no source axis
     texts = result.source_texts()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hijack_lens.core.checks import check_choice, check_count, check_type
+from hijack_lens.core.checks import check_choice, check_count, check_type, shown
 from hijack_lens.core.circuit import Positions, Strengths
 from hijack_lens.language.vocabulary import Triggers, listed_triggers
 
@@ -35,7 +35,7 @@ class Setting:
         if (last := self.n_ctx_train) is None:
             return
         if self.positions == "relative":
-            raise ValueError(f"n_ctx_train is for absolute positions; relative ones have no end, got {last}")
+            raise ValueError(f"n_ctx_train is for absolute positions; relative ones have no end, got {shown(last)}")
         object.__setattr__(self, "n_ctx_train", check_count("n_ctx_train", last, minimum=1))
 
     @classmethod
@@ -47,8 +47,10 @@ class Setting:
             ValueError: for one that was trained (`fit_strengths` reads off its setting), and for one without positions.
         """
         names = [one.name for one in fields(cls)]
-        if not all(hasattr(model, name) for name in names):
-            raise TypeError(f"model must be a BigramTransformer, got {type(model).__name__}")
+        try:
+            found = {name: getattr(model, name) for name in names}
+        except Exception as error:  # an AttributeError, or whatever an object's own __getattr__ raises
+            raise TypeError(f"model must be a BigramTransformer, got {shown(model)}") from error
         if model.strengths is None:
             raise ValueError("model.strengths is None: it was not written by hand; take fit_strengths(model).setting")
-        return cls(**{name: getattr(model, name) for name in names})
+        return cls(**found)

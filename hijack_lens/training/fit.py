@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hijack_lens import theory
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import Seed, as_generator, check_count
+from hijack_lens.core.checks import Seed, as_generator, check_count, check_type, shown
 from hijack_lens.core.circuit import Positions, Strengths
 from hijack_lens.core.tables import widened
 from hijack_lens.language import BigramLanguage, Token, Triggers
@@ -66,6 +66,7 @@ def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = N
     Raises:
         ValueError: for other models.
     """
+    check_type("model", model, BigramTransformer)
     check_weights_alone(model)
     circuit = model.circuit
     if len(circuit.previous_token) != 1 or len(circuit.induction) != 1:
@@ -73,7 +74,7 @@ def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = N
     length = model.n_ctx_train or min(model.cfg.n_ctx, 128)
     previous = previous_token_scores(model, circuit.previous_token[0], length)
     if previous is None:
-        raise ValueError(f"model must have relative or absolute positions, got {model.positions!r}")
+        raise ValueError(f"model must have relative or absolute positions, got {shown(model.positions)}")
     keys = triggers if triggers is not None else model.triggers
     ids = model.language.trigger_ids(keys)
     if not len(ids):
@@ -164,6 +165,8 @@ def theory_agreement(
         length: tokens in each, at least 14.
         seed: for the random draws.
     """
+    check_type("model", model, BigramTransformer)
+    check_type("fit", fit, FittedStrengths)
     check_count("n_prompts", n_prompts, minimum=1)
     if check_count("length", length, minimum=14) > model.cfg.n_ctx:
         raise ValueError(f"length must be at most the model's n_ctx={model.cfg.n_ctx}, got {length}")

@@ -17,7 +17,16 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from hijack_lens.core.checks import Seed, check_count, check_memory, fixed_seed
+from hijack_lens.core.checks import (
+    Seed,
+    check_count,
+    check_list,
+    check_memory,
+    check_number,
+    check_type,
+    fixed_seed,
+    shown,
+)
 from hijack_lens.core.files import locked, make_folder
 from hijack_lens.language.bigrams import BigramLanguage, SampledSequences
 from hijack_lens.models.storage import latest_checkpoint
@@ -314,8 +323,13 @@ def gradient_steps(
     Raises:
         TypeError, ValueError: for counts that are none.
     """
-    for name, value in (("length", length), ("n_sequences", n_sequences), ("batch_size", batch_size)):
+    check_type("language", language, BigramLanguage)
+    counts = {"length": length, "d_model": d_model, "n_sequences": n_sequences, "batch_size": batch_size}
+    for name, value in {**counts, "n_triggers": n_triggers}.items():
         check_count(name, value, minimum=4 if name == "length" else 1)
+    norms = [check_number("step_norms", norm) for norm in check_list("step_norms", step_norms, "three numbers")]
+    if len(norms) != len(STEPS):
+        raise ValueError(f"step_norms must be three numbers, got {shown(step_norms)}")
     seed = fixed_seed(seed)
     model = trainable_transformer(
         language,
@@ -330,7 +344,7 @@ def gradient_steps(
     asked = 3 * length // 4
     recalls = {"start": memory_recall(model, asked)}
     generator = torch.Generator().manual_seed(seed)
-    for (memory, name), norm in zip(STEPS.items(), step_norms, strict=True):
+    for (memory, name), norm in zip(STEPS.items(), norms, strict=True):
         for other, parameter in model.named_parameters():
             parameter.requires_grad_(other == name)
         weight = model.get_parameter(name)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import check_count
+from hijack_lens.core.checks import check_count, check_type
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.hook_points import check_unhooked
 from hijack_lens.core.tables import widened
@@ -43,6 +43,7 @@ def memory_recall(model: BigramTransformer, length: int, triggers: Sequence[Toke
         divergence in nats of the token's own prediction (no attention) from pi_b, over tokens other than `triggers`.
         NaN if the model lacks the memory: no head in that role, or no positions.
     """
+    check_type("model", model, BigramTransformer)
     check_weights_alone(model)
     check_count("length", length, minimum=2)
     if model.positions == "absolute" and length > model.cfg.n_ctx:
@@ -139,6 +140,8 @@ def behaviour(model: BigramTransformer, sequences: SampledSequences) -> Scores:
         positions whose previous token is the current one; "attended_correct", how often the position they attend to
         most holds the right answer. If a role has several heads, the best one's. NaN if there is nothing to score.
     """
+    check_type("model", model, BigramTransformer)
+    check_type("sequences", sequences, SampledSequences)
     device = model.W_E.device
     tokens, predictable = sequences.tokens.to(device), sequences.predictable.to(device)
     heads = [*model.circuit.previous_token, *model.circuit.induction]

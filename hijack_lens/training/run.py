@@ -12,7 +12,18 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 
-from hijack_lens.core.checks import Seed, as_int, check_choice, check_count, check_number, fixed_seed, plain_scalar
+from hijack_lens.core.checks import (
+    Seed,
+    as_int,
+    check_choice,
+    check_count,
+    check_number,
+    check_path,
+    check_type,
+    fixed_seed,
+    plain_scalar,
+    shown,
+)
 from hijack_lens.core.files import read_safetensors, sync, write_atomically, write_safetensors
 from hijack_lens.core.tables import Drawn
 from hijack_lens.language import BigramLanguage, Token
@@ -75,7 +86,7 @@ class TrainConfig:
             [self.triggers] if isinstance(self.triggers, str) or as_int(self.triggers) is not None else self.triggers
         )
         if not isinstance(listed, Iterable):
-            raise TypeError(f"triggers must be a token or several, got {self.triggers!r}")
+            raise TypeError(f"triggers must be a token or several, got {shown(self.triggers)}")
         triggers = tuple(str(token) if isinstance(token, str) else check_count("triggers", token) for token in listed)
         self._set("triggers", triggers)
         for name in ("betas", "eval_lengths"):
@@ -85,11 +96,11 @@ class TrainConfig:
         for field in fields(self):  # plain numbers, since a checkpoint's header holds no others
             self._set(field.name, plain_scalar(getattr(self, field.name)))
         if len(self.betas) != 2:
-            raise ValueError(f"betas must be two numbers, got {self.betas!r}")
+            raise ValueError(f"betas must be two numbers, got {shown(self.betas)}")
         if 1 not in self.eval_lengths:
-            raise ValueError(f"eval_lengths must include 1, the training length itself, got {self.eval_lengths!r}")
+            raise ValueError(f"eval_lengths must include 1, the training length itself, got {shown(self.eval_lengths)}")
         if bool(triggers) == (self.n_triggers is not None):
-            raise ValueError(f"give either triggers or n_triggers, got {triggers!r} and {self.n_triggers!r}")
+            raise ValueError(f"give either triggers or n_triggers, got {shown(triggers)} and {shown(self.n_triggers)}")
         check_count("length", self.length, minimum=2)
         self._set("seed", fixed_seed(self.seed))
         for name in ("steps", "batch_size", "evaluate_every", "eval_sequences", "checkpoint_every"):
@@ -106,15 +117,16 @@ class TrainConfig:
         bounded = {"final_lr": self.final_lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
         for name, value in [*bounded.items(), *(("betas", beta) for beta in self.betas)]:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+                raise TypeError(f"{name} must be a number, got {shown(value)}")
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
+                raise ValueError(f"{name} must lie between 0 and 1, got {shown(value)}")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
+        check_count("step", step)
         rising = min(1.0, (step + 1) / max(self.warmup, 1))
         falling = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.lr * rising * (self.final_lr + (1 - self.final_lr) * falling)
@@ -154,20 +166,21 @@ class TrainingRun(Drawn):
         Raises:
             ValueError: for a probe that the table lacks.
         """
+        check_type("name", name, str)
         rows = self.table[self.table["probe"] == name]
         if rows["length"].notna().any():
             rows = rows[rows["length"] == (self.config.length if length is None else length)]
             rows = rows[rows["continuations"] == (continuations or self.config.continuations)]
         if rows.empty:
             raise ValueError(
-                f"name must be a probe of the table, got {name!r}; it has {sorted(set(self.table['probe']))}"
+                f"name must be a probe of the table, got {shown(name)}; it has {sorted(set(self.table['probe']))}"
             )
         return rows.set_index("step")["value"].rename(name)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the model as `save_pretrained` does, and the table as `probes.csv`."""
         self.model.save_pretrained(folder)
-        write_atomically(Path(folder) / "probes.csv", self.table.to_csv(index=False).encode())
+        write_atomically(check_path("folder", folder) / "probes.csv", self.table.to_csv(index=False).encode())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "TrainingRun":
@@ -176,7 +189,7 @@ class TrainingRun(Drawn):
         Raises:
             ValueError: if there is none, or its files are truncated or hold something else.
         """
-        checkpoint = latest_checkpoint(folder)
+        checkpoint = latest_checkpoint(check_path("folder", folder))
         if checkpoint is None:
             raise ValueError(f"{folder} is not a folder with checkpoints")
         return read_checkpoint(checkpoint)[0]
