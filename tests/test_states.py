@@ -29,7 +29,7 @@ ANALYSES = {
     "attribute": lambda model: hl.attribute(model, CLEAN[0], circuit=TWO, answers=[1, 2]).values,
     "attribute_scores": lambda model: hl.attribute_scores(model, CLEAN[0], HEADS[2]).values,
     "shapley": lambda model: hl.shapley(model, CLEAN, METRIC, TWO).values,
-    "explain": lambda model: torch.stack(list(hl.explain(model, CLEAN[0], 1, 2, circuit=TWO).margin.parts.values())),
+    "explain": lambda model: torch.tensor(hl.explain(model, CLEAN[0], 1, 2, circuit=TWO).total),
     "find_circuit": lambda model: hl.find_circuit(model, n_prompts=8).evidence.induction.score,
     "patch_sweep": lambda model: hooks.patch_sweep(model, CLEAN, CORRUPTED, METRIC).values,
     "forward sweep": lambda model: hooks.patch_sweep(model, CLEAN, CORRUPTED, METRIC, method="forward").values,
@@ -276,7 +276,6 @@ def test_analyses_inside_an_intervention_speak_of_it_or_refuse(unchecked):
         total = float(margin(model(prompt.tokens[None]).detach()))
         for refused in (
             lambda: hl.attribute(model, prompt),
-            lambda: hl.explain(model, prompt),
             lambda: hl.memory_conflict(model, prompt),
             lambda: hl.context_memory(model, prompt),
             lambda: hl.fit_strengths(model),
@@ -284,6 +283,10 @@ def test_analyses_inside_an_intervention_speak_of_it_or_refuse(unchecked):
         ):
             with pytest.raises(ValueError, match=r"misses the logits|a hook on the model|must have no hooks"):
                 refused()
+        said = hl.explain(model, prompt)
+        assert said.total == pytest.approx(total)
+        assert said.attribution is None
+        assert "misses the logits" in said.not_split
         worth = hl.shapley(model, prompt, margin)
         assert worth.full == pytest.approx(total)
         assert worth["induction head"] == pytest.approx(0)
