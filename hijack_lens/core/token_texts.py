@@ -24,8 +24,9 @@ def token_texts(model: Any, ids: Sequence[int]) -> list[str]:
 
 
 def _bytes_of(token: str | None, text: str) -> str:
-    """A token's bytes: those that a byte-level tokenizer writes as letters, or one as "<0xF0>"; else its `text`."""
+    """A token's bytes: one written as "<0xF0>", or those that a byte-level tokenizer writes as letters; else its `text`."""
+    if fallback := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token or ""):
+        return rf"\x{fallback[1].lower()}"
     if token and _BYTES.keys() >= set(token):
         return bytes(map(_BYTES.__getitem__, token)).decode(errors="backslashreplace")
-    fallback = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token or "")
-    return rf"\x{fallback[1].lower()}" if fallback else text
+    return text

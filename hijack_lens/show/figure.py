@@ -1,7 +1,6 @@
 """A figure whose texts say what is written, never mathematics; imported when the first picture is drawn."""
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from matplotlib import rc_context
@@ -37,10 +36,10 @@ class _Unparsed(Formatter):
     def __init__(self, parsed: LogFormatterMathtext):
         self.parsed = parsed
 
-    def __call__(self, x: float, pos: int | None = None) -> str:
+    def __call__(self, x: Any, pos: int | None = None) -> str:
         text = re.sub(r"\^\{(.*?)\}", lambda power: power[1].translate(_RAISED), self.parsed(x, pos))
         return text.removeprefix(r"$\mathdefault{").removesuffix("}$").replace(r"\times", "×")
 
-    def set_locs(self, locs: Sequence[float]) -> None:
+    def set_locs(self, locs: Any) -> None:
         """Tells which ticks there are, by which the formatter decides what to label."""
         self.parsed.set_locs(locs)
