@@ -58,7 +58,9 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_made(laptop, unche
         "n_prompts=1000000000": lambda: hl.hijack_prompt(LANGUAGE, 0, 1, 1, 9, n_prompts=10**9, seed=0),
         "language=1000000": lambda: hl.memory_capacity(10**6),
         "n_prompts=10000000000": lambda: hl.find_circuit(small, n_prompts=10**10),
-        "n_samples=100000000000": lambda: hl.shapley(small, prompt, hl.logit_diff(1, 2), "all", n_samples=10**11),
+        "n_samples=100000000000": lambda: hl.shapley(
+            small, prompt, hl.logit_diff(1, 2), "all", max_exact=1, n_samples=10**11
+        ),
         "d_model=10000000": lambda: gradient_steps(LANGUAGE, d_model=10**7),
         "batch_size=64, length=50000": lambda: hl.train(long, LANGUAGE, hl.TrainConfig(TRIGGERS, 50_000, 0)),
     }.items():
@@ -82,7 +84,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_made(laptop, unche
 )
 def test_the_command_line_names_the_option(arguments, named, laptop, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    if "--text=words.txt" in arguments:
+    if "words.txt" in arguments:
         (tmp_path / "words.txt").write_text(" ".join(f"w{i}" for i in range(60_000)))
     monkeypatch.setattr("sys.argv", ["hijack-lens", *arguments])
     with pytest.raises(SystemExit) as ended:

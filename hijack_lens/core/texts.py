@@ -125,11 +125,12 @@ _BYTES |= {chr(256 + n): byte for n, byte in enumerate(byte for byte in range(25
 
 
 def _bytes_of(token: str | None, text: str) -> str:
-    """A token's bytes: those that a byte-level tokenizer writes as letters, or one as "<0xF0>"; else its `text`."""
+    """A token's bytes: "<0xF0>" is one, and byte-level tokenizers write theirs as letters; else its `text`."""
+    if fallback := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token or ""):
+        return rf"\x{fallback[1].lower()}"
     if token and _BYTES.keys() >= set(token):
         return bytes(map(_BYTES.__getitem__, token)).decode(errors="backslashreplace")
-    fallback = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token or "")
-    return rf"\x{fallback[1].lower()}" if fallback else text
+    return text
 
 
 def listed_ids(model: Any, name: str, tokens: Sequence[object], output: bool = False) -> list[int]:
