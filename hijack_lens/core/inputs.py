@@ -199,7 +199,7 @@ def _own_circuit(model: Any) -> Circuit | None:
 Components = Component | Circuit | str | Iterable[Component | Circuit | str] | Mapping[str, Any]
 """What users may pass as components: see `players_of`."""
 
-_PLACE = re.compile(r"L(\d+)(?:H(\d+)|MLP)")
+_PLACE = re.compile(r"L(\d{1,9})(?:H(\d{1,9})|MLP)")
 _ONE = 'a Component, its place ("L0H1", "L2MLP") or the name of a role ("induction")'
 _KINDS = {"head": "attention heads", "mlp": "MLPs", None: ""}
 

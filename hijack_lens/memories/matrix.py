@@ -13,6 +13,7 @@ from hijack_lens.attribution.direct import check_additive
 from hijack_lens.core.checks import check_choice, check_count, check_fields, check_shapes, check_type, shown
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved
+from hijack_lens.core.hook_points import check_model
 from hijack_lens.core.inputs import Components, Tokens, components_of, texts_of, token_ids
 from hijack_lens.core.tables import Drawn, tidy
 from hijack_lens.language.bigrams import BigramLanguage
@@ -146,6 +147,7 @@ def memory_matrix(
             with zeros, tables of more than 2^26 cells (choose key_tokens and value_tokens), and models whose logits are
             no sum over what MLPs write.
     """
+    check_model(model)
     check_choice("part", part, ("memory", "weights"))
     if part == "weights" and components is not None:
         raise ValueError(

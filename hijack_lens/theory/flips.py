@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.core.checks import check_count, check_type
+from hijack_lens.core.checks import check_count, check_type, shown
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.language import BigramLanguage, Token
 from hijack_lens.theory.closed_form import previous_token_memory
@@ -122,10 +122,14 @@ def phase_boundary(
     """
     layout = _Layout(length, lead, global_count)
     check_type("setting", setting, Setting)
-    repeats = torch.as_tensor(np.asarray(repeats)) if not isinstance(repeats, str) else torch.zeros(0)
+    given = repeats
+    try:
+        repeats = torch.as_tensor(np.asarray(given))
+    except Exception as error:  # of many kinds, by what the elements are
+        raise TypeError(f"repeats must be a vector of integers >= 0, got {shown(given)}") from error
     whole = not repeats.is_floating_point() and repeats.dtype != torch.bool
     if not whole or repeats.ndim != 1 or not len(repeats) or int(repeats.min()) < 0:
-        raise ValueError(f"repeats must be a vector of integers >= 0, got {repeats.tolist()}")
+        raise ValueError(f"repeats must be a vector of integers >= 0, got {shown(repeats.tolist())}")
     shortest = 2 * int(repeats.max()) + 1 + global_count
     if length is not None and length < shortest:
         raise ValueError(f"length must be at least 2 * repeats + 1 + global_count = {shortest}, got {length}")
@@ -144,7 +148,7 @@ class _Layout:
 
     def __post_init__(self) -> None:
         if (self.length is None) == (self.lead is None):
-            raise ValueError(f"give either length= or lead=, got length={self.length}, lead={self.lead}")
+            raise ValueError(f"give either length= or lead=, got length={shown(self.length)}, lead={shown(self.lead)}")
         check_count("global_count", self.global_count)
         if self.lead is not None:
             check_count("lead", self.lead, minimum=self.global_count)
