@@ -9,7 +9,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.core.checks import check_choice, check_count, check_number, shown
+from hijack_lens.core.checks import check_choice, check_count, check_number, check_type, shown
 
 _PLACE = re.compile(r"L([0-9]{1,9})(?:H([0-9]{1,9})|MLP)")
 
@@ -87,6 +87,7 @@ class Circuit:
 
     def role(self, component: Component) -> str | None:
         """The role that a component plays, if any."""
+        check_type("component", component, Component)
         return next((role for role, member in self if member == component), None)
 
     def label(self, component: Component) -> str:

@@ -154,7 +154,8 @@ class BigramLanguage(Vocabulary):
 
     def floored(self, floor: float) -> "BigramLanguage":
         """The language mixed with a uniform one, just enough that every probability is at least `floor`."""
-        if check_number("floor", floor, positive=True) >= 1 / self.d_vocab:
+        floor = check_number("floor", floor, positive=True)
+        if floor >= 1 / self.d_vocab:
             raise ValueError(f"floor must lie between 0 and 1/d_vocab = {1 / self.d_vocab:g}, got {shown(floor)}")
         mixed = self.pi_b * (1 - self.d_vocab * floor) + floor
         return BigramLanguage(mixed, self.pi_u, tokens=self.tokens, level=self.level)

@@ -62,9 +62,11 @@ class MemoryNeurons(NamedTokens, Saved, Drawn):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        n = len(self.neurons)
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_BY_KEY, (n, self.key_tokens.shape[-1]))
-        shapes |= dict.fromkeys(_BY_VALUE, (n, self.promoted.shape[-1])) | dict.fromkeys(("on", "spread"), (n,))
+        n = self.neurons.numel()
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_BY_KEY, (n, *self.key_tokens.shape[-1:]))
+        shapes |= dict.fromkeys(_BY_VALUE, (n, *self.promoted.shape[-1:])) | dict.fromkeys(
+            ("neurons", "on", "spread"), (n,)
+        )
         check_shapes(self, shapes)
 
     @property

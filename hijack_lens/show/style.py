@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hijack_lens.core.checks import check_count, check_list, check_number, check_texts, shown
+from hijack_lens.core.checks import check_count, check_list, check_number, check_texts, check_type, shown
 from hijack_lens.core.files import check_target, write_atomically
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart.
@@ -162,9 +162,10 @@ def heatmap(
         The drawn image, for a colour bar.
     """
     import matplotlib
+    from matplotlib.axes import Axes
 
-    if not callable(getattr(ax, "imshow", None)):
-        raise TypeError(f"ax must be matplotlib axes, got {shown(ax)}")
+    check_type("ax", ax, Axes)
+    check_type("attention", attention, bool)
     try:
         image = np.asarray(image.detach().cpu().double() if isinstance(image, Tensor) else image, dtype=float)
     except Exception as error:  # of many kinds, by what the elements are

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hijack_lens.attribution.logit_attribution import LogitAttribution
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import check_number, check_type
+from hijack_lens.core.checks import check_number, check_texts, check_type, shown
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit
 from hijack_lens.core.inputs import Components, circuit_of, components_of, prompt_texts, single_prompt
 from hijack_lens.hooks.intervention import record
@@ -172,13 +172,15 @@ def attention_maps(patterns: dict[str, Float[Tensor, "query key"]], tokens: list
     check_type("patterns", patterns, Mapping)
     if not patterns:
         raise ValueError("patterns must hold at least one, got none")
+    texts = check_texts("tokens", tokens)
+    for name, pattern in patterns.items():
+        if not isinstance(pattern, Tensor) or tuple(pattern.shape) != (len(texts),) * 2:
+            raise ValueError(f"patterns[{shown(name)}] must be a tensor [{len(texts)}, {len(texts)}] for these tokens")
     width = check_number("width", width, positive=True)
     picture = Picture(width, width / len(patterns) + 0.6)
     axes = picture.figure.subplots(1, len(patterns), squeeze=False)[0]
     for ax, (name, pattern) in zip(axes, patterns.items(), strict=True):
-        drawn = heatmap(
-            ax, pattern, tokens, tokens, attention=True, named=_TOKENS_NAMED, fontsize=7, family="monospace"
-        )
+        drawn = heatmap(ax, pattern, texts, texts, attention=True, named=_TOKENS_NAMED, fontsize=7, family="monospace")
         ax.set_aspect("equal")
         ax.set_title(name)
         ax.set_xlabel("source token (attended to)")

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.core.checks import check_count, check_type
+from hijack_lens.core.checks import check_count, check_type, shown
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.language import BigramLanguage, Token
 from hijack_lens.theory.closed_form import previous_token_memory
@@ -121,11 +121,15 @@ def phase_boundary(
     """
     layout = _Layout(length, lead, global_count)
     check_type("setting", setting, Setting)
-    repeats = torch.as_tensor(np.asarray(repeats)) if not isinstance(repeats, str) else torch.zeros(0)
+    given = repeats
+    try:
+        repeats = torch.as_tensor(np.asarray(given))
+    except Exception as error:  # of many kinds, by what the elements are
+        raise TypeError(f"repeats must be a vector of integers >= 0, got {shown(given)}") from error
     whole = not (repeats.is_floating_point() or repeats.is_complex() or repeats.dtype == torch.bool)
-    given, repeats = repeats, repeats.long()  # small integers are masks as indices, or overflow
+    repeats = repeats.long() if whole else repeats  # small integers are masks as indices, or overflow
     if not whole or repeats.ndim != 1 or not len(repeats) or int(repeats.min()) < 0:
-        raise ValueError(f"repeats must be a vector of integers >= 0, got {given.tolist()!s:.80}")
+        raise ValueError(f"repeats must be a vector of integers >= 0, got {shown(repeats.tolist())}")
     shortest = 2 * int(repeats.max()) + 1 + layout.global_count
     if layout.length is not None and layout.length < shortest:
         raise ValueError(f"length must be at least 2 * repeats + 1 + global_count = {shortest}, got {length}")
@@ -144,7 +148,7 @@ class _Layout:
 
     def __post_init__(self) -> None:
         if (self.length is None) == (self.lead is None):
-            raise ValueError(f"give either length= or lead=, got length={self.length}, lead={self.lead}")
+            raise ValueError(f"give either length= or lead=, got length={shown(self.length)}, lead={shown(self.lead)}")
         # As Python's ints, since NumPy's small ones overflow.
         count = check_count("global_count", self.global_count)
         object.__setattr__(self, "global_count", count)

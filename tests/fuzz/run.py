@@ -306,6 +306,7 @@ def main() -> int:
     parser.add_argument("--replay", type=int, default=None, help="the number of a call of --only, with --seed")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     asked = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # drawn texts hold lone surrogates
     seed = int.from_bytes(os.urandom(3), "big") if asked.seed is None else asked.seed
     print(f"seed {seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
