@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.text import Text
 
 import hijack_lens as hl
-from hijack_lens.core.checks import check_memory
 from hijack_lens.core.circuit import ROLE_NAMES
 from hijack_lens.core.files import check_target
 from hijack_lens.core.inputs import circuit_of, single_prompt
+from hijack_lens.core.memory import check_memory
 from hijack_lens.core.tables import Report, Table
 from hijack_lens.core.texts import decoded, spaced_instead, token_id
 from hijack_lens.models.loading import is_hugging_face, load_model
@@ -96,20 +96,15 @@ def explain(
         else:
             _refuse(written, "--model, which brings its own")
             if is_hugging_face(model):
-                raise ValueError(
-                    f"--model {str(model)!r} is a language model: ask it with --prompt, --answer and --foil"
-                )
+                raise ValueError(f"--model {str(model)!r} is a language model: ask --prompt, --answer and --foil")
             trained = hl.BigramTransformer.from_pretrained(model)
             language, triggers = trained.language, trained.triggers
-        # The model's table of positions.
-        check_memory(12 * length * 3 * language.d_vocab, **{"--length": length})
+        check_memory(12 * length * 3 * language.d_vocab, **{"--length": length})  # the table of positions
         q, c = _conflict(language, trigger, in_context, triggers)
         conflict = hl.hijack_prompt(language, q, c, repeats, length, global_candidate=global_candidate, seed=seed)
         if model is None:
             chosen = hl.Strengths(**{name: value for name, value in strengths.items() if value is not None})
-            trained = hl.associative_transformer(
-                language, positions=positions or "relative", strengths=chosen, n_ctx=length
-            )
+            trained = hl.associative_transformer(language, None, positions or "relative", chosen, n_ctx=length)
         explanation = hl.explain(trained, conflict)
         found, intro = _found(explanation, conflict), _intro(conflict)
     report = hl.write_report(explanation, out).resolve()

@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hijack_lens.core.checks import check_memory
 from hijack_lens.core.hook_points import Site, check_hook_points, sites
 from hijack_lens.core.inputs import Player
+from hijack_lens.core.memory import check_memory
 from hijack_lens.hooks.intervention import HookFunction, Intervention, draw_rows, logits_of, read_source, stand_in
 from hijack_lens.hooks.patched_runs import BoundMetric, runs_at_once
 

@@ -29,9 +29,10 @@ from hijack_lens.circuits.heads import (
     lost_alone,
 )
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import Seed, as_generator, check_count, check_memory, shown
+from hijack_lens.core.checks import Seed, as_generator, check_count, shown
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.inputs import token_ids
+from hijack_lens.core.memory import check_memory
 from hijack_lens.core.statistics import chance
 from hijack_lens.core.texts import n_outputs, outputs_are_tokens
 

@@ -9,13 +9,11 @@ import os
 import secrets
 import types
 from collections.abc import Iterable, Mapping, Sized
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
-import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -281,29 +279,6 @@ def check_distribution(
     # Rows already normalised stay the same, bit for bit, when a language is saved and loaded.
     probabilities /= torch.where(off > 1e-14, sums, 1.0).unsqueeze(-1)
     return probabilities
-
-
-def free_memory() -> int:
-    """Bytes of memory that the machine, or the container that this runs in, could still give."""
-    free = psutil.virtual_memory().available
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # there is no such container, or no limit ("max")
-            free = min(free, int(Path(limit).read_text()))
-    return free
-
-
-def check_memory(needed: int, remedy: str = "choose smaller", /, **sizes: object) -> None:
-    """There is memory for what these arguments ask for, in bytes; to be called before any of it is taken."""
-    free = free_memory()
-    if needed > free:
-        given = ", ".join(f"{name}={value!s:.80}" for name, value in sizes.items())
-        raise ValueError(
-            f"{given} would take {_shown_bytes(needed)} of memory, and {_shown_bytes(free)} are free: {remedy}"
-        )
-
-
-def _shown_bytes(count: int) -> str:
-    return f"{count / 2**30:,.1f} GiB" if count < 2**60 else "more than a million TiB"
 
 
 def check_shapes(result: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -18,14 +18,13 @@ from hijack_lens.core.checks import (
     check_choice,
     check_count,
     check_distribution,
-    check_memory,
     check_number,
     check_tensor,
     check_text,
     fixed_seed,
-    free_memory,
     shown,
 )
+from hijack_lens.core.memory import check_memory, free_memory
 from hijack_lens.language.vocabulary import UNKNOWN, Token, Vocabulary, cut
 
 _CELL = 8

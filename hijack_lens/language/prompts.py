@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_memory, check_type, shown
+from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_type, shown
+from hijack_lens.core.memory import check_memory
 from hijack_lens.language.bigrams import STEP, BigramLanguage
 from hijack_lens.language.vocabulary import Token
 

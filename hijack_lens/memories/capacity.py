@@ -30,9 +30,10 @@ from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hijack_lens.core.checks import check_count, check_fields, check_memory, check_shapes, shown
+from hijack_lens.core.checks import check_count, check_fields, check_shapes, shown
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.core.files import Saved
+from hijack_lens.core.memory import check_memory
 from hijack_lens.core.tables import Drawn, tidy
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.memories.matrix import memory_matrix

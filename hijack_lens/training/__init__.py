@@ -1,7 +1,8 @@
 """Training a two-layer model, and measuring what it memorises."""
 
 from hijack_lens.training.fit import FittedStrengths, TheoryAgreement, fit_strengths, theory_agreement
-from hijack_lens.training.loop import gradient_steps, train
+from hijack_lens.training.loop import train
+from hijack_lens.training.one_step import gradient_steps
 from hijack_lens.training.recall import behaviour, memory_recall
 from hijack_lens.training.run import TrainConfig, TrainingRun
 

@@ -1,0 +1,29 @@
+"""How much memory there is, and refusing what would take more before any of it is taken."""
+
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+
+def free_memory() -> int:
+    """Bytes of memory that the machine, or the container that this runs in, could still give."""
+    free = psutil.virtual_memory().available
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # there is no such container, or no limit ("max")
+            free = min(free, int(Path(limit).read_text()))
+    return free
+
+
+def check_memory(needed: int, remedy: str = "choose smaller", /, **sizes: object) -> None:
+    """There is memory for what these arguments ask for, in bytes; to be called before any of it is taken."""
+    free = free_memory()
+    if needed > free:
+        given = ", ".join(f"{name}={value!s:.80}" for name, value in sizes.items())
+        raise ValueError(
+            f"{given} would take {_shown_bytes(needed)} of memory, and {_shown_bytes(free)} are free: {remedy}"
+        )
+
+
+def _shown_bytes(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count < 2**60 else "more than a million TiB"
