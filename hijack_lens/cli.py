@@ -93,10 +93,10 @@ def explain(
         repeats, length = 3 if repeats is None else repeats, 64 if length is None else length
         if model is None:
             language, triggers = _language(text, level, max_vocab), None
+        elif is_hugging_face(model):
+            raise ValueError(f"--model {str(model)!r} is a language model: ask it with --prompt, --answer and --foil")
         else:
             _refuse(written, "--model, which brings its own")
-            if is_hugging_face(model):
-                raise ValueError(f"--model {str(model)!r} is a language model: ask --prompt, --answer and --foil")
             trained = hl.BigramTransformer.from_pretrained(model)
             language, triggers = trained.language, trained.triggers
         check_memory(12 * length * 3 * language.d_vocab, **{"--length": length})  # the table of positions
