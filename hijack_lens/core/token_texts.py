@@ -24,7 +24,7 @@ def token_texts(model: Any, ids: Sequence[int]) -> list[str]:
 
 
 def _bytes_of(token: str | None, text: str) -> str:
-    """A token's bytes: one written as "<0xF0>", or those that a byte-level tokenizer writes as letters; else its `text`."""
+    """A token's bytes: one as "<0xF0>", or those that a byte-level tokenizer writes as letters; else its `text`."""
     if fallback := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token or ""):
         return rf"\x{fallback[1].lower()}"
     if token and _BYTES.keys() >= set(token):
