@@ -139,14 +139,14 @@ def explain(model: Any, prompt: object, answer: Any = None, foil: Any = None, *,
         return [_of_hijack_prompt(model, replace(prompt, tokens=a, corrupted=b), circuit) for a, b in rows]
     if answer is None or foil is None:
         raise TypeError(f"prompt must be a HijackPrompt, got {type(prompt).__name__}; others need answer= and foil=")
-    listed = isinstance(prompt, list) and bool(prompt) and all(isinstance(text, str) for text in prompt)
-    prompts = [row for one in (prompt if listed else [prompt]) for row in model_tokens(model, one)]
+    texts = prompt if isinstance(prompt, list) and all(isinstance(text, str) for text in prompt) else []
+    prompts = [row for one in (texts or [prompt]) for row in model_tokens(model, one)]
     sides = zip(_one_each("answer", answer, len(prompts)), _one_each("foil", foil, len(prompts)), strict=True)
     pairs = [token_ids(model, "answer and foil", list(pair), at_least=2, output=True).tolist() for pair in sides]
     circuit = circuit_of(model, circuit, lambda: find_circuit(model))
     found = [_explained(model, ids, ids, pair, circuit) for ids, pair in zip(prompts, pairs, strict=True)]
     # One prompt's tokens often have a batch axis, since that is what models take.
-    return found if listed or len(found) > 1 else found[0]
+    return found if texts or len(found) > 1 else found[0]
 
 
 def _one_each(name: str, given: Any, n_prompts: int) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -117,7 +117,8 @@ class LogitAttribution(Saved, Shown):
         check_shapes(self, {"logits": expected, "tokens": (*batch, n_sources)})
         if self._own and [len(self.answers or ())] != batch:
             raise ValueError(f"answers must be of a batch {batch} of prompts, got those of {len(self.answers or ())}")
-        for row in () if self.answers is None else self.answers if self._own else (self.answers,):
+        rows: Any = () if self.answers is None else self.answers if self._own else (self.answers,)
+        for row in rows:
             if len(row) != d_vocab:
                 raise ValueError(f"answers must name all {d_vocab} tokens of the last axis, got {len(row)}")
 
@@ -139,7 +140,8 @@ class LogitAttribution(Saved, Shown):
             raise TypeError("this attribution is of a single prompt, without a batch axis to index")
         index = check_position("index", index, len(self.tokens), len(self.tokens) - 1)
         parts = {name: getattr(self, name)[index] for name in ("values", "logits", "tokens")}
-        return replace(self, **parts, answers=self.answers[index] if self._own else self.answers)
+        answers: Any = self.answers
+        return replace(self, **parts, answers=answers[index] if self._own else answers)
 
     @property
     def _own(self) -> bool:
@@ -227,7 +229,8 @@ class LogitAttribution(Saved, Shown):
     def _ids(self) -> Sequence[int]:
         if self._own:
             raise ValueError("the answers are each prompt's own; index the batch first")
-        return range(self.values.shape[-1]) if self.answers is None else self.answers
+        answers: Any = self.answers
+        return range(self.values.shape[-1]) if answers is None else answers
 
     def _text(self, token: int) -> str:
         return str(token) if self.vocab is None else visible(self.vocab[token])

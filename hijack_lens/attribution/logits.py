@@ -138,7 +138,7 @@ def _own_answers(model: Any, answers: Any, n_prompts: int) -> Int[Tensor, "promp
         or not isinstance(answers, Sequence | Tensor | np.ndarray)
     ):
         return None
-    rows = list(answers)
+    rows: list[Any] = list(answers)
     if not any(isinstance(row, Iterable) and not isinstance(row, str) and np.ndim(row) == 1 for row in rows):
         return None
     if len(rows) != n_prompts:

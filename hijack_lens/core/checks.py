@@ -1,6 +1,5 @@
 """Checks of a user's arguments: every error names the argument, its value, and what it should be."""
 
-import functools
 import itertools
 import math
 import numbers
@@ -107,9 +106,10 @@ def check_texts(name: str, value: object) -> list[str]:
 
 def check_tensor(name: str, value: object, what: str, floating: bool = True) -> None:
     """`value` is an ordinary tensor, of numbers that PyTorch computes with; `what` says of what."""
-    fits = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
     if (
-        not fits
+        not isinstance(value, Tensor)
+        or value.layout is not torch.strided
+        or value.is_meta
         or value.is_floating_point() is not floating
         or value.is_complex()
         or value.dtype.itemsize < 2 * floating
@@ -195,7 +195,7 @@ def check_tokens(name: str, tokens: object, d_vocab: int, n_ctx: int | None = No
 def _check_lengths(name: str, prompts: Iterable[Any]) -> None:
     """Several prompts, if that is what these are, are equally long: they share one axis of positions."""
     listed = [] if isinstance(prompts, np.ndarray) else [one for one in prompts if isinstance(one, Sized)]
-    lengths = [len(one) for one in listed if not isinstance(one, str) and getattr(one, "ndim", 1)]
+    lengths = [len(one) for one in listed if not isinstance(one, str) and getattr(one, "ndim", 1) != 0]
     if len(set(lengths)) > 1:
         raise ValueError(
             f"{name} must be prompts of one length, since they share one axis of positions, got {lengths!s:.60} "
@@ -291,13 +291,10 @@ def check_shapes(result: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 def check_fields(result: Any) -> None:
     """The fields of a dataclass are of the kinds that their annotations say; shapes and dtypes are not looked at."""
-    hints = _hints(type(result))
+    hints = get_type_hints(type(result))
     for one in fields(result):
         if not _fits(value := getattr(result, one.name), hints[one.name]):
             raise TypeError(f"{one.name} must be a {_described(hints[one.name])}, got {shown(value)}")
-
-
-_hints = functools.cache(get_type_hints)
 
 
 def _described(hint: Any) -> str:

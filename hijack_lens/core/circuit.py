@@ -108,8 +108,9 @@ def _players(role: str, given: Any) -> tuple[Component, ...]:
     listed = given if isinstance(given, (tuple, list)) else (given,)
     if not all(isinstance(one, (str, Component)) for one in listed):
         raise TypeError(f"{role} must be {wanted}, got {given!r:.80}")
-    found = [Component.of(one) if isinstance(one, str) else one for one in listed]
-    if not all(one is not None and one.kind == kind for one in found):
+    read = [Component.of(one) if isinstance(one, str) else one for one in listed]
+    found = [one for one in read if one is not None and one.kind == kind]
+    if len(found) < len(read):
         raise ValueError(f"{role} must be {wanted}, got {given!r:.80}")
     return tuple(dict.fromkeys(found))
 

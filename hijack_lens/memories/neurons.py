@@ -159,7 +159,7 @@ def memory_neurons(
     as_tokens = outputs_are_tokens(model)
     named_by_text = ("key_tokens", *(("promoted", "suppressed") if as_tokens else ()))
     vocab = texts_of(model, torch.cat([tensors[name].flatten() for name in named_by_text]))
-    counted = {"n_keys": len(ids), "on": on, "outputs_are_tokens": as_tokens}
+    counted: dict[str, Any] = {"n_keys": len(ids), "on": on, "outputs_are_tokens": as_tokens}
     return MemoryNeurons(vocab, component=named[0], neurons=asked, **counted, **tensors)
 
 

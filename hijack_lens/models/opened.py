@@ -251,7 +251,7 @@ def _bridge_block(model: TransformerBridge, block: Any) -> Block:
     )
 
     # Gemma 3 turns by other angles in the layers with a window.
-    kind = ()
+    kind: tuple = ()
     if rotary is not None and hasattr(rotary.original_component, "layer_types"):
         kind = (getattr(attn.original_component, "layer_type", None),)
         if kind[0] not in rotary.original_component.layer_types:

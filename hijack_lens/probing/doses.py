@@ -274,7 +274,7 @@ def dose_response(
     """
     check_count("repeats", repeats, minimum=_FEWEST)
     alone = isinstance(facts, (Fact, Bigram))
-    listed = [facts] if alone else check_list("facts", facts, "a Fact or Bigram, or several")
+    listed: list[Any] = [facts] if alone else check_list("facts", facts, "a Fact or Bigram, or several")
     if not listed:
         raise ValueError("facts must hold at least one, got none")
     conflicts = tuple(fact_prompts(model, fact, repeats, lead) for fact in listed)

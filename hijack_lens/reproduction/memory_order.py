@@ -13,7 +13,7 @@ from hijack_lens.reproduction import experiment
 from hijack_lens.reproduction.experiment import Finding, Result, over_seeds
 from hijack_lens.show.style import Picture
 from hijack_lens.training import TrainConfig, TrainingRun, gradient_steps, train
-from hijack_lens.training.loop import STEPS
+from hijack_lens.training.one_step import STEPS
 
 STATEMENT = (
     "The induction circuit is learned from the top down: copy, then match, then previous token; what is frozen "

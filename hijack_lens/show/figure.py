@@ -25,8 +25,8 @@ class LiteralFigure(Figure):
                     (axis.get_major_formatter, axis.set_major_formatter),
                     (axis.get_minor_formatter, axis.set_minor_formatter),
                 ):
-                    if isinstance(get(), LogFormatterMathtext):
-                        set_formatter(_Unparsed(get()))
+                    if isinstance(formatter := get(), LogFormatterMathtext):
+                        set_formatter(_Unparsed(formatter))
             super().draw(renderer)
 
 
