@@ -1,5 +1,6 @@
 """Checks of a user's arguments: every error names the argument, its value, and what it should be."""
 
+import functools
 import itertools
 import math
 import numbers
@@ -291,10 +292,13 @@ def check_shapes(result: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 def check_fields(result: Any) -> None:
     """The fields of a dataclass are of the kinds that their annotations say; shapes and dtypes are not looked at."""
-    hints = get_type_hints(type(result))
+    hints = _hints(type(result))
     for one in fields(result):
         if not _fits(value := getattr(result, one.name), hints[one.name]):
             raise TypeError(f"{one.name} must be a {_described(hints[one.name])}, got {shown(value)}")
+
+
+_hints: Any = functools.cache(get_type_hints)
 
 
 def _described(hint: Any) -> str:
