@@ -244,5 +244,6 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
 def _index(name: str, term: Any, terms: tuple[ScoreTerm, ...]) -> int:
     (term,) = term if isinstance(term, tuple) and len(term) == 1 else (term,)
     if not isinstance(term, (str, Component)) or term not in terms:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, terms))}; got {shown(term)}")
+        got = f"{term!s:.80}" if isinstance(term, (str, Component)) else shown(term)
+        raise ValueError(f"{name} must be one of {', '.join(map(str, terms))}; got {got}")
     return terms.index(term)
