@@ -104,8 +104,8 @@ def check_edge(model: Any, sender: Sender, receiver: Receiver, via: Via) -> None
         raise ValueError(f"receiver {receiver}: this model's blocks norm what they write, not what they read")
     if via in ("k", "v"):
         _check_own_keys(model, via)
-    check_readable(model, receiver.layer, *(f"{part}.{weight}" for part, weight in _leaves(model, via).values()))
     read_weights(model, receiver, via)
+    check_readable(model, receiver.layer, *(f"{part}.{weight}" for part, weight in _leaves(model, via).values()))
 
 
 def sender_site(model: Any, sender: Sender) -> Site:
@@ -133,11 +133,12 @@ def read_stream(model: Any, receiver: Component) -> tuple[str, nn.Module | None]
 
 def read_weights(model: Any, receiver: Component, via: str) -> dict[str, Tensor]:
     """The hook points where an input of a head or MLP arrives, with the weights that compute it."""
+    leaves = _leaves(model, via)
+    check_hook_points(model, (f"blocks.{receiver.layer}.{leaf}" for leaf in leaves))
     weights = {}
-    for leaf, (part, attribute) in _leaves(model, via).items():
+    for leaf, (part, attribute) in leaves.items():
         weight = getattr(getattr(model.blocks[receiver.layer], part), attribute)
         weights[f"blocks.{receiver.layer}.{leaf}"] = weight if receiver.head is None else weight[receiver.head]
-    check_hook_points(model, weights)
     return weights
 
 

@@ -499,7 +499,7 @@ def test_each_prompt_of_a_batch_may_have_its_own_answers(name, tmp_path, uncheck
     for wrong, message in (
         ([[1, 2], [3, 0]], r"answers must be one list, or one for each of 3 prompts, got 2 lists"),
         ([[1, 2], [3, 0], [1, 2, 3]], r"answers must be equally many for every prompt, got \[2, 2, 3\]"),
-        ([[1, 2], [3, 0], [1, 1]], r"answers\[2\] must be two or more different tokens"),
+        ([[1, 2], [3, 0], [1, 1]], r"answers\[2\] must be one or several different tokens"),
         ([[1, 2], [3, 0], [1, 99]], r"answers\[2\] holds token id 99"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -9,7 +9,7 @@ import torch
 
 import hijack_lens as hl
 from hijack_lens.reproduction import data_matters, learning_order, memory_order
-from hijack_lens.training.loop import STEPS
+from hijack_lens.training.one_step import STEPS
 
 STEPS_TAKEN = list(range(0, 101, 10))
 

@@ -149,7 +149,7 @@ def test_pipes_and_devices_are_written_into_and_stay_what_they_are(explanation, 
 
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket"))
-        with pytest.raises(ValueError, match=r"path must be a file, a pipe or a character device, got .*socket"):
+        with pytest.raises(ValueError, match=r"path must be a file, a pipe or a character device, got "):
             RESULT.save(tmp_path / "socket")
     assert sorted({"pipe", "socket"} | ({"null"} if null.parent == tmp_path else set())) == sorted(os.listdir(tmp_path))
 
@@ -179,7 +179,7 @@ def test_what_cannot_be_written_is_refused_by_name(explanation, tmp_path, monkey
         for path in (tmp_path, tmp_path / "none" / "file.png", tmp_path / "file" / "file.png"):
             with pytest.raises(ValueError, match="path must be a file in an existing folder, got"):
                 write(path)
-        with pytest.raises(TypeError, match="path must be a path, got 5"):
+        with pytest.raises(TypeError, match="path must be a path, as text or a Path, got 5"):
             write(5)
     with pytest.raises(ValueError, match=r"path must end in one of .*png.*, got .*x\.tokens"):
         picture.save(tmp_path / "x.tokens")

@@ -484,7 +484,7 @@ test_a_wrong_type_is_refused = refused(
         "approximate and exact must be results of one kind, got a Sweep and a PathSweep": lambda: estimate().compare(
             hooks.path_sweep(hooked(), CLEAN, CORRUPTED, METRIC, HEADS)
         ),
-        "approximate and exact must be results of one kind, got a Sweep and a str": lambda: estimate().compare("exact"),
+        "exact must be a PatchEffects, got 'exact'": lambda: estimate().compare("exact"),
         "metric 'number' must give a tensor that torch can differentiate, got .*\\.item\\(\\)": lambda: each_refuses(
             metric=hl.Metric("number", lambda logits: logits[..., 0].detach())
         ),

@@ -42,6 +42,7 @@ class Component:
     @classmethod
     def of(cls, place: str) -> "Component | None":
         """The component at a place ("L0H1", "L2MLP"); `None` for any other text."""
+        check_type("place", place, str)
         found = _PLACE.fullmatch(place)
         if found is None:
             return None

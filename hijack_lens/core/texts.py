@@ -100,6 +100,8 @@ def _brings_space(model: Any, token: int) -> bool:
 def decoded(tokenizer: Any, ids: Iterable[int]) -> list[str]:
     """The text of each token; of a piece of a character its bytes; its id where the tokenizer has no such token."""
     listed = list(ids)
+    if not listed:
+        return []  # as which tokenizers do not decode nothing
     pieces = tokenizer.convert_ids_to_tokens(listed)
     texts = [
         _bytes_of(piece, text) if UNDECODED in text else text

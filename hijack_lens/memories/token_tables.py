@@ -46,7 +46,8 @@ class NamedTokens:
 
     def output_text(self, output: int) -> str:
         """Likewise of an output."""
-        return self.token_text(output) if self.outputs_are_tokens else str(output)
+        number = check_count("output", output)
+        return self.token_text(number) if self.outputs_are_tokens else str(number)
 
 
 @dataclass(frozen=True, repr=False)

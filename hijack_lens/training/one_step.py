@@ -81,6 +81,8 @@ def gradient_steps(
             sequences = language.sample(count, length, n_triggers=n_triggers, seed=generator)
             known = sequences.predictable.clone()
             known[:, -1] = False  # its answer lies beyond the sequence
+            if not known.any():
+                continue  # nothing to learn from
             logits = forward(sequences.tokens.to(weight.device))[known.to(weight.device)]
             loss = F.cross_entropy(logits, sequences.tokens.roll(-1, 1)[known].to(weight.device))
             gradient += torch.autograd.grad(loss, weight)[0] * (count / n_sequences)
