@@ -86,8 +86,9 @@ def gradient_steps(
             logits = forward(sequences.tokens.to(weight.device))[known.to(weight.device)]
             loss = F.cross_entropy(logits, sequences.tokens.roll(-1, 1)[known].to(weight.device))
             gradient += torch.autograd.grad(loss, weight)[0] * (count / n_sequences)
-        with torch.no_grad():
-            # A memory whose predecessor was left out (a step of norm 0) may have no gradient at all.
-            weight -= gradient * (norm / gradient.norm().clamp_min(torch.finfo(weight.dtype).tiny))
+        # A memory whose predecessor was left out (a step of norm 0) may have no gradient at all.
+        if gradient.any():
+            with torch.no_grad():
+                weight -= gradient * (norm / gradient.norm())
         recalls[memory] = memory_recall(model, asked)
     return model.requires_grad_(False), recalls
