@@ -139,7 +139,7 @@ def _own_answers(model: Any, answers: Any, n_prompts: int) -> Int[Tensor, "promp
     ):
         return None
     rows: list[Any] = list(answers)
-    if not any(isinstance(row, Iterable) and not isinstance(row, str) and np.ndim(row) == 1 for row in rows):
+    if not any(isinstance(row, Iterable) and not isinstance(row, str) and getattr(row, "ndim", 1) for row in rows):
         return None
     if len(rows) != n_prompts:
         raise ValueError(f"answers must be one list, or one for each of {n_prompts} prompts, got {len(rows)} lists")

@@ -146,7 +146,7 @@ def _checksums(tensors: Mapping[str, torch.Tensor], header: str) -> dict[str, st
     sums = {"": hashlib.sha256(header.encode()).hexdigest()}
     for name, tensor in tensors.items():
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         sums[name] = digest.hexdigest()
     return sums
 

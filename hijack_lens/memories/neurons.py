@@ -155,7 +155,9 @@ def memory_neurons(
     found = _keys(model, named[0], ids, asked.to(W_out.device), k)
     found |= _values(model, W_out, asked.to(W_out.device), k)
     on = found.pop("n_on").cpu().double() / len(ids)
-    tensors = {name: x.cpu().double() if x.is_floating_point() else x.cpu() for name, x in found.items()}
+    tensors: dict[str, Any] = {
+        name: x.cpu().double() if x.is_floating_point() else x.cpu() for name, x in found.items()
+    }
     as_tokens = outputs_are_tokens(model)
     named_by_text = ("key_tokens", *(("promoted", "suppressed") if as_tokens else ()))
     vocab = texts_of(model, torch.cat([tensors[name].flatten() for name in named_by_text]))
