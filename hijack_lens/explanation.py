@@ -1,6 +1,5 @@
 """The whole analysis in one call: the verdict on a prompt, its attribution, ablations and the theory's prediction."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from hijack_lens.attribution.logit_attribution import LogitAttribution
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import as_int, shown
+from hijack_lens.core.checks import as_int, check_list, shown
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Margin
 from hijack_lens.core.inputs import circuit_of, model_tokens, prompt_texts, token_ids
 from hijack_lens.core.tables import Drawn, widened
@@ -151,9 +150,9 @@ def explain(model: Any, prompt: object, answer: Any = None, foil: Any = None, *,
 
 def _one_each(name: str, given: Any, n_prompts: int) -> list[Any]:
     """One answer per prompt, from one for all or a list."""
-    if isinstance(given, str) or as_int(given) is not None or not isinstance(given, Iterable):
+    if isinstance(given, str) or as_int(given) is not None:
         return [given] * n_prompts
-    listed = list(given)
+    listed = check_list(name, given, "a token, or one for each prompt")
     if len(listed) != n_prompts:
         raise ValueError(f"{name} must be one token, or one for each of {n_prompts} prompts, got {len(listed)}")
     return listed

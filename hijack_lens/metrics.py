@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -256,7 +257,7 @@ def _of_tokens(
 
 
 def _is_several(answer: Any) -> bool:
-    return isinstance(answer, (list, tuple)) or getattr(answer, "ndim", 0) > 0
+    return isinstance(answer, (list, tuple)) or (isinstance(answer, (Tensor, np.ndarray)) and answer.ndim > 0)
 
 
 def _listed(answer: Any) -> list[Any]:
@@ -276,6 +277,8 @@ def _pick(
     values: Float[Tensor, "*runs batch d_vocab"], all_ids: dict[str, Tensor], argument: str
 ) -> Float[Tensor, "*runs batch"]:
     ids = all_ids[argument]
+    if values.numel() == 0:
+        raise ValueError(f"logits must hold some, got shape {tuple(values.shape)}")
     check_tokens(argument, ids.reshape(-1), values.shape[-1])
     if ids.ndim and len(ids) != values.shape[-2]:
         raise ValueError(f"{argument} has {len(ids)} tokens, one per prompt, for {values.shape[-2]} prompts")

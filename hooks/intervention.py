@@ -238,7 +238,7 @@ def check_reference(how: object, reference: object, ways: Sequence[str] = ("zero
     check_choice("how", how, ways)
     if (reference is None) != (how == "zero"):
         need = "takes no reference" if how == "zero" else "needs reference="
-        raise ValueError(f"how={how!r} {need}, got reference={reference!r:.60}")
+        raise ValueError(f"how={how!r} {need}, got reference={shown(reference)}")
 
 
 def draw_rows(how: str, n_reference: int, n_prompts: int, generator: torch.Generator) -> Int[Tensor, "prompt"] | None:

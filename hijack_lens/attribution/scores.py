@@ -18,7 +18,7 @@ from transformer_lens.model_bridge.generalized_components import PositionEmbeddi
 
 from hijack_lens.attribution.score_attribution import ScoreAttribution, ScoreTerm
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import as_int, check_position, shown
+from hijack_lens.core.checks import as_int, check_list, check_position, shown
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import Site, all_components
 from hijack_lens.core.inputs import circuit_of, one_head, prompt_texts, single_prompt
@@ -337,7 +337,7 @@ def _check_values(
 
 def _keys(key: Any, length: int, query: int) -> tuple[int, ...]:
     several = isinstance(key, Iterable) and not isinstance(key, str) and as_int(key) is None
-    listed = list(key) if several else [key]
+    listed = check_list("key", key, "one position or several") if several else [key]
     keys = tuple(check_position("key", one, length, query) for one in listed)
     if not keys or len(set(keys)) < len(keys):
         raise ValueError(f"key must be one position or several different ones, got {shown(key)}")

@@ -75,7 +75,7 @@ def _restore(flagged: Sequence[nn.Module], ours: _UnderWay, outer: _UnderWay | N
 
 def as_written(model: Any) -> Any:
     """The model that `torch.compile` has wrapped; any other as it is."""
-    return getattr(model, "_modules", {}).get("_orig_mod", model)
+    return model._modules.get("_orig_mod", model) if isinstance(model, nn.Module) else model
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -66,7 +66,7 @@ def as_int(value: object) -> int | None:
 
 def plain_scalar(value: Any) -> Any:
     """A NumPy or PyTorch scalar as Python's own; anything else as it is."""
-    return value.item() if callable(getattr(value, "item", None)) and getattr(value, "ndim", None) == 0 else value
+    return value.item() if isinstance(value, (np.generic, np.ndarray, Tensor)) and value.ndim == 0 else value
 
 
 def check_type(name: str, value: object, kind: type) -> None:

@@ -108,11 +108,11 @@ def _players(role: str, given: Any) -> tuple[Component, ...]:
     kind, wanted = ("mlp", 'MLPs, each a Component or its place ("L2MLP")') if role == "bigram" else _HEADS
     listed = given if isinstance(given, (tuple, list)) else (given,)
     if not all(isinstance(one, (str, Component)) for one in listed):
-        raise TypeError(f"{role} must be {wanted}, got {given!r:.80}")
+        raise TypeError(f"{role} must be {wanted}, got {shown(given)}")
     read = [Component.of(one) if isinstance(one, str) else one for one in listed]
     found = [one for one in read if one is not None and one.kind == kind]
     if len(found) < len(read):
-        raise ValueError(f"{role} must be {wanted}, got {given!r:.80}")
+        raise ValueError(f"{role} must be {wanted}, got {shown(given)}")
     return tuple(dict.fromkeys(found))
 
 

@@ -35,15 +35,13 @@ def check_target(name: str, path: str | os.PathLike[str]) -> Path:
 
 def make_folder(name: str, path: str | os.PathLike[str]) -> Path:
     """`path` as a folder, made if need be."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a path, got {path!r:.80}")
-    folder = Path(path)
+    folder = check_path(name, path)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{name} must be a folder, got the file {str(path)!r}")
+        raise ValueError(f"{name} must be a folder, got the file {shown(str(path))}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{name} must be a folder that can be made, got {str(path)!r}: {error}") from error
+        raise ValueError(f"{name} must be a folder that can be made, got {shown(str(path))}: {error}") from error
     return folder
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from hijack_lens.core.checks import check_count, plain_scalar, shown
+from hijack_lens.core.checks import check_count, check_list, plain_scalar, shown
 from hijack_lens.grid.journal import COLUMNS, Journal, Outcome, identity
 
 Arguments = dict[str, Any]
@@ -117,10 +117,8 @@ def _points(function: Function, grid: Any) -> list[Arguments]:
     if isinstance(grid, Mapping):
         axes = {name: _values(name, values) for name, values in grid.items()}
         points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    elif isinstance(grid, Iterable) and not isinstance(grid, (str, bytes)):
-        points = list(grid)
     else:
-        raise TypeError(f"grid must be a mapping of names to values, or points as mappings, got {shown(grid)}")
+        points = check_list("grid", grid, "a mapping of names to values, or points as mappings")
     for index, point in enumerate(points):
         if not isinstance(point, Mapping) or not all(isinstance(name, str) for name in point):
             raise TypeError(f"grid must hold mappings of names to values, got {shown(point)}")

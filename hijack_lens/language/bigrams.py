@@ -268,7 +268,9 @@ class BigramLanguage(Vocabulary):
         check_tensor("tokens", tokens, "token ids", floating=False)
         check_tensor("uniform", uniform, "numbers from 0 to 1")
         if tokens.ndim != 1 or tokens.shape != uniform.shape:
-            raise ValueError(f"uniform must have the shape of tokens, [{len(tokens)}], got {list(uniform.shape)}")
+            raise ValueError(
+                f"tokens and uniform must have one shape [sequence], got {list(tokens.shape)} and {list(uniform.shape)}"
+            )
         # Stay below 1, or tokens + uniform could round up into the next token's row.
         drawn = tokens + uniform.clamp(max=1 - 2**-32)
         return torch.searchsorted(self._stacked_cdf, drawn, right=True) - tokens * self.d_vocab

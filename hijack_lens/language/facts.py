@@ -12,6 +12,7 @@ from torch import Tensor
 from hijack_lens.core.checks import check_count, check_list, check_tokens, check_type, shown
 from hijack_lens.core.hook_points import check_model
 from hijack_lens.core.inputs import token_ids
+from hijack_lens.core.memory import check_memory
 from hijack_lens.core.texts import decoded, n_outputs, outputs_are_tokens, text_ids
 from hijack_lens.language.vocabulary import Token
 
@@ -67,7 +68,8 @@ class Fact:
     def text(self, repeats: int, lead: str = "") -> str:
         """The prompt in which the context gives its answer `repeats` times, after `lead`."""
         check_type("lead", lead, str)
-        check_count("repeats", repeats)
+        repeats = check_count("repeats", repeats)
+        check_memory(repeats * len(self.statement(self.context)), repeats=repeats)
         return " ".join([*([lead] if lead else []), *[self.statement(self.context)] * repeats, self.query])
 
     @property

@@ -30,7 +30,7 @@ from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hijack_lens.core.checks import check_count, check_fields, check_shapes, shown
+from hijack_lens.core.checks import check_count, check_fields, check_list, check_shapes
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.core.files import Saved
 from hijack_lens.core.memory import check_memory
@@ -266,6 +266,4 @@ def _facts(d_vocab: int) -> BigramLanguage:
 
 
 def _listed(name: str, given: Any) -> list[Any]:
-    if not isinstance(given, Iterable) or isinstance(given, str):
-        raise TypeError(f"{name} must be several ints, got {shown(given)}")
-    return list(given)
+    return check_list(name, given, "several ints")

@@ -12,7 +12,7 @@ from torch import Tensor
 from hijack_lens.attribution.direct import check_additive
 from hijack_lens.attribution.scores import tolerance
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import check_count, check_fields, check_shapes, shown
+from hijack_lens.core.checks import check_count, check_fields, check_list, check_shapes
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.inputs import Components, Tokens, components_of, token_ids
@@ -223,9 +223,7 @@ def _values(model: Any, W_out: Float[Tensor, "d_mlp d_model"], neurons: Tensor, 
 def _neuron_ids(neurons: Any, d_mlp: int) -> Int[Tensor, "neuron"]:
     if neurons is None:
         return torch.arange(d_mlp)
-    if not isinstance(neurons, Iterable) or isinstance(neurons, str):
-        raise TypeError(f"neurons must be several ints, got {shown(neurons)}")
-    ids = [check_count("neurons", neuron) for neuron in neurons]
+    ids = [check_count("neurons", neuron) for neuron in check_list("neurons", neurons, "several ints")]
     if not ids or len(set(ids)) < len(ids) or max(ids) >= d_mlp:
         raise ValueError(f"neurons must be one or several different ints below d_mlp={d_mlp}, got {ids}")
     return torch.tensor(ids)

@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from hijack_lens.core.checks import (
     as_int,
     check_choice,
     check_count,
+    check_list,
     check_number,
     check_path,
     check_type,
@@ -82,11 +83,8 @@ class TrainConfig:
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        listed = (
-            [self.triggers] if isinstance(self.triggers, str) or as_int(self.triggers) is not None else self.triggers
-        )
-        if not isinstance(listed, Iterable):
-            raise TypeError(f"triggers must be a token or several, got {shown(self.triggers)}")
+        alone = isinstance(self.triggers, str) or as_int(self.triggers) is not None
+        listed = [self.triggers] if alone else check_list("triggers", self.triggers, "a token or several")
         triggers = tuple(str(token) if isinstance(token, str) else check_count("triggers", token) for token in listed)
         self._set("triggers", triggers)
         for name in ("betas", "eval_lengths"):
