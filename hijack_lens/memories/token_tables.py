@@ -39,15 +39,17 @@ class NamedTokens:
 
     def token_text(self, token: int) -> str:
         """A token's text with white space visible; its id if there is no tokenizer."""
-        number = check_count("token", token)
-        if self.vocab is not None and number not in self.vocab:
-            raise ValueError(f"token must be the id of a token that occurs here, got {number}")
-        return str(number) if self.vocab is None else visible(self.vocab[number])
+        return self._text("token", token)
 
     def output_text(self, output: int) -> str:
         """Likewise of an output."""
-        number = check_count("output", output)
-        return self.token_text(number) if self.outputs_are_tokens else str(number)
+        return self._text("output", output) if self.outputs_are_tokens else str(check_count("output", output))
+
+    def _text(self, name: str, token: object) -> str:
+        number = check_count(name, token)
+        if self.vocab is not None and number not in self.vocab:
+            raise ValueError(f"{name} must be the id of a token that occurs here, got {number}")
+        return str(number) if self.vocab is None else visible(self.vocab[number])
 
 
 @dataclass(frozen=True, repr=False)
