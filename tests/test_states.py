@@ -263,6 +263,9 @@ def test_strengths_beyond_the_dtype_are_refused_when_the_model_is_built():
     for strength in ("previous_token", "match", "copy", "bigram"):
         with pytest.raises(ValueError, match=r"strengths must be numbers that torch\.float32 can hold"):
             handwritten(strengths=hl.Strengths(**{strength: 1e300}), dtype=torch.float32)
+    language, setting = hl.BigramLanguage.dirichlet(5, seed=0), hl.theory.Setting(hl.Strengths(bigram=1e308))
+    with pytest.raises(ValueError, match=r"strengths must be numbers whose logits float64 can hold"):
+        hl.theory.logits(torch.tensor([0, 1, 2]), language, setting)
 
 
 # Inside an intervention

@@ -119,4 +119,7 @@ def _memories(
     _, induction = attention(prompt, language, setting)
     tokens = check_tokens("prompt", getattr(prompt, "tokens", prompt), language.d_vocab)
     context = setting.strengths.copy * (induction @ one_hot(tokens, language.d_vocab).double())
-    return context, setting.strengths.bigram * log_pi_b.to(tokens.device)[tokens]
+    weights = setting.strengths.bigram * log_pi_b.to(tokens.device)[tokens]
+    if not (context + weights).isfinite().all():
+        raise ValueError(f"strengths must be numbers whose logits float64 can hold, got {setting.strengths}")
+    return context, weights
