@@ -18,7 +18,7 @@ def careless(prompt: object, seed: int, how: str = "zero") -> int:
 careless.__module__ = "hijack_lens.theory"
 theory.careless = careless
 theory.__all__.append("careless")
-sys.argv = ["fuzz", "--inputs", "500", "--seed", "0", "--quiet"]
+sys.argv = ["fuzz", "--inputs", "250", "--seed", "0", "--quiet"]
 from tests.fuzz.run import main
 main()
 """

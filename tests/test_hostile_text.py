@@ -10,7 +10,6 @@ from bridges_for_tests import scattered
 from browser_for_tests import Opened
 from matplotlib.mathtext import MathTextParser
 from models_for_tests import hooked
-from test_saved import KINDS, OLDER
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -45,14 +44,11 @@ def no_mathematics(monkeypatch):
 
 def test_no_label_of_any_picture_is_parsed_as_mathematics(model, explanation, no_mathematics, tmp_path):
     prompt = explanation.prompt
-    results = [KINDS[name].load(OLDER / f"{name}.safetensors") for name in KINDS]
-    results += [explanation, explanation.attribution, hl.attribute_scores(model, prompt), hl.memory_matrix(model)]
+    results = [explanation, explanation.attribution, hl.attribute_scores(model, prompt), hl.memory_matrix(model)]
     results += [hl.memory_neurons(model), hl.context_memory(model, prompt), hl.memory_conflict(model, prompt)]
     results += [hooks.patch_sweep(model, prompt.clean, prompt.corrupted, hl.logit_diff("$a_1$", "$\\{"))]
     for result in results:
         result._repr_html_()
-        if hasattr(result, "picture"):
-            result.picture().save(tmp_path / "picture.svg")
     hl.write_report(explanation, tmp_path / "report.html")
 
     # All that a figure can say, also when somebody else draws it, whatever their settings.
