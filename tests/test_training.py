@@ -484,7 +484,7 @@ def test_an_out_that_is_no_folder_is_refused_before_the_first_step(tmp_path, unc
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="out must be a folder"):
             hl.train(model, LANGUAGE, short(), out)
-    with pytest.raises(TypeError, match="out must be a path, got 5"):
+    with pytest.raises(TypeError, match="out must be a path, as text or a Path, got 5"):
         hl.train(model, LANGUAGE, short(), 5)
     assert same_weights(model, before)
     assert (tmp_path / "file").read_text() == "kept"
