@@ -87,7 +87,11 @@ def run_grid(
     """
     if not callable(function):
         raise TypeError(f"function must be callable, got {shown(function)}")
-    if executor is not None and not _makes_executors(executor) and not callable(getattr(executor, "submit", None)):
+    try:
+        fits = executor is None or _makes_executors(executor) or callable(getattr(executor, "submit", None))
+    except Exception:  # raised by an object's own __getattr__
+        fits = False
+    if not fits:
         raise TypeError(
             "executor must be None, have a submit(function, *arguments) or be a function that makes such a one, "
             f"got {shown(executor)}"

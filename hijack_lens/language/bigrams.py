@@ -146,7 +146,8 @@ class BigramLanguage(Vocabulary):
             concentration: below 1, few likely continuations per token; above, many.
             seed: for the random draw.
         """
-        check_memory(2 * _CELL * check_count("d_vocab", d_vocab, minimum=2) ** 2, d_vocab=d_vocab)
+        d_vocab = check_count("d_vocab", d_vocab, minimum=2)
+        check_memory(2 * _CELL * d_vocab**2, d_vocab=d_vocab)
         check_number("concentration", concentration, positive=True)
         rows = np.random.default_rng(fixed_seed(as_generator(seed))).dirichlet([concentration] * d_vocab, size=d_vocab)
         return cls(rows, level="word")

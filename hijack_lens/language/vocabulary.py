@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_choice, check_list, check_text, check_tokens, shown
+from hijack_lens.core.checks import as_int, check_choice, check_list, check_text, check_tokens, check_type, shown
 from hijack_lens.core.tables import visible
 
 UNKNOWN = "<unk>"
@@ -70,6 +70,7 @@ class Vocabulary:
         Raises:
             ValueError: naming `name`, if the vocabulary has no such token.
         """
+        check_type("name", name, str)
         if isinstance(token, str):
             if token not in self._ids and self.level == "word":
                 token = token.strip()  # words bring no space
