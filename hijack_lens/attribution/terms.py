@@ -134,7 +134,7 @@ def _slope_at_zero(mlp: Any) -> float:
     act_fn = getattr(mlp, "act_fn", None)
     if act_fn is None:
         return 0.0
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         x = torch.zeros((), requires_grad=True)
         return float(torch.autograd.grad(act_fn(x), x)[0])
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hijack_lens.circuits.evidence import MIN_INFORMATION, MIN_SHARE, MLPEvidence
 from hijack_lens.core.hook_points import rows_at_once
+from hijack_lens.core.tables import widened
 from hijack_lens.hooks.intervention import Intervention, logits_of
 
 _N_TOKENS = 32
@@ -141,7 +142,7 @@ class _Contexts:
         with Intervention(self.model, edit=[(name, hook_fn(edit)) for name, edit in edits.items()]):
             logits = logits_of(self.model, prompts)[:, 1:]
         self.tick()
-        log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+        log_probs = widened(logits).log_softmax(-1)
         # Back from each context's order to the tokens' own.
         where = self.order.argsort(1)[None, :, :, None].expand(-1, -1, -1, logits.shape[-1])
         grouped = log_probs.unflatten(0, (-1, _N_CONTEXTS))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.hook_points import rows_at_once
+from hijack_lens.core.tables import widened
 from hijack_lens.hooks.ablate_and_patch import patch
 from hijack_lens.hooks.intervention import Intervention, logits_of, record
 
@@ -170,7 +171,7 @@ def answer_log_prob(model: Any, tokens: Tensor, prompts: Repeats) -> Float[Tenso
     """The mean log-probability of each prompt's scored answers, in nats."""
     rows = torch.arange(len(tokens), device=tokens.device)[:, None]
     logits = logits_of(model, tokens)[rows, prompts.query]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = widened(logits)
     picked = logits.gather(-1, prompts.answer[..., None])[..., 0] - logits.logsumexp(-1)
     return prompts.mean(picked)
 

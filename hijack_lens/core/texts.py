@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_text
+from hijack_lens.core.checks import as_int, check_text, shown
 from hijack_lens.core.tables import visible
 
 
@@ -71,14 +71,14 @@ def token_id(model: Any, name: str, token: object, output: bool = False) -> int:
     if not isinstance(token, str):
         number = as_int(token)
         if number is None:
-            raise TypeError(f"{name} must be tokens, each a text or an id, got {token!r:.80}")
+            raise TypeError(f"{name} must be tokens, each a text or an id, got {shown(token)}")
         return number
     token = check_text(name, token)
     if getattr(model, "tokenizer", None) is None:
-        raise ValueError(f"{name} holds the text {token!r:.80}, but the model has no tokenizer: give token ids")
+        raise ValueError(f"{name} holds the text {shown(token)}, but the model has no tokenizer: give token ids")
     if output and not outputs_are_tokens(model):
         raise ValueError(
-            f"{name} holds the text {token!r:.80}, but the model's {n_outputs(model)} outputs are not its "
+            f"{name} holds the text {shown(token)}, but the model's {n_outputs(model)} outputs are not its "
             f"{model.cfg.d_vocab} tokens: give ids of outputs"
         )
     for spelled in spellings(token):
@@ -88,7 +88,7 @@ def token_id(model: Any, name: str, token: object, output: bool = False) -> int:
             return ids[0]
     pieces = _known_ids(model, token)
     found = "does not know it" if pieces is None else f"reads it as {decoded(model.tokenizer, pieces)}"
-    raise ValueError(f"{name} holds {token!r:.80}, which is not a single token: the model's tokenizer {found:.80}")
+    raise ValueError(f"{name} holds {shown(token)}, which is not a single token: the model's tokenizer {found:.80}")
 
 
 def _brings_space(model: Any, token: int) -> bool:
@@ -144,8 +144,8 @@ def listed_ids(model: Any, name: str, tokens: Sequence[object], output: bool = F
         whole = _known_ids(model, f" {word}")
         if _known_ids(model, word) == ids and whole is not None and len(whole) == 1:
             raise ValueError(
-                f"{name} holds {texts!r:.80}, the pieces of {word!r:.80} without a space before it; with one, "
-                f"{decoded(model.tokenizer, whole)[0]!r:.80} is a single token"
+                f"{name} holds {shown(texts)}, the pieces of {shown(word)} without a space before it; with one, "
+                f"{shown(decoded(model.tokenizer, whole)[0])} is a single token"
             )
     return ids
 

@@ -14,7 +14,6 @@ from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import check_choice, check_count, check_fields, check_shapes, check_type, shown
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.files import Saved
-from hijack_lens.core.hook_points import check_model
 from hijack_lens.core.inputs import Components, Tokens, components_of, token_ids
 from hijack_lens.core.tables import Drawn, tidy
 from hijack_lens.core.texts import n_outputs, outputs_are_tokens, texts_of
@@ -149,7 +148,6 @@ def memory_matrix(
             with zeros, tables of more than 2^26 cells (choose key_tokens and value_tokens), and models whose logits are
             not sums of what MLPs write.
     """
-    check_model(model)
     check_choice("part", part, ("memory", "weights"))
     if part == "weights" and components is not None:
         raise ValueError(
