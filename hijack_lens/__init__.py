@@ -5,16 +5,9 @@ context speaks through the induction circuit, the weights through the bigram mem
 every logit to them, switches either one off, and predicts which one hijacks the other.
 """
 
-try:
-    from transformer_lens import HookedTransformer as _HookedTransformer  # noqa: F401
-except ImportError as _error:
-    raise ImportError(
-        "hijack-lens needs transformer-lens >=3.9,<4: its models are HookedTransformers, which 4.0 removed. "
-        "Install it with: pip install 'transformer-lens>=3.9,<4'"
-    ) from _error
-
 import lazy_loader
 
+from hijack_lens import hooked  # noqa: F401  # says at once if TransformerLens is too old, too new or missing
 from hijack_lens.core.tables import shown_by
 
 __version__ = "0.1.0"

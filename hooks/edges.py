@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
@@ -15,6 +14,7 @@ from hijack_lens.core.checks import check_choice, check_type, shown
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import Site, check_hook_points, position_index, sites
 from hijack_lens.core.inputs import indices, one_component
+from hijack_lens.hooked import HookedTransformer
 from hijack_lens.hooks.intervention import HookFunction, Intervention, read_source
 from hijack_lens.models.linear_maps import normed, rounding
 from hijack_lens.models.readable import check_readable

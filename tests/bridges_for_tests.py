@@ -12,7 +12,6 @@ import transformers
 from models_for_tests import hooked
 from plain_families import PLAIN, plain_of_hugging_face
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
     GPT2Config,

@@ -2,11 +2,12 @@
 
 import warnings
 
+import pytest
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
+from hijack_lens.hooked import HookedTransformer, HookedTransformerConfig
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads would only wait for one another
 
@@ -42,13 +43,34 @@ def perturbed(seed=0, scale=0.1, d_vocab=D_VOCAB, n_ctx=12, dtype=torch.float64,
     return model
 
 
-def hooked(norm=None, act="gelu", n_layers=2, seed=0, dtype=torch.float64, **config):
-    """A HookedTransformer with random weights and biases throughout, and a circuit given by hand."""
-    options = {**SHAPE, "n_layers": n_layers, "act_fn": act, "normalization_type": norm, **config}
-    cfg = HookedTransformerConfig(**options, dtype=dtype, device="cpu", init_weights=False)
+OURS = not HookedTransformer.__module__.startswith("transformer_lens")
+"""Whether TransformerLens has no HookedTransformer, and hijack-lens brings one that can be less."""
+
+
+def lens_model(seed=0, **options):
+    """A HookedTransformer with TransformerLens's random weights, or such as it would draw."""
+    try:
+        cfg = HookedTransformerConfig(device="cpu", **options, **({} if OURS else {"seed": seed}))
+    except (TypeError, ValueError) as error:
+        if not OURS:
+            raise
+        pytest.skip(f"TransformerLens has no HookedTransformer any more, and ours is none of this kind: {error}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         model = HookedTransformer(cfg)
+    if OURS:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.rsplit(".", 1)[-1].startswith("W_"):
+                    parameter.normal_(0, 0.8 / cfg.d_model**0.5, generator=generator)
+    return model
+
+
+def hooked(norm=None, act="gelu", n_layers=2, seed=0, dtype=torch.float64, **config):
+    """A HookedTransformer with random weights and biases throughout, and a circuit given by hand."""
+    options = {**SHAPE, "n_layers": n_layers, "act_fn": act, "normalization_type": norm, **config}
+    model = lens_model(**options, dtype=dtype, init_weights=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

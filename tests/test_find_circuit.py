@@ -7,10 +7,9 @@ import pickle
 import matplotlib
 import pytest
 import torch
-from models_for_tests import close, handwritten, hooked, native
+from models_for_tests import close, handwritten, hooked, lens_model, native
 from refusals import refused
 from trainable_for_tests import LANGUAGE, TRIGGERS, build
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
@@ -33,11 +32,9 @@ def planted(previous=(1,), induction=(2,), bigram=True, n_layers=4, n_heads=3, n
     language = hl.BigramLanguage.dirichlet(20, 0.5, seed=seed)
     source = hl.associative_transformer(language, positions="absolute", n_ctx=45, device="cpu")
     sizes = {name: getattr(source.cfg, name) for name in ("d_model", "d_head", "d_mlp", "n_ctx", "d_vocab")}
-    model = HookedTransformer(
-        HookedTransformerConfig(
-            n_layers=n_layers, n_heads=n_heads, act_fn="relu", normalization_type=None, use_attn_scale=False,
-            init_weights=False, device="cpu", **sizes,
-        )
+    model = lens_model(
+        n_layers=n_layers, n_heads=n_heads, act_fn="relu", normalization_type=None, use_attn_scale=False,
+        init_weights=False, **sizes,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     theirs = dict(source.named_parameters())
@@ -61,10 +58,7 @@ def planted(previous=(1,), induction=(2,), bigram=True, n_layers=4, n_heads=3, n
 def random_model(seed, positions="standard", **options):
     sizes = {"d_model": 32, "n_heads": 4, "d_head": 8, "d_mlp": 64, "n_ctx": 50, "d_vocab": 40, "n_layers": 3}
     rotary = {"rotary_dim": 8} if positions == "rotary" else {}
-    cfg = HookedTransformerConfig(
-        act_fn="gelu", seed=seed, device="cpu", positional_embedding_type=positions, **rotary, **{**sizes, **options}
-    )
-    return HookedTransformer(cfg)
+    return lens_model(seed, act_fn="gelu", positional_embedding_type=positions, **rotary, **{**sizes, **options})
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +256,8 @@ def test_a_trained_circuit_is_found(options):
 @functools.cache
 def trained_on_repeats():
     """Two layers of attention alone, of one head, trained on [begin, x, x] for x of 4 to 8 tokens."""
-    options = {"d_model": 64, "d_head": 64, "n_heads": 1, "n_layers": 2, "n_ctx": 17, "d_vocab": 33, "seed": 0}
-    model = HookedTransformer(HookedTransformerConfig(attn_only=True, device="cpu", normalization_type=None, **options))
+    options = {"d_model": 64, "d_head": 64, "n_heads": 1, "n_layers": 2, "n_ctx": 17, "d_vocab": 33}
+    model = lens_model(attn_only=True, normalization_type=None, **options)
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(500):

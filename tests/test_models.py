@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
 from strategies import seeds, worlds
-from transformer_lens import ActivationCache, HookedTransformer
+from transformer_lens import ActivationCache
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 
 import hijack_lens as hl
 from hijack_lens import theory
+from hijack_lens.hooked import HookedTransformer, HookedTransformerConfig
 from hijack_lens.models import RelativeAttention
 
 # The theory's numbers
@@ -413,14 +413,24 @@ def test_construction_leaves_the_global_random_state_alone(options, global_rng_u
     hl.associative_transformer(LANGUAGE, **options)
 
 
-@pytest.mark.parametrize("contents", ["", "raise ImportError('none')"])
-def test_a_transformer_lens_without_hooked_transformer_is_named_at_import(tmp_path, contents):
-    (tmp_path / "transformer_lens.py").write_text(contents)
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import hijack_lens"
+def import_error(folder, code):
+    """The last line that `import hijack_lens` prints after `code`, with a folder's modules before all others."""
+    code = f"import sys; sys.path.insert(0, {str(folder)!r}); {code}; import hijack_lens"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "ImportError: hijack-lens needs transformer-lens >=3.9,<4" in done.stderr.strip().splitlines()[-1]
-    assert "pip install 'transformer-lens>=3.9,<4'" in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("found", ["2.18.0", "3.8.1", "5.0.0"])
+def test_a_transformer_lens_of_another_time_is_named_at_import(tmp_path, found):
+    error = import_error(tmp_path, f"import importlib.metadata as m; m.version = lambda name: {found!r}")
+    assert error.startswith(f"ImportError: hijack-lens needs transformer-lens >=3.9,<5, found {found}. ")
+    assert error.endswith("pip install 'transformer-lens>=3.9,<5'")
+
+
+def test_an_import_that_fails_for_another_reason_says_its_own(tmp_path):
+    (tmp_path / "transformer_lens.py").write_text("raise ImportError('numpy is too old')")
+    assert import_error(tmp_path, "pass") == "ImportError: numpy is too old"
 
 
 # Bad input

@@ -19,7 +19,6 @@ from models_for_tests import HEADS, SHAPE, close, handwritten, hooked, native, p
 from refusals import refused
 from strategies import seeds
 from test_hooks_safety import hooks_on, left_as_it_was
-from transformer_lens.components import Attention, TransformerBlock
 from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
@@ -588,14 +587,14 @@ def test_hooks_of_torchs_take_part_too(name, kind, unchecked):
 # Models that are not taken apart
 
 
-class Doubled(TransformerBlock):
+class Doubled(type(hooked().blocks[0])):
     """A block that does more than its parts do."""
 
     def forward(self, *args, **kwargs):
         return 2 * super().forward(*args, **kwargs)
 
 
-class Inverted(Attention):
+class Inverted(type(hooked().blocks[0].attn)):
     """An attention with something of its own in it."""
 
     def calculate_attention_scores(self, *args, **kwargs):

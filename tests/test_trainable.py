@@ -6,10 +6,10 @@ import pytest
 import torch
 from models_for_tests import close, prompts
 from trainable_for_tests import LANGUAGE, TRIGGERS, build, same_weights, shaken, weights
-from transformer_lens import HookedTransformer
 
 import hijack_lens as hl
 from hijack_lens import hooks
+from hijack_lens.hooked import HookedTransformer
 from hijack_lens.models import RelativeAttention
 from hijack_lens.training.forward import PlainForward
 

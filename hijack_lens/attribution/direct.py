@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from hijack_lens.attribution.logit_attribution import Path, Source
 from hijack_lens.attribution.terms import gate
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import all_components, rows_at_once
+from hijack_lens.hooked import HookedTransformer
 from hijack_lens.hooks.edges import changes_attn_out, embeddings, precedes, read_stream
 from hijack_lens.hooks.intervention import Intervention, logits_of
 from hijack_lens.models.linear_maps import Readout, linear_norm, rounding

@@ -13,7 +13,6 @@ import torch
 from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge.generalized_components import PositionEmbeddingsAttentionBridge
 
 from hijack_lens.attribution.score_attribution import ScoreAttribution, ScoreTerm
@@ -23,6 +22,7 @@ from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import Site, all_components
 from hijack_lens.core.inputs import circuit_of, one_head, prompt_texts, single_prompt
 from hijack_lens.core.tables import widened
+from hijack_lens.hooked import HookedTransformer
 from hijack_lens.hooks.edges import Sender, embeddings, norms_of_heads, sender_site
 from hijack_lens.hooks.intervention import record
 from hijack_lens.models.linear_maps import LinearNorm, linear_norm

@@ -6,13 +6,12 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.components import Attention
-from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
 
 from hijack_lens.core.checks import check_choice, check_count
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.memory import check_memory
+from hijack_lens.hooked import Attention, HookedTransformerConfig
 
 _BLOCK = 70_000
 """Bytes of a block's modules and hook points, beside its weights."""

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.components import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
+
+from hijack_lens.hooked import CENTRED_NORMS, RMS_NORMS
 
 _UNNAMED_EPS = 1e-5
 """The epsilon of OLMo's norm, which has no attribute for it."""
@@ -64,9 +65,9 @@ def linear_norm(norm: nn.Module | None, x: Float[Tensor, "*batch d_model"]) -> L
     norm = getattr(norm, "original_component", norm)  # the module that a TransformerBridge wraps
     if norm is None or isinstance(norm, nn.Identity):
         return LinearNorm()
-    if isinstance(norm, (LayerNorm, LayerNormPre, nn.LayerNorm)):
+    if isinstance(norm, (*CENTRED_NORMS, nn.LayerNorm)):
         centred = True
-    elif isinstance(norm, (RMSNorm, RMSNormPre, nn.RMSNorm)):
+    elif isinstance(norm, (*RMS_NORMS, nn.RMSNorm)):
         centred = False
     else:
         return _tried_out(norm, x)

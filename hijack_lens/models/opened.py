@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens.components import Attention, GroupedQueryAttention
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import (
     AttentionBridge,
@@ -20,6 +18,7 @@ from transformer_lens.model_bridge.generalized_components import (
     PositionEmbeddingsAttentionBridge,
 )
 
+from hijack_lens.hooked import GROUPED_ATTENTION, Attention, HookedTransformer
 from hijack_lens.models.architecture import RelativeAttention
 
 Pointwise = Callable[[Tensor], Tensor]
@@ -223,12 +222,12 @@ def open_model(model: Any) -> OpenModel:
 
 def _hooked_block(model: HookedTransformer, block: Any) -> Block:
     attn, cfg = block.attn, model.cfg
-    _check_known(attn, Attention, GroupedQueryAttention, RelativeAttention)
+    _check_known(attn, Attention, RelativeAttention, *GROUPED_ATTENTION)
 
     def rotate(x: Tensor, positions: Tensor) -> Tensor:
         return _rotated(x, attn.rotary_cos[positions], attn.rotary_sin[positions], attn.rotate_every_two)
 
-    shared = isinstance(attn, GroupedQueryAttention) and not cfg.ungroup_grouped_query_attention
+    shared = isinstance(attn, GROUPED_ATTENTION) and not cfg.ungroup_grouped_query_attention
     return _block(
         block,
         every=attn.repeat_kv_heads if shared else 1,

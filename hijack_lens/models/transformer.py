@@ -10,12 +10,11 @@ import torch
 from jaxtyping import Int
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
-from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
 from hijack_lens.core.checks import check_device, check_dtype, check_path, check_tokens, check_type, shown
 from hijack_lens.core.circuit import Strengths
+from hijack_lens.hooked import HookedTransformer, HookedTransformerConfig
 from hijack_lens.language import UNKNOWN, BigramLanguage, Token
 from hijack_lens.models.architecture import Architecture, RelativeAttention
 from hijack_lens.models.storage import find_model, read_model, write_model

@@ -1,0 +1,57 @@
+"""HookedTransformer and its parts: TransformerLens's own (3.9), or ours of the same shape, where it has none (4.x).
+
+Nothing else in the package asks which TransformerLens is installed.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from torch import nn
+
+try:
+    _installed = version("transformer-lens")
+except PackageNotFoundError:
+    _installed = "none"
+_release = tuple(int(part) for part in _installed.split(".")[:2] if part.isdigit())
+if not (3, 9) <= _release < (5,):
+    raise ImportError(
+        f"hijack-lens needs transformer-lens >=3.9,<5, found {_installed}. "
+        "Install it with: pip install 'transformer-lens>=3.9,<5'"
+    )
+
+CENTRED_NORMS: tuple[type[nn.Module], ...]
+"""Norms that subtract the mean."""
+RMS_NORMS: tuple[type[nn.Module], ...]
+"""Norms that do not."""
+GROUPED_ATTENTION: tuple[type[nn.Module], ...]
+"""Attention whose heads share keys and values."""
+
+if _release >= (4,):
+    from hijack_lens.hooked.attention import Attention
+    from hijack_lens.hooked.config import HookedTransformerConfig
+    from hijack_lens.hooked.parts import LayerNorm, RMSNorm
+    from hijack_lens.hooked.transformer import HookedTransformer
+
+    CENTRED_NORMS, RMS_NORMS, GROUPED_ATTENTION = (LayerNorm,), (RMSNorm,), ()
+else:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.components import (
+        Attention,
+        GroupedQueryAttention,
+        LayerNorm,
+        LayerNormPre,
+        RMSNorm,
+        RMSNormPre,
+    )
+    from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
+
+    CENTRED_NORMS, RMS_NORMS = (LayerNorm, LayerNormPre), (RMSNorm, RMSNormPre)
+    GROUPED_ATTENTION = (GroupedQueryAttention,)
+
+__all__ = [
+    "CENTRED_NORMS",
+    "GROUPED_ATTENTION",
+    "RMS_NORMS",
+    "Attention",
+    "HookedTransformer",
+    "HookedTransformerConfig",
+]

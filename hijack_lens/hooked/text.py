@@ -1,0 +1,90 @@
+"""Text and tokens of a HookedTransformer."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hijack_lens.hooked.weights import StackedWeights
+
+
+class TextAndTokens(StackedWeights):
+    """TransformerLens's names for what a model's tokenizer does."""
+
+    tokenizer: Any
+
+    def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
+        """Makes a transformers tokenizer the model's."""
+        tokenizer.padding_side = default_padding_side or tokenizer.padding_side or "right"
+        for name in ("pad_token", "bos_token"):
+            if getattr(tokenizer, name) is None:
+                setattr(tokenizer, name, tokenizer.eos_token)
+        self.tokenizer = tokenizer
+        self.cfg.tokenizer_prepends_bos = len(tokenizer.encode("")) > 0
+
+    def to_tokens(
+        self,
+        input: str | list[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+    ) -> Int[Tensor, "batch pos"]:
+        """Token ids of texts; a subclass says how its texts are cut, and what it does about unequal lengths."""
+        raise NotImplementedError
+
+    def to_string(self, tokens: Any) -> str | list[str]:
+        """The text of tokens, [pos], or the texts of a batch, [batch, pos]."""
+        ids = torch.as_tensor(tokens)
+        if ids.ndim == 2:
+            return [str(self.to_string(row)) for row in ids]
+        if ids.ndim > 2:
+            raise ValueError(f"tokens must be [pos] or [batch, pos], got shape {tuple(ids.shape)}")
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def to_str_tokens(
+        self,
+        input: str | list | np.ndarray | Int[Tensor, "..."],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+    ) -> list[str] | list[list[str]]:
+        """Each token of a text, or of token ids, as text; of a list of those, a list each."""
+        if isinstance(input, list):
+            return [self.to_str_tokens(one, prepend_bos, padding_side) for one in input]  # type: ignore[misc]
+        if isinstance(input, str):
+            input = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=padding_side)
+        ids = torch.as_tensor(input).squeeze()
+        if ids.ndim > 1:
+            raise ValueError(f"input must be one prompt, got shape {tuple(ids.shape)}")
+        return [str(self.to_string(token[None])) for token in ids.reshape(-1)]
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a text that is one token."""
+        tokens = self.to_tokens(string, prepend_bos=False)
+        if tokens.numel() != 1:
+            raise ValueError(f"string must be a single token, got {string!r}, which is {tokens.numel()}")
+        return int(tokens)
+
+    def to_single_str_token(self, int_token: int) -> str:
+        """The text of one token id."""
+        return str(self.to_string(torch.tensor([int_token])))
+
+    def get_token_position(
+        self,
+        single_token: str | int,
+        input: str | Int[Tensor, "..."],
+        mode: str = "first",
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+    ) -> int:
+        """The first or last position of a token in a prompt."""
+        if mode not in ("first", "last"):
+            raise ValueError(f"mode must be 'first' or 'last', got {mode!r}")
+        token = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
+        tokens = self.to_tokens(input, prepend_bos, padding_side) if isinstance(input, str) else input
+        found = (tokens.reshape(-1) == token).nonzero().flatten().tolist()
+        if not found:
+            raise ValueError(f"single_token {single_token!r} does not occur in the input")
+        return found[0 if mode == "first" else -1]
