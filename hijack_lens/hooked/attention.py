@@ -37,11 +37,15 @@ class Attention(nn.Module):
         self.attn_type = attn_type
         self.layer_id = layer_id
         self.attn_scale = cfg.attn_scale if cfg.use_attn_scale else 1.0
-        for name in "QKV":
-            self.register_parameter(f"W_{name}", weight(cfg, cfg.n_heads, cfg.d_model, cfg.d_head))
-            self.register_parameter(f"b_{name}", bias(cfg, cfg.n_heads, cfg.d_head))
+        # TransformerLens's order, in which optimizers number parameters and random weights are drawn.
+        self.W_Q = weight(cfg, cfg.n_heads, cfg.d_model, cfg.d_head)
         self.W_O = weight(cfg, cfg.n_heads, cfg.d_head, cfg.d_model)
+        self.b_Q = bias(cfg, cfg.n_heads, cfg.d_head)
         self.b_O = bias(cfg, cfg.d_model)
+        self.W_K = weight(cfg, cfg.n_heads, cfg.d_model, cfg.d_head)
+        self.W_V = weight(cfg, cfg.n_heads, cfg.d_model, cfg.d_head)
+        self.b_K = bias(cfg, cfg.n_heads, cfg.d_head)
+        self.b_V = bias(cfg, cfg.n_heads, cfg.d_head)
         # A state dict written under 3.9 has these two, though an empty mask says nothing.
         self.register_buffer("mask", torch.empty((0, 0), dtype=torch.bool))
         self.register_buffer("IGNORE", torch.tensor(-torch.inf))

@@ -57,9 +57,10 @@ class TransformerBlock(nn.Module):
             return nn.Identity() if cfg.normalization_type is None else _NORMS[cfg.normalization_type](cfg)
 
         self.ln1 = norm()
-        self.attn = Attention(cfg, "global", block_index)
         if not cfg.attn_only:
             self.ln2 = norm()
+        self.attn = Attention(cfg, "global", block_index)
+        if not cfg.attn_only:
             self.mlp = MLP(cfg)
             self.hook_resid_mid = HookPoint()  # [batch, pos, d_model]
         self.hook_attn_in = HookPoint()  # [batch, pos, head_index, d_model]
