@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hijack_lens.hooked import HookedTransformer
+
 WORDS = ["<end>", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "a", "b"]
 D_VOCAB, D_MODEL, N_HEADS, D_HEAD, N_LAYERS, D_MLP, N_CTX = len(WORDS), 16, 4, 4, 2, 20, 24
 

@@ -57,7 +57,7 @@ def lens_model(seed=0, **options):
         pytest.skip(f"TransformerLens has no HookedTransformer any more, and ours is none of this kind: {error}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        model = HookedTransformer(cfg)
+        model = HookedTransformer(cfg).eval()
     if OURS:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -104,7 +104,8 @@ def native(norm=None, act="gelu", seed=0, **config):
         theirs.pop("tok_embed.weight").copy_(twin.W_E)
         theirs.pop("pos.weight").copy_(twin.W_pos)
         theirs.pop("head.weight").copy_(twin.W_U.T)
-        theirs.pop("head.bias").copy_(twin.b_U)
+        theirs.pop("head.bias", None)  # a parameter or a buffer, by version
+        bridge.unembed.original_component.bias.copy_(twin.b_U)
         for layer, block in enumerate(twin.blocks):
             attn, mlp, at = block.attn, block.mlp, f"layers.{layer}"
             for name in "qkv":
@@ -122,4 +123,4 @@ def native(norm=None, act="gelu", seed=0, **config):
                 if f"{name}.{theirs_name}" in theirs:
                     theirs.pop(f"{name}.{theirs_name}").copy_(getattr(module, ours))
     assert not theirs, f"not copied: {sorted(theirs)}"
-    return bridge, twin
+    return bridge.eval(), twin

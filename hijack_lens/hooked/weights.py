@@ -154,7 +154,8 @@ class StackedWeights(HookedRootModule):
         reads = {"Q": self.QK, "K": self.QK.T, "V": self.OV}[mode]
         layers = torch.arange(self.cfg.n_layers, device=self.W_E.device)
         later = layers[:, None, None, None] < layers[None, None, :, None]
-        return composition_scores(self.OV, reads, broadcast_dims=True) * later
+        scores = composition_scores(self.OV, reads, broadcast_dims=True)
+        return torch.where(later, scores, torch.zeros_like(scores))
 
     def all_head_labels(self) -> list[str]:
         """L0H0, L0H1, ..."""

@@ -113,6 +113,7 @@ class BigramTransformer(HookedTransformer):
             block.attn.attn_scale = float(block.attn.attn_scale)  # NumPy's own type, which torch.compile stumbles over
         if architecture.mlp == "linear":
             self.blocks[-1].mlp.act_fn = nn.Identity()
+        self.eval()  # it has nothing to switch off, and TransformerLens 4 patches nothing that is training
 
     @property
     def positions(self) -> Literal["relative", "absolute", "rotary", "none"]:
