@@ -2,6 +2,7 @@
 
 import tempfile
 
+import jaxtyping
 import pytest
 import torch
 import torch.nn.utils.parametrize as parametrize
@@ -73,7 +74,8 @@ def compiled(request):
     """A model compiled, and called before anything else; and its twin that was not."""
     kind, how = request.param
     model = COMPILED[how](MODELS[kind]())
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the type checker cannot be compiled
         model(CLEAN)
         model(CORRUPTED)
     return model, MODELS[kind]()

@@ -6,6 +6,11 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformer_lens.utilities.defaults_utils import LocallyOverridenDefaults
+from transformer_lens.utilities.tokenize_utils import (
+    get_input_with_manually_prepended_bos,
+    get_tokens_with_bos_removed,
+)
 
 from hijack_lens.hooked.weights import StackedWeights
 
@@ -32,8 +37,24 @@ class TextAndTokens(StackedWeights):
         move_to_device: bool = True,
         truncate: bool = True,
     ) -> Int[Tensor, "batch pos"]:
-        """Token ids of texts; a subclass says how its texts are cut, and what it does about unequal lengths."""
-        raise NotImplementedError
+        """Token ids of a text, or of texts, padded to one length.
+
+        Args:
+            input: the text or texts.
+            prepend_bos: whether to begin with the tokenizer's begin token; by default `cfg.default_prepend_bos`.
+            padding_side: "left" or "right"; by default the tokenizer's.
+            move_to_device: whether the ids go to the model's device.
+            truncate: whether to cut what is longer than `cfg.n_ctx`.
+        """
+        begins = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+        with LocallyOverridenDefaults(self, padding_side=padding_side):
+            if begins and not self.cfg.tokenizer_prepends_bos:
+                input = get_input_with_manually_prepended_bos(self.tokenizer.bos_token, input)
+            cut = {"truncation": True, "max_length": self.cfg.n_ctx} if truncate else {}
+            tokens = self.tokenizer(input, return_tensors="pt", padding=True, **cut)["input_ids"]
+            if self.cfg.tokenizer_prepends_bos and not begins:
+                tokens = get_tokens_with_bos_removed(self.tokenizer, tokens)
+        return tokens.to(self.cfg.device) if move_to_device else tokens
 
     def to_string(self, tokens: Any) -> str | list[str]:
         """The text of tokens, [pos], or the texts of a batch, [batch, pos]."""

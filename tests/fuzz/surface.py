@@ -38,7 +38,8 @@ class Target:
 
 
 def is_ours(thing: Any) -> bool:
-    return str(getattr(thing, "__module__", "")).startswith("hijack_lens")
+    home = str(getattr(thing, "__module__", ""))
+    return home.startswith("hijack_lens") and not home.startswith("hijack_lens.hooked")  # TransformerLens's, or like it
 
 
 def _target(name: str, function: Callable, owner: type | None = None, skip: int = 0) -> Target:
