@@ -304,5 +304,6 @@ def changes_attn_out(model: Any, layer: int) -> bool:
 def norms_of_heads(model: Any, layer: int) -> tuple[nn.Module | None, nn.Module | None]:
     """The norm of what a block's heads read, and of what they write together; `None` where there is none."""
     block = model.blocks[layer]
-    first = getattr(block, "ln1", None)
-    return (None, first) if _norms_after_only(model, layer) else (first, getattr(block, "ln1_post", None))
+    first, after = getattr(block, "ln1", None), getattr(block, "ln1_post", None)
+    # TransformerLens 3.9 calls a block's only norm ln1, wherever it comes.
+    return (None, first if after is None else after) if _norms_after_only(model, layer) else (first, after)

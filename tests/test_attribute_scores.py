@@ -101,7 +101,7 @@ def vectors(model, parts, head, via, alive, normed=True):
     constant = norm_bias @ weight[index] + bias[index]
     if "biases" in alive:
         out = out + constant
-    if cfg.use_qk_norm:  # with the scale of the run's whole query or key
+    if getattr(cfg, "use_qk_norm", False):  # with the scale of the run's whole query or key
         made = vectors(model, parts, head, via, set(parts) | {"biases"}, normed=False) if normed else None
         if made is not None:
             out = out / (made.square().mean(-1, keepdim=True) + cfg.eps).sqrt() * w[f"{at}.attn.{via}_norm.w"]

@@ -431,8 +431,10 @@ test_values_are_refused = refused(
         "circuit must name an induction head, through which the context speaks; got": against(circuit=hl.Circuit()),
         "circuit must name an induction head, .* got previous-token head: none": against(model=native()[0]),
         "logits are not its last residual stream .* a factor follows": of(model=with_factor(), head=INDUCTION),
-        "head L1H0: this model norms or scales what its heads write": of(model=normed_after(), head=INDUCTION),
-        "cfg.output_logits_soft_cap": of(model=hooked(output_logits_soft_cap=3.0), head=INDUCTION),
+        "head L1H0: this model norms or scales what its heads write": lambda: of(
+            model=normed_after(), head=INDUCTION
+        )(),
+        "cfg.output_logits_soft_cap": lambda: of(model=hooked(output_logits_soft_cap=3.0), head=INDUCTION)(),
         "query_token must be among this table's tokens, got 5": lambda: of(query_tokens=[1, 2])().by_source(5),
         "query_tokens must be among this table's tokens, got 'x'": lambda: of()().picture(["x"]),
         "answers must be among this table's tokens, got 3": lambda: against(answers=[1, 2])().picture(answers=[3]),

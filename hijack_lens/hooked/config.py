@@ -55,10 +55,12 @@ class HookedTransformerConfig(TransformerLensConfig):
 
 _PLAIN = {
     "attention_dir": ("causal",),
+    "final_rms": (False,),
     "gated_mlp": (False,),
     "init_weights": (False,),
     "n_devices": (1,),
     "n_key_value_heads": (None,),
+    "num_experts": (None,),
     "normalization_type": (None, "LN", "RMS"),
     "parallel_attn_mlp": (False,),
     "positional_embedding_type": ("standard", "rotary"),

@@ -201,6 +201,8 @@ def check_plain(model: Any) -> None:
         raise UnknownArchitectureError(f"a sliding window of {window} is not taken apart")
     if any(getattr(block.attn, "q_norm", None) is not None for block in model.blocks if hasattr(block, "attn")):
         raise UnknownArchitectureError("norms of queries and keys are not taken apart")
+    if any(getattr(block, "ln1_post", None) is not None for block in model.blocks):
+        raise UnknownArchitectureError("norms after attention are not taken apart")
 
 
 def open_model(model: Any) -> OpenModel:
@@ -289,7 +291,8 @@ def _block(block: Any, every: int, mlp: Any, **rest: Any) -> Block:
         return W_Q.new_zeros(shape) if given is None else given
 
     n_kv_heads, _, d_head = W_K.shape
-    ln2 = getattr(block, "ln2", block.ln1)  # GPT-J's attention and MLP share a norm
+    ln1 = getattr(block, "ln1", torch.nn.Identity())  # OLMo 2's norms come after attention and MLP
+    ln2 = getattr(block, "ln2", ln1)  # GPT-J's attention and MLP share a norm
     return Block(
         W_Q=_matrix(W_Q),
         b_Q=bias(attn.b_Q, len(W_Q), d_head),
@@ -299,7 +302,7 @@ def _block(block: Any, every: int, mlp: Any, **rest: Any) -> Block:
         b_V=bias(attn.b_V, n_kv_heads * every, d_head)[::every],
         W_O=W_O,
         b_O=bias(attn.b_O, W_O.shape[-1]),
-        ln1=block.ln1,
+        ln1=ln1,
         mlp=None if mlp is None else lambda x: mlp(ln2(x)),
         W_out=getattr(mlp, "W_out", None),  # mixtures of experts have none
         **rest,
