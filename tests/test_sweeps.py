@@ -1052,9 +1052,6 @@ test_what_makes_no_sense_is_refused = refused(
         "metric 'logit 1 − logit 2' reads position -5": patching(hl.logit_diff(1, 2, -5)),
         "answer has 3 tokens, one per prompt, for 2 prompts": patching(hl.logit_diff([1, 2, 3], 0)),
         "foil holds token id 9": patching(hl.logit_diff(1, 9)),
-        "'blocks.0.attn.hook_pattern': it computes the head's output without them": patching(
-            model="native bridge", activations="pattern"
-        ),
         "TransformerBridge does not honour edits at 'blocks.0.hook_resid_mid'": patching(
             model="GPT-2", clean=CLEAN, activations="resid_mid"
         ),
