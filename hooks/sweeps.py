@@ -31,7 +31,7 @@ from hijack_lens.hooks.patched_runs import (
 from hijack_lens.hooks.sweep_plan import STREAM, Plan, hook_name, make_plan
 from hijack_lens.hooks.sweep_results import Sweep
 from hijack_lens.models.opened import UnknownArchitectureError, check_plain, open_model
-from hijack_lens.models.readable import check_readable
+from hijack_lens.models.readable import UnreadableWeightsError, check_readable
 
 Method = Literal["auto", "incremental", "forward"]
 Which = int | Iterable[int] | None
@@ -229,7 +229,7 @@ def _sweep(
             for layer in plan.layers if "post" in plan.activations else ():
                 check_readable(model, layer, "mlp.W_out")
             opened = open_model(model)
-        except (UnknownArchitectureError, ValueError) as error:
+        except (UnknownArchitectureError, UnreadableWeightsError) as error:
             why_not = str(error)
     names = [hook_name(*point) for point in plan.points]
     base_logits, base = record(

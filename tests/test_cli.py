@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -195,10 +194,3 @@ def test_reproduce_prints_each_prediction_beside_what_was_measured(capsys, monke
     code, _, err = run(capsys, monkeypatch, "reproduce", "hijak")
     assert code == 2
     assert "claims must be one of" in err
-
-
-def test_importing_drags_in_no_plotting():
-    """What only pictures need is loaded when a picture is drawn, so that importing costs what TransformerLens costs."""
-    code = "import sys, hijack_lens; print([m for m in ('matplotlib', 'circuitsvis', 'cyclopts') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

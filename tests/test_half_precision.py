@@ -98,12 +98,12 @@ def test_every_result_of_a_half_precision_model_shows_itself_and_holds_float32(n
             assert not isinstance(value, torch.Tensor) or value.dtype not in (torch.bfloat16, torch.float16), what
         assert repr(result)
         for view in ("to_pandas", "interactions_to_pandas", "by_fact", "_repr_html_"):
-            if hasattr(result, view) and (view != "_repr_html_" or not name.startswith("deep")):
+            if hasattr(result, view) and (view != "_repr_html_" or name == "BigramTransformer"):  # slow: pictures
                 getattr(result, view)()
         if hasattr(result, "save"):
             result.save(tmp_path / "result")
             type(result).load(tmp_path / "result")
-        if isinstance(result, hl.Explanation):
+        if isinstance(result, hl.Explanation) and name == "BigramTransformer":
             hl.write_report(result, tmp_path / "report.html")
     for estimate, exact in (("attribution_patch", hooks.patch_sweep), ("edge_attribution", hooks.path_sweep)):
         options = ("attn_out",) if estimate == "attribution_patch" else ()

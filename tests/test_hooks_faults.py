@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from bridges_for_tests import gpt2_like
+from faults_for_tests import Fault
 from models_for_tests import CIRCUIT, HEADS, MLPS, close, hooked, native, perturbed, prompts
 from plain_families import plain_of_hooked
 from torch.utils.hooks import RemovableHandle
@@ -56,47 +57,20 @@ def model(request, unchecked):
     assert torch.equal(model(TOKENS), logits)
 
 
-class Interrupt:
-    """Ctrl-C at the count-th line that is executed in functions called inside the `with`; counts lines without one."""
-
-    def __init__(self, count=None, only=""):
-        self.count, self.only, self.lines, self.where = count, only, 0, None
-
-    def __enter__(self):
-        self.before = sys.gettrace()
-        sys.settrace(self.trace)
-        return self
-
-    def __exit__(self, *error):
-        sys.settrace(self.before)
-
-    def trace(self, frame, event, arg):
-        code = frame.f_code
-        # Python itself cannot guard the first line of `__exit__`; nor is Ctrl-C served between this file's lines.
-        if code.co_filename == __file__ or code.co_name == "__exit__" or self.only not in code.co_filename:
-            return None if code.co_filename == __file__ else self.trace
-        if event == "line":
-            self.lines += 1
-            if self.lines == self.count:
-                self.where = f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
-                raise KeyboardInterrupt
-        return self.trace
-
-
 @pytest.mark.parametrize("intervene", INTERVENTIONS)
 def test_nothing_is_left_after_ctrl_c_at_random_moments_of_a_run(model, intervene):
     """Anywhere in TransformerLens, PyTorch and the hooks, while the model runs."""
     intervention = INTERVENTIONS[intervene](model)
     with intervention:
         expected = model(TOKENS)
-        with Interrupt() as counter:
+        with Fault() as counter:
             model(TOKENS)
     generator = random.Random(0)
     for _ in range(12):
         with (
             pytest.raises(KeyboardInterrupt),
             intervention,
-            Interrupt(generator.randint(1, counter.lines * 9 // 10)),
+            Fault(count=generator.randint(1, counter.lines * 9 // 10)),
         ):
             model(TOKENS)
     with intervention:
@@ -116,14 +90,14 @@ def test_no_ctrl_c_while_hooks_come_and_go_leaves_one_that_acts(only, unchecked)
     """Ctrl-C between PyTorch's taking a hook and TransformerLens's listing it is served on return from the former."""
     model = hooked()
     logits, intervention, leaks = model(TOKENS), ablate(model, HEADS), []
-    with Interrupt(only=only) as counter, intervention:
+    with Fault((only,)) as counter, intervention:
         pass
     assert counter.lines > 3
     for count in range(1, counter.lines + 1):
-        with pytest.raises(KeyboardInterrupt), Interrupt(count, only) as interrupt, intervention:
+        with pytest.raises(KeyboardInterrupt), Fault((only,), count) as fault, intervention:
             pass
         if not torch.equal(model(TOKENS), logits):
-            leaks.append(interrupt.where)
+            leaks.append(fault.where)
         for point in model.hook_dict.values():
             point.fwd_hooks.clear()
             point._forward_hooks.clear()

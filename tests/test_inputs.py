@@ -73,8 +73,15 @@ def run(model, intervention):
         return model(CLEAN)
 
 
-@pytest.mark.parametrize("what", SPELLINGS)
-@pytest.mark.parametrize("name", TAKES)
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        (name, what)
+        for name in TAKES
+        for what in SPELLINGS
+        if what != "all" or not name.endswith(("sweep", "attribution"))
+    ],
+)
 def test_however_components_are_spelled_they_are_the_same(name, what):
     model, take = hooked("LN"), TAKES[name]
     first, *others = SPELLINGS[what]
@@ -587,7 +594,7 @@ def ablated(model, tokens, reference):
 def test_tokens_of_small_integers_and_inference_mode_change_nothing(name, unchecked):
     model = ANALYSED[name]()
     spelled = [[x.numpy().astype(np.uint16) for x in (CLEAN, CORRUPTED)]]
-    spelled += [[x.to(dtype) for x in (CLEAN, CORRUPTED)] for dtype in (torch.uint16, torch.uint8, torch.int8)]
+    spelled += [[x.to(dtype) for x in (CLEAN, CORRUPTED)] for dtype in (torch.uint16, torch.int8)]
     with torch.inference_mode():
         made_inside = [x.clone() for x in (CLEAN, CORRUPTED)]
     for analysis in ANALYSES.values():

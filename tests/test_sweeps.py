@@ -291,7 +291,7 @@ def random_models(draw):
 bridges = st.sampled_from([name for name in SHARED if "ridge" in name or name in BOOTED]).map(shared)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(model=st.one_of(random_models(), random_models(), bridges), data=st.data())
 def test_sweeps_of_any_part_of_any_model_on_any_prompts_are_the_loop(model, data):
     draw = data.draw

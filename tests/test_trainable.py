@@ -33,7 +33,7 @@ def gradients(model, logits):
 @pytest.mark.parametrize("mlp", MLPS)
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_the_plain_forward_pass_is_the_hooked_one_gradients_included(positions, mlp, norm):
-    for n_layers, n_heads in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)):
+    for n_layers, n_heads in ((1, 2), (2, 1), (3, 2)):
         model = shaken(build(positions, mlp=mlp, norm=norm, n_heads=n_heads, n_layers=n_layers))
         assert isinstance(model, HookedTransformer)
         assert (model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head) == (n_layers, n_heads, 16 // n_heads)

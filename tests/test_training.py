@@ -319,17 +319,17 @@ def test_how_often_it_is_probed_and_saved_changes_no_weight(tmp_path):
     assert same_weights(often.model, fit(short()).model)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("settings", "options"),
+    ("stop", "settings", "options"),
     [
-        ({}, {}),
-        ({"optimizer": "sgd", "weight_decay": 0.01}, {"freeze": ("W_E", "W_U")}),
-        ({"optimizer": "sgd", "momentum": 0.0}, {"mlp": "linear"}),
-        ({"loss": "predictable"}, {"norm": "LN", "dtype": torch.float32, "positions": "absolute"}),
-        ({"triggers": (), "n_triggers": 2}, {"norm": "RMS", "n_layers": 3, "positions": "none"}),
+        (6, {}, {}),
+        (17, {"optimizer": "sgd", "weight_decay": 0.01}, {"freeze": ("W_E", "W_U")}),
+        (6, {"optimizer": "sgd", "momentum": 0.0}, {"mlp": "linear"}),
+        (17, {"loss": "predictable"}, {"norm": "LN", "dtype": torch.float32, "positions": "absolute"}),
+        (6, {"triggers": (), "n_triggers": 2}, {"norm": "RMS", "n_layers": 3, "positions": "none"}),
     ],
 )
-@pytest.mark.parametrize("stop", [6, 17])
 def test_a_run_ended_by_ctrl_c_goes_on_to_the_same_weights(stop, settings, options, tmp_path):
     config = short(steps=40, **settings)
     whole = fit(config, **options)

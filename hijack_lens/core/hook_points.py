@@ -48,8 +48,9 @@ def check_model(model: Any) -> None:
 def check_hook_points(model: Any, names: Iterable[str], argument: str = "components", edits: bool = True) -> None:
     """Checks that the model has these hook points, that they fire, and that `edits` there would take effect."""
     check_model(model)
-    known = model.hook_dict  # read once: a bridge rebuilds it each time
-    for name in names:
+    listed = list(names)
+    known = model.hook_dict if listed else {}  # read once, if at all: a bridge rebuilds it each time
+    for name in listed:
         try:
             _check_hook_point(model, known, name, edits)
         except ValueError as error:

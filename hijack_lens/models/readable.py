@@ -14,32 +14,38 @@ _KNOWN = ("transformer_lens", "transformers", "torch", "hijack_lens")
 """Packages in which a `forward` that computes what the weights say may be defined."""
 
 
+class UnreadableWeightsError(ValueError):
+    """Weights that are not what their module computes."""
+
+
 def check_readable(model: Any, layer: int, *names: str) -> None:
     """Checks that a block's modules compute what some of their weights say ("attn.W_O", "mlp.W_in").
 
     Under an adapter that was not merged (peft), when quantised, or with a `forward` of the user's, they do not.
 
     Raises:
-        ValueError: naming the module.
+        UnreadableWeightsError: naming the module.
     """
     for name in names:
         part, weight = name.split(".")
         module, at = getattr(model.blocks[layer], part), f"blocks.{layer}.{part}"
         home = str(getattr(inspect.unwrap(module.forward), "__module__", None))
         if "forward" in vars(module) or home.split(".")[0] not in _KNOWN:
-            raise ValueError(
+            raise UnreadableWeightsError(
                 f"model's {at} has a forward of its own ({home}): its {weight} may not be what it computes"
             )
         if isinstance(model, TransformerBridge):
             leaf = weight.removeprefix("W_").lower()
             linear = getattr(getattr(module, leaf, None), "original_component", None)
             if linear is not None and not _computes(linear, _matrix(weight, getattr(module, weight))):
-                raise ValueError(
+                raise UnreadableWeightsError(
                     f"model's {at}.{leaf}, a {type(linear).__name__}, does not compute what its {weight} says: merge "
                     "adapters into the weights, and load quantised ones in full precision"
                 )
         elif getattr(model.cfg, "load_in_4bit", False):
-            raise ValueError(f"model's {at} is quantised, so its {weight} cannot be read: load it in full precision")
+            raise UnreadableWeightsError(
+                f"model's {at} is quantised, so its {weight} cannot be read: load it in full precision"
+            )
 
 
 def _matrix(name: str, weight: Tensor) -> Float[Tensor, "input output"]:
