@@ -1,8 +1,9 @@
 """Bigram languages, prompts that set the memories against each other, and facts."""
 
-from hijack_lens.language.bigrams import BigramLanguage, SampledSequences, default_text
+from hijack_lens.language.bigrams import BigramLanguage, default_text
 from hijack_lens.language.facts import CAPITALS, Bigram, Fact, counterfactuals
 from hijack_lens.language.prompts import HijackPrompt, hijack_prompt
+from hijack_lens.language.sequences import SampledSequences
 from hijack_lens.language.vocabulary import UNKNOWN, Token, Triggers
 
 __all__ = [

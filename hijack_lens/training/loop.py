@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from hijack_lens.core.files import locked, make_folder
 from hijack_lens.core.memory import check_memory
-from hijack_lens.language.bigrams import BigramLanguage, SampledSequences
+from hijack_lens.language import BigramLanguage, SampledSequences
 from hijack_lens.models.storage import latest_checkpoint
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.training.forward import PlainForward
