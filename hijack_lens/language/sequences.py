@@ -28,7 +28,8 @@ class SampledSequences:
             has occurred before.
         triggers: each sequence's trigger tokens.
         continuations: what follows each trigger in its sequence, every time.
-        jumped: true at t where the token at t+1 is a jump to a trigger instead of the chain's choice; by default nowhere.
+        jumped: true at t where the token at t+1 is a jump to a trigger instead of the chain's choice; nowhere by
+            default.
     """
 
     tokens: Int[Tensor, "sequence length"]
