@@ -20,6 +20,8 @@ from hijack_lens.core.checks import (
 from hijack_lens.language import Token
 from hijack_lens.language.sequences import drawn_per_sequence
 
+UNTIL_FORMED = "until formed"
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -30,13 +32,15 @@ class TrainConfig:
             that occur most or least often), or "random" or `()`, drawn per sequence.
         length: tokens per training sequence.
         seed: of the data; kept as an int, so that a run can go on.
-        steps: of the optimizer, each on `batch_size` fresh sequences.
+        steps: of the optimizer, each on `batch_size` fresh sequences; or "until formed": first as many as the circuit
+            takes to form, then `finish_steps`. `TrainConfig.until_formed` sets what suits that.
         batch_size: sequences per step.
         n_triggers: how many triggers, where `triggers` does not name them.
         continuations: how the triggers' continuations are drawn: "uniform", or "bigram" (from their own row of pi_b).
         loss: over "all" tokens, or only over those "predictable" in context (Bietti et al. 2023).
         optimizer: "adamw", or "sgd" with momentum.
         lr: peak learning rate, reached after `warmup` steps; then it decays along a cosine to `final_lr` times itself.
+            Until formed, this is how the finishing steps go.
         warmup: steps of linear warm-up.
         final_lr: as a fraction of `lr`.
         momentum: SGD's.
@@ -48,12 +52,24 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints.
         compile: run the forward pass through torch.compile.
         bf16: compute in bfloat16 where autocast does (CUDA); the weights keep their dtype.
+        boost: while forming, the share of tokens that shall follow from the context: where fewer do, sequences jump to
+            their triggers (`BigramLanguage.sample(jump=)`), and the loss leaves out what they jumped to. `None` for no
+            boost.
+        min_triggers: while forming, how many triggers there are at least: the most frequent of the other tokens join
+            those asked for.
+        formed_at: forming ends when in-context accuracy on natural sequences is this fraction of the best possible,
+            looked at every `evaluate_every` steps.
+        max_steps: forming ends after so many steps in any case.
+        finish_steps: steps on natural sequences after forming.
+        forming_lr: constant learning rate while forming, after `warmup` steps.
+        forming_length: tokens per sequence while forming, at most; absolute positions need all of `length`.
+        forming_tokens: tokens per step while forming.
     """
 
     triggers: Token | Sequence[Token]
     length: int
     seed: Seed
-    steps: int = 300
+    steps: int | Literal["until formed"] = 300
     batch_size: int = 64
     n_triggers: int | None = None
     continuations: Literal["uniform", "bigram"] = "uniform"
@@ -71,6 +87,33 @@ class TrainConfig:
     checkpoint_every: int = 100
     compile: bool = False
     bf16: bool = False
+    boost: float | None = None
+    min_triggers: int = 0
+    formed_at: float = 0.95
+    max_steps: int = 600
+    finish_steps: int = 200
+    forming_lr: float = 3e-3
+    forming_length: int = 64
+    forming_tokens: int = 4096
+
+    @classmethod
+    def until_formed(
+        cls, triggers: Token | Sequence[Token], length: int, seed: Seed, n_triggers: int | None = None, **changes: Any
+    ) -> "TrainConfig":
+        """The recipe that makes the circuit form on languages where it rarely comes about by itself.
+
+        Forming: at a low constant rate, with so many jumps to triggers that 35% of the tokens follow from the context,
+        and five triggers at least. Then finishing on natural sequences.
+
+        Args:
+            triggers: as above.
+            length: as above.
+            seed: as above.
+            n_triggers: as above.
+            changes: other fields, which override the recipe's.
+        """
+        recipe = {"steps": UNTIL_FORMED, "boost": 0.35, "min_triggers": 5, "lr": 6e-3, "evaluate_every": 20}
+        return cls(triggers, length, seed, n_triggers=n_triggers, **{**recipe, **changes})
 
     def __post_init__(self) -> None:
         self._set("triggers", self._plain_triggers())
@@ -88,8 +131,13 @@ class TrainConfig:
             raise ValueError("give either triggers or n_triggers, got () and None")
         check_count("length", self.length, minimum=2)
         self._set("seed", fixed_seed(self.seed))
-        for name in ("steps", "batch_size", "evaluate_every", "eval_sequences", "checkpoint_every"):
+        if isinstance(self.steps, str):
+            check_choice("steps", self.steps, (UNTIL_FORMED,))
+        else:
+            check_count("steps", self.steps, minimum=1)
+        for name in ("batch_size", "evaluate_every", "eval_sequences", "checkpoint_every"):
             check_count(name, getattr(self, name), minimum=1)
+        self._check_forming()
         check_count("warmup", self.warmup)
         if self.n_triggers is not None:
             check_count("n_triggers", self.n_triggers, minimum=1)
@@ -104,6 +152,18 @@ class TrainConfig:
         for beta in self.betas:
             check_fraction("betas", beta)
 
+    def _check_forming(self) -> None:
+        if self.boost is not None and not 0 <= check_fraction("boost", self.boost) < 1:
+            raise ValueError(f"boost must be below 1, got {shown(self.boost)}")
+        check_count("min_triggers", self.min_triggers)
+        check_fraction("formed_at", self.formed_at)
+        for name, minimum in (("max_steps", 1), ("finish_steps", 0), ("forming_length", 2), ("forming_tokens", 1)):
+            check_count(name, getattr(self, name), minimum=minimum)
+        check_number("forming_lr", self.forming_lr, positive=True)
+        if self.steps != UNTIL_FORMED and (self.boost is not None or self.min_triggers):
+            name = "boost" if self.boost is not None else "min_triggers"
+            raise ValueError(f"{name} must be left out unless steps is 'until formed', got {getattr(self, name)}")
+
     def _plain_triggers(self) -> str | tuple[Token, ...]:
         """The triggers as a rule's name or as tokens; drawn per sequence, they are `()`, however asked for."""
         given = self.triggers
@@ -117,8 +177,9 @@ class TrainConfig:
         object.__setattr__(self, name, value)
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """The learning rate of a step, counted from 0; until formed, of a finishing step."""
         check_count("step", step)
         rising = min(1.0, (step + 1) / max(self.warmup, 1))
-        falling = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        steps = max(self.finish_steps, 1) if isinstance(self.steps, str) else self.steps
+        falling = 0.5 * (1 + math.cos(math.pi * step / steps))
         return self.lr * rising * (self.final_lr + (1 - self.final_lr) * falling)

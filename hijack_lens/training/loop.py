@@ -1,6 +1,5 @@
 """Training in many small steps, deterministic and resumable to the bit."""
 
-import hashlib
 import os
 import signal
 import threading
@@ -23,7 +22,9 @@ from hijack_lens.language import BigramLanguage, SampledSequences
 from hijack_lens.language.sequences import drawn_per_sequence, fixed_triggers
 from hijack_lens.models.storage import latest_checkpoint
 from hijack_lens.models.transformer import BigramTransformer
-from hijack_lens.training.config import TrainConfig
+from hijack_lens.training.config import UNTIL_FORMED, TrainConfig
+from hijack_lens.training.data import BLOCK, HeldOut, held_out
+from hijack_lens.training.forming import Threshold, last_step, phase_at
 from hijack_lens.training.forward import PlainForward
 from hijack_lens.training.recall import behaviour, memory_recall
 from hijack_lens.training.run import (
@@ -33,12 +34,6 @@ from hijack_lens.training.run import (
     restore_optimizer,
     write_checkpoint,
 )
-
-HeldOut = dict[tuple[str, int], SampledSequences]
-"""Sequences for the probes, by continuations (as trained, and the other kind) and length."""
-
-_BLOCK = 16
-"""Steps whose sequences are sampled together: the sampler's cost is per time step, hardly per sequence."""
 
 
 @torch.inference_mode(False)
@@ -63,20 +58,20 @@ def train(
             is no folder, that another training is writing to, or that holds a run of another config or model.
     """
     _check(model, language, config)
-    held_out = _held_out(model, language, config)
+    probed = held_out(model, language, config)
     if out is None:
-        return _train(model, language, config, None, held_out)
+        return _train(model, language, config, None, probed)
     folder = make_folder("out", out)
     with locked("out", out, folder / ".lock"):
-        return _train(model, language, config, folder, held_out)
+        return _train(model, language, config, folder, probed)
 
 
 def _train(
-    model: BigramTransformer, language: BigramLanguage, config: TrainConfig, folder: Path | None, held_out: HeldOut
+    model: BigramTransformer, language: BigramLanguage, config: TrainConfig, folder: Path | None, probed: HeldOut
 ) -> TrainingRun:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(parameters, config)
-    step, rows = _resume(model, language, config, optimizer, folder)
+    step, rows, forming_steps = _resume(model, language, config, optimizer, folder)
     model.strengths = None  # training is about to change them
     if drawn_per_sequence(config.triggers, config.n_triggers):
         model.triggers = None
@@ -91,25 +86,33 @@ def _train(
     sequences: SampledSequences | None = None
     elapsed = rows[-1]["seconds"] if rows else 0.0
     started = time.monotonic() - elapsed
+    phase = phase_at(config, language, model.positions, forming_steps)
+    formed = Threshold(language, config) if phase.forming else None
+    seen, began = 0, time.monotonic()
 
     def so_far() -> TrainingRun:
-        return TrainingRun(model, config, step, pd.DataFrame(rows))
+        return TrainingRun(model, config, step, pd.DataFrame(rows), forming_steps)
 
-    with _interruptible() as interrupted, tqdm(total=config.steps, initial=step, disable=None, unit="step") as bar:
+    most = last_step(config, forming_steps)
+    with _interruptible() as interrupted, tqdm(total=most, initial=step, disable=None, unit="step") as bar:
         if step == 0:
-            rows += _evaluate(model, config, held_out, step, 0.0)
-        while step < config.steps:
-            if sequences is None or step % _BLOCK == 0:
-                sequences = _sequences(language, config, step // _BLOCK)
-            part = slice(step % _BLOCK * config.batch_size, (step % _BLOCK + 1) * config.batch_size)
+            rows += _evaluate(model, config, probed, step, 0.0)
+        while step < phase.end:
+            block, index = divmod(step - phase.start, BLOCK)
+            if sequences is None or index == 0:
+                sequences = phase.sequences(language, block)
+            part = slice(index * phase.batch_size, (index + 1) * phase.batch_size)
             for group in optimizer.param_groups:
-                group["lr"] = config.lr_at(step)
+                group["lr"] = phase.lr_at(step)
             tokens = sequences.tokens[part].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
                 logits = forward(tokens)[:, :-1]
             answers = tokens[:, 1:]
             if config.loss == "predictable":
                 chosen = sequences.predictable[part][:, :-1].to(device)
+                logits, answers = logits[chosen], answers[chosen]
+            elif phase.jump:  # nothing tells where jumps come, and the bigrams must not learn them
+                chosen = ~sequences.jumped[part][:, :-1].to(device)
                 logits, answers = logits[chosen], answers[chosen]
             loss = F.cross_entropy(
                 logits.flatten(0, -2).float() if config.bf16 else logits.flatten(0, -2), answers.flatten()
@@ -118,13 +121,19 @@ def _train(
             loss.backward()
             optimizer.step()
             step += 1
+            seen += tokens.numel()
 
-            last = step == config.steps or bool(interrupted)
-            if step % config.evaluate_every == 0 or last:
+            looked = step % config.evaluate_every == 0
+            if formed is not None and (step == phase.end or (looked and formed.reached_by(model))):
+                forming_steps, formed, sequences = step, None, None
+                phase = phase_at(config, language, model.positions, forming_steps)
+                bar.total = phase.end
+            last = step == phase.end or bool(interrupted)
+            if looked or last:
                 seconds = time.monotonic() - started
-                rows += _evaluate(model, config, held_out, step, seconds)
+                rows += _evaluate(model, config, probed, step, seconds)
                 accuracy = so_far().probe("in_context_accuracy").iloc[-1]
-                speed = step * config.batch_size * config.length / seconds
+                speed = seen / (time.monotonic() - began)
                 bar.set_postfix_str(f"loss {loss.item():.3f}, in context {accuracy:.3f}, {speed:,.0f} tokens/s")
             bar.update()
             if folder is not None and (step % config.checkpoint_every == 0 or last):
@@ -147,7 +156,10 @@ def _check(model: BigramTransformer, language: BigramLanguage, config: TrainConf
         raise ValueError(f"config.length is {config.length}; the model takes at most n_ctx={model.cfg.n_ctx}")
     if model.W_E.device.type == "cpu":  # logits and their gradient; with relative positions, scores and theirs
         rows = 3 * language.d_vocab + (3 * model.cfg.n_heads * config.length if model.positions == "relative" else 0)
-        needed = model.W_E.itemsize * config.batch_size * config.length * rows
+        tokens = config.batch_size * config.length
+        if config.steps == UNTIL_FORMED:
+            tokens = max(tokens, config.forming_tokens)
+        needed = model.W_E.itemsize * tokens * rows
         check_memory(needed, batch_size=config.batch_size, length=config.length)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model has no parameter left to train: all are frozen")
@@ -169,11 +181,11 @@ def _resume(
     config: TrainConfig,
     optimizer: torch.optim.Optimizer,
     folder: Path | None,
-) -> tuple[int, list[dict[str, Any]]]:
-    """Steps taken and rows written so far; restores the model and the optimizer."""
+) -> tuple[int, list[dict[str, Any]], int | None]:
+    """Steps taken, rows written and steps that forming took; restores the model and the optimizer."""
     checkpoint = None if folder is None else latest_checkpoint(folder)
     if checkpoint is None:
-        return 0, []
+        return 0, [], None
     stored, state, trained_on = read_checkpoint(checkpoint)
     if asdict(stored.config) != asdict(config):
         differing = [name for name, value in asdict(config).items() if asdict(stored.config)[name] != value]
@@ -195,46 +207,18 @@ def _resume(
         for parameter, value in zip(model.parameters(), stored.model.parameters(), strict=True):
             parameter.copy_(value)
     restore_optimizer(optimizer, state, checkpoint)
-    return stored.step, [{str(k): v for k, v in row.items()} for row in stored.table.to_dict(orient="records")]
+    rows = [{str(k): v for k, v in row.items()} for row in stored.table.to_dict(orient="records")]
+    return stored.step, rows, stored.forming_steps
 
 
 def _shown(theirs: object, ours: object) -> str:
     return f", {theirs} there and {ours} here" if len(f"{theirs}{ours}") < 600 else ""
 
 
-def _sequences(language: BigramLanguage, config: TrainConfig, block: int) -> SampledSequences:
-    """The training sequences of a block of steps; they depend on the seed and the block alone."""
-    return language.sample(
-        _BLOCK * config.batch_size,
-        config.length,
-        config.triggers,
-        n_triggers=config.n_triggers,
-        continuations=config.continuations,
-        seed=_seed(config, "train", block),
-    )
-
-
-def _held_out(model: BigramTransformer, language: BigramLanguage, config: TrainConfig) -> HeldOut:
-    lengths = [config.length * multiple for multiple in config.eval_lengths]
-    cases = [(config.continuations, length) for length in lengths if length <= model.cfg.n_ctx]
-    cases.append(("bigram" if config.continuations == "uniform" else "uniform", config.length))
-    return {
-        (continuations, length): language.sample(
-            config.eval_sequences,
-            length,
-            config.triggers,
-            n_triggers=config.n_triggers,
-            continuations=continuations,
-            seed=_seed(config, "held out", length),
-        )
-        for continuations, length in cases
-    }
-
-
 def _evaluate(
     model: BigramTransformer,
     config: TrainConfig,
-    held_out: HeldOut,
+    probed: HeldOut,
     step: int,
     seconds: float,
 ) -> list[dict[str, Any]]:
@@ -243,18 +227,12 @@ def _evaluate(
         {**base, "probe": probe, "continuations": None, "length": None, "value": value}
         for probe, value in memory_recall(model, config.length, model.triggers).items()
     ]
-    for (continuations, length), sequences in held_out.items():
+    for (continuations, length), sequences in probed.items():
         rows += [
             {**base, "probe": probe, "continuations": continuations, "length": length, "value": value}
             for probe, value in behaviour(model, sequences).items()
         ]
     return rows
-
-
-def _seed(config: TrainConfig, purpose: str, index: int) -> int:
-    """A seed of its own for each use: mixed, so that neighbouring seeds and blocks share nothing."""
-    digest = hashlib.sha256(f"hijack-lens {config.seed} {purpose} {index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 @contextmanager

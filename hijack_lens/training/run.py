@@ -16,6 +16,7 @@ from hijack_lens.language import BigramLanguage
 from hijack_lens.models.storage import checkpoints, latest_checkpoint
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.training.config import TrainConfig
+from hijack_lens.training.forming import last_step
 
 _FORMAT = "hijack_lens.TrainingRun.1"
 
@@ -33,17 +34,19 @@ class TrainingRun(Drawn):
         step: optimizer steps taken.
         table: probes over time, in tidy form: step, seconds, probe, continuations, length, value. Probes of the weights
             have no continuations and no length.
+        forming_steps: how many steps forming took; `None` before it has ended, and where steps are counted.
     """
 
     model: BigramTransformer
     config: TrainConfig
     step: int
     table: pd.DataFrame
+    forming_steps: int | None = None
 
     @property
     def finished(self) -> bool:
         """Whether all steps were taken."""
-        return self.step == self.config.steps
+        return self.step == last_step(self.config, self.forming_steps)
 
     def probe(self, name: str, length: int | None = None, continuations: str | None = None) -> pd.Series:
         """One probe over time, indexed by step; by default, at the training length and continuations.
@@ -104,6 +107,7 @@ def write_checkpoint(
             "config": asdict(run.config),
             "step": run.step,
             "language": fingerprint(language),
+            "forming_steps": run.forming_steps,
             "table": run.table.to_dict(orient="list"),
         }
         write_safetensors(partial / "training.safetensors", _FORMAT, state or {"empty": torch.zeros(1)}, header)
@@ -129,8 +133,12 @@ def read_checkpoint(folder: Path) -> tuple[TrainingRun, dict[str, torch.Tensor],
         config = TrainConfig(**plain)
         table = pd.DataFrame(header["table"])
         step = check_count("step", header["step"], minimum=1)
-        if step > config.steps or list(table.columns) != COLUMNS:
-            raise ValueError(f"step {step} of {config.steps}, with a table of {list(table.columns)}")
+        forming_steps = header.get("forming_steps")
+        if forming_steps is not None and check_count("forming_steps", forming_steps, minimum=1) > step:
+            raise ValueError(f"forming took {forming_steps} of {step} steps")
+        most = last_step(config, forming_steps)
+        if step > most or list(table.columns) != COLUMNS:
+            raise ValueError(f"step {step} of {most}, with a table of {list(table.columns)}")
         for row in header["table"]["step"]:
             check_count("table.step", row)
         for row in header["table"]["seconds"]:
@@ -138,7 +146,7 @@ def read_checkpoint(folder: Path) -> tuple[TrainingRun, dict[str, torch.Tensor],
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a training run of hijack-lens: {error}") from error
     state.pop("empty", None)
-    return TrainingRun(model, config, step, table), state, str(header.get("language"))
+    return TrainingRun(model, config, step, table, forming_steps), state, str(header.get("language"))
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor], path: Path) -> None:

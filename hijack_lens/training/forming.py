@@ -1,0 +1,119 @@
+"""The phases of a training: its counted steps; or forming the circuit on boosted data, then finishing on natural data."""
+
+import math
+from dataclasses import dataclass
+
+from hijack_lens.language import BigramLanguage, SampledSequences, Token
+from hijack_lens.language.sequences import drawn_per_sequence, fixed_triggers, ranked_by_frequency
+from hijack_lens.models.transformer import BigramTransformer
+from hijack_lens.training.config import UNTIL_FORMED, TrainConfig
+from hijack_lens.training.data import BLOCK, best_possible, data_seed, in_context_accuracy, judged_on
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps of one kind.
+
+    Attributes:
+        name: what the phase is called; its data depend on it.
+        start: its first step.
+        end: the step that it ends before, at the latest.
+        length: tokens per sequence.
+        batch_size: sequences per step.
+        triggers: as in `BigramLanguage.sample`.
+        n_triggers: likewise.
+        jump: likewise.
+        config: the training's.
+    """
+
+    name: str
+    start: int
+    end: int
+    length: int
+    batch_size: int
+    triggers: str | tuple[Token, ...]
+    n_triggers: int | None
+    jump: float
+    config: TrainConfig
+
+    @property
+    def forming(self) -> bool:
+        """Whether it goes on only until the circuit has formed."""
+        return self.name == "forming"
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step, counted from the training's first."""
+        if self.forming:
+            return self.config.forming_lr * min(1.0, (step + 1) / max(self.config.warmup, 1))
+        return self.config.lr_at(step - self.start)
+
+    def sequences(self, language: BigramLanguage, block: int) -> SampledSequences:
+        """The sequences of a block of the phase's steps; they depend on the seed, the phase and the block alone."""
+        return language.sample(
+            BLOCK * self.batch_size,
+            self.length,
+            self.triggers,
+            n_triggers=self.n_triggers,
+            continuations=self.config.continuations,
+            jump=self.jump,
+            seed=data_seed(self.config, self.name, block),
+        )
+
+
+class Threshold:
+    """The in-context accuracy at which a model counts as formed, on natural sequences that it has not seen."""
+
+    def __init__(self, language: BigramLanguage, config: TrainConfig):
+        self.sequences, _ = judged_on(language, config)
+        self.accuracy = config.formed_at * best_possible(language, self.sequences, config)
+
+    def reached_by(self, model: BigramTransformer) -> bool:
+        """Whether a model reaches it; none does if no token of the sequences follows from the context."""
+        return in_context_accuracy(model, self.sequences) >= self.accuracy
+
+
+def phase_at(config: TrainConfig, language: BigramLanguage, positions: str, forming_steps: int | None) -> Phase:
+    """The phase that a training is in: `forming_steps` is how many forming took, `None` if it has not ended.
+
+    Raises:
+        ValueError: for triggers that the language lacks.
+    """
+    natural = (config.length, config.batch_size, config.triggers, config.n_triggers, 0.0, config)
+    if isinstance(config.steps, int):
+        return Phase("train", 0, config.steps, *natural)
+    if forming_steps is not None:
+        return Phase("finishing", forming_steps, forming_steps + config.finish_steps, *natural)
+    # Absolute positions are learned one by one, so each of them must occur.
+    length = config.length if positions == "absolute" else min(config.length, config.forming_length)
+    triggers, n_triggers = _with_decoys(config, language)
+    jump = 0.0
+    if config.boost is not None:
+        sequences = language.sample(
+            256, length, triggers, n_triggers=n_triggers, continuations=config.continuations, seed=_share_seed(config)
+        )
+        share = float(sequences.predictable.double().mean())
+        # Jumps from what is no trigger raise the share from p to (p + jump) / (1 + jump).
+        jump = max(0.0, (config.boost - share) / (1 - config.boost))
+    batch_size = math.ceil(config.forming_tokens / length)
+    return Phase("forming", 0, config.max_steps, length, batch_size, triggers, n_triggers, min(jump, 1.0), config)
+
+
+def last_step(config: TrainConfig, forming_steps: int | None) -> int:
+    """The step that a training ends at, or at the latest can."""
+    if config.steps != UNTIL_FORMED:
+        return int(config.steps)
+    return (config.max_steps if forming_steps is None else forming_steps) + config.finish_steps
+
+
+def _with_decoys(config: TrainConfig, language: BigramLanguage) -> tuple[tuple[Token, ...], int | None]:
+    """Triggers to form with: where there are fewer than asked for, the most frequent of the other tokens join them."""
+    if drawn_per_sequence(config.triggers, config.n_triggers):
+        possible = int((language.pi_u > 0).sum())
+        return (), max(config.n_triggers or 0, min(config.min_triggers, possible))
+    ids = fixed_triggers(language, config.triggers, config.n_triggers).tolist()
+    others = [token for token in ranked_by_frequency(language).tolist() if token not in ids]
+    return (*ids, *others[: max(config.min_triggers - len(ids), 0)]), None
+
+
+def _share_seed(config: TrainConfig) -> int:
+    return data_seed(config, "natural share", 0)
