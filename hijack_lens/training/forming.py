@@ -1,4 +1,4 @@
-"""The phases of a training: its counted steps; or forming the circuit on boosted data, then finishing on natural data."""
+"""The phases of a training: counted steps; or forming the circuit on boosted data, then finishing on natural ones."""
 
 import math
 from dataclasses import dataclass
