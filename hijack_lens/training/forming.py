@@ -1,6 +1,7 @@
 """The phases of a training: counted steps; or forming the circuit on boosted data, then finishing on natural ones."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hijack_lens.language import BigramLanguage, SampledSequences, Token
@@ -31,7 +32,7 @@ class Phase:
     end: int
     length: int
     batch_size: int
-    triggers: str | tuple[Token, ...]
+    triggers: Token | Sequence[Token]
     n_triggers: int | None
     jump: float
     config: TrainConfig
