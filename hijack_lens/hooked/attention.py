@@ -29,6 +29,10 @@ class Attention(nn.Module):
         layer_id: the block's index.
     """
 
+    IGNORE: Tensor
+    rotary_sin: Tensor
+    rotary_cos: Tensor
+
     def __init__(self, cfg: HookedTransformerConfig, attn_type: str = "global", layer_id: int | None = None):
         super().__init__()
         if attn_type != "global":
@@ -173,7 +177,7 @@ class Attention(nn.Module):
 def rotary_angles(cfg: HookedTransformerConfig) -> tuple[Float[Tensor, "pos dim"], Float[Tensor, "pos dim"]]:
     """Sines and cosines of the rotary angles of every position."""
     precise = torch.float64 if cfg.dtype == torch.float64 else torch.float32
-    half = torch.arange(cfg.rotary_dim // 2, dtype=precise)
-    wavelengths = (cfg.rotary_base ** (half / (cfg.rotary_dim / 2))).repeat(2)
+    n_planes = (cfg.rotary_dim or 0) // 2
+    wavelengths = (cfg.rotary_base ** (torch.arange(n_planes, dtype=precise) / n_planes)).repeat(2)
     angles = torch.arange(cfg.n_ctx, dtype=precise)[:, None] / wavelengths
     return angles.sin().to(cfg.dtype), angles.cos().to(cfg.dtype)

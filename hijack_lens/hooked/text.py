@@ -73,7 +73,8 @@ class TextAndTokens(StackedWeights):
     ) -> list[str] | list[list[str]]:
         """Each token of a text, or of token ids, as text; of a list of those, a list each."""
         if isinstance(input, list):
-            return [self.to_str_tokens(one, prepend_bos, padding_side) for one in input]  # type: ignore[misc]
+            rows: Any = [self.to_str_tokens(one, prepend_bos, padding_side) for one in input]
+            return rows
         if isinstance(input, str):
             input = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=padding_side)
         ids = torch.as_tensor(input).squeeze()

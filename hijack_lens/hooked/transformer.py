@@ -166,8 +166,10 @@ class HookedTransformer(Generation):
             residual, tokens, _, attention_mask = self.input_to_embed(
                 input, prepend_bos, padding_side, attention_mask, past_kv_cache
             )
-        else:
+        elif isinstance(input, Tensor):
             residual = input
+        else:
+            raise TypeError(f"input must be a residual stream with start_at_layer, got {type(input).__name__}")
         for layer in range(self.cfg.n_layers)[start_at_layer:stop_at_layer]:
             entry = None if past_kv_cache is None else past_kv_cache[layer]
             residual = self.blocks[layer](residual, past_kv_cache_entry=entry, attention_mask=attention_mask)
@@ -266,7 +268,7 @@ class HookedTransformer(Generation):
         """Whether each MLP's input passes through `hook_mlp_in`."""
         self.cfg.use_hook_mlp_in = use_hook_mlp_in
 
-    def to(self, device_or_dtype: torch.device | str | torch.dtype, print_details: bool = True) -> "HookedTransformer":  # type: ignore[override]
+    def to(self, device_or_dtype: torch.device | str | torch.dtype, print_details: bool = True) -> "HookedTransformer":
         """Moves the model, or changes its dtype, and says so in `cfg`."""
         return move_to_and_update_config(self, device_or_dtype, print_details)
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens.FactoredMatrix import FactoredMatrix
 from transformer_lens.HookedRootModule import HookedRootModule
 from transformer_lens.utilities.matrix import composition_scores
@@ -18,7 +18,7 @@ class StackedWeights(HookedRootModule):
     cfg: HookedTransformerConfig
     embed: Any
     pos_embed: Any
-    blocks: nn.ModuleList
+    blocks: Any  # of TransformerBlock
     unembed: Any
 
     @property
