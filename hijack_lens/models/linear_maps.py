@@ -66,11 +66,9 @@ def linear_norm(norm: nn.Module | None, x: Float[Tensor, "*batch d_model"]) -> L
     module: Any = getattr(norm, "original_component", norm)  # the one that a TransformerBridge wraps
     if module is None or isinstance(module, nn.Identity):
         return LinearNorm()
-    if isinstance(module, (*CENTRED_NORMS, nn.LayerNorm)):
-        centred = True
-    elif isinstance(module, (*RMS_NORMS, nn.RMSNorm)):
-        centred = False
-    else:
+    centred = isinstance(module, (*CENTRED_NORMS, nn.LayerNorm))
+    known = centred or isinstance(module, (*RMS_NORMS, nn.RMSNorm))
+    if not known:
         return _tried_out(module, x)
     # PyTorch's own modules call them weight and bias.
     w, b = (getattr(module, short, getattr(module, long, None)) for short, long in (("w", "weight"), ("b", "bias")))
