@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.FactoredMatrix import FactoredMatrix
 from transformer_lens.HookedRootModule import HookedRootModule
@@ -138,11 +138,15 @@ class StackedWeights(HookedRootModule):
             layer: from 0 to n_layers.
             mlp_input: whether to add what attention of `layer` itself adds.
             include_mlp_biases: whether to count those of MLPs.
+
+        Raises:
+            ValueError: for a layer that the model does not have.
         """
-        blocks: Any = self.blocks
-        biases = [block.attn.b_O for block in blocks[: layer + mlp_input]]
+        if not 0 <= layer <= self.cfg.n_layers - mlp_input:
+            raise ValueError(f"layer must be from 0 to {self.cfg.n_layers - mlp_input}, got {layer}")
+        biases = [block.attn.b_O for block in self.blocks[: layer + mlp_input]]
         if include_mlp_biases and not self.cfg.attn_only:
-            biases += [block.mlp.b_out for block in blocks[:layer]]
+            biases += [block.mlp.b_out for block in self.blocks[:layer]]
         return torch.stack([self.b_U.new_zeros(self.cfg.d_model), *biases]).sum(0)
 
     def all_composition_scores(
@@ -160,16 +164,3 @@ class StackedWeights(HookedRootModule):
     def all_head_labels(self) -> list[str]:
         """L0H0, L0H1, ..."""
         return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
-
-    def tokens_to_residual_directions(
-        self, tokens: str | int | Int[Tensor, "*batch"]
-    ) -> Float[Tensor, "*batch d_model"]:
-        """The unembedding of tokens."""
-        index: Any = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
-        if isinstance(index, Tensor) and index.numel() == 1:
-            index = int(index)
-        return self.W_U.T[index]
-
-    def to_single_token(self, string: str) -> int:
-        """The id of a text that is one token."""
-        raise NotImplementedError
