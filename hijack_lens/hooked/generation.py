@@ -67,7 +67,8 @@ class Generation(TextAndTokens):
         if stop_at_eos and ends is None:
             raise ValueError("eos_token_id must be given with stop_at_eos, since no tokenizer says what ends a text")
         side = "left" if isinstance(input, list) else padding_side  # what is said last must stand last
-        tokens, mask = self.tokens_and_mask(input, prepend_bos, side)
+        tokens = self.as_tokens(input, prepend_bos, side)
+        mask = self.padding_mask(tokens, prepend_bos, side)
         stops = torch.tensor([ends] if isinstance(ends, int) else list(ends or ()), device=tokens.device)
         finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         cache = (

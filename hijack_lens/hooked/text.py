@@ -64,16 +64,21 @@ class TextAndTokens(StackedWeights):
                 tokens = get_tokens_with_bos_removed(self.tokenizer, tokens)
         return tokens.to(self.cfg.device) if move_to_device else tokens
 
-    def tokens_and_mask(
+    def as_tokens(
         self, input: Any, prepend_bos: bool | None = None, padding_side: str | None = None
-    ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
-        """Token ids of texts, or those given, on the model's device; and 0 where they are padding, else 1."""
+    ) -> Int[Tensor, "batch pos"]:
+        """Token ids of texts, or those given, on the model's device."""
+        tokens = input if isinstance(input, Tensor) else self.to_tokens(input, prepend_bos, padding_side)
+        return (tokens[None] if tokens.ndim == 1 else tokens).to(self.cfg.device)
+
+    def padding_mask(
+        self, tokens: Int[Tensor, "batch pos"], prepend_bos: bool | None = None, padding_side: str | None = None
+    ) -> Int[Tensor, "batch pos"]:
+        """0 where a token is padding, else 1."""
+        if self.tokenizer is None:
+            return torch.ones_like(tokens)
         with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
-            tokens = input if isinstance(input, Tensor) else self.to_tokens(input, prepend_bos, padding_side)
-            tokens = (tokens[None] if tokens.ndim == 1 else tokens).to(self.cfg.device)
-            if self.tokenizer is None:
-                return tokens, torch.ones_like(tokens)
-            return tokens, get_attention_mask(self.tokenizer, tokens, self.cfg.default_prepend_bos)
+            return get_attention_mask(self.tokenizer, tokens, self.cfg.default_prepend_bos)
 
     def to_string(self, tokens: Any) -> str | list[str]:
         """The text of tokens, [pos], or the texts of a batch, [batch, pos]."""

@@ -212,7 +212,7 @@ class HookedTransformer(Generation):
         past_kv_cache: TransformerLensKeyValueCache | None = None,
     ) -> tuple[Stream, Int[Tensor, "batch pos"], None, Int[Tensor, "batch key_pos"] | None]:
         """The first residual stream, the token ids, TransformerLens's place for another kind of positions, the mask."""
-        tokens, unpadded = self.tokens_and_mask(input, prepend_bos, padding_side)
+        tokens = self.as_tokens(input, prepend_bos, padding_side)
         if attention_mask is not None:
             if attention_mask.shape != tokens.shape:
                 expected, given = tuple(tokens.shape), tuple(attention_mask.shape)
@@ -220,7 +220,7 @@ class HookedTransformer(Generation):
             attention_mask = attention_mask.to(tokens.device)
         elif past_kv_cache is not None or "left" in (padding_side, getattr(self.tokenizer, "padding_side", None)):
             # Only padding on the right can be left where it is: what comes before it never sees it.
-            attention_mask = unpadded
+            attention_mask = self.padding_mask(tokens, prepend_bos, padding_side)
         pos_offset = self.get_pos_offset(past_kv_cache, len(tokens))
         if past_kv_cache is not None:
             attention_mask = past_kv_cache.append_attention_mask(attention_mask)
