@@ -3,6 +3,7 @@
 import math
 import sys
 from collections import Counter
+from dataclasses import fields
 from itertools import pairwise
 
 import numpy as np
@@ -306,6 +307,98 @@ def test_a_generator_moves_on(seed):
     assert not first.equal(second)
 
 
+# Triggers by frequency
+
+
+def test_triggers_are_the_most_or_least_frequent_tokens(unchecked):
+    # In the long run state 0 holds 1/2, and 1 and 2 hold 1/4 each; state 3 is left for good. Sequences begin in 3.
+    language = hl.BigramLanguage([[0, 0.6, 0.4, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]], [0, 0, 0, 1.0])
+    assert language.sample(2, 4, "frequent", n_triggers=2, seed=0).triggers.tolist() == [[0, 1]] * 2
+    assert language.sample(2, 4, "rare", n_triggers=1, seed=0).triggers.tolist() == [[2]] * 2  # 3 never comes back
+    with pytest.raises(ValueError, match="n_triggers is 4; only 3 tokens ever occur"):
+        language.sample(2, 4, "rare", n_triggers=4, seed=0)
+
+
+def test_random_triggers_by_name_are_those_without_a_name():
+    language = hl.BigramLanguage.dirichlet(9, seed=0)
+    named, plain = (language.sample(5, 30, of, n_triggers=3, seed=1) for of in ("random", ()))
+    assert all(getattr(named, f.name).equal(getattr(plain, f.name)) for f in fields(named))
+    assert len({tuple(row) for row in named.triggers.tolist()}) > 1
+
+
+def test_a_token_of_a_rules_name_is_a_token():
+    language = hl.BigramLanguage(TWO_STATES, tokens=["rare", "frequent"])
+    assert language.sample(1, 3, "rare", seed=0).triggers.tolist() == [[0]]
+    assert language.sample(1, 3, "rare", n_triggers=1, seed=0).triggers.tolist() == [[1]]
+
+
+# Jumps
+
+
+def without_jumps(language, n_sequences, length, draws, triggers, continuations):
+    """The sampler as a loop over sequences, each step by the first cell of the row's sum that lies above the draw."""
+    rows = []
+    for i in range(n_sequences):
+        says = dict(zip(triggers[i], continuations[i], strict=True))
+        row = [int((language.pi_u.cumsum(0) <= draws[0][i]).sum())]
+        while len(row) < length:
+            cdf = language.pi_b[row[-1]].cumsum(0)
+            row.append(says.get(row[-1], int((cdf <= draws[len(row)][i]).sum())))
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("jump", [{}, {"jump": 0.0}])
+def test_without_jumps_a_seed_gives_the_sequences_that_it_always_gave(jump):
+    language = hl.BigramLanguage.dirichlet(7, 0.5, seed=0)
+    sampled = language.sample(6, 50, [1, 4], seed=3, **jump)
+    generator = torch.Generator().manual_seed(3)  # what it draws, in this order
+    continuations = torch.randint(7, (6, 2), generator=generator)
+    draws = torch.rand(50, 6, generator=generator, dtype=torch.float64)
+    assert sampled.continuations.equal(continuations)
+    rows = without_jumps(language, 6, 50, draws.tolist(), [[1, 4]] * 6, continuations.tolist())
+    assert sampled.tokens.tolist() == rows
+    assert not bool(sampled.jumped.any())
+
+
+@pytest.mark.parametrize("triggers", [{"triggers": [0, 2]}, {"n_triggers": 2}])
+def test_jumps_go_to_the_sequences_triggers_where_the_chain_decides(triggers):
+    language = hl.BigramLanguage.dirichlet(6, 0.5, seed=1)
+    sampled = language.sample(400, 60, jump=0.3, seed=2, **triggers)
+    jumps = total = 0
+    for i in range(400):
+        row, chosen = sampled.tokens[i].tolist(), sampled.triggers[i].tolist()
+        says = dict(zip(chosen, sampled.continuations[i].tolist(), strict=True))
+        assert sampled.predictable[i].tolist() == literal_predictable(row, chosen)
+        assert not bool(sampled.jumped[i, -1])
+        for (v, u), jumped in zip(pairwise(row), sampled.jumped[i].tolist(), strict=False):
+            assert says.get(v, u) == u
+            assert not jumped or (v not in chosen and u in chosen)
+            total += v not in chosen
+            jumps += jumped
+    assert_frequencies([jumps, total - jumps], [0.3, 0.7])
+
+
+def test_with_jumps_successors_follow_the_mixture_and_without_the_jumped_ones_the_chain():
+    language = hl.BigramLanguage(SPARSE, pi_u=[0.25] * 4)
+    sampled = language.sample(4_000, 20, [0, 3], jump=0.4, seed=5)
+    before, after = sampled.tokens[:, :-1], sampled.tokens[:, 1:]
+    jumped = sampled.jumped[:, :-1]
+    for v in (1, 2):
+        all_of_them = torch.bincount(after[before == v], minlength=4)
+        assert_frequencies(all_of_them, 0.6 * language.pi_b[v] + 0.4 * double([0.5, 0, 0, 0.5]))
+        assert_frequencies(torch.bincount(after[(before == v) & ~jumped], minlength=4), language.pi_b[v])
+        assert_frequencies(torch.bincount(after[(before == v) & jumped], minlength=4), [0.5, 0, 0, 0.5])
+    always = language.sample(50, 20, [0, 3], jump=1.0, seed=5)
+    assert bool((always.jumped[:, :-1] == ((always.tokens[:, :-1] != 0) & (always.tokens[:, :-1] != 3))).all())
+
+
+def test_sequences_of_ones_own_have_no_jumps():
+    sampled = hl.BigramLanguage(SPARSE).sample(2, 5, [1], jump=0.5, seed=0)
+    own = hl.SampledSequences(sampled.tokens, sampled.predictable, sampled.triggers, sampled.continuations)
+    assert not bool(own.jumped.any())
+
+
 # Bad input
 
 Language = hl.BigramLanguage
@@ -356,11 +449,16 @@ VALUE_ERRORS = {
     r"triggers must be distinct, got \['a', 0\]": lambda: sample(2, 5, ["a", 0]),
     "n_triggers is 5; only 4 tokens": lambda: sample(2, 5, n_triggers=5),
     "n_triggers must be at least 0, got -1": lambda: sample(2, 5, n_triggers=-1),
+    r"n_triggers must be at least 0, got -1 *$": lambda: sample(2, 5, "rare", n_triggers=-1),
+    "give either triggers or n_triggers, got 'a' and 2; .* 'frequent', 'rare'": lambda: sample(2, 5, "a", n_triggers=2),
+    r"jump must lie between 0 and 1, got 1\.5": lambda: sample(2, 5, "a", jump=1.5),
+    r"jump must be 0 where there are no triggers to jump to, got 0\.5": lambda: sample(2, 5, jump=0.5),
     "continuations must be one of .* 'any'": lambda: sample(2, 5, "a", continuations="any"),
     r"continuations .* \[4\], got \[1\]": lambda: sample(2, 5, "a", continuations=[1.0]),
     "continuations .* sums to 2": lambda: sample(2, 5, "a", continuations=[0.5] * 4),
 }
 TYPE_ERRORS = {
+    "jump must be a number, got 'often'": lambda: sample(2, 5, "a", jump="often"),
     "pi_b must be .* probabilities, got list": lambda: Language([["x", "y"], ["z", "w"]]),
     "tokens must be non-empty strings": lambda: Language(TWO_STATES, tokens=["a", 1]),
     "text must be a string, got bytes": lambda: Language.from_text(b"abc"),

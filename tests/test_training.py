@@ -262,6 +262,18 @@ def test_triggers_of_an_earlier_training_are_forgotten_where_they_are_drawn_per_
     assert model.triggers is None
 
 
+def test_frequent_and_rare_triggers_are_found_in_the_language_and_random_ones_are_drawn(tmp_path):
+    by_frequency = sorted(range(8), key=lambda token: -float(LANGUAGE.long_run[token]))
+    for rule, expected in (("frequent", by_frequency[:2]), ("rare", by_frequency[:-3:-1])):
+        config = short(triggers=rule, n_triggers=2, steps=8)
+        run = fit(config, tmp_path / rule)
+        assert run.model.triggers == expected
+        assert same_weights(run.model, fit(short(triggers=expected, steps=8)).model)
+        assert hl.TrainingRun.load(tmp_path / rule).config == config
+    drawn = [short(triggers=of, n_triggers=2) for of in ("random", (), [])]
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
 @pytest.mark.parametrize("trained_on", ["uniform", "bigram"])
 def test_probes_see_both_kinds_of_continuations_by_length(trained_on, monkeypatch):
     handed_out = sampled(monkeypatch)
@@ -720,6 +732,7 @@ def test_an_optimizers_state_of_other_parameters_is_refused(change, tmp_path, mo
     [
         ({"triggers": ()}, r"give either triggers or n_triggers, got \(\) and None"),
         ({"n_triggers": 2}, "give either triggers or n_triggers"),
+        ({"triggers": "common", "n_triggers": 2}, "got 'common' and 2; .* must be one of 'frequent', 'rare', 'random'"),
         ({"triggers": (), "n_triggers": 0}, "n_triggers must be at least 1, got 0"),
         ({"length": 1}, "length must be at least 2, got 1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),

@@ -3,13 +3,12 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hijack_lens.core.checks import (
@@ -18,6 +17,7 @@ from hijack_lens.core.checks import (
     check_choice,
     check_count,
     check_distribution,
+    check_fraction,
     check_number,
     check_tensor,
     check_text,
@@ -25,6 +25,13 @@ from hijack_lens.core.checks import (
     shown,
 )
 from hijack_lens.core.memory import check_memory, free_memory
+from hijack_lens.language.sequences import (
+    SampledSequences,
+    drawn_jumps,
+    drawn_per_sequence,
+    drawn_triggers,
+    fixed_triggers,
+)
 from hijack_lens.language.vocabulary import UNKNOWN, Token, Vocabulary, cut
 
 _CELL = 8
@@ -32,24 +39,6 @@ _CELL = 8
 
 STEP = 600
 """Bytes of a tensor of its own for a time step, beside what it holds."""
-
-
-@dataclass(frozen=True)
-class SampledSequences:
-    """Sequences of a triggered bigram language (Bietti et al. 2023, section 3).
-
-    Attributes:
-        tokens: token ids.
-        predictable: true at t where the token at t+1 follows from the context: z_t is a trigger that
-            has occurred before.
-        triggers: each sequence's trigger tokens.
-        continuations: what follows each trigger in its sequence, every time.
-    """
-
-    tokens: Int[Tensor, "sequence length"]
-    predictable: Bool[Tensor, "sequence length"]
-    triggers: Int[Tensor, "sequence trigger"]
-    continuations: Int[Tensor, "sequence trigger"]
 
 
 class BigramLanguage(Vocabulary):
@@ -208,6 +197,7 @@ class BigramLanguage(Vocabulary):
         *,
         n_triggers: int | None = None,
         continuations: Literal["uniform", "bigram"] | Sequence[float] | Float[Tensor, "d_vocab"] = "uniform",
+        jump: float = 0.0,
         seed: Seed,
     ) -> SampledSequences:
         """Samples sequences in which each trigger has its own continuation, drawn anew per sequence.
@@ -218,10 +208,13 @@ class BigramLanguage(Vocabulary):
         Args:
             n_sequences: how many sequences.
             length: tokens in each.
-            triggers: the triggers, the same in every sequence; `None` means every token, `()` none.
-            n_triggers: instead, draw this many distinct triggers per sequence from `pi_u`.
+            triggers: the triggers, the same in every sequence; `None` means every token, `()` none. With `n_triggers`,
+                "frequent" or "rare" (the tokens that occur most or least often), or "random" or `()`.
+            n_triggers: how many triggers; "random" ones are distinct and drawn per sequence from `pi_u`.
             continuations: drawn uniformly from the vocabulary, from the trigger's own row of `pi_b`
                 ("bigram"), or from a given distribution over the vocabulary.
+            jump: how often, where the chain decides the next token, it is one of the sequence's triggers instead, each
+                as likely: what could be read from the context comes up more often, and is as certain as before.
             seed: for all random draws.
 
         Raises:
@@ -229,21 +222,17 @@ class BigramLanguage(Vocabulary):
         """
         n_sequences = check_count("n_sequences", n_sequences, minimum=1)
         length = check_count("length", length, minimum=1)
-        per_sequence = 8 * (4 * length + 4 * self.d_vocab)
+        jump = check_fraction("jump", jump)
+        per_sequence = 8 * ((6 if jump else 4) * length + 4 * self.d_vocab)
         check_memory(n_sequences * per_sequence + STEP * length, n_sequences=n_sequences, length=length)
         generator = as_generator(seed)
-        if n_triggers is not None and (triggers is None or not isinstance(triggers, Sequence) or len(triggers)):
-            raise ValueError(f"give either triggers or n_triggers, got {shown(triggers)} and {shown(n_triggers)}")
-        if n_triggers is None:
-            chosen = self.trigger_ids(triggers).expand(n_sequences, -1)
+        if drawn_per_sequence(triggers, n_triggers):
+            assert n_triggers is not None
+            chosen = drawn_triggers(self.pi_u, n_sequences, n_triggers, generator)
         else:
-            check_count("n_triggers", n_triggers)
-            possible = int((self.pi_u > 0).sum())
-            if n_triggers > possible:
-                raise ValueError(f"n_triggers is {n_triggers}; only {possible} tokens can be drawn from pi_u")
-            # Exponential races: the n smallest arrival times are a draw without replacement.
-            arrivals = -torch.rand(n_sequences, self.d_vocab, generator=generator, dtype=torch.float64).log()
-            chosen = (arrivals / self.pi_u).topk(n_triggers, largest=False).indices
+            chosen = fixed_triggers(self, triggers, n_triggers).expand(n_sequences, -1)
+        if jump and not chosen.shape[1]:
+            raise ValueError(f"jump must be 0 where there are no triggers to jump to, got {shown(jump)}")
         follow = self._draw_continuations(chosen, continuations, generator)
 
         # What must follow each token in each sequence; -1 where the chain decides.
@@ -253,16 +242,23 @@ class BigramLanguage(Vocabulary):
         first_cdf = (self.pi_u.cumsum(0) / self.pi_u.sum()).clamp(max=1)
         current = torch.searchsorted(first_cdf, uniform[0], right=True)
         columns = [current]
+        jumps = drawn_jumps(jump, chosen, length, generator) if jump else None
         for t in range(1, length):
             must = forced_flat.index_select(0, row_start + current)
-            current = torch.where(must >= 0, must, self.step(current, uniform[t]))
+            free = self.step(current, uniform[t])
+            if jumps is not None:
+                free = torch.where(jumps[t] >= 0, jumps[t], free)
+            current = torch.where(must >= 0, must, free)
             columns.append(current)
         tokens = torch.stack(columns, 1)
 
         position = torch.arange(length).expand(n_sequences, -1)
         first_seen = torch.full_like(forced, length).scatter_reduce_(1, tokens, position, "amin")
         predictable = (forced.gather(1, tokens) >= 0) & (position > first_seen.gather(1, tokens))
-        return SampledSequences(tokens, predictable, chosen.clone(), follow)
+        jumped = torch.zeros_like(predictable)
+        if jumps is not None:
+            jumped[:, :-1] = (jumps[1:].T >= 0) & (forced.gather(1, tokens) < 0)[:, :-1]
+        return SampledSequences(tokens, predictable, chosen.clone(), follow, jumped)
 
     def step(self, tokens: Int[Tensor, "sequence"], uniform: Float[Tensor, "sequence"]) -> Int[Tensor, "sequence"]:
         """One step of the chain: the successor of each token, by inverting its row's distribution at `uniform`."""

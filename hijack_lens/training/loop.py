@@ -19,13 +19,14 @@ from tqdm.auto import tqdm
 
 from hijack_lens.core.files import locked, make_folder
 from hijack_lens.core.memory import check_memory
-from hijack_lens.language.bigrams import BigramLanguage, SampledSequences
+from hijack_lens.language import BigramLanguage, SampledSequences
+from hijack_lens.language.sequences import drawn_per_sequence, fixed_triggers
 from hijack_lens.models.storage import latest_checkpoint
 from hijack_lens.models.transformer import BigramTransformer
+from hijack_lens.training.config import TrainConfig
 from hijack_lens.training.forward import PlainForward
 from hijack_lens.training.recall import behaviour, memory_recall
 from hijack_lens.training.run import (
-    TrainConfig,
     TrainingRun,
     fingerprint,
     read_checkpoint,
@@ -77,7 +78,10 @@ def _train(
     optimizer = _optimizer(parameters, config)
     step, rows = _resume(model, language, config, optimizer, folder)
     model.strengths = None  # training is about to change them
-    model.triggers = None if config.n_triggers else language.trigger_ids(config.triggers).tolist()
+    if drawn_per_sequence(config.triggers, config.n_triggers):
+        model.triggers = None
+    else:
+        model.triggers = fixed_triggers(language, config.triggers, config.n_triggers).tolist()
     model.n_ctx_train = config.length if model.positions == "absolute" else None
 
     forward: Any = PlainForward(model)

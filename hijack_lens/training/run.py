@@ -1,134 +1,21 @@
-"""A training run: how the model is trained, its probes over time, and its checkpoints."""
+"""A training run: its probes over time, and its checkpoints."""
 
 import hashlib
-import math
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import pandas as pd
 import torch
 
-from hijack_lens.core.checks import (
-    Seed,
-    as_int,
-    check_choice,
-    check_count,
-    check_list,
-    check_number,
-    check_path,
-    check_type,
-    fixed_seed,
-    plain_scalar,
-    shown,
-)
+from hijack_lens.core.checks import check_count, check_number, check_path, check_type, shown
 from hijack_lens.core.files import read_safetensors, sync, write_atomically, write_safetensors
 from hijack_lens.core.tables import Drawn
-from hijack_lens.language import BigramLanguage, Token
+from hijack_lens.language import BigramLanguage
 from hijack_lens.models.storage import checkpoints, latest_checkpoint
 from hijack_lens.models.transformer import BigramTransformer
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train; the same config, model and language give the same run.
-
-    Attributes:
-        triggers: tokens whose continuation is fixed per sequence; `()` with `n_triggers`.
-        length: tokens per training sequence.
-        seed: of the data; kept as an int, so that a run can go on.
-        steps: of the optimizer, each on `batch_size` fresh sequences.
-        batch_size: sequences per step.
-        n_triggers: draw this many triggers per sequence, instead of `triggers`.
-        continuations: how the triggers' continuations are drawn: "uniform", or "bigram" (from their own row of pi_b).
-        loss: over "all" tokens, or only over those "predictable" in context (Bietti et al. 2023).
-        optimizer: "adamw", or "sgd" with momentum.
-        lr: peak learning rate, reached after `warmup` steps; then it decays along a cosine to `final_lr` times itself.
-        warmup: steps of linear warm-up.
-        final_lr: as a fraction of `lr`.
-        momentum: SGD's.
-        betas: AdamW's.
-        weight_decay: for either optimizer.
-        evaluate_every: steps between probes.
-        eval_sequences: how many held-out sequences the probes see, at each length.
-        eval_lengths: the lengths of these, as multiples of `length`; those beyond the model's n_ctx are left out.
-        checkpoint_every: steps between checkpoints.
-        compile: run the forward pass through torch.compile.
-        bf16: compute in bfloat16 where autocast does (CUDA); the weights keep their dtype.
-    """
-
-    triggers: Token | Sequence[Token]
-    length: int
-    seed: Seed
-    steps: int = 300
-    batch_size: int = 64
-    n_triggers: int | None = None
-    continuations: Literal["uniform", "bigram"] = "uniform"
-    loss: Literal["all", "predictable"] = "all"
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 1e-2
-    warmup: int = 20
-    final_lr: float = 0.05
-    momentum: float = 0.9
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    evaluate_every: int = 25
-    eval_sequences: int = 64
-    eval_lengths: tuple[int, ...] = (1, 2, 4)
-    checkpoint_every: int = 100
-    compile: bool = False
-    bf16: bool = False
-
-    def __post_init__(self) -> None:
-        alone = isinstance(self.triggers, str) or as_int(self.triggers) is not None
-        listed = [self.triggers] if alone else check_list("triggers", self.triggers, "a token or several")
-        triggers = tuple(str(token) if isinstance(token, str) else check_count("triggers", token) for token in listed)
-        self._set("triggers", triggers)
-        for name in ("betas", "eval_lengths"):
-            if not isinstance(getattr(self, name), Sequence):
-                raise TypeError(f"{name} must be several numbers, got {getattr(self, name)!r}")
-            self._set(name, tuple(map(plain_scalar, getattr(self, name))))
-        for field in fields(self):  # plain numbers, since a checkpoint's header holds no others
-            self._set(field.name, plain_scalar(getattr(self, field.name)))
-        if len(self.betas) != 2:
-            raise ValueError(f"betas must be two numbers, got {shown(self.betas)}")
-        if 1 not in self.eval_lengths:
-            raise ValueError(f"eval_lengths must include 1, the training length itself, got {shown(self.eval_lengths)}")
-        if bool(triggers) == (self.n_triggers is not None):
-            raise ValueError(f"give either triggers or n_triggers, got {shown(triggers)} and {shown(self.n_triggers)}")
-        check_count("length", self.length, minimum=2)
-        self._set("seed", fixed_seed(self.seed))
-        for name in ("steps", "batch_size", "evaluate_every", "eval_sequences", "checkpoint_every"):
-            check_count(name, getattr(self, name), minimum=1)
-        check_count("warmup", self.warmup)
-        if self.n_triggers is not None:
-            check_count("n_triggers", self.n_triggers, minimum=1)
-        for multiple in self.eval_lengths:
-            check_count("eval_lengths", multiple, minimum=1)
-        check_choice("continuations", self.continuations, ("uniform", "bigram"))
-        check_choice("loss", self.loss, ("all", "predictable"))
-        check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
-        check_number("lr", self.lr, positive=True)
-        bounded = {"final_lr": self.final_lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
-        for name, value in [*bounded.items(), *(("betas", beta) for beta in self.betas)]:
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {shown(value)}")
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {shown(value)}")
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-    def lr_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        check_count("step", step)
-        rising = min(1.0, (step + 1) / max(self.warmup, 1))
-        falling = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return self.lr * rising * (self.final_lr + (1 - self.final_lr) * falling)
-
+from hijack_lens.training.config import TrainConfig
 
 _FORMAT = "hijack_lens.TrainingRun.1"
 
@@ -238,9 +125,8 @@ def read_checkpoint(folder: Path) -> tuple[TrainingRun, dict[str, torch.Tensor],
     state, header = read_safetensors(path, _FORMAT)
     model = BigramTransformer.from_pretrained(folder)
     try:
-        fields = header["config"]
-        tuples = {name: tuple(fields[name]) for name in ("triggers", "betas", "eval_lengths")}
-        config = TrainConfig(**{**fields, **tuples})
+        plain = {name: tuple(one) if isinstance(one, list) else one for name, one in header["config"].items()}
+        config = TrainConfig(**plain)
         table = pd.DataFrame(header["table"])
         step = check_count("step", header["step"], minimum=1)
         if step > config.steps or list(table.columns) != COLUMNS:
@@ -249,7 +135,7 @@ def read_checkpoint(folder: Path) -> tuple[TrainingRun, dict[str, torch.Tensor],
             check_count("table.step", row)
         for row in header["table"]["seconds"]:
             check_number("table.seconds", row)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a training run of hijack-lens: {error}") from error
     state.pop("empty", None)
     return TrainingRun(model, config, step, table), state, str(header.get("language"))
