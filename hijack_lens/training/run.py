@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -125,7 +126,9 @@ def read_checkpoint(folder: Path) -> tuple[TrainingRun, dict[str, torch.Tensor],
     state, header = read_safetensors(path, _FORMAT)
     model = BigramTransformer.from_pretrained(folder)
     try:
-        plain = {name: tuple(one) if isinstance(one, list) else one for name, one in header["config"].items()}
+        plain: dict[str, Any] = {
+            name: tuple(one) if isinstance(one, list) else one for name, one in header["config"].items()
+        }
         config = TrainConfig(**plain)
         table = pd.DataFrame(header["table"])
         step = check_count("step", header["step"], minimum=1)
