@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
-from transformer_lens.FactoredMatrix import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import get_offset_position_ids
 from transformer_lens.utilities.attention import complex_attn_linear, simple_attn_linear
 
 from hijack_lens.hooked.config import HookedTransformerConfig
 from hijack_lens.hooked.parts import bias, weight
+from hijack_lens.hooked.weights import HeadCircuits
 
 HeadInput = Float[Tensor, "batch pos d_model"] | Float[Tensor, "batch pos head_index d_model"]
 """What heads read: one residual stream, or, with `cfg.use_split_qkv_input` or `cfg.use_attn_in`, each its own copy."""
@@ -24,7 +24,7 @@ _FIRST_ANGLES = 2048
 """Positions whose rotary angles are computed at first; more follow when a prompt needs them."""
 
 
-class Attention(nn.Module):
+class Attention(HeadCircuits, nn.Module):
     """Causal attention, with a hook point at every step: heads' activations are [batch, pos, head_index, d_head],
     scores and patterns [batch, head_index, query_pos, key_pos], as in TransformerLens.
 
@@ -78,16 +78,6 @@ class Attention(nn.Module):
         # TransformerLens computes rotary angles as far as they were needed, and may have stored fewer or more.
         angles = {prefix + name: getattr(self, name) for name in ("rotary_sin", "rotary_cos") if hasattr(self, name)}
         super()._load_from_state_dict(state_dict | angles, prefix, *rest)
-
-    @property
-    def OV(self) -> FactoredMatrix:
-        """W_V W_O of every head."""
-        return FactoredMatrix(self.W_V, self.W_O)
-
-    @property
-    def QK(self) -> FactoredMatrix:
-        """W_Q W_K^T of every head."""
-        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
 
     def forward(
         self,

@@ -12,7 +12,26 @@ from transformer_lens.utilities.matrix import composition_scores
 from hijack_lens.hooked.config import HookedTransformerConfig
 
 
-class StackedWeights(HookedRootModule):
+class HeadCircuits:
+    """The two circuits of heads whose weights lie along the first axes of `W_Q`, `W_K`, `W_V` and `W_O`."""
+
+    W_Q: Any
+    W_K: Any
+    W_V: Any
+    W_O: Any
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """W_Q W_K^T of every head."""
+        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """W_V W_O of every head."""
+        return FactoredMatrix(self.W_V, self.W_O)
+
+
+class StackedWeights(HeadCircuits, HookedRootModule):
     """The weights of `embed`, `blocks` and `unembed` by TransformerLens's names."""
 
     cfg: HookedTransformerConfig
@@ -113,16 +132,6 @@ class StackedWeights(HookedRootModule):
     def b_out(self) -> Float[Tensor, "n_layers d_model"]:
         """The MLPs' output biases."""
         return self._stacked("mlp", "b_out")
-
-    @property
-    def QK(self) -> FactoredMatrix:
-        """W_Q W_K^T of every head."""
-        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
-
-    @property
-    def OV(self) -> FactoredMatrix:
-        """W_V W_O of every head."""
-        return FactoredMatrix(self.W_V, self.W_O)
 
     @property
     def n_params_total(self) -> int:
