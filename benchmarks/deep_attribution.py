@@ -11,41 +11,13 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 
 import torch
-from common import write
-from transformer_lens import HookedTransformer, HookedTransformerConfig
+from common import gpt2_small_shape, write
 
 import hijack_lens as hl
 
 N_ANSWERS = 100
-
-
-def gpt2_small_shape():
-    cfg = HookedTransformerConfig(
-        n_layers=12,
-        d_model=768,
-        n_heads=12,
-        d_head=64,
-        d_mlp=3072,
-        d_vocab=50257,
-        n_ctx=1024,
-        act_fn="gelu_new",
-        normalization_type="LN",
-        init_weights=False,  # TransformerLens's own takes more memory than what is measured here
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        model = HookedTransformer(cfg)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if name.endswith(".w"):
-            parameter.data.fill_(1.0)
-        else:
-            # Larger than usual, so that patterns are not uniform.
-            parameter.data.normal_(0.0, 0.05, generator=generator)
-    return model
 
 
 def example(length):

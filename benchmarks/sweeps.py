@@ -7,12 +7,11 @@ sample of the patches, its time scaled up to all of them, and the values compare
 import resource
 import statistics
 import time
-import warnings
 
 import pandas as pd
 import torch
-from common import english, write
-from transformer_lens import HookedTransformer, HookedTransformerConfig, patching
+from common import english, gpt2_small_shape, write
+from transformer_lens import patching
 
 import hijack_lens as hl
 from hijack_lens import hooks
@@ -94,24 +93,9 @@ def two_layers(length=256, repeats=5):
     }
 
 
-def gpt2_small_shape(length=64, sample=60):
-    cfg = HookedTransformerConfig(
-        n_layers=12,
-        d_model=768,
-        n_heads=12,
-        d_head=64,
-        d_mlp=3072,
-        d_vocab=50257,
-        n_ctx=1024,
-        act_fn="gelu_new",
-        normalization_type="LN",
-        initializer_range=0.05,  # larger than usual, so that patches have effects
-        seed=0,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        model = HookedTransformer(cfg)
-    clean, corrupted = (torch.randint(cfg.d_vocab, (1, length), generator=generator) for _ in range(2))
+def twelve_layers(length=64, sample=60):
+    model = gpt2_small_shape()
+    clean, corrupted = (torch.randint(model.cfg.d_vocab, (1, length), generator=generator) for _ in range(2))
     metric = hl.logit_diff(3, 4)
     # One third of the sample at the last position, where the large effects are.
     at = torch.stack([torch.randint(size, (sample,), generator=generator) for size in (12, length, 12)], 1)
@@ -151,6 +135,6 @@ with torch.no_grad():
         "sweeps",
         {
             "two layers, d_model 256, length 256: both attn_out, mlp_out": two_layers(),
-            "GPT-2 small's shape, random weights, length 64: z of every head": gpt2_small_shape(),
+            "GPT-2 small's shape, random weights, length 64: z of every head": twelve_layers(),
         },
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -56,7 +57,7 @@ class Intervention:
         self._hooks: list[tuple[str, HookFunction]] = [
             (name, functools.partial(_checked, name, fn)) for name, fn in (*look, *edit)
         ]
-        self._entries: list[list[_Entry]] = []
+        self._entries: list[tuple[int, list[_Entry]]] = []  # by the thread that entered them
 
     @property
     def fwd_hooks(self) -> list[tuple[str, HookFunction]]:
@@ -80,7 +81,7 @@ class Intervention:
             hold_eager(entries, functools.partial(self._remove, entries))
             for entry in entries:
                 entry.point.add_hook(entry)
-            self._entries.append(entries)
+            self._entries.append((threading.get_ident(), entries))
             return self
         except BaseException:
             self._remove(entries)
@@ -90,10 +91,13 @@ class Intervention:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            lost = [entry.name for entry in self._entries[-1] if not entry.handles]
-            self._remove(self._entries[-1])
+            entries = self._entered[1]
+            lost = [entry.name for entry in entries if not entry.handles]
+            self._remove(entries)
         finally:
-            entries = self._entries.pop()
+            entered = self._entered
+            self._entries.remove(entered)
+            entries = entered[1]
             self._remove(entries)  # once more, in case a Ctrl-C interrupted the first
         if kind is None:
             if lost:
@@ -105,6 +109,12 @@ class Intervention:
             silent = [e.name for e in entries if e.fn and not e.fired and ran & {_witness(e.name), self._end}]
             if silent:
                 raise RuntimeError(f"the model ran, but these hook points never fired: {', '.join(silent)}")
+
+    @property
+    def _entered(self) -> "tuple[int, list[_Entry]]":
+        """What this thread entered last; or, where a context is left in another thread, what any did."""
+        thread, listed = threading.get_ident(), tuple(self._entries)
+        return next((entered for entered in reversed(listed) if entered[0] == thread), listed[-1])
 
     @property
     def _end(self) -> str:

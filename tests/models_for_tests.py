@@ -47,10 +47,11 @@ OURS = not HookedTransformer.__module__.startswith("transformer_lens")
 """Whether TransformerLens has no HookedTransformer, and hijack-lens brings one that can be less."""
 
 
-def lens_model(seed=0, **options):
-    """A HookedTransformer with TransformerLens's random weights, or such as it would draw."""
+def lens_model(seed=None, **options):
+    """A HookedTransformer; with a seed, with TransformerLens's random weights, or such as it would draw."""
+    drawn = {} if OURS or seed is None else {"seed": seed}  # which seeds the global random state, too
     try:
-        cfg = HookedTransformerConfig(device="cpu", **options, **({} if OURS else {"seed": seed}))
+        cfg = HookedTransformerConfig(device="cpu", **options, **drawn)
     except (TypeError, ValueError) as error:
         if not OURS:
             raise
@@ -58,7 +59,7 @@ def lens_model(seed=0, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         model = HookedTransformer(cfg).eval()
-    if OURS:
+    if OURS and seed is not None:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

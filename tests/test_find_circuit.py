@@ -258,7 +258,7 @@ def test_a_trained_circuit_is_found(options):
 def trained_on_repeats():
     """Two layers of attention alone, of one head, trained on [begin, x, x] for x of 4 to 8 tokens."""
     options = {"d_model": 64, "d_head": 64, "n_heads": 1, "n_layers": 2, "n_ctx": 17, "d_vocab": 33}
-    model = lens_model(attn_only=True, normalization_type=None, **options)
+    model = lens_model(0, attn_only=True, normalization_type=None, **options)
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(500):

@@ -515,8 +515,8 @@ test_a_wrong_value_is_refused = refused(
         "activations must be among .* got 'hook_z'": lambda: hooks.attribution_patch(
             hooked(), CLEAN, CORRUPTED, METRIC, "hook_z"
         ),
-        "does not honour edits at 'blocks.0.attn.hook_pattern'": lambda: hooks.attribution_patch(
-            native()[0], CLEAN, CORRUPTED, METRIC, "pattern"
+        "does not honour edits at 'blocks.0.hook_resid_mid'": lambda: hooks.attribution_patch(
+            native()[0], CLEAN, CORRUPTED, METRIC, "resid_mid"
         ),
         "via='k': this model's heads share keys": lambda: hooks.edge_attribution(
             hooked_twin(BOOTED["Llama"]()), CLEAN, CORRUPTED, METRIC, "all"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from models_for_tests import CIRCUIT, HEADS, MLPS, close, handwritten, hooked, native, perturbed, prompts
+from models_for_tests import CIRCUIT, HEADS, MLPS, OURS, close, handwritten, hooked, native, perturbed, prompts
 from transformer_lens.hook_points import HookPoint
 
 import hijack_lens as hl
@@ -299,6 +299,8 @@ def test_a_misspelt_hook_point_is_refused_with_those_close_to_it(model, typo, me
 )
 def test_what_a_bridge_would_ignore_is_refused_as_an_edit_but_can_be_looked_at(part):
     bridge, twin = native("LN")
+    if OURS and part.endswith("pattern"):
+        pytest.skip("honoured from TransformerLens 4 on")
     for make in (lambda: ablate(bridge, part), lambda: patch(bridge, part, prompts())):
         with pytest.raises(ValueError, match=f"TransformerBridge does not honour edits at '{part}'"):
             make()
@@ -310,6 +312,7 @@ def test_what_a_bridge_would_ignore_is_refused_as_an_edit_but_can_be_looked_at(p
     ablate(twin, part)
 
 
+@pytest.mark.skipif(OURS, reason="honoured from TransformerLens 4 on")
 def test_the_pattern_of_a_bridges_head_is_refused():
     with pytest.raises(ValueError, match=r"does not honour edits at 'blocks\.1\.attn\.hook_pattern'"):
         ablate(native()[0], HEADS[2], part="pattern")

@@ -117,8 +117,7 @@ def test_factored_matrices_are_the_memories_that_were_written():
     norms = model.OV[0, 0].AB.norm() * model.QK[1, 0].AB.norm()
     assert float(scores[0, 0, 1, 0]) == pytest.approx(float(product.norm() / norms), abs=1e-9)
     assert int(scores.count_nonzero()) == 1
-    labels = model.all_head_labels
-    assert (labels() if callable(labels) else labels) == ["L0H0", "L1H0"]
+    assert model.all_head_labels() == ["L0H0", "L1H0"]
 
 
 def test_evals_measure_the_loss_that_theory_gives(model):

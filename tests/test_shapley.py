@@ -582,8 +582,8 @@ test_values = refused(
         "components: L2MLP is in layer 2; the model has 2": refuse(METRIC, [hl.Component(2, "mlp")]),
         "'blocks.0.hook_mlp_uot' is not a hook point .*blocks.0.hook_mlp_out": refuse(METRIC, "blocks.0.hook_mlp_uot"),
         "'blocks.0.attn.hook_result' never fires": refuse(METRIC, "blocks.0.attn.hook_result"),
-        "does not honour edits at 'blocks.0.attn.hook_pattern'": refuse(
-            METRIC, ["blocks.0.attn.hook_pattern"], model=native()[0]
+        "does not honour edits at 'blocks.0.attn.hook_attn_scores'": refuse(
+            METRIC, ["blocks.0.attn.hook_attn_scores"], model=native()[0]
         ),
         "components must name at least one, got none": refuse(METRIC, []),
         "components must name at least one, got none$": refuse(METRIC, {}),

@@ -74,10 +74,15 @@ def compiled(request):
     """A model compiled, and called before anything else; and its twin that was not."""
     kind, how = request.param
     model = COMPILED[how](MODELS[kind]())
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the type checker cannot be compiled
-        model(CLEAN)
-        model(CORRUPTED)
+    try:
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the type checker cannot be compiled
+            model(CLEAN)
+            model(CORRUPTED)
+    except torch._dynamo.exc.InternalTorchDynamoError:  # seen with bridges on PyTorch 2.6 to 2.10, gone in 2.13
+        if kind == "HookedTransformer" or torch.torch_version.TorchVersion(torch.__version__) >= "2.13":
+            raise
+        pytest.skip("this PyTorch cannot compile a bridge")
     return model, MODELS[kind]()
 
 

@@ -245,9 +245,10 @@ def check_fraction(name: str, value: object) -> float:
     """`value` as a float from 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
-    if not 0 <= value <= 1:
+    number = float(value)
+    if not 0 <= number <= 1:
         raise ValueError(f"{name} must lie between 0 and 1, got {shown(value)}")
-    return float(value)
+    return number
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

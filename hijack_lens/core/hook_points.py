@@ -17,7 +17,7 @@ from transformer_lens.model_bridge.generalized_components import (
 from hijack_lens.core.checks import check_choice, shown
 from hijack_lens.core.circuit import Component
 
-_NEEDS_FLAG = {
+NEEDS_FLAG = {
     "hook_result": "use_attn_result",
     "hook_attn_in": "use_attn_in",
     "hook_q_input": "use_split_qkv_input",
@@ -25,6 +25,7 @@ _NEEDS_FLAG = {
     "hook_v_input": "use_split_qkv_input",
     "hook_mlp_in": "use_hook_mlp_in",
 }
+"""Hook points that fire only where a setting asks for them."""
 # Bridges compute these kinds of attention step by step; for all others, the wrapped model computes everything.
 _REBUILT_ATTENTION = (
     JointQKVAttentionBridge,
@@ -63,7 +64,7 @@ def _check_hook_point(model: Any, known: Mapping[str, Any], name: str, edits: bo
         hint = f"; close to it: {', '.join(close)}" if close else ""
         raise ValueError(f"{shown(name)} is not a hook point of this {type(model).__name__}{hint}")
     leaf = name.rsplit(".", 1)[-1]
-    flag = _NEEDS_FLAG.get(leaf)
+    flag = NEEDS_FLAG.get(leaf)
     if flag is not None and not getattr(model.cfg, flag):
         raise ValueError(f"{name!r} never fires while cfg.{flag} is False; call model.set_{flag}(True) first")
     if leaf in ("hook_mlp_out", "hook_resid_mid") and getattr(model.cfg, "attn_only", False):

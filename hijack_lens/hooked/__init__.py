@@ -4,8 +4,7 @@ Nothing else in the package asks which TransformerLens is installed.
 """
 
 from importlib.metadata import PackageNotFoundError, version
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 try:
     _installed = version("transformer-lens")
@@ -18,14 +17,14 @@ if not (3, 9) <= _release < (5,):
         "Install it with: pip install 'transformer-lens>=3.9,<5'"
     )
 
-CENTRED_NORMS: tuple[type[nn.Module], ...]
+CENTRED_NORMS: tuple[type[Any], ...]
 """Norms that subtract the mean."""
-RMS_NORMS: tuple[type[nn.Module], ...]
+RMS_NORMS: tuple[type[Any], ...]
 """Norms that do not."""
-GROUPED_ATTENTION: tuple[type[nn.Module], ...]
+GROUPED_ATTENTION: tuple[type[Any], ...]
 """Attention whose heads share keys and values."""
 
-if _release >= (4,):
+if TYPE_CHECKING or _release >= (4,):
     from hijack_lens.hooked.attention import Attention
     from hijack_lens.hooked.config import HookedTransformerConfig
     from hijack_lens.hooked.parts import LayerNorm, RMSNorm

@@ -8,26 +8,44 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
-from transformer_lens.FactoredMatrix import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import get_offset_position_ids
 from transformer_lens.utilities.attention import complex_attn_linear, simple_attn_linear
 
 from hijack_lens.hooked.config import HookedTransformerConfig
 from hijack_lens.hooked.parts import bias, weight
+from hijack_lens.hooked.weights import HeadCircuits
 
 HeadInput = Float[Tensor, "batch pos d_model"] | Float[Tensor, "batch pos head_index d_model"]
 """What heads read: one residual stream, or, with `cfg.use_split_qkv_input` or `cfg.use_attn_in`, each its own copy."""
 
 
-class Attention(nn.Module):
-    """Causal attention, with a hook point at every step.
+_FIRST_ANGLES = 2048
+"""Positions whose rotary angles are computed at first; more follow when a prompt needs them."""
+
+
+class Attention(HeadCircuits, nn.Module):
+    """Causal attention, with a hook point at every step: heads' activations are [batch, pos, head_index, d_head],
+    scores and patterns [batch, head_index, query_pos, key_pos], as in TransformerLens.
 
     Args:
         cfg: the model's configuration.
-        attn_type: "global", as TransformerLens calls attention without a window.
+        attn_type: "global", as TransformerLens calls attention without a window; it had other kinds.
         layer_id: the block's index.
     """
+
+    IGNORE: Tensor
+    rotary_sin: Tensor
+    rotary_cos: Tensor
+    hook_k: HookPoint
+    hook_q: HookPoint
+    hook_v: HookPoint
+    hook_z: HookPoint
+    hook_attn_scores: HookPoint
+    hook_pattern: HookPoint
+    hook_result: HookPoint
+    hook_rot_k: HookPoint
+    hook_rot_q: HookPoint
 
     def __init__(self, cfg: HookedTransformerConfig, attn_type: str = "global", layer_id: int | None = None):
         super().__init__()
@@ -46,37 +64,20 @@ class Attention(nn.Module):
         self.W_V = weight(cfg, cfg.n_heads, cfg.d_model, cfg.d_head)
         self.b_K = bias(cfg, cfg.n_heads, cfg.d_head)
         self.b_V = bias(cfg, cfg.n_heads, cfg.d_head)
-        # A state dict written under 3.9 has these two, though an empty mask says nothing.
-        self.register_buffer("mask", torch.empty((0, 0), dtype=torch.bool))
-        self.register_buffer("IGNORE", torch.tensor(-torch.inf))
-        self.hook_q = HookPoint()  # [batch, pos, head_index, d_head]
-        self.hook_k = HookPoint()
-        self.hook_v = HookPoint()
-        self.hook_z = HookPoint()
-        self.hook_attn_scores = HookPoint()  # [batch, head_index, query_pos, key_pos]
-        self.hook_pattern = HookPoint()
-        self.hook_result = HookPoint()  # [batch, pos, head_index, d_model]
-        if cfg.positional_embedding_type == "rotary":
-            self.hook_rot_q = HookPoint()
-            self.hook_rot_k = HookPoint()
-            sin, cos = rotary_angles(cfg)
-            self.register_buffer("rotary_sin", sin)
-            self.register_buffer("rotary_cos", cos)
+        # A state dict written under 3.9 has both, though an empty mask says nothing.
+        for name, constant in (("mask", torch.zeros((0, 0), dtype=torch.bool)), ("IGNORE", torch.tensor(-torch.inf))):
+            self.register_buffer(name, constant)
+        rotary = ("rot_k", "rot_q") if cfg.positional_embedding_type == "rotary" else ()
+        for name in ("k", "q", "v", "z", "attn_scores", "pattern", "result", *rotary):
+            setattr(self, f"hook_{name}", HookPoint())
+        if rotary:
+            for name, angles in zip(("sin", "cos"), rotary_angles(cfg, min(cfg.n_ctx, _FIRST_ANGLES)), strict=True):
+                self.register_buffer(f"rotary_{name}", angles)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # TransformerLens computes rotary angles as far as they were needed, and may have stored fewer or more.
         angles = {prefix + name: getattr(self, name) for name in ("rotary_sin", "rotary_cos") if hasattr(self, name)}
         super()._load_from_state_dict(state_dict | angles, prefix, *rest)
-
-    @property
-    def OV(self) -> FactoredMatrix:
-        """W_V W_O of every head."""
-        return FactoredMatrix(self.W_V, self.W_O)
-
-    @property
-    def QK(self) -> FactoredMatrix:
-        """W_Q W_K^T of every head."""
-        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
 
     def forward(
         self,
@@ -96,11 +97,9 @@ class Attention(nn.Module):
             q = self.hook_rot_q(self.apply_rotary(q, n_past, attention_mask))
             k = self.hook_rot_k(self.apply_rotary(k, 0, attention_mask))
         scores = self.apply_causal_mask(self.calculate_attention_scores(q, k), n_past, attention_mask)
-        pattern = F.softmax(self.hook_attn_scores(scores), dim=-1)
-        # A token that may attend to nothing at all, padding, has no pattern.
-        pattern = torch.where(torch.isnan(pattern), torch.zeros_like(pattern), pattern)
-        pattern = self.hook_pattern(pattern).to(device=v.device, dtype=v.dtype)
-        z = self.calculate_z_scores(v, pattern)
+        # Padding, which may attend to nothing at all, has no pattern.
+        pattern = self.hook_pattern(self.hook_attn_scores(scores).softmax(-1).nan_to_num(nan=0.0))
+        z = self.calculate_z_scores(v, pattern.to(v))
         if self.cfg.use_attn_result:
             result = (z[..., None] * self.W_O).sum(-2)
             return self.hook_result(result).sum(2) + self.b_O
@@ -143,6 +142,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch head_index query_pos key_pos"]:
         """Scores of the future, and of masked tokens, at -inf."""
         n_query, n_key = attn_scores.shape[-2:]
+        if n_query + past_kv_pos_offset != n_key:
+            raise ValueError(f"past_kv_pos_offset must be {n_key} - {n_query}, got {past_kv_pos_offset}")
         positions = torch.arange(n_key, device=attn_scores.device)
         visible = positions <= positions[past_kv_pos_offset : past_kv_pos_offset + n_query, None]
         if attention_mask is not None:
@@ -156,6 +157,10 @@ class Attention(nn.Module):
         attention_mask: Int[Tensor, "batch key_pos"] | None = None,
     ) -> Float[Tensor, "batch pos head_index d_head"]:
         """Queries or keys, turned by their positions; masked tokens are not counted."""
+        needed = past_kv_pos_offset + x.shape[1]
+        if needed > len(self.rotary_cos):
+            longer = rotary_angles(self.cfg, min(self.cfg.n_ctx, max(needed, 2 * len(self.rotary_cos))))
+            self.rotary_sin, self.rotary_cos = (angles.to(self.rotary_cos.device) for angles in longer)
         if attention_mask is None:
             at: Tensor | slice = slice(past_kv_pos_offset, past_kv_pos_offset + x.shape[1])
         else:
@@ -170,10 +175,12 @@ class Attention(nn.Module):
         return torch.cat([-second, first], -1)
 
 
-def rotary_angles(cfg: HookedTransformerConfig) -> tuple[Float[Tensor, "pos dim"], Float[Tensor, "pos dim"]]:
-    """Sines and cosines of the rotary angles of every position."""
+def rotary_angles(
+    cfg: HookedTransformerConfig, n_pos: int
+) -> tuple[Float[Tensor, "pos dim"], Float[Tensor, "pos dim"]]:
+    """Sines and cosines of the rotary angles of the first positions."""
     precise = torch.float64 if cfg.dtype == torch.float64 else torch.float32
-    half = torch.arange(cfg.rotary_dim // 2, dtype=precise)
-    wavelengths = (cfg.rotary_base ** (half / (cfg.rotary_dim / 2))).repeat(2)
-    angles = torch.arange(cfg.n_ctx, dtype=precise)[:, None] / wavelengths
+    n_planes = (cfg.rotary_dim or 0) // 2
+    wavelengths = (cfg.rotary_base ** (torch.arange(n_planes, dtype=precise) / n_planes)).repeat(2)
+    angles = torch.arange(n_pos, dtype=precise)[:, None] / wavelengths
     return angles.sin().to(cfg.dtype), angles.cos().to(cfg.dtype)

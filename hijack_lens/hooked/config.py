@@ -5,6 +5,21 @@ from dataclasses import dataclass
 
 from transformer_lens.config.transformer_lens_config import TransformerLensConfig
 
+_SUPPORTED = {
+    "attention_dir": ("causal",),
+    "final_rms": (False,),
+    "gated_mlp": (False,),
+    "init_weights": (False,),
+    "n_devices": (1,),
+    "n_key_value_heads": (None,),
+    "num_experts": (None,),
+    "normalization_type": (None, "LN", "RMS"),
+    "parallel_attn_mlp": (False,),
+    "positional_embedding_type": ("standard", "rotary"),
+    "ungroup_grouped_query_attention": (False,),
+}
+"""What this HookedTransformer can be, of what TransformerLens's could: by setting, the values that it takes."""
+
 
 @dataclass(repr=False)
 class HookedTransformerConfig(TransformerLensConfig):
@@ -38,9 +53,9 @@ class HookedTransformerConfig(TransformerLensConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, plain in _PLAIN.items():
-            if getattr(self, name) not in plain:
-                raise ValueError(f"{name} must be one of {plain}, got {getattr(self, name)!r}")
+        for name, taken in _SUPPORTED.items():
+            if getattr(self, name) not in taken:
+                raise ValueError(f"{name} must be one of {taken}, got {getattr(self, name)!r}")
         if self.attn_scale == -1.0:
             self.attn_scale = math.sqrt(self.d_head)
         if self.d_vocab_out == -1:
@@ -51,19 +66,3 @@ class HookedTransformerConfig(TransformerLensConfig):
     def __repr__(self) -> str:
         fields = "\n".join(f"    {name}={value!r}," for name, value in vars(self).items())
         return f"{type(self).__name__}(\n{fields}\n)"
-
-
-_PLAIN = {
-    "attention_dir": ("causal",),
-    "final_rms": (False,),
-    "gated_mlp": (False,),
-    "init_weights": (False,),
-    "n_devices": (1,),
-    "n_key_value_heads": (None,),
-    "num_experts": (None,),
-    "normalization_type": (None, "LN", "RMS"),
-    "parallel_attn_mlp": (False,),
-    "positional_embedding_type": ("standard", "rotary"),
-    "ungroup_grouped_query_attention": (False,),
-}
-"""What this HookedTransformer can be, of what TransformerLens's could."""

@@ -55,16 +55,21 @@ class Generation(TextAndTokens):
         Returns:
             The prompts with what was added: a text, a list of texts, or ids, [batch, pos].
 
+        Hooks fire at every step, those on `hook_embed` too.
+
         Raises:
-            ValueError: for another return type.
+            ValueError: for another return type, or if there is no tokenizer to say what ends a text.
         """
         if return_type not in ("input", "str", "tokens"):
             raise ValueError(f"return_type must be 'input', 'str' or 'tokens', got {return_type!r}")
         as_text = return_type == "str" or (return_type == "input" and not isinstance(input, Tensor))
-        prompt = input if isinstance(input, Tensor) else self.to_tokens(input, prepend_bos, padding_side)
-        tokens = prompt.to(self.cfg.device)
-        ends = self.tokenizer.eos_token_id if eos_token_id is None else eos_token_id
-        stops = torch.tensor([ends] if isinstance(ends, int) else list(ends), device=tokens.device)
+        ends = getattr(self.tokenizer, "eos_token_id", None) if eos_token_id is None else eos_token_id
+        if stop_at_eos and ends is None:
+            raise ValueError("eos_token_id must be given with stop_at_eos, since no tokenizer says what ends a text")
+        side = "left" if isinstance(input, list) else padding_side  # what is said last must stand last
+        tokens = self.as_tokens(input, prepend_bos, side)
+        mask = self.padding_mask(tokens, prepend_bos, side)
+        stops = torch.tensor([ends] if isinstance(ends, int) else list(ends or ()), device=tokens.device)
         finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         cache = (
             TransformerLensKeyValueCache.init_cache(self.cfg, self.cfg.device, len(tokens))
@@ -73,7 +78,8 @@ class Generation(TextAndTokens):
         )
         new = tokens
         for _ in tqdm(range(max_new_tokens), disable=not verbose):
-            logits = self(new if cache else tokens, past_kv_cache=cache)[:, -1]
+            seen = new if cache else tokens
+            logits = self(seen, attention_mask=mask[:, -seen.shape[1] :], past_kv_cache=cache)[:, -1]
             if do_sample:
                 drawn = sample_logits(logits, top_k, top_p, temperature, freq_penalty, tokens=tokens)
             else:
@@ -82,7 +88,7 @@ class Generation(TextAndTokens):
                 drawn = torch.where(finished, stops[0], drawn)
                 finished |= torch.isin(drawn, stops)
             new = drawn[:, None]
-            tokens = torch.cat([tokens, new], 1)
+            tokens, mask = torch.cat([tokens, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
             if stop_at_eos and bool(finished.all()):
                 break
         if not as_text:

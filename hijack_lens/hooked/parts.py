@@ -74,29 +74,34 @@ class Unembed(nn.Module):
         return self.hook_out(F.linear(self.hook_in(residual), self.W_U.T.contiguous(), self.b_U))
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * w, computed in float32 or better."""
+class _Norm(nn.Module):
+    """What both norms share: the scale of what they are given, in float32 or better."""
 
     def __init__(self, cfg: HookedTransformerConfig):
         super().__init__()
         self.cfg = cfg
         self.eps = cfg.eps
         self.w = nn.Parameter(torch.ones(cfg.d_model, dtype=cfg.dtype))
-        self.hook_scale = HookPoint()  # [batch, pos, 1]
-        self.hook_normalized = HookPoint()  # [batch, pos, d_model]
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
 
-    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The normalised residual stream."""
-        return self.normalized(_precise(x)) * self.w
-
-    def normalized(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """x over its scale, in the model's dtype."""
-        scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+    def scaled(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """x over its root mean square, in the model's dtype."""
+        mean_square = torch.mean(x**2, dim=-1, keepdim=True)
+        scale = self.hook_scale(torch.sqrt(mean_square + self.eps))
         return self.hook_normalized(x / scale).to(self.cfg.dtype)
 
 
-class LayerNorm(RMSNorm):
-    """(x - mean(x)) / sqrt(var(x) + eps) * w + b, computed in float32 or better."""
+class RMSNorm(_Norm):
+    """x / sqrt(mean(x^2) + eps) * w."""
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The normalised residual stream."""
+        return self.scaled(_precise(x)) * self.w
+
+
+class LayerNorm(_Norm):
+    """(x - mean(x)) / sqrt(var(x) + eps) * w + b."""
 
     def __init__(self, cfg: HookedTransformerConfig):
         super().__init__(cfg)
@@ -104,8 +109,8 @@ class LayerNorm(RMSNorm):
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The normalised residual stream."""
-        x = _precise(x)
-        return self.normalized(x - x.mean(-1, keepdim=True)) * self.w + self.b
+        precise = _precise(x)
+        return self.scaled(precise - precise.mean(-1, keepdim=True)) * self.w + self.b
 
 
 def _precise(x: Tensor) -> Tensor:
@@ -124,11 +129,11 @@ class MLP(nn.Module):
         self.b_in = bias(cfg, cfg.d_mlp)
         self.W_out = weight(cfg, cfg.d_mlp, cfg.d_model)
         self.b_out = bias(cfg, cfg.d_model)
-        self.hook_pre = HookPoint()  # [batch, pos, d_mlp]
-        self.hook_post = HookPoint()  # [batch, pos, d_mlp]
+        self.hook_pre = HookPoint()
+        self.hook_post = HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """What the MLP adds to the residual stream."""
-        pre = self.hook_pre(torch.addmm(self.b_in, x.flatten(0, 1), self.W_in).view(*x.shape[:2], -1))
-        post = self.hook_post(self.act_fn(pre))
+        pre = torch.addmm(self.b_in, x.flatten(0, 1), self.W_in).unflatten(0, x.shape[:2])
+        post = self.hook_post(self.act_fn(self.hook_pre(pre)))
         return torch.addmm(self.b_out, post.flatten(0, 1), self.W_out).view_as(x)

@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.utilities.defaults_utils import LocallyOverridenDefaults
 from transformer_lens.utilities.tokenize_utils import (
+    get_attention_mask,
     get_input_with_manually_prepended_bos,
     get_tokens_with_bos_removed,
 )
@@ -22,6 +23,8 @@ class TextAndTokens(StackedWeights):
 
     def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
         """Makes a transformers tokenizer the model's."""
+        if default_padding_side not in ("left", "right", None):
+            raise ValueError(f"default_padding_side must be 'left', 'right' or None, got {default_padding_side!r}")
         tokenizer.padding_side = default_padding_side or tokenizer.padding_side or "right"
         for name in ("pad_token", "bos_token"):
             if getattr(tokenizer, name) is None:
@@ -45,7 +48,12 @@ class TextAndTokens(StackedWeights):
             padding_side: "left" or "right"; by default the tokenizer's.
             move_to_device: whether the ids go to the model's device.
             truncate: whether to cut what is longer than `cfg.n_ctx`.
+
+        Raises:
+            ValueError: if the model has no tokenizer.
         """
+        if self.tokenizer is None:
+            raise ValueError(f"input must be token ids, since the model has no tokenizer, got {input!r:.80}")
         begins = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
         with LocallyOverridenDefaults(self, padding_side=padding_side):
             if begins and not self.cfg.tokenizer_prepends_bos:
@@ -55,6 +63,22 @@ class TextAndTokens(StackedWeights):
             if self.cfg.tokenizer_prepends_bos and not begins:
                 tokens = get_tokens_with_bos_removed(self.tokenizer, tokens)
         return tokens.to(self.cfg.device) if move_to_device else tokens
+
+    def as_tokens(
+        self, input: Any, prepend_bos: bool | None = None, padding_side: str | None = None
+    ) -> Int[Tensor, "batch pos"]:
+        """Token ids of texts, or those given, on the model's device."""
+        tokens = input if isinstance(input, Tensor) else self.to_tokens(input, prepend_bos, padding_side)
+        return (tokens[None] if tokens.ndim == 1 else tokens).to(self.cfg.device)
+
+    def padding_mask(
+        self, tokens: Int[Tensor, "batch pos"], prepend_bos: bool | None = None, padding_side: str | None = None
+    ) -> Int[Tensor, "batch pos"]:
+        """0 where a token is padding, else 1."""
+        if self.tokenizer is None:
+            return torch.ones_like(tokens)
+        with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
+            return get_attention_mask(self.tokenizer, tokens, self.cfg.default_prepend_bos)
 
     def to_string(self, tokens: Any) -> str | list[str]:
         """The text of tokens, [pos], or the texts of a batch, [batch, pos]."""
@@ -73,7 +97,8 @@ class TextAndTokens(StackedWeights):
     ) -> list[str] | list[list[str]]:
         """Each token of a text, or of token ids, as text; of a list of those, a list each."""
         if isinstance(input, list):
-            return [self.to_str_tokens(one, prepend_bos, padding_side) for one in input]  # type: ignore[misc]
+            rows: Any = [self.to_str_tokens(one, prepend_bos, padding_side) for one in input]
+            return rows
         if isinstance(input, str):
             input = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=padding_side)
         ids = torch.as_tensor(input).squeeze()
@@ -105,7 +130,18 @@ class TextAndTokens(StackedWeights):
             raise ValueError(f"mode must be 'first' or 'last', got {mode!r}")
         token = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
         tokens = self.to_tokens(input, prepend_bos, padding_side) if isinstance(input, str) else input
+        if tokens.ndim > 1 and len(tokens) > 1:
+            raise ValueError(f"input must be one prompt, got shape {tuple(tokens.shape)}")
         found = (tokens.reshape(-1) == token).nonzero().flatten().tolist()
         if not found:
             raise ValueError(f"single_token {single_token!r} does not occur in the input")
         return found[0 if mode == "first" else -1]
+
+    def tokens_to_residual_directions(
+        self, tokens: str | int | Int[Tensor, "*batch"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """The unembedding of tokens."""
+        index: Any = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
+        if isinstance(index, Tensor) and index.numel() == 1:
+            index = int(index)
+        return self.W_U.T[index]

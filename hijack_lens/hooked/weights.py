@@ -3,8 +3,8 @@
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 from transformer_lens.FactoredMatrix import FactoredMatrix
 from transformer_lens.HookedRootModule import HookedRootModule
 from transformer_lens.utilities.matrix import composition_scores
@@ -12,13 +12,32 @@ from transformer_lens.utilities.matrix import composition_scores
 from hijack_lens.hooked.config import HookedTransformerConfig
 
 
-class StackedWeights(HookedRootModule):
+class HeadCircuits:
+    """The two circuits of heads whose weights lie along the first axes of `W_Q`, `W_K`, `W_V` and `W_O`."""
+
+    W_Q: Any
+    W_K: Any
+    W_V: Any
+    W_O: Any
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """W_Q W_K^T of every head."""
+        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """W_V W_O of every head."""
+        return FactoredMatrix(self.W_V, self.W_O)
+
+
+class StackedWeights(HeadCircuits, HookedRootModule):
     """The weights of `embed`, `blocks` and `unembed` by TransformerLens's names."""
 
     cfg: HookedTransformerConfig
     embed: Any
     pos_embed: Any
-    blocks: nn.ModuleList
+    blocks: Any  # of TransformerBlock
     unembed: Any
 
     @property
@@ -115,16 +134,6 @@ class StackedWeights(HookedRootModule):
         return self._stacked("mlp", "b_out")
 
     @property
-    def QK(self) -> FactoredMatrix:
-        """W_Q W_K^T of every head."""
-        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
-
-    @property
-    def OV(self) -> FactoredMatrix:
-        """W_V W_O of every head."""
-        return FactoredMatrix(self.W_V, self.W_O)
-
-    @property
     def n_params_total(self) -> int:
         """Number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -138,11 +147,15 @@ class StackedWeights(HookedRootModule):
             layer: from 0 to n_layers.
             mlp_input: whether to add what attention of `layer` itself adds.
             include_mlp_biases: whether to count those of MLPs.
+
+        Raises:
+            ValueError: for a layer that the model does not have.
         """
-        blocks: Any = self.blocks
-        biases = [block.attn.b_O for block in blocks[: layer + mlp_input]]
+        if not 0 <= layer <= self.cfg.n_layers - mlp_input:
+            raise ValueError(f"layer must be from 0 to {self.cfg.n_layers - mlp_input}, got {layer}")
+        biases = [block.attn.b_O for block in self.blocks[: layer + mlp_input]]
         if include_mlp_biases and not self.cfg.attn_only:
-            biases += [block.mlp.b_out for block in blocks[:layer]]
+            biases += [block.mlp.b_out for block in self.blocks[:layer]]
         return torch.stack([self.b_U.new_zeros(self.cfg.d_model), *biases]).sum(0)
 
     def all_composition_scores(
@@ -160,16 +173,3 @@ class StackedWeights(HookedRootModule):
     def all_head_labels(self) -> list[str]:
         """L0H0, L0H1, ..."""
         return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
-
-    def tokens_to_residual_directions(
-        self, tokens: str | int | Int[Tensor, "*batch"]
-    ) -> Float[Tensor, "*batch d_model"]:
-        """The unembedding of tokens."""
-        index: Any = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
-        if isinstance(index, Tensor) and index.numel() == 1:
-            index = int(index)
-        return self.W_U.T[index]
-
-    def to_single_token(self, string: str) -> int:
-        """The id of a text that is one token."""
-        raise NotImplementedError

@@ -30,9 +30,9 @@ from hijack_lens.language.sequences import (
     drawn_jumps,
     drawn_per_sequence,
     drawn_triggers,
-    fixed_triggers,
+    ranked_triggers,
 )
-from hijack_lens.language.vocabulary import UNKNOWN, Token, Vocabulary, cut
+from hijack_lens.language.vocabulary import UNKNOWN, Token, Triggers, Vocabulary, cut
 
 _CELL = 8
 """Bytes of a cell of `pi_b`."""
@@ -189,6 +189,21 @@ class BigramLanguage(Vocabulary):
         others[q] = -1.0
         return int(others.argmax())
 
+    def fixed_triggers(self, triggers: Triggers = None, n_triggers: int | None = None) -> Int[Tensor, "trigger"]:
+        """Ids of triggers that are the same in every sequence.
+
+        Args:
+            triggers: tokens, as `sample` takes them; with `n_triggers`, "frequent" or "rare".
+            n_triggers: how many.
+
+        Raises:
+            ValueError: for tokens that the language lacks, or more than ever occur.
+        """
+        if n_triggers is None:
+            return self.trigger_ids(triggers)
+        check_choice("triggers", triggers, ("frequent", "rare"))
+        return ranked_triggers(self.long_run, triggers, n_triggers)
+
     def sample(
         self,
         n_sequences: int,
@@ -230,7 +245,7 @@ class BigramLanguage(Vocabulary):
             assert n_triggers is not None
             chosen = drawn_triggers(self.pi_u, n_sequences, n_triggers, generator)
         else:
-            chosen = fixed_triggers(self, triggers, n_triggers).expand(n_sequences, -1)
+            chosen = self.fixed_triggers(triggers, n_triggers).expand(n_sequences, -1)
         if jump and not chosen.shape[1]:
             raise ValueError(f"jump must be 0 where there are no triggers to jump to, got {shown(jump)}")
         follow = self._draw_continuations(chosen, continuations, generator)

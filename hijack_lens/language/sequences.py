@@ -2,17 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hijack_lens.core.checks import check_count, shown
-from hijack_lens.language.vocabulary import Token, Triggers
-
-if TYPE_CHECKING:
-    from hijack_lens.language.bigrams import BigramLanguage
+from hijack_lens.language.vocabulary import Token
 
 TRIGGER_RULES = ("frequent", "rare", "random")
 """With a number of triggers: the most or least frequent tokens, the same in all sequences; or drawn per sequence."""
@@ -62,21 +58,14 @@ def drawn_per_sequence(triggers: Token | Sequence[Token] | None, n_triggers: int
     )
 
 
-def fixed_triggers(language: "BigramLanguage", triggers: Triggers, n_triggers: int | None) -> Int[Tensor, "trigger"]:
-    """The ids of triggers that are the same in every sequence, the most (or least) frequent first."""
-    if n_triggers is None:
-        return language.trigger_ids(triggers)
+def ranked_triggers(long_run: Float[Tensor, "d_vocab"], rule: object, n_triggers: int) -> Int[Tensor, "trigger"]:
+    """The ids of the most frequent tokens in the long run, or, by the rule "rare", of the least frequent that occur."""
     check_count("n_triggers", n_triggers)
-    ranked = ranked_by_frequency(language)
+    order = long_run.argsort(descending=True, stable=True)
+    ranked = order[long_run[order] > 1e-12]  # what is left for good keeps a trace of rounding
     if n_triggers > len(ranked):
         raise ValueError(f"n_triggers is {n_triggers}; only {len(ranked)} tokens ever occur")
-    return ranked[:n_triggers] if triggers == "frequent" else ranked.flip(0)[:n_triggers]
-
-
-def ranked_by_frequency(language: "BigramLanguage") -> Int[Tensor, "token"]:
-    """The ids of all tokens that ever occur, the most frequent in the long run first."""
-    order = language.long_run.argsort(descending=True, stable=True)
-    return order[language.long_run[order] > 1e-12]  # what is left for good keeps a trace of rounding
+    return ranked[:n_triggers] if rule == "frequent" else ranked.flip(0)[:n_triggers]
 
 
 def drawn_triggers(

@@ -1,6 +1,7 @@
 """Parts of a model as linear maps, their scales frozen at those of a run."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -62,18 +63,16 @@ class LinearNorm:
 
 def linear_norm(norm: nn.Module | None, x: Float[Tensor, "*batch d_model"]) -> LinearNorm:
     """The norm module as it acts on the residual stream `x`; none of its hooks fires."""
-    norm = getattr(norm, "original_component", norm)  # the module that a TransformerBridge wraps
-    if norm is None or isinstance(norm, nn.Identity):
+    module: Any = getattr(norm, "original_component", norm)  # the one that a TransformerBridge wraps
+    if module is None or isinstance(module, nn.Identity):
         return LinearNorm()
-    if isinstance(norm, (*CENTRED_NORMS, nn.LayerNorm)):
-        centred = True
-    elif isinstance(norm, (*RMS_NORMS, nn.RMSNorm)):
-        centred = False
-    else:
-        return _tried_out(norm, x)
+    centred = isinstance(module, (*CENTRED_NORMS, nn.LayerNorm))
+    known = centred or isinstance(module, (*RMS_NORMS, nn.RMSNorm))
+    if not known:
+        return _tried_out(module, x)
     # PyTorch's own modules call them weight and bias.
-    w, b = (getattr(norm, short, getattr(norm, long, None)) for short, long in (("w", "weight"), ("b", "bias")))
-    return LinearNorm(centred, _scale(x, norm.eps, centred), w, b)
+    w, b = (getattr(module, short, getattr(module, long, None)) for short, long in (("w", "weight"), ("b", "bias")))
+    return LinearNorm(centred, _scale(x, module.eps, centred), w, b)
 
 
 def normed(norm: nn.Module | None, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:

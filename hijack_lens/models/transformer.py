@@ -97,7 +97,7 @@ class BigramTransformer(HookedTransformer):
             device=None if device is None else str(torch.device(device)),
         )
         with warnings.catch_warnings():
-            # Known, and the reason for the bound on transformer-lens; a user cannot act on it.
+            # TransformerLens 3.9 says so of every model; a user cannot act on it.
             warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
             super().__init__(cfg, tokenizer=hf_tokenizer(language), default_padding_side="right")
         self.architecture = architecture
@@ -113,7 +113,7 @@ class BigramTransformer(HookedTransformer):
             block.attn.attn_scale = float(block.attn.attn_scale)  # NumPy's own type, which torch.compile stumbles over
         if architecture.mlp == "linear":
             self.blocks[-1].mlp.act_fn = nn.Identity()
-        self.eval()  # it has nothing to switch off, and TransformerLens 4 patches nothing that is training
+        self.eval()  # it has nothing to switch off
 
     @property
     def positions(self) -> Literal["relative", "absolute", "rotary", "none"]:

@@ -141,7 +141,7 @@ def _picture(table: pd.DataFrame) -> Picture:
     return picture
 
 
-def _dots(ax: Any, x: "pd.Series[float]", y: "pd.Series[float]", colour: str) -> None:
+def _dots(ax: Any, x: pd.Series, y: pd.Series, colour: str) -> None:
     """A scatter plot with the line on which both are the same."""
     ax.scatter(x, y, 14, colour, alpha=0.5, linewidths=0)
     ends = [min(x.min(), y.min()), max(x.max(), y.max())]

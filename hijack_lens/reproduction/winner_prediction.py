@@ -94,7 +94,7 @@ def calibration_error(probability: Float[Tensor, "prompt"], won: Bool[Tensor, "p
     return float(sum(len(p) / len(won) * abs(p.mean() - w.double().mean()) for p, w in _binned(probability, won)))
 
 
-def _skill(probability: "pd.Series[float]", won: "pd.Series[bool]") -> float:
+def _skill(probability: pd.Series, won: pd.Series) -> float:
     """The fraction by which the Brier score is below the constant frequency's; NaN where one memory always wins."""
     spread = float(won.mean() * (1 - won.mean()))
     return 1 - float(((probability - won) ** 2).mean()) / spread if spread > 0 else math.nan

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from hijack_lens.core.files import locked, make_folder
 from hijack_lens.core.memory import check_memory
 from hijack_lens.language import BigramLanguage, SampledSequences
-from hijack_lens.language.sequences import drawn_per_sequence, fixed_triggers
+from hijack_lens.language.sequences import drawn_per_sequence
 from hijack_lens.models.storage import latest_checkpoint
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.training.config import UNTIL_FORMED, TrainConfig
@@ -76,7 +76,7 @@ def _train(
     if drawn_per_sequence(config.triggers, config.n_triggers):
         model.triggers = None
     else:
-        model.triggers = fixed_triggers(language, config.triggers, config.n_triggers).tolist()
+        model.triggers = language.fixed_triggers(config.triggers, config.n_triggers).tolist()
     model.n_ctx_train = config.length if model.positions == "absolute" else None
 
     forward: Any = PlainForward(model)
