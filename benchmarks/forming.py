@@ -32,7 +32,7 @@ CASES = {
 def formed(d_vocab, concentration, n_triggers, positions, seed):
     language = hl.BigramLanguage.dirichlet(d_vocab, concentration, seed=99)
     model = hl.trainable_transformer(language, positions, seed=seed, n_ctx=LENGTH)
-    config = hl.TrainConfig.until_formed("frequent", LENGTH, seed, n_triggers, eval_lengths=(1,))
+    config = hl.TrainConfig("frequent", LENGTH, seed, n_triggers=n_triggers, eval_lengths=(1,))
     started = time.perf_counter()
     run = hl.train(model, language, config)
     total = time.perf_counter() - started

@@ -127,10 +127,13 @@ def train(
     level: Literal["char", "word"] | None = None,
     max_vocab: int | None = None,
     triggers: list[str] | None = None,
+    n_triggers: int | None = None,
     positions: Literal["relative", "absolute", "rotary", "none"] = "relative",
     d_model: int = 128,
     length: int = 128,
-    steps: int = 300,
+    steps: int | None = None,
+    max_steps: int = 600,
+    finish_steps: int = 200,
     seed: int = 0,
 ) -> None:
     """Train a two-layer model on the bigrams of a text, with triggers, and watch both memories form.
@@ -142,23 +145,38 @@ def train(
         out: Folder for the model, its checkpoints, its probes and their picture.
         level: What a token is. [default: char]
         max_vocab: Keep only this many tokens, the most frequent. [default: all characters, or 500 words]
-        triggers: Tokens whose continuation is fixed within each sequence. [default: the five most frequent]
+        triggers: Tokens whose continuation is fixed within each sequence; or, with --n-triggers, "frequent", "rare" or
+            "random". [default: the five most frequent]
+        n_triggers: How many triggers there are, where they are not given one by one.
         positions: How positions enter the model.
         d_model: Size of the residual stream.
         length: Tokens per sequence.
-        steps: Steps of the optimizer.
+        steps: Steps of the optimizer. [default: until the circuit has formed, then --finish-steps]
+        max_steps: Steps in which the circuit must form, without --steps.
+        finish_steps: Steps after that, for the bigrams.
         seed: Seed of the weights and the data.
     """
     language = _language(text, level, max_vocab)
     check_memory(4 * 4 * length * d_model, **{"--length": length, "--d-model": d_model})  # the table of positions
-    chosen = triggers or [language.tokens[i] for i in language.pi_u.argsort(descending=True)[:5].tolist()]
-    config = hl.TrainConfig(triggers=chosen, length=length, seed=seed, steps=steps)
+    if triggers is None:
+        triggers, n_triggers = ["frequent"], 5 if n_triggers is None else n_triggers
+    config = hl.TrainConfig(
+        triggers=triggers if n_triggers is None or len(triggers) > 1 else triggers[0],
+        n_triggers=n_triggers,
+        length=length,
+        seed=seed,
+        steps="until formed" if steps is None else steps,
+        max_steps=max_steps,
+        finish_steps=finish_steps,
+    )
     model = hl.trainable_transformer(language, positions, d_model, seed=seed, n_ctx=4 * length)
     run = hl.train(model, language, config, out=out)
     run.save(out)
     run.picture().save(out / "memories.png")
     console = Console(markup=False)  # tokens and paths may contain brackets
     _print_tables(console, report_of(run))
+    for line in () if run.formed is None else run.formed.lines:
+        console.print(line, style="" if run.formed else "bold", soft_wrap=True)
     console.print(f"Picture: {(out / 'memories.png').resolve()}", soft_wrap=True)
     console.print(f"Look at it: hijack-lens explain --model {out}", soft_wrap=True)
     if not run.finished:

@@ -86,10 +86,10 @@ class Explanation(Drawn):
     def verdict(self) -> str:
         """The answer in a sentence or two."""
         (c, g), q, total = map(repr, self.names), repr(self.texts[-1]), self.total
-        if total == 0:
-            return f"Neither memory wins: after {q}, {c} and {g} have the same logit."
-        preferred, other = (c, g) if total > 0 else (g, c)
         aside = "" if self.first in self.names else f" (Its first choice is neither, but {self.first!r}.)"
+        if total == 0:
+            return f"Neither memory wins: after {q}, {c} and {g} have the same logit.{aside}"
+        preferred, other = (c, g) if total > 0 else (g, c)
         if self.attribution is None:
             sentence = f"After {q} the model prefers {preferred} to {other}, by {abs(total):.2f} logits"
             return f"{sentence}; which memory wrote that is not split: {self.not_split}.{aside}"

@@ -29,11 +29,11 @@ _cases: collections.Counter = collections.Counter()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Of the cases of one test, each process checks shapes in two: all others run the library as its users do."""
+    """Of the cases of one test, each process checks shapes in one: all others run the library as its users do."""
     test = item.nodeid.split("[")[0]
     _cases[test] += 1
     before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.jaxtyping_disable = before or _cases[test] > 2
+    jaxtyping.config.jaxtyping_disable = before or _cases[test] > 1
     try:
         return (yield)
     finally:

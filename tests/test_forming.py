@@ -1,5 +1,7 @@
 """Training until the circuit has formed: its two phases, their data, and going on in either."""
 
+import functools
+import html
 import math
 import signal
 
@@ -9,6 +11,7 @@ import torch
 from trainable_for_tests import LANGUAGE, TRIGGERS, build, same_weights
 
 import hijack_lens as hl
+from hijack_lens.training.verdict import Judge
 
 QUICK = {
     "length": 12,
@@ -27,7 +30,7 @@ QUICK = {
 
 
 def quick(triggers=TRIGGERS, n_triggers=None, **changes):
-    return hl.TrainConfig.until_formed(triggers, n_triggers=n_triggers, **{**QUICK, **changes})
+    return hl.TrainConfig(triggers, n_triggers=n_triggers, **{**QUICK, **changes})
 
 
 @pytest.fixture
@@ -48,9 +51,7 @@ def sampled(monkeypatch):
 def formed():
     language = hl.BigramLanguage.dirichlet(10, 0.5, seed=0)
     model = build(language=language, d_model=32, n_ctx=64, n_offsets=8, dtype=torch.float32)
-    config = hl.TrainConfig.until_formed(
-        [0, 1], 32, 0, eval_lengths=(1,), forming_tokens=1024, batch_size=32, finish_steps=100
-    )
+    config = hl.TrainConfig([0, 1], 32, 0, eval_lengths=(1,), forming_tokens=1024, batch_size=32, finish_steps=100)
     return hl.train(model, language, config)
 
 
@@ -131,12 +132,17 @@ def test_forming_ends_when_the_threshold_is_reached():
     assert (run.forming_steps, run.step) == (5, 20)
 
 
+@functools.cache
+def uninterrupted(formed_at):
+    return hl.train(build(), LANGUAGE, quick(formed_at=formed_at))
+
+
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("stop", [3, 5, 7, 18, 20, 21, 26, 34])
-@pytest.mark.parametrize("formed_at", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("formed_at", "stop"), [(0.0, 3), (0.0, 5), (0.0, 7), (0.0, 20), (1.0, 18), (1.0, 20), (1.0, 21), (1.0, 34)]
+)
 def test_a_run_stopped_in_either_phase_goes_on_to_the_same_weights(stop, formed_at, tmp_path):
-    config = quick(formed_at=formed_at)
-    whole = hl.train(build(), LANGUAGE, config)
+    config, whole = quick(formed_at=formed_at), uninterrupted(formed_at)
     model, seen = build(), []
 
     def hook(gradient):
@@ -179,10 +185,160 @@ def test_the_learning_rate_of_finishing_steps():
         ({"forming_lr": 0.0}, "forming_lr must be a finite number > 0, got 0.0"),
         ({"forming_length": 1}, "forming_length must be at least 2, got 1"),
         ({"forming_tokens": 0}, "forming_tokens must be at least 1, got 0"),
-        ({"steps": 30}, "boost must be left out unless steps is 'until formed', got 0.35"),
-        ({"steps": 30, "boost": None}, "min_triggers must be left out unless steps is 'until formed', got 5"),
     ],
 )
 def test_a_bad_setting_is_refused_by_name_and_value(changes, message, unchecked):
     with pytest.raises(ValueError, match=message):
         quick(**changes)
+
+
+def judged(calls):
+    """The sequences that a run was judged by: 64 are sampled at first, and the tests train and probe on fewer."""
+    return [call[3] for call in calls if call[0] == 64]
+
+
+def by_hand(model, sequences):
+    """Accuracy and loss of a model where the next token follows from the context, token by token."""
+    right, losses = [], []
+    for tokens, known in zip(sequences.tokens, sequences.predictable, strict=True):
+        log_probs = model(tokens[None])[0].double().log_softmax(-1)
+        for t in range(len(tokens) - 1):
+            if known[t]:
+                right.append(int(log_probs[t].argmax()) == int(tokens[t + 1]))
+                losses.append(-float(log_probs[t, tokens[t + 1]]))
+    return sum(right) / len(right), sum(losses) / len(losses)
+
+
+def test_a_model_with_both_memories_has_formed(formed):
+    verdict = formed.formed
+    assert bool(verdict)
+    assert verdict.context
+    assert verdict.weights
+    assert verdict.best == 1.0
+    assert verdict.accuracy > 0.93
+    assert verdict.order > 1.0
+    assert verdict.excess == formed.probe("bigram_excess").iloc[-1] < 0.1
+    assert (verdict.cause, verdict.remedy) == ("", "")
+    assert "The context's memory formed: in-context accuracy" in repr(formed)
+    assert repr(verdict).startswith("Formed: both memories formed")
+    assert formed.probe("formed_context").iloc[[0, -1]].tolist() == [0.0, 1.0]
+    assert formed.probe("formed_best").unique().tolist() == [1.0]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("triggers", "n_triggers"), [(TRIGGERS, None), ("random", 3)])
+def test_what_was_reached_is_what_a_loop_finds(triggers, n_triggers, sampled):
+    run = hl.train(build(), LANGUAGE, quick(triggers, n_triggers, batch_size=3, length=32))
+    (sequences,) = judged(sampled)
+    assert int(sequences.predictable[:, :-1].sum()) >= 200
+    accuracy, loss = by_hand(run.model, sequences)
+    with hl.hooks.ablate(run.model, run.model.circuit.previous_token):
+        _, without = by_hand(run.model, sequences)
+    found = run.formed
+    assert found.accuracy == accuracy
+    assert found.order == pytest.approx(without - loss, abs=1e-9)
+    assert found.random_triggers == (triggers == "random")
+    assert found.best == hl.language.best_accuracy(LANGUAGE, sequences, random_triggers=triggers == "random")
+    assert found.shortcut == hl.language.shortcut_accuracy(LANGUAGE, sequences)
+
+
+def verdict(**changes):
+    reached = {"accuracy": 0.95, "best": 1.0, "shortcut": 0.5, "order": 2.0, "excess": 0.02}
+    return hl.models.Formed(**{**reached, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "context", "weights"),
+    [
+        ({}, True, True),
+        ({"accuracy": 0.9}, True, True),
+        ({"accuracy": 0.89}, False, True),
+        ({"accuracy": 0.73, "best": 0.8}, True, True),
+        ({"accuracy": math.nan, "best": math.nan}, False, True),
+        ({"order": 0.0}, True, True),
+        ({"order": 0.0, "random_triggers": True}, False, True),
+        ({"accuracy": 0.3, "random_triggers": True}, True, True),
+        ({"excess": 0.11}, True, False),
+        ({"excess": 0.11, "predictable_only": True}, True, True),
+    ],
+)
+def test_each_memory_is_asked_for_its_own(changes, context, weights):
+    found = verdict(**changes)
+    assert (found.context, found.weights, bool(found)) == (context, weights, context and weights)
+    names = {True: "formed", False: "did not form"}
+    assert found.lines[0].startswith(f"The context's memory {names[context]}:")
+    assert found.lines[1].startswith(f"The weights' memory {names[weights]}:")
+
+
+SHARP = hl.BigramLanguage.dirichlet(8, 0.05, seed=1)  # the likeliest token mostly follows
+RAREST = [int(LANGUAGE.long_run.argmin())]
+CASES_WITHOUT = {
+    "the model has no head before another one": (lambda: build(n_layers=1), {}, "n_layers=2"),
+    "without positions": (lambda: build("none"), {}, "positions='relative'"),
+    "too few steps, 20": (build, {"boost": 0.8}, "max_steps=60"),
+    "too few steps, 3": (build, {"steps": 3, "length": 32}, "steps=9, or steps='until formed'"),
+    "of 12 tokens follow from the context": (build, {"steps": 3, "triggers": RAREST}, "steps='until formed'"),
+    "no trigger comes a second time within 2 tokens": (build, {"length": 2}, "triggers='frequent'"),
+    "and copying seldom pays": (
+        lambda: build(language=SHARP), {"steps": 3, "triggers": "random", "n_triggers": 1}, "more triggers"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("cause", CASES_WITHOUT)
+def test_a_model_without_the_circuit_says_why_and_what_to_do(cause, tmp_path):
+    make, changes, remedy = CASES_WITHOUT[cause]
+    model = make()
+    run = hl.train(model, model.language, quick(**changes), tmp_path / "run")
+    assert not run.formed
+    assert not run.formed.context
+    assert cause in run.formed.cause
+    assert remedy in run.formed.remedy
+    assert f"Likeliest cause: {run.formed.cause}" in repr(run)
+    run.save(tmp_path / "saved")
+    stored = hl.BigramTransformer.from_pretrained(tmp_path / "saved").formed
+    assert vars(stored) == pytest.approx(vars(run.formed), nan_ok=True)
+    assert hl.TrainingRun.load(tmp_path / "run").formed.lines == run.formed.lines
+
+
+def test_induction_that_fades_while_the_bigrams_improve_is_the_rates_fault():
+    model, config = build(), quick(length=32, steps=100, lr=0.03)
+    judge = Judge(model, LANGUAGE, config)
+
+    def probes(attention, excess):
+        return pd.DataFrame(
+            [(step, probe, "uniform", 32, value)
+             for probe, values in (("induction_attention", attention), ("bigram_excess", excess))
+             for step, value in enumerate(values)],
+            columns=["step", "probe", "continuations", "length", "value"],
+        )  # fmt: skip
+
+    fading = judge.formed(probes([0.05, 0.35, 0.12], [0.9, 0.5, 0.1]))
+    assert fading.cause == (
+        "the learning rate is too high: induction attention fell from 0.35 to 0.12 while the bigrams improved"
+    )
+    assert fading.remedy == "lr=0.01"
+    assert judge.formed(probes([0.05, 0.35, 0.12], [0.9, 0.1, 0.5])).cause == "too few steps, 100"
+    assert judge.formed(probes([0.05, 0.35, 0.34], [0.9, 0.5, 0.1])).cause == "too few steps, 100"
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_explanation_of_half_a_model_says_so(tmp_path):
+    run = hl.train(build(), LANGUAGE, quick())
+    prompt = hl.hijack_prompt(LANGUAGE, TRIGGERS[0], 5, 2, 12, seed=0)
+    explanation = hl.explain(run.model, prompt)
+    page = hl.show.write_report(explanation, tmp_path / "report.html").read_text()
+    for line in run.formed.lines:
+        assert line in repr(explanation).replace("\n", " ")
+        assert html.escape(line) in page
+    run.model.formed = verdict()
+    assert "memory formed" not in repr(hl.explain(run.model, prompt))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_training_anew_forgets_what_had_formed():
+    model = build()
+    model.formed = verdict()
+    run = hl.train(model, LANGUAGE, quick())
+    assert not run.formed

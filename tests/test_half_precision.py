@@ -82,7 +82,6 @@ RESULTS = {
     "edge_attribution": lambda m: hooks.edge_attribution(m, CLEAN, CORRUPTED, difference),
 }
 MODELS = {
-    "deep HookedTransformer": lambda: hooked("LN", n_layers=3, dtype=torch.bfloat16),
     "BigramTransformer": lambda: handwritten(dtype=torch.float16),
     "TransformerBridge": lambda: bridge(torch.bfloat16),
 }

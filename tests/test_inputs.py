@@ -581,7 +581,7 @@ ANALYSES = {
     "explain": lambda model, a, b: hl.explain(model, a[0], 1, 2, circuit=ONE_HEAD).attribution.values,
     "ablate": lambda model, a, b: ablated(model, a, b),
 }
-ANALYSED = {"two layers": perturbed, "deep": lambda: hooked("LN", n_layers=3), "bridge": gpt2_like}
+ANALYSED = {"two layers": perturbed, "bridge": gpt2_like}
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from hijack_lens import hooks, metrics
 LARGE, TOKENS = 20, 7
 PROMPTS, OTHERS = (torch.randint(TOKENS, (3, 6), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
 PROMPT = PROMPTS[0]
-SIZES = pytest.mark.parametrize("n_outputs", [1, 19])
 
 
 def native(**config):
@@ -50,8 +49,7 @@ def views(result):
             getattr(result, view)()
 
 
-@SIZES
-@pytest.mark.parametrize("family", ["hooked", "native"])
+@pytest.mark.parametrize(("family", "n_outputs"), [("hooked", 1), ("native", 19)])
 def test_answers_are_outputs_and_keys_and_queries_are_tokens(family, n_outputs, tmp_path, unchecked):
     model, larger = model_and_larger(family, n_outputs)
     tokens, outputs = list(range(TOKENS)), list(range(n_outputs))

@@ -249,7 +249,7 @@ def test_every_sweep_is_the_loop_over_hooked_runs(name, group):
     plans = (
         # patched, source, direction, positions as given to the sweep and as looped over, what is read and how
         (CORRUPTED, CLEAN, "denoise", (0, 1, -1), (0, 1, 3), ("last", "last forward", "inner", "all")),
-        (CLEAN, CORRUPTED, "noise", "all", (None,), ("last", "first", "all", "all forward")),
+        (CLEAN, CORRUPTED, "noise", "all", (None,), ("last", "first", "all")),
     )
     for into, out_of, direction, positions, places, ways in plans:
         logits = looped(model, into, cached(model, out_of), components, layers, places, units or (None,))

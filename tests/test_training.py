@@ -554,7 +554,7 @@ while True:
     while done[0] == 0 and (time.monotonic() < patience or set(out.glob("checkpoint-*")) == before):
         time.sleep(draw.uniform(0.0005, 0.003))
         done = os.waitpid(child, os.WNOHANG)
-    if done[0] == 0 and kills < 7:
+    if done[0] == 0 and kills < 4:
         os.kill(child, signal.SIGKILL)
         kills += 1
         os.waitpid(child, 0)
@@ -563,7 +563,7 @@ while True:
     print(kills)
     sys.exit(os.waitstatus_to_exitcode(status))
 """
-KILLED_CONFIG = short(steps=300, evaluate_every=100, checkpoint_every=3)
+KILLED_CONFIG = short(steps=150, evaluate_every=100, checkpoint_every=3)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")

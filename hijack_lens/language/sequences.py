@@ -58,11 +58,16 @@ def drawn_per_sequence(triggers: Token | Sequence[Token] | None, n_triggers: int
     )
 
 
+def ranked_by_frequency(long_run: Float[Tensor, "d_vocab"]) -> Int[Tensor, "token"]:
+    """The ids of the tokens that occur in the long run, the most frequent first."""
+    order = long_run.argsort(descending=True, stable=True)
+    return order[long_run[order] > 1e-12]  # what is left for good keeps a trace of rounding
+
+
 def ranked_triggers(long_run: Float[Tensor, "d_vocab"], rule: object, n_triggers: int) -> Int[Tensor, "trigger"]:
     """The ids of the most frequent tokens in the long run, or, by the rule "rare", of the least frequent that occur."""
     check_count("n_triggers", n_triggers)
-    order = long_run.argsort(descending=True, stable=True)
-    ranked = order[long_run[order] > 1e-12]  # what is left for good keeps a trace of rounding
+    ranked = ranked_by_frequency(long_run)
     if n_triggers > len(ranked):
         raise ValueError(f"n_triggers is {n_triggers}; only {len(ranked)} tokens ever occur")
     return ranked[:n_triggers] if rule == "frequent" else ranked.flip(0)[:n_triggers]

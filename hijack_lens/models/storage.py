@@ -14,6 +14,7 @@ from hijack_lens.core.circuit import Strengths
 from hijack_lens.core.files import make_folder, read_safetensors, write_atomically, write_safetensors
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.models.architecture import Architecture
+from hijack_lens.models.formed import Formed
 
 Model = TypeVar("Model")
 """A `BigramTransformer`, whose file imports this one."""
@@ -30,6 +31,7 @@ def write_model(model: Any, folder: Path) -> None:
         "strengths": None if model.strengths is None else asdict(model.strengths),
         "triggers": model.triggers,
         "n_ctx_train": model.n_ctx_train,
+        "formed": None if model.formed is None else asdict(model.formed),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
     }
     tensors = dict(model.named_parameters())
@@ -61,6 +63,7 @@ def read_model(kind: Callable[..., Model], folder: Path, device: str | torch.dev
             strengths=None if header["strengths"] is None else Strengths(**header["strengths"]),
             triggers=header["triggers"],
             n_ctx_train=header["n_ctx_train"],
+            formed=None if header.get("formed") is None else Formed(**header["formed"]),
             dtype=tensors["embed.W_E"].dtype,
             device=device,
         )

@@ -17,6 +17,7 @@ from hijack_lens.core.circuit import Strengths
 from hijack_lens.hooked import HookedTransformer, HookedTransformerConfig
 from hijack_lens.language import UNKNOWN, BigramLanguage, Token
 from hijack_lens.models.architecture import Architecture, RelativeAttention
+from hijack_lens.models.formed import Formed
 from hijack_lens.models.storage import find_model, read_model, write_model
 
 END = "<|endoftext|>"
@@ -57,6 +58,7 @@ class BigramTransformer(HookedTransformer):
         strengths: its memories' strengths, for a model written by hand; else `None`.
         triggers: token ids that its induction head was written or trained to match, if known.
         n_ctx_train: with absolute positions, the last position whose predecessor it knows, if known.
+        formed: for a model that was trained, whether both memories formed.
     """
 
     @torch.inference_mode(False)  # under which it could never be trained
@@ -68,6 +70,7 @@ class BigramTransformer(HookedTransformer):
         strengths: Strengths | None = None,
         triggers: list[Token] | None = None,
         n_ctx_train: int | None = None,
+        formed: Formed | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
     ):
@@ -106,6 +109,7 @@ class BigramTransformer(HookedTransformer):
         self.strengths = strengths
         self.triggers = triggers
         self.n_ctx_train = n_ctx_train
+        self.formed = formed
         if architecture.positions == "relative":
             self.blocks[0].attn = RelativeAttention(self.cfg, architecture.n_offsets, layer_id=0).to(self.cfg.device)
             self.setup()  # without it the new attention's hook points never fire

@@ -3,6 +3,7 @@
 import math
 
 from hijack_lens.core.tables import Report, Table, picture_of, report_of, visible
+from hijack_lens.models.formed import Formed
 from hijack_lens.probing.doses import DoseResponse, crossing
 from hijack_lens.show.style import COLOURS, PURPLE, Picture, frameless
 from hijack_lens.training.run import TrainingRun
@@ -127,16 +128,27 @@ def dose_curves(result: DoseResponse) -> Picture:
 
 @report_of.register
 def run_report(run: TrainingRun) -> Report:
-    """Each memory at the start, and now."""
+    """Whether both memories formed; each at the start, and now."""
     probes = ("in_context_accuracy", "bigram_excess", "previous_token_attention", "induction_attention")
     series = {name.replace("_", " "): run.probe(name) for name in probes}
     rows = [(name, f"{one.iloc[0]:.3f}", f"{one.iloc[-1]:.3f}") for name, one in series.items()]
-    title = f"after {run.step} of {run.config.steps} steps"
+    taken = (
+        f"step {run.step}, {run.config.steps}"
+        if isinstance(run.config.steps, str)
+        else f"{run.step} of {run.config.steps} steps"
+    )
     return Report(
-        f"TrainingRun(step={run.step}) of {run.config.steps}",
-        tables=[Table(("probe", "at the start", "now"), rows, title=title)],
+        f"TrainingRun: {taken}",
+        [] if run.formed is None else run.formed.lines,
+        [Table(("probe", "at the start", "now"), rows)],
         figure=lambda: birth_of_memories(run).svg(),
     )
+
+
+@report_of.register
+def formed_report(formed: Formed) -> Report:
+    """A sentence for each memory, the cause and the remedy."""
+    return Report(f"Formed: {formed.short}", formed.lines)
 
 
 @picture_of.register
@@ -153,6 +165,15 @@ def birth_of_memories(run: TrainingRun) -> Picture:
     for name, style in (("previous_token_attention", ":"), ("induction_attention", "--")):
         series = run.probe(name)
         ax.plot(series.index, series, style, color=COLOURS["context"], label=name.replace("_", " "), alpha=0.8)
+    if run.formed is not None:
+        for value, name, style in (
+            (run.formed.best, "best possible", "-"),
+            (run.formed.shortcut, "without order", ":"),
+        ):
+            if not math.isnan(value):
+                ax.axhline(value, color="#555555", linewidth=1, linestyle=style, label=f"in-context accuracy: {name}")
+    if run.forming_steps is not None:
+        ax.axvline(run.forming_steps, color="#555555", linewidth=1, linestyle="--", label="forming ends")
     ax.set_xlabel("training step")
     ax.set_ylabel("fraction (1 = fully learned)")
     ax.set_ylim(-0.03, 1.06)

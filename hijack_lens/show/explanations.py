@@ -20,6 +20,7 @@ def explanation_report(explanation: Explanation) -> Report:
     """The verdict; the paths, the ablations, and theory beside the model."""
     tables = [] if explanation.attribution is None else [path_table(explanation.attribution)]
     notes = [] if explanation.not_split is None else [f"No paths: {explanation.not_split}."]
+    notes += _half_a_model(explanation)
     if explanation.ablated:
         tables.append(ablation_table(explanation))
     else:
@@ -28,6 +29,12 @@ def explanation_report(explanation: Explanation) -> Report:
         tables.append(theory_table(explanation))
         notes.append(f"Repeats needed among neutral tokens, at this length: {explanation.flip}.")
     return Report(explanation.verdict, [], tables, notes, lambda: margin_bars(explanation).svg())
+
+
+def _half_a_model(explanation: Explanation) -> tuple[str, ...]:
+    """What a reader must know of a trained model in which a memory is missing."""
+    formed = getattr(explanation.model, "formed", None)
+    return () if formed is None or formed else formed.lines
 
 
 def ablation_table(explanation: Explanation) -> Table:
@@ -102,6 +109,7 @@ def _page(explanation: Explanation) -> str:
 <style>{PAGE_STYLE}</style><script>{circuitsvis_script()}</script></head><body>
 <h1>Which memory wrote the logit?</h1>
 <p class="verdict {explanation.winner}">{escape(explanation.verdict)}</p>
+{"".join(f'<p class="warning">{escape(line)}</p>' for line in _half_a_model(explanation))}
 {_question(explanation)}
 {margin_bars(explanation).svg()}
 <h2>Which paths wrote it</h2>

@@ -25,6 +25,7 @@ table { border-collapse: collapse; margin: 1em 0 } th, td { padding: 0.25em 0.8e
 thead th { border-bottom: 1px solid #999 } td:first-child, th:first-child { text-align: left }
 .verdict { font-size: 1.15em; padding: 0.8em 1em; background: #f2f5f8; border-left: 4px solid #0072B2 }
 .weights { border-left-color: #D55E00 }
+.warning { padding: 0.4em 1em; background: #fff6e0; border-left: 4px solid #E69F00 }
 code { background: #f2f2f2; padding: 0 0.2em } svg { max-width: 100%; height: auto }
 """
 """The style sheet of HTML files."""

@@ -33,7 +33,7 @@ class TrainConfig:
         length: tokens per training sequence.
         seed: of the data; kept as an int, so that a run can go on.
         steps: of the optimizer, each on `batch_size` fresh sequences; or "until formed": first as many as the circuit
-            takes to form, then `finish_steps`. `TrainConfig.until_formed` sets what suits that.
+            takes to form, on sequences that jump to triggers, then `finish_steps` on natural ones.
         batch_size: sequences per step.
         n_triggers: how many triggers, where `triggers` does not name them.
         continuations: how the triggers' continuations are drawn: "uniform", or "bigram" (from their own row of pi_b).
@@ -69,51 +69,32 @@ class TrainConfig:
     triggers: Token | Sequence[Token]
     length: int
     seed: Seed
-    steps: int | Literal["until formed"] = 300
+    steps: int | Literal["until formed"] = "until formed"
     batch_size: int = 64
     n_triggers: int | None = None
     continuations: Literal["uniform", "bigram"] = "uniform"
     loss: Literal["all", "predictable"] = "all"
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 1e-2
+    lr: float = 6e-3
     warmup: int = 20
     final_lr: float = 0.05
     momentum: float = 0.9
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
-    evaluate_every: int = 25
+    evaluate_every: int = 20
     eval_sequences: int = 64
     eval_lengths: tuple[int, ...] = (1, 2, 4)
     checkpoint_every: int = 100
     compile: bool = False
     bf16: bool = False
-    boost: float | None = None
-    min_triggers: int = 0
+    boost: float | None = 0.35
+    min_triggers: int = 5
     formed_at: float = 0.95
     max_steps: int = 600
     finish_steps: int = 200
     forming_lr: float = 3e-3
     forming_length: int = 64
     forming_tokens: int = 4096
-
-    @classmethod
-    def until_formed(
-        cls, triggers: Token | Sequence[Token], length: int, seed: Seed, n_triggers: int | None = None, **changes: Any
-    ) -> "TrainConfig":
-        """The recipe that makes the circuit form on languages where it rarely comes about by itself.
-
-        Forming: at a low constant rate, with so many jumps to triggers that 35% of the tokens follow from the context,
-        and five triggers at least. Then finishing on natural sequences.
-
-        Args:
-            triggers: as above.
-            length: as above.
-            seed: as above.
-            n_triggers: as above.
-            changes: other fields, which override the recipe's.
-        """
-        recipe = {"steps": UNTIL_FORMED, "boost": 0.35, "min_triggers": 5, "lr": 6e-3, "evaluate_every": 20}
-        return cls(triggers, length, seed, n_triggers=n_triggers, **{**recipe, **changes})
 
     def __post_init__(self) -> None:
         self._set("triggers", self._plain_triggers())
@@ -160,9 +141,6 @@ class TrainConfig:
         for name, minimum in (("max_steps", 1), ("finish_steps", 0), ("forming_length", 2), ("forming_tokens", 1)):
             check_count(name, getattr(self, name), minimum=minimum)
         check_number("forming_lr", self.forming_lr, positive=True)
-        if self.steps != UNTIL_FORMED and (self.boost is not None or self.min_triggers):
-            name = "boost" if self.boost is not None else "min_triggers"
-            raise ValueError(f"{name} must be left out unless steps is 'until formed', got {getattr(self, name)}")
 
     def _plain_triggers(self) -> str | tuple[Token, ...]:
         """The triggers as a rule's name or as tokens; drawn per sequence, they are `()`, however asked for."""

@@ -1,15 +1,15 @@
 """The data of a training: a seed for each use, the probes' sequences, and those that a model is judged on."""
 
 import hashlib
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hijack_lens.language import BigramLanguage, SampledSequences, best_accuracy
-from hijack_lens.language.sequences import drawn_per_sequence
+from hijack_lens.language import BigramLanguage, SampledSequences
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.training.config import TrainConfig
-from hijack_lens.training.forward import PlainForward
 
 HeldOut = dict[tuple[str, int], SampledSequences]
 """Sequences for the probes, by continuations (as trained, and the other kind) and length."""
@@ -74,28 +74,33 @@ def judged_on(language: BigramLanguage, config: TrainConfig) -> tuple[SampledSeq
     return SampledSequences(*(torch.cat(list(parts)) for parts in zip(*map(_fields, kept), strict=True))), sampled
 
 
-def best_possible(language: BigramLanguage, sequences: SampledSequences, config: TrainConfig) -> float:
-    """The accuracy of the best predictor that is trained as this config says."""
-    # Trained only where tokens follow from the context, it need not ask whether they do.
-    drawn = drawn_per_sequence(config.triggers, config.n_triggers) and config.loss == "all"
-    return best_accuracy(language, sequences, random_triggers=drawn, continuations=config.continuations)
+def in_context(forward: Callable[[Tensor], Tensor], sequences: SampledSequences) -> tuple[float, float]:
+    """How often the likeliest token is right where it follows from the context, and the loss there, in nats.
 
+    NaN if it never does.
 
-def in_context_accuracy(model: BigramTransformer, sequences: SampledSequences) -> float:
-    """How often the model's likeliest token is right, where it follows from the context; NaN if it never does."""
-    forward, device = PlainForward(model), model.W_E.device
-    rows = max(1, 2**23 // (sequences.tokens.shape[1] * model.cfg.d_vocab))
-    right: list[Tensor] = []
+    Args:
+        forward: a model, or what computes the same logits.
+        sequences: on the model's device.
+    """
+    rows = max(1, 2**16 // sequences.tokens.shape[1])
+    right, loss = list[Tensor](), list[Tensor]()
     with torch.no_grad():
         for tokens, known in zip(sequences.tokens.split(rows), sequences.predictable.split(rows), strict=True):
-            guesses = forward(tokens.to(device)).argmax(-1).cpu()
-            right.append((guesses[:, :-1] == tokens[:, 1:])[known[:, :-1]])
-    return float(torch.cat(right).double().mean())
+            logits, answers = forward(tokens)[:, :-1][known[:, :-1]], tokens[:, 1:][known[:, :-1]]
+            right.append(logits.argmax(-1) == answers)
+            loss.append(F.cross_entropy(logits.double(), answers, reduction="none"))
+    return float(torch.cat(right).double().mean()), float(torch.cat(loss).mean())
 
 
 def _fields(sequences: SampledSequences) -> tuple[Tensor, ...]:
     one = sequences
     return one.tokens, one.predictable, one.triggers, one.continuations, one.jumped
+
+
+def moved(sequences: SampledSequences, device: torch.device) -> SampledSequences:
+    """The sequences on another device."""
+    return SampledSequences(*(values.to(device) for values in _fields(sequences)))
 
 
 def _rows(sequences: SampledSequences, chosen: Tensor) -> SampledSequences:

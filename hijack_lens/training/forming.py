@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hijack_lens.language import BigramLanguage, SampledSequences, Token
-from hijack_lens.language.sequences import drawn_per_sequence, fixed_triggers, ranked_by_frequency
-from hijack_lens.models.transformer import BigramTransformer
+from hijack_lens.language.sequences import drawn_per_sequence, ranked_by_frequency
 from hijack_lens.training.config import UNTIL_FORMED, TrainConfig
-from hijack_lens.training.data import BLOCK, best_possible, data_seed, in_context_accuracy, judged_on
+from hijack_lens.training.data import BLOCK, data_seed
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,6 @@ class Phase:
         )
 
 
-class Threshold:
-    """The in-context accuracy at which a model counts as formed, on natural sequences that it has not seen."""
-
-    def __init__(self, language: BigramLanguage, config: TrainConfig):
-        self.sequences, _ = judged_on(language, config)
-        self.accuracy = config.formed_at * best_possible(language, self.sequences, config)
-
-    def reached_by(self, model: BigramTransformer) -> bool:
-        """Whether a model reaches it; none does if no token of the sequences follows from the context."""
-        return in_context_accuracy(model, self.sequences) >= self.accuracy
-
-
 def phase_at(config: TrainConfig, language: BigramLanguage, positions: str, forming_steps: int | None) -> Phase:
     """The phase that a training is in: `forming_steps` is how many forming took, `None` if it has not ended.
 
@@ -111,8 +98,8 @@ def _with_decoys(config: TrainConfig, language: BigramLanguage) -> tuple[tuple[T
     if drawn_per_sequence(config.triggers, config.n_triggers):
         possible = int((language.pi_u > 0).sum())
         return (), max(config.n_triggers or 0, min(config.min_triggers, possible))
-    ids = fixed_triggers(language, config.triggers, config.n_triggers).tolist()
-    others = [token for token in ranked_by_frequency(language).tolist() if token not in ids]
+    ids = language.fixed_triggers(config.triggers, config.n_triggers).tolist()
+    others = [token for token in ranked_by_frequency(language.long_run).tolist() if token not in ids]
     return (*ids, *others[: max(config.min_triggers - len(ids), 0)]), None
 
 

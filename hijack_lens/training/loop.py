@@ -20,11 +20,12 @@ from hijack_lens.core.files import locked, make_folder
 from hijack_lens.core.memory import check_memory
 from hijack_lens.language import BigramLanguage, SampledSequences
 from hijack_lens.language.sequences import drawn_per_sequence
+from hijack_lens.models.formed import Formed
 from hijack_lens.models.storage import latest_checkpoint
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.training.config import UNTIL_FORMED, TrainConfig
 from hijack_lens.training.data import BLOCK, HeldOut, held_out
-from hijack_lens.training.forming import Threshold, last_step, phase_at
+from hijack_lens.training.forming import last_step, phase_at
 from hijack_lens.training.forward import PlainForward
 from hijack_lens.training.recall import behaviour, memory_recall
 from hijack_lens.training.run import (
@@ -34,6 +35,7 @@ from hijack_lens.training.run import (
     restore_optimizer,
     write_checkpoint,
 )
+from hijack_lens.training.verdict import Judge
 
 
 @torch.inference_mode(False)
@@ -71,6 +73,7 @@ def _train(
 ) -> TrainingRun:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(parameters, config)
+    model.formed = None
     step, rows, forming_steps = _resume(model, language, config, optimizer, folder)
     model.strengths = None  # training is about to change them
     if drawn_per_sequence(config.triggers, config.n_triggers):
@@ -87,7 +90,7 @@ def _train(
     elapsed = rows[-1]["seconds"] if rows else 0.0
     started = time.monotonic() - elapsed
     phase = phase_at(config, language, model.positions, forming_steps)
-    formed = Threshold(language, config) if phase.forming else None
+    judge = Judge(model, language, config)
     seen, began = 0, time.monotonic()
 
     def so_far() -> TrainingRun:
@@ -96,7 +99,7 @@ def _train(
     most = last_step(config, forming_steps)
     with _interruptible() as interrupted, tqdm(total=most, initial=step, disable=None, unit="step") as bar:
         if step == 0:
-            rows += _evaluate(model, config, probed, step, 0.0)
+            rows, model.formed = _evaluate(model, config, probed, judge, rows, step, 0.0)
         while step < phase.end:
             block, index = divmod(step - phase.start, BLOCK)
             if sequences is None or index == 0:
@@ -124,17 +127,16 @@ def _train(
             seen += tokens.numel()
 
             looked = step % config.evaluate_every == 0
-            if formed is not None and (step == phase.end or (looked and formed.reached_by(model))):
-                forming_steps, formed, sequences = step, None, None
+            if phase.forming and (step == phase.end or (looked and judge.may_finish())):
+                forming_steps, sequences = step, None
                 phase = phase_at(config, language, model.positions, forming_steps)
                 bar.total = phase.end
             last = step == phase.end or bool(interrupted)
             if looked or last:
                 seconds = time.monotonic() - started
-                rows += _evaluate(model, config, probed, step, seconds)
-                accuracy = so_far().probe("in_context_accuracy").iloc[-1]
+                rows, model.formed = _evaluate(model, config, probed, judge, rows, step, seconds)
                 speed = seen / (time.monotonic() - began)
-                bar.set_postfix_str(f"loss {loss.item():.3f}, in context {accuracy:.3f}, {speed:,.0f} tokens/s")
+                bar.set_postfix_str(f"loss {loss.item():.3f}, {model.formed.short}, {speed:,.0f} tokens/s")
             bar.update()
             if folder is not None and (step % config.checkpoint_every == 0 or last):
                 write_checkpoint(folder, so_far(), optimizer, language)
@@ -206,6 +208,7 @@ def _resume(
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), stored.model.parameters(), strict=True):
             parameter.copy_(value)
+    model.formed = stored.model.formed
     restore_optimizer(optimizer, state, checkpoint)
     rows = [{str(k): v for k, v in row.items()} for row in stored.table.to_dict(orient="records")]
     return stored.step, rows, stored.forming_steps
@@ -219,20 +222,25 @@ def _evaluate(
     model: BigramTransformer,
     config: TrainConfig,
     probed: HeldOut,
+    judge: Judge,
+    before: list[dict[str, Any]],
     step: int,
     seconds: float,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], Formed]:
+    """The rows of the table, with this step's, and what has formed."""
     base = {"step": step, "seconds": seconds}
-    rows = [
+    rows = before + [
         {**base, "probe": probe, "continuations": None, "length": None, "value": value}
         for probe, value in memory_recall(model, config.length, model.triggers).items()
     ]
     for (continuations, length), sequences in probed.items():
-        rows += [
-            {**base, "probe": probe, "continuations": continuations, "length": length, "value": value}
-            for probe, value in behaviour(model, sequences).items()
-        ]
-    return rows
+        at = {**base, "continuations": continuations, "length": length}
+        rows += [{**at, "probe": probe, "value": value} for probe, value in behaviour(model, sequences).items()]
+    formed = judge.formed(pd.DataFrame(rows))
+    at = {**base, "continuations": config.continuations, "length": config.length}
+    for name in ("accuracy", "best", "shortcut", "order", "context", "weights"):
+        rows.append({**at, "probe": f"formed_{name}", "value": float(getattr(formed, name))})
+    return rows, formed
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from hijack_lens.core.checks import check_count, check_number, check_path, check
 from hijack_lens.core.files import read_safetensors, sync, write_atomically, write_safetensors
 from hijack_lens.core.tables import Drawn
 from hijack_lens.language import BigramLanguage
+from hijack_lens.models.formed import Formed
 from hijack_lens.models.storage import checkpoints, latest_checkpoint
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.training.config import TrainConfig
@@ -43,6 +44,14 @@ class TrainingRun(Drawn):
     step: int
     table: pd.DataFrame
     forming_steps: int | None = None
+
+    @property
+    def formed(self) -> Formed | None:
+        """Whether both memories have formed, what each has reached, and the remedy if not; true if both have.
+
+        `None` for runs that were stored by a version that did not judge them.
+        """
+        return self.model.formed
 
     @property
     def finished(self) -> bool:
