@@ -133,7 +133,7 @@ def train(
     length: int = 128,
     steps: int | None = None,
     max_steps: int = 600,
-    finish_steps: int = 200,
+    finish_steps: int = 300,
     seed: int = 0,
 ) -> None:
     """Train a two-layer model on the bigrams of a text, with triggers, and watch both memories form.
@@ -338,7 +338,7 @@ def _print_tables(console: Console, found: Report) -> None:
 
 
 def _found(explanation: hl.Explanation, prompt: hl.HijackPrompt) -> dict[str, Any]:
-    tokens = prompt.language.tokens
+    tokens, formed = prompt.language.tokens, explanation.model.formed
     return {
         "prompt": prompt.text,
         "trigger": tokens[prompt.trigger],
@@ -346,6 +346,7 @@ def _found(explanation: hl.Explanation, prompt: hl.HijackPrompt) -> dict[str, An
         "global": tokens[prompt.global_candidate],
         "theory": {part: predicted for part, (predicted, _) in explanation.theory_beside_model().items()},
         "repeats_needed": None if explanation.flip is None else explanation.flip.repeats,
+        "formed": None if formed is None else list(formed.lines),
     }
 
 

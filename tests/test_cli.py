@@ -142,10 +142,31 @@ def test_training_and_explaining_close_the_loop(capsys, monkeypatch, tmp_path):
     code, out, err = run(capsys, monkeypatch, "train", *options)
     assert (code, err) == (0, "")
     assert "in context accuracy" in out
+    half = "The context's memory did not form"
+    assert half in out
+    assert "Likeliest cause: " in out
     assert {"model.safetensors", "config.json", "probes.csv", "memories.png"} <= {f.name for f in Path("run").iterdir()}
     code, out, err = run(capsys, monkeypatch, "explain", "--model", "run", "--length", "16", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["theory"] == {}
+    assert json.loads(out)["formed"][0].startswith(half)
+    code, out, err = run(capsys, monkeypatch, "explain", "--model", "run", "--length", "16")
+    assert half in out
+
+
+def test_training_goes_on_until_the_circuit_has_formed(capsys, monkeypatch, tmp_path):
+    options = ["--text", "my.txt", "--out", "run", "--length", "16", "--d-model", "32", "--finish-steps", "60"]
+    Path("my.txt").write_text("abcdefgh" * 40 + "hgfedcba" * 40 + "aceg" * 9 + "bdfh" * 9)
+    triggers = ["--triggers", "rare", "--n-triggers", "2"]
+    code, out, err = run(capsys, monkeypatch, "train", *options, *triggers)
+    assert (code, err) == (0, "")
+    assert "The context's memory formed" in out
+    formed = hl.TrainingRun.load("run")
+    assert formed.forming_steps < 600
+    assert formed.step == formed.forming_steps + 60
+    assert formed.config.n_triggers == 2
+    code, out, err = run(capsys, monkeypatch, "explain", "--model", "run", "--length", "16", "--json")
+    assert json.loads(out)["formed"] == list(formed.formed.lines)
 
 
 def test_an_unknown_command_is_bad_input_and_none_shows_help(capsys, monkeypatch):

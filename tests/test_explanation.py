@@ -152,7 +152,7 @@ def test_a_verdict_says_when_both_memories_agree_and_when_neither_candidate_come
     first = language.display(int(outvoted.attribution.logits.argmax()))
     assert first not in ("a", "b")
     assert outvoted.verdict.endswith(f"(Its first choice is neither, but {first!r}.)")
-    even = hl.BigramLanguage([[0.1, 0.2, 0.2, 0.5]] + [[0.25] * 4] * 3)
+    even = hl.BigramLanguage([[0.02, 0.04, 0.04, 0.9]] + [[0.25] * 4] * 3)
     tie = hl.explain(hl.associative_transformer(even), hl.hijack_prompt(even, 0, 1, 0, 8, global_candidate=2, seed=0))
     assert tie.verdict == (
         "Neither memory wins: after '0', '1' and '2' have the same logit. (Its first choice is neither, but '3'.)"

@@ -16,7 +16,6 @@ from hijack_lens.training.verdict import Judge
 QUICK = {
     "length": 12,
     "seed": 0,
-    "batch_size": 4,
     "warmup": 4,
     "evaluate_every": 5,
     "eval_sequences": 4,
@@ -24,7 +23,7 @@ QUICK = {
     "checkpoint_every": 3,
     "max_steps": 20,
     "finish_steps": 15,
-    "forming_tokens": 60,
+    "tokens_per_step": 60,
     "forming_length": 10,
 }
 
@@ -51,7 +50,7 @@ def sampled(monkeypatch):
 def formed():
     language = hl.BigramLanguage.dirichlet(10, 0.5, seed=0)
     model = build(language=language, d_model=32, n_ctx=64, n_offsets=8, dtype=torch.float32)
-    config = hl.TrainConfig([0, 1], 32, 0, eval_lengths=(1,), forming_tokens=1024, batch_size=32, finish_steps=100)
+    config = hl.TrainConfig([0, 1], 32, 0, eval_lengths=(1,), tokens_per_step=1024, finish_steps=100)
     return hl.train(model, language, config)
 
 
@@ -72,7 +71,7 @@ def test_it_forms_and_then_finishes(formed):
 def test_sequences_of_either_phase_are_as_asked_for(positions, length, sampled):
     run = hl.train(build(positions), LANGUAGE, quick(formed_at=1.0, boost=0.8))
     assert run.forming_steps == 20
-    training = [call for call in sampled if call[0] in (16 * 4, 16 * math.ceil(60 / length))]
+    training = [call for call in sampled if call[0] in (16 * 5, 16 * math.ceil(60 / length))]
     forming = [call for call in training if call[1] == length and call[2].get("jump", 0) > 0]
     natural = [call for call in training if call[1] == 12 and call[2].get("jump") == 0.0]
     assert len(forming) == 2
@@ -86,7 +85,7 @@ def test_sequences_of_either_phase_are_as_asked_for(positions, length, sampled):
 def test_the_boost_brings_the_share_that_follows_from_the_context_to_what_was_asked_for(sampled):
     language = hl.BigramLanguage.dirichlet(60, 3.0, seed=0)
     model = build(language=language, n_ctx=64)
-    hl.train(model, language, quick([7], length=64, forming_length=64, boost=0.4, forming_tokens=64 * 40, max_steps=1))
+    hl.train(model, language, quick([7], length=64, forming_length=64, boost=0.4, tokens_per_step=64 * 40, max_steps=1))
     jumping = next(call[3] for call in sampled if call[2].get("jump", 0) > 0)
     triggers = (jumping.tokens[:, :, None] == jumping.triggers[:, None, :]).any(-1)
     assert float(triggers[:, 16:].double().mean()) == pytest.approx(0.4, abs=0.05)
@@ -184,7 +183,7 @@ def test_the_learning_rate_of_finishing_steps():
         ({"finish_steps": -1}, "finish_steps must be at least 0, got -1"),
         ({"forming_lr": 0.0}, "forming_lr must be a finite number > 0, got 0.0"),
         ({"forming_length": 1}, "forming_length must be at least 2, got 1"),
-        ({"forming_tokens": 0}, "forming_tokens must be at least 1, got 0"),
+        ({"tokens_per_step": 0}, "tokens_per_step must be at least 1, got 0"),
     ],
 )
 def test_a_bad_setting_is_refused_by_name_and_value(changes, message, unchecked):
@@ -228,7 +227,7 @@ def test_a_model_with_both_memories_has_formed(formed):
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("triggers", "n_triggers"), [(TRIGGERS, None), ("random", 3)])
 def test_what_was_reached_is_what_a_loop_finds(triggers, n_triggers, sampled):
-    run = hl.train(build(), LANGUAGE, quick(triggers, n_triggers, batch_size=3, length=32))
+    run = hl.train(build(), LANGUAGE, quick(triggers, n_triggers, tokens_per_step=90, length=32))
     (sequences,) = judged(sampled)
     assert int(sequences.predictable[:, :-1].sum()) >= 200
     accuracy, loss = by_hand(run.model, sequences)

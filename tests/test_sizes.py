@@ -61,7 +61,13 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_made(laptop, unche
             small, prompt, hl.logit_diff(1, 2), "all", max_exact=1, n_samples=10**11
         ),
         "d_model=10000000": lambda: gradient_steps(LANGUAGE, d_model=10**7),
-        "batch_size=64, length=50000": lambda: hl.train(long, LANGUAGE, hl.TrainConfig(TRIGGERS, 50_000, 0)),
+        "batch_size=64, length=50000": lambda: hl.train(long, LANGUAGE, hl.TrainConfig(TRIGGERS, 50_000, 0, steps=1)),
+        "tokens_per_step=4096, length=50000": lambda: hl.train(long, LANGUAGE, hl.TrainConfig(TRIGGERS, 50_000, 0)),
+        "eval_sequences=10000, length=20000": lambda: hl.train(
+            long,
+            LANGUAGE,
+            hl.TrainConfig(TRIGGERS, 20_000, 0, steps=1, batch_size=1, eval_sequences=10_000, eval_lengths=(1,)),
+        ),
     }.items():
         with pytest.raises(ValueError, match=rf"{name.strip()}.* would take [\w ,.]+ of memory, and 16.0 GiB are"):
             make()

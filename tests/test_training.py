@@ -228,16 +228,16 @@ def test_every_step_sees_fresh_sequences_and_the_probes_see_others(monkeypatch):
     handed_out = sampled(monkeypatch)
     fit(short(steps=40, length=32, eval_lengths=(1,)))
     rows = [tuple(row) for batch in handed_out for row in batch.tokens.tolist()]
-    assert len(rows) == 4 + 4 + 3 * 16 * 4
+    assert len(rows) == 4 + 4 + 64 + 3 * 16 * 4  # probes of two kinds, the verdict, and the steps
     # A trigger that is its own continuation repeats itself for good, in every sequence that begins with it.
     assert len(set(rows)) > 0.95 * len(rows)
 
 
 def test_the_data_depend_on_the_seed_alone(monkeypatch):
     handed_out = sampled(monkeypatch)
-    fit(short(seed=1))
-    fit(short(seed=1, loss="predictable", optimizer="sgd", evaluate_every=3))
-    fit(short(seed=2))
+    fit(short(length=32, seed=1))
+    fit(short(length=32, seed=1, loss="predictable", optimizer="sgd", evaluate_every=3))
+    fit(short(length=32, seed=2))
     third = len(handed_out) // 3
     one, same, other = (handed_out[i * third : (i + 1) * third] for i in range(3))
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(one, same, strict=True))
@@ -834,6 +834,7 @@ BEHAVIOUR = [
     "induction_attention",
     "attended_correct",
 ]
+VERDICT = [f"formed_{what}" for what in ("accuracy", "best", "shortcut", "order", "context", "weights")]
 
 
 def test_the_table_is_tidy(learned):
@@ -845,12 +846,12 @@ def test_the_table_is_tidy(learned):
     assert table["seconds"].is_monotonic_increasing
     of_weights = table["probe"].isin([*WEIGHTS, "bigram_kl"])
     assert set(table["probe"][of_weights]) == {*WEIGHTS, "bigram_kl"}
-    assert set(table["probe"][~of_weights]) == set(BEHAVIOUR)
+    assert set(table["probe"][~of_weights]) == {*BEHAVIOUR, *VERDICT}
     assert table.loc[of_weights, ["continuations", "length"]].isna().all(axis=None)
     assert table.loc[~of_weights, ["continuations", "length"]].notna().all(axis=None)
     assert pd.api.types.is_float_dtype(table["value"])
-    # 5 evaluations of 7 probes of the weights and 7 of behaviour, at 32, 64 and with the other continuations
-    assert len(table) == 5 * (7 + 7 * 3)
+    # 5 evaluations of 7 probes of the weights, 7 of behaviour at 32, 64 and with the other continuations, and a verdict
+    assert len(table) == 5 * (7 + 7 * 3 + 6)
 
 
 def test_what_a_model_does_not_have_is_not_scored_rather_than_0():
@@ -888,8 +889,9 @@ def test_the_plot_draws_both_memories_on_labelled_axes(learned):
     assert ax.get_xlabel() == "training step"
     assert ax.get_ylabel()
     lines = {line.get_label(): line for line in ax.get_lines()}
-    assert len(lines) == 4
-    assert len(ax.get_legend().get_texts()) == 4
+    assert len(lines) == len(picture.figure.legends[0].get_texts()) == 6
+    for label, value in (("best possible", 1.0), ("without order", learned.formed.shortcut)):
+        assert set(lines[f"in-context accuracy: {label}"].get_ydata()) == {value}
     context = next(line for label, line in lines.items() if label.startswith("context"))
     assert list(context.get_ydata()) == list(learned.probe("in_context_accuracy"))
     bigram = next(line for label, line in lines.items() if label.startswith("weights"))

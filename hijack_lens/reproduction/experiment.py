@@ -220,6 +220,7 @@ class Recipe:
             length=self.length,
             seed=self.seed,
             steps=self.steps,
+            lr=1e-2,
             evaluate_every=min(self.evaluate_every, self.steps),
         )
 

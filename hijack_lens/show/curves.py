@@ -154,7 +154,7 @@ def formed_report(formed: Formed) -> Report:
 @picture_of.register
 def birth_of_memories(run: TrainingRun) -> Picture:
     """How much of each memory has been learned, by training step."""
-    picture = Picture(8.0, 4.2)
+    picture = Picture(8.0, 5.0)
     ax = picture.figure.add_subplot()
     excess = run.probe("bigram_excess")
     ax.plot(
@@ -178,6 +178,6 @@ def birth_of_memories(run: TrainingRun) -> Picture:
     ax.set_ylabel("fraction (1 = fully learned)")
     ax.set_ylim(-0.03, 1.06)
     ax.grid(alpha=0.3)
-    ax.legend(loc="lower right", frameon=False)
     frameless(ax)
+    picture.figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return picture

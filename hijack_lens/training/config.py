@@ -32,9 +32,9 @@ class TrainConfig:
             that occur most or least often), or "random" or `()`, drawn per sequence.
         length: tokens per training sequence.
         seed: of the data; kept as an int, so that a run can go on.
-        steps: of the optimizer, each on `batch_size` fresh sequences; or "until formed": first as many as the circuit
+        steps: of the optimizer, each on fresh sequences; or "until formed": first as many as the circuit
             takes to form, on sequences that jump to triggers, then `finish_steps` on natural ones.
-        batch_size: sequences per step.
+        batch_size: sequences per step, where steps are counted; until formed, as many as hold `tokens_per_step`.
         n_triggers: how many triggers, where `triggers` does not name them.
         continuations: how the triggers' continuations are drawn: "uniform", or "bigram" (from their own row of pi_b).
         loss: over "all" tokens, or only over those "predictable" in context (Bietti et al. 2023).
@@ -63,7 +63,7 @@ class TrainConfig:
         finish_steps: steps on natural sequences after forming.
         forming_lr: constant learning rate while forming, after `warmup` steps.
         forming_length: tokens per sequence while forming, at most; absolute positions need all of `length`.
-        forming_tokens: tokens per step while forming.
+        tokens_per_step: tokens per step, while forming and finishing.
     """
 
     triggers: Token | Sequence[Token]
@@ -91,10 +91,10 @@ class TrainConfig:
     min_triggers: int = 5
     formed_at: float = 0.95
     max_steps: int = 600
-    finish_steps: int = 200
+    finish_steps: int = 300
     forming_lr: float = 3e-3
     forming_length: int = 64
-    forming_tokens: int = 4096
+    tokens_per_step: int = 4096
 
     def __post_init__(self) -> None:
         self._set("triggers", self._plain_triggers())
@@ -138,7 +138,7 @@ class TrainConfig:
             raise ValueError(f"boost must be below 1, got {shown(self.boost)}")
         check_count("min_triggers", self.min_triggers)
         check_fraction("formed_at", self.formed_at)
-        for name, minimum in (("max_steps", 1), ("finish_steps", 0), ("forming_length", 2), ("forming_tokens", 1)):
+        for name, minimum in (("max_steps", 1), ("finish_steps", 0), ("forming_length", 2), ("tokens_per_step", 1)):
             check_count(name, getattr(self, name), minimum=minimum)
         check_number("forming_lr", self.forming_lr, positive=True)
 

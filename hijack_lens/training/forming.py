@@ -66,11 +66,12 @@ def phase_at(config: TrainConfig, language: BigramLanguage, positions: str, form
     Raises:
         ValueError: for triggers that the language lacks.
     """
-    natural = (config.length, config.batch_size, config.triggers, config.n_triggers, 0.0, config)
+    natural = (config.triggers, config.n_triggers, 0.0, config)
     if isinstance(config.steps, int):
-        return Phase("train", 0, config.steps, *natural)
+        return Phase("train", 0, config.steps, config.length, config.batch_size, *natural)
     if forming_steps is not None:
-        return Phase("finishing", forming_steps, forming_steps + config.finish_steps, *natural)
+        end = forming_steps + config.finish_steps
+        return Phase("finishing", forming_steps, end, config.length, _rows(config, config.length), *natural)
     # Absolute positions are learned one by one, so each of them must occur.
     length = config.length if positions == "absolute" else min(config.length, config.forming_length)
     triggers, n_triggers = _with_decoys(config, language)
@@ -82,8 +83,9 @@ def phase_at(config: TrainConfig, language: BigramLanguage, positions: str, form
         share = float(sequences.predictable.double().mean())
         # Jumps from what is no trigger raise the share from p to (p + jump) / (1 + jump).
         jump = max(0.0, (config.boost - share) / (1 - config.boost))
-    batch_size = math.ceil(config.forming_tokens / length)
-    return Phase("forming", 0, config.max_steps, length, batch_size, triggers, n_triggers, min(jump, 1.0), config)
+    return Phase(
+        "forming", 0, config.max_steps, length, _rows(config, length), triggers, n_triggers, min(jump, 1.0), config
+    )
 
 
 def last_step(config: TrainConfig, forming_steps: int | None) -> int:
@@ -101,6 +103,10 @@ def _with_decoys(config: TrainConfig, language: BigramLanguage) -> tuple[tuple[T
     ids = language.fixed_triggers(config.triggers, config.n_triggers).tolist()
     others = [token for token in ranked_by_frequency(language.long_run).tolist() if token not in ids]
     return (*ids, *others[: max(config.min_triggers - len(ids), 0)]), None
+
+
+def _rows(config: TrainConfig, length: int) -> int:
+    return math.ceil(config.tokens_per_step / length)
 
 
 def _share_seed(config: TrainConfig) -> int:

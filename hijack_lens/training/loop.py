@@ -158,11 +158,16 @@ def _check(model: BigramTransformer, language: BigramLanguage, config: TrainConf
         raise ValueError(f"config.length is {config.length}; the model takes at most n_ctx={model.cfg.n_ctx}")
     if model.W_E.device.type == "cpu":  # logits and their gradient; with relative positions, scores and theirs
         rows = 3 * language.d_vocab + (3 * model.cfg.n_heads * config.length if model.positions == "relative" else 0)
-        tokens = config.batch_size * config.length
         if config.steps == UNTIL_FORMED:
-            tokens = max(tokens, config.forming_tokens)
-        needed = model.W_E.itemsize * tokens * rows
-        check_memory(needed, batch_size=config.batch_size, length=config.length)
+            tokens = max(config.tokens_per_step, config.length)
+            asked = {"tokens_per_step": config.tokens_per_step, "length": config.length}
+        else:
+            tokens = config.batch_size * config.length
+            asked = {"batch_size": config.batch_size, "length": config.length}
+        check_memory(model.W_E.itemsize * tokens * rows, **asked)
+        longest = max(n * config.length for n in config.eval_lengths if n * config.length <= model.cfg.n_ctx)
+        cells = config.eval_sequences * longest * 2 * (language.d_vocab + model.cfg.n_heads * longest)
+        check_memory(model.W_E.itemsize * cells, eval_sequences=config.eval_sequences, length=longest)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model has no parameter left to train: all are frozen")
 
