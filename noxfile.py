@@ -51,7 +51,8 @@ def lowest(session: nox.Session) -> None:
     extras = (PROJECT["optional-dependencies"][extra] for extra in ("distributed", "parquet", "slurm", "test"))
     declared = sum(extras, PROJECT["dependencies"])
     lowest = [re.sub(r">=([^,;]+)[^;]*", r"==\1", requirement) for requirement in declared if ">=" in requirement]
-    session.install(*lowest, "-e", ".[test]")
+    # PyTorch 2.6 compiles with setuptools, which it declares from Python 3.12 on only.
+    session.install(*lowest, "setuptools", "-e", ".[test]")
     run_tests(session)
 
 
