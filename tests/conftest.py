@@ -4,6 +4,7 @@ Nothing here may import hijack_lens: pytest reads this file while the run-time s
 """
 
 import collections
+import gc
 import os
 import random
 import shutil
@@ -68,3 +69,9 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
         yield chromium
         chromium.close()
+
+
+def pytest_collection_finish():
+    """What was imported stays: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()

@@ -245,7 +245,11 @@ def test_a_handwritten_model_without_bigrams_has_no_bigram_memory():
 @pytest.mark.parametrize("options", [{"n_heads": 2}, {"positions": "absolute"}])
 def test_a_trained_circuit_is_found(options):
     model = build(**options)
-    hl.train(model, LANGUAGE, hl.TrainConfig(TRIGGERS, length=20, seed=0, steps=500, batch_size=32, evaluate_every=500))
+    hl.train(
+        model,
+        LANGUAGE,
+        hl.TrainConfig(TRIGGERS, length=20, seed=0, steps=500, lr=1e-2, batch_size=32, evaluate_every=500),
+    )
     circuit = hl.find_circuit(model)
     assert circuit.induction
     assert circuit.previous_token
