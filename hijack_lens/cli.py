@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 from rich.console import Console
 from rich.text import Text
 
@@ -133,7 +133,7 @@ def train(
     length: int = 128,
     steps: int | None = None,
     max_steps: int = 600,
-    finish_steps: int = 300,
+    finish_steps: int = 400,
     seed: int = 0,
 ) -> None:
     """Train a two-layer model on the bigrams of a text, with triggers, and watch both memories form.
@@ -229,6 +229,9 @@ def main() -> None:
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except CycloptsError as error:
+        if isinstance(error, UnusedCliTokensError):
+            unused = " ".join(map(repr, error.unused_tokens or ()))
+            _fail(f"{unused[:77]} belongs to no option; flags such as --quick and --json take no value")
         error.verbose = False  # without it, the message names Python functions
         _fail(re.sub(r"\S{81,}", lambda word: f"{word[0][:77]}...", str(error)))
     except (ValueError, TypeError, OSError) as error:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import check_choice, check_count, check_list, shown
+from hijack_lens.core.checks import check_choice, check_list, shown
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.inputs import Components, circuit_of, components_of
 from hijack_lens.core.tables import widened
@@ -29,7 +29,7 @@ from hijack_lens.hooks.edges import (
     sender_site,
 )
 from hijack_lens.hooks.intervention import logits_of, record
-from hijack_lens.hooks.patched_runs import Direction, GradientRuns, MetricLike, PromptPair
+from hijack_lens.hooks.patched_runs import Direction, GradientRuns, MetricLike, PromptPair, check_steps
 from hijack_lens.hooks.sweep_results import PathSweep
 from hijack_lens.models.linear_maps import normed
 
@@ -148,7 +148,7 @@ def edge_attribution(
     Raises:
         TypeError, ValueError: as for `path_sweep`, and for a metric without a derivative.
     """
-    check_count("steps", steps, 1)
+    check_steps(steps)
     pair = PromptPair.of(model, clean, corrupted, metric, direction)
     edges, circuit = _edges(model, components, circuit, via)
     sites = {edge.sender: sender_site(model, edge.sender) for edge in edges}

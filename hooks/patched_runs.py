@@ -9,7 +9,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.core.checks import check_choice, shown
+from hijack_lens.core.checks import check_choice, check_count, shown
 from hijack_lens.core.inputs import model_tokens
 from hijack_lens.core.tables import widened
 from hijack_lens.hooks.intervention import HookFunction, Intervention, keeping, logits_of, record
@@ -175,6 +175,16 @@ def runs_at_once(model: Any, tokens: Int[Tensor, "batch pos"], memory: float) ->
 
 
 _START = "blocks.0.hook_resid_pre"
+
+
+_MOST_STEPS = 10_000
+"""Runs that a derivative is averaged over, far beyond what changes it."""
+
+
+def check_steps(steps: object) -> None:
+    """Checks the number of runs that a derivative is averaged over."""
+    if check_count("steps", steps, 1) > _MOST_STEPS:
+        raise ValueError(f"steps must be at most {_MOST_STEPS}, got {shown(steps)}")
 
 
 class GradientRuns:

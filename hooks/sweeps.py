@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_number
+from hijack_lens.core.checks import Seed, as_generator, check_choice, check_number
 from hijack_lens.core.hook_points import is_hooked
 from hijack_lens.core.inputs import model_tokens
 from hijack_lens.core.tables import widened
@@ -27,6 +27,7 @@ from hijack_lens.hooks.patched_runs import (
     PromptPair,
     by_position,
     check_metric,
+    check_steps,
 )
 from hijack_lens.hooks.sweep_plan import STREAM, Plan, hook_name, make_plan
 from hijack_lens.hooks.sweep_results import Sweep
@@ -178,7 +179,7 @@ def attribution_patch(
     Raises:
         TypeError, ValueError: as for `patch_sweep`, and for a metric without a derivative.
     """
-    check_count("steps", steps, 1)
+    check_steps(steps)
     pair = PromptPair.of(model, clean, corrupted, metric, direction)
     plan = make_plan(model, activations, positions, layers, units, pair.base.shape[1])
     names = [hook_name(*point) for point in plan.points]

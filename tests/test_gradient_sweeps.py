@@ -507,6 +507,7 @@ test_a_wrong_value_is_refused = refused(
     ValueError,
     {
         "steps must be at least 1, got 0": lambda: each_refuses(steps=0),
+        "steps must be at most 10000, got 1000000000000": lambda: each_refuses(steps=10**12),
         "direction must be one of 'denoise', 'noise', got 'both'": lambda: each_refuses(direction="both"),
         r"clean and corrupted must have one shape .* got \(2, 4\) and \(2, 5\)": lambda: each_refuses(
             clean=CLEAN[:, 1:]

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hijack_lens.core.checks import check_count, shown
+from hijack_lens.core.checks import check_count, check_fields, shown
 from hijack_lens.language.vocabulary import Token
 
 TRIGGER_RULES = ("frequent", "rare", "random")
@@ -35,8 +35,9 @@ class SampledSequences:
     jumped: Bool[Tensor, "sequence length"] = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        if self.jumped is None:
+        if self.jumped is None and isinstance(self.predictable, Tensor):
             object.__setattr__(self, "jumped", torch.zeros_like(self.predictable))
+        check_fields(self)
 
 
 def drawn_per_sequence(triggers: Token | Sequence[Token] | None, n_triggers: int | None) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hijack_lens.attribution.logit_attribution import LogitAttribution
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import check_number, check_texts, check_type, shown
+from hijack_lens.core.checks import check_fields, check_number, check_texts, check_type, shown
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit
 from hijack_lens.core.inputs import Components, circuit_of, components_of, prompt_texts, single_prompt
 from hijack_lens.hooks.intervention import record
@@ -72,6 +72,9 @@ class View:
 
     panels: tuple[Panel, ...]
     caption: str
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __repr__(self) -> str:
         return f"View({', '.join(panel.title or panel.element for panel in self.panels)})"

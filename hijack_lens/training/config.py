@@ -91,7 +91,7 @@ class TrainConfig:
     min_triggers: int = 5
     formed_at: float = 0.95
     max_steps: int = 600
-    finish_steps: int = 300
+    finish_steps: int = 400
     forming_lr: float = 3e-3
     forming_length: int = 64
     tokens_per_step: int = 4096
