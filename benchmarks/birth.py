@@ -15,7 +15,7 @@ triggers = most_frequent(language, 5)
 def trained(seed, **model_options):
     model = hl.trainable_transformer(language, seed=seed, **model_options)
     started = time.perf_counter()
-    run = hl.train(model, language, hl.TrainConfig(triggers=triggers, length=LENGTH, seed=seed))
+    run = hl.train(model, language, hl.TrainConfig(triggers=triggers, length=LENGTH, seed=seed, steps=300, lr=1e-2))
     final = {
         "seed": seed,
         "seconds": round(time.perf_counter() - started, 1),

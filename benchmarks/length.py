@@ -32,7 +32,7 @@ def late_evidence(seed=1):
 results = {}
 for positions in ("relative", "absolute"):
     model = hl.trainable_transformer(language, positions, seed=0)
-    run = hl.train(model, language, hl.TrainConfig(triggers=triggers, length=LENGTH, seed=0))
+    run = hl.train(model, language, hl.TrainConfig(triggers=triggers, length=LENGTH, seed=0, steps=300, lr=1e-2))
     late = behaviour(model, late_evidence())
     results[positions] = {
         "at T": round(float(run.probe("in_context_accuracy").iloc[-1]), 4),

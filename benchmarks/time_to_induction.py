@@ -21,6 +21,7 @@ for length, reference in REFERENCE.items():
             length=length,
             seed=seed,
             steps=200,
+            lr=1e-2,
             eval_lengths=(1,),
             eval_sequences=32,
             evaluate_every=10,
