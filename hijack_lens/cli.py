@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 import hijack_lens as hl
+from hijack_lens.core.checks import shown
 from hijack_lens.core.circuit import ROLE_NAMES
 from hijack_lens.core.files import check_target
 from hijack_lens.core.inputs import circuit_of, single_prompt
@@ -132,8 +133,8 @@ def train(
     d_model: int = 128,
     length: int = 128,
     steps: int | None = None,
-    max_steps: int = 600,
-    finish_steps: int = 400,
+    max_steps: int = hl.TrainConfig.max_steps,
+    finish_steps: int = hl.TrainConfig.finish_steps,
     seed: int = 0,
 ) -> None:
     """Train a two-layer model on the bigrams of a text, with triggers, and watch both memories form.
@@ -174,8 +175,9 @@ def train(
     run.save(out)
     run.picture().save(out / "memories.png")
     console = Console(markup=False)  # tokens and paths may contain brackets
-    _print_tables(console, report_of(run))
-    for line in () if run.formed is None else run.formed.lines:
+    said = report_of(run)
+    _print_tables(console, said)
+    for line in said.lines:
         console.print(line, style="" if run.formed else "bold", soft_wrap=True)
     console.print(f"Picture: {(out / 'memories.png').resolve()}", soft_wrap=True)
     console.print(f"Look at it: hijack-lens explain --model {out}", soft_wrap=True)
@@ -230,8 +232,8 @@ def main() -> None:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except CycloptsError as error:
         if isinstance(error, UnusedCliTokensError):
-            unused = " ".join(map(repr, error.unused_tokens or ()))
-            _fail(f"{unused[:77]} belongs to no option; flags such as --quick and --json take no value")
+            first, *_ = error.unused_tokens or [""]
+            _fail(f"{shown(first)} belongs to no option; flags such as --quick and --json take no value")
         error.verbose = False  # without it, the message names Python functions
         _fail(re.sub(r"\S{81,}", lambda word: f"{word[0][:77]}...", str(error)))
     except (ValueError, TypeError, OSError) as error:

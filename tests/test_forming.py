@@ -306,12 +306,13 @@ def test_induction_that_fades_while_the_bigrams_improve_is_the_rates_fault():
     judge = Judge(model, LANGUAGE, config)
 
     def probes(attention, excess):
-        return pd.DataFrame(
+        table = pd.DataFrame(
             [(step, probe, "uniform", 32, value)
              for probe, values in (("induction_attention", attention), ("bigram_excess", excess))
              for step, value in enumerate(values)],
             columns=["step", "probe", "continuations", "length", "value"],
         )  # fmt: skip
+        return hl.TrainingRun(model, config, 2, table)
 
     fading = judge.formed(probes([0.05, 0.35, 0.12], [0.9, 0.5, 0.1]))
     assert fading.cause == (

@@ -154,6 +154,11 @@ class TrainConfig:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
+    @property
+    def random_triggers(self) -> bool:
+        """Whether the triggers are drawn anew for each sequence."""
+        return not self.triggers
+
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0; until formed, of a finishing step."""
         check_count("step", step)

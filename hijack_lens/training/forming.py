@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hijack_lens.language import BigramLanguage, SampledSequences, Token
-from hijack_lens.language.sequences import drawn_per_sequence, ranked_by_frequency
+from hijack_lens.language.sequences import ranked_by_frequency
 from hijack_lens.training.config import UNTIL_FORMED, TrainConfig
 from hijack_lens.training.data import BLOCK, data_seed
 
@@ -97,7 +97,7 @@ def last_step(config: TrainConfig, forming_steps: int | None) -> int:
 
 def _with_decoys(config: TrainConfig, language: BigramLanguage) -> tuple[tuple[Token, ...], int | None]:
     """Triggers to form with: where there are fewer than asked for, the most frequent of the other tokens join them."""
-    if drawn_per_sequence(config.triggers, config.n_triggers):
+    if config.random_triggers:
         possible = int((language.pi_u > 0).sum())
         return (), max(config.n_triggers or 0, min(config.min_triggers, possible))
     ids = language.fixed_triggers(config.triggers, config.n_triggers).tolist()

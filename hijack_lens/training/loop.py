@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from hijack_lens.core.files import locked, make_folder
 from hijack_lens.core.memory import check_memory
 from hijack_lens.language import BigramLanguage, SampledSequences
-from hijack_lens.language.sequences import drawn_per_sequence
 from hijack_lens.models.formed import Formed
 from hijack_lens.models.storage import latest_checkpoint
 from hijack_lens.models.transformer import BigramTransformer
@@ -76,7 +75,7 @@ def _train(
     model.formed = None
     step, rows, forming_steps = _resume(model, language, config, optimizer, folder)
     model.strengths = None  # training is about to change them
-    if drawn_per_sequence(config.triggers, config.n_triggers):
+    if config.random_triggers:
         model.triggers = None
     else:
         model.triggers = language.fixed_triggers(config.triggers, config.n_triggers).tolist()
@@ -95,6 +94,15 @@ def _train(
 
     def so_far() -> TrainingRun:
         return TrainingRun(model, config, step, pd.DataFrame(rows), forming_steps)
+
+    def look() -> bool:
+        """Evaluates the model; whether forming may end."""
+        nonlocal rows
+        rows, formed = _evaluate(model, config, probed, judge, rows, step, time.monotonic() - started)
+        model.formed = formed
+        speed = seen / (time.monotonic() - began)
+        bar.set_postfix_str(f"loss {loss.item():.3f}, {formed.short}, {speed:,.0f} tokens/s")
+        return formed.accuracy >= judge.enough
 
     most = last_step(config, forming_steps)
     with _interruptible() as interrupted, tqdm(total=most, initial=step, disable=None, unit="step") as bar:
@@ -127,16 +135,14 @@ def _train(
             seen += tokens.numel()
 
             looked = step % config.evaluate_every == 0
-            if phase.forming and (step == phase.end or (looked and judge.may_finish())):
+            enough = looked and look()
+            if phase.forming and (step == phase.end or enough):
                 forming_steps, sequences = step, None
                 phase = phase_at(config, language, model.positions, forming_steps)
                 bar.total = phase.end
             last = step == phase.end or bool(interrupted)
-            if looked or last:
-                seconds = time.monotonic() - started
-                rows, model.formed = _evaluate(model, config, probed, judge, rows, step, seconds)
-                speed = seen / (time.monotonic() - began)
-                bar.set_postfix_str(f"loss {loss.item():.3f}, {model.formed.short}, {speed:,.0f} tokens/s")
+            if last and not looked:
+                look()
             bar.update()
             if folder is not None and (step % config.checkpoint_every == 0 or last):
                 write_checkpoint(folder, so_far(), optimizer, language)
@@ -241,7 +247,7 @@ def _evaluate(
     for (continuations, length), sequences in probed.items():
         at = {**base, "continuations": continuations, "length": length}
         rows += [{**at, "probe": probe, "value": value} for probe, value in behaviour(model, sequences).items()]
-    formed = judge.formed(pd.DataFrame(rows))
+    formed = judge.formed(TrainingRun(model, config, step, pd.DataFrame(rows)))
     at = {**base, "continuations": config.continuations, "length": config.length}
     for name in ("accuracy", "best", "shortcut", "order", "context", "weights"):
         rows.append({**at, "probe": f"formed_{name}", "value": float(getattr(formed, name))})

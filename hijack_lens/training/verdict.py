@@ -3,16 +3,14 @@
 from contextlib import nullcontext
 from dataclasses import replace
 
-import pandas as pd
-
 from hijack_lens.hooks.ablate_and_patch import ablate
 from hijack_lens.language import BigramLanguage, best_accuracy, shortcut_accuracy
-from hijack_lens.language.sequences import drawn_per_sequence
 from hijack_lens.models.formed import Formed
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.training.config import UNTIL_FORMED, TrainConfig
 from hijack_lens.training.data import in_context, judged_on, moved
 from hijack_lens.training.forward import PlainForward
+from hijack_lens.training.run import TrainingRun
 
 FEW = 0.1
 """Share of tokens that follow from the context: with less, the circuit seldom forms without a boost."""
@@ -27,19 +25,15 @@ class Judge:
     def __init__(self, model: BigramTransformer, language: BigramLanguage, config: TrainConfig):
         self.model, self.language, self.config = model, language, config
         self.sequences, self.sampled = judged_on(language, config)
-        self.drawn = drawn_per_sequence(config.triggers, config.n_triggers)
         # Trained only where tokens follow from the context, a model need not ask whether they do.
-        random = self.drawn and config.loss == "all"
+        random = config.random_triggers and config.loss == "all"
         self.best = best_accuracy(language, self.sequences, random_triggers=random, continuations=config.continuations)
         self.shortcut = shortcut_accuracy(language, self.sequences)
+        self.enough = config.formed_at * self.best  # for forming to end
         self._there = moved(self.sequences, model.W_E.device)
 
-    def may_finish(self) -> bool:
-        """Whether forming may end: the accuracy asked for is reached."""
-        return in_context(PlainForward(self.model), self._there)[0] >= self.config.formed_at * self.best
-
-    def formed(self, table: pd.DataFrame) -> Formed:
-        """What the memories have reached; `table` holds the training's probes so far."""
+    def formed(self, run: TrainingRun) -> Formed:
+        """What the memories have reached; the run's table holds the probes so far."""
         accuracy, loss = in_context(PlainForward(self.model), self._there)
         heads = self.model.circuit.previous_token
         with ablate(self.model, heads) if heads else nullcontext():
@@ -49,22 +43,21 @@ class Judge:
             self.best,
             self.shortcut,
             without_order - loss,
-            float(self._over_time(table, "bigram_excess").iloc[-1]),
-            random_triggers=self.drawn,
+            float(run.probe("bigram_excess").iloc[-1]),
+            random_triggers=self.config.random_triggers,
             predictable_only=self.config.loss == "predictable",
         )
         if found:
             return found
-        cause, remedy = self._missing_context(table) if not found.context else self._missing_weights()
+        cause, remedy = self._missing_context(run) if not found.context else self._missing_weights()
         return replace(found, cause=cause, remedy=remedy)
 
-    def _missing_context(self, table: pd.DataFrame) -> tuple[str, str]:
+    def _missing_context(self, run: TrainingRun) -> tuple[str, str]:
         """Why no circuit formed, and what to change."""
         config, heads = self.config, self.model.circuit
         until = config.steps == UNTIL_FORMED
         per_sequence = int(self.sequences.predictable[:, :-1].sum()) / self.sampled
-        attention = self._over_time(table, "induction_attention")
-        excess = self._over_time(table, "bigram_excess")
+        attention, excess = run.probe("induction_attention"), run.probe("bigram_excess")
         if not heads.previous_token or not heads.induction:
             return "the model has no head before another one, as induction takes", "n_layers=2"
         if self.model.positions == "none":
@@ -74,7 +67,7 @@ class Judge:
                 f"no trigger comes a second time within {config.length} tokens",
                 "triggers='frequent' with n_triggers=5, or longer sequences",
             )
-        if self.drawn and config.loss == "all":
+        if config.random_triggers and config.loss == "all":
             share, needed = self._worth_copying()
             if share < needed:
                 return (
@@ -115,7 +108,3 @@ class Judge:
         trigger = (tokens[:, :, None] == self.sequences.triggers[:, None, :]).any(-1)
         favourite = float((language.long_run * language.pi_b.max(-1).values).sum())
         return float(trigger[again].double().mean()), favourite / (1 + favourite)
-
-    def _over_time(self, table: pd.DataFrame, probe: str) -> pd.Series:
-        rows = table[(table["probe"] == probe) & (table["length"] == self.config.length)]
-        return rows[rows["continuations"] == self.config.continuations].set_index("step")["value"]
