@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 import hijack_lens as hl
-from hijack_lens.core.checks import shown
+from hijack_lens.core.checks import check_path, shown
 from hijack_lens.core.circuit import ROLE_NAMES
 from hijack_lens.core.files import check_target
 from hijack_lens.core.inputs import circuit_of, single_prompt
@@ -249,8 +249,10 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 def _language(text: Path | None, level: Literal["char", "word"] | None, max_vocab: int | None) -> hl.BigramLanguage:
     try:
-        corpus = hl.default_text() if text is None else text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        corpus = hl.default_text() if text is None else check_path("--text", text).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--text {str(text)!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise ValueError(f"--text {str(text)!r} cannot be read as UTF-8 text: {error}") from error
     if max_vocab is None and level == "word":
         max_vocab = 500  # a model's memory grows with the square of its vocabulary

@@ -13,7 +13,7 @@ from hijack_lens.attribution.logit_attribution import LogitAttribution
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.circuits.finding import find_circuit
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import as_int, check_list, shown
+from hijack_lens.core.checks import as_int, check_fields, check_list, shown
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Margin
 from hijack_lens.core.inputs import circuit_of, model_tokens, prompt_texts, token_ids
 from hijack_lens.core.tables import Drawn, widened
@@ -58,6 +58,11 @@ class Explanation(Drawn):
     not_split: str | None = None
     theory: Margin | None = None
     flip: Flip | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if getattr(self.prompt, "tokens", self.prompt).ndim != 1:
+            raise ValueError(f"prompt must be a single prompt of shape [pos], got {shown(self.prompt)}")
 
     @property
     def margin(self) -> Margin:

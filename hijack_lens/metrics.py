@@ -94,7 +94,7 @@ class Metric:
         Raises:
             ValueError: if they are too short.
         """
-        check_count("n_positions", n_positions, minimum=1)
+        n_positions = check_count("n_positions", n_positions, minimum=1)
         if not -n_positions <= self.position < n_positions:
             raise ValueError(
                 f"metric {self.name!r} reads position {shown(self.position)}; the prompts have {n_positions}"

@@ -92,6 +92,7 @@ def test_absolute_positions_and_weights_that_win(capsys, monkeypatch):
         (["--level", "syllable"], "syllable"),
         (["--match", "nan"], "match must be a finite number >= 0, got nan"),
         (["--text", "missing.txt"], "--text 'missing.txt' cannot be read"),
+        (["--text", "x" * 300], f"--text must be a path that a file can have, got PosixPath('{'x' * 60}"),
         (["--text", "empty.txt"], "text must hold at least two tokens, got ''"),
         (["--text", "binary.txt"], "--text 'binary.txt' cannot be read as UTF-8 text"),
         (["--out", "no/such/folder.html"], "--out must be a file in an existing folder, got 'no/such/folder.html'"),

@@ -1,5 +1,7 @@
 """The main job in one call gives the numbers that its parts give, and says who won."""
 
+import dataclasses
+
 import pytest
 import torch
 from bridges_for_tests import gpt2_like, modern
@@ -127,6 +129,10 @@ def test_what_it_cannot_explain_is_refused_with_the_reason(unchecked):
     prompt = prompt_for(model)
     with pytest.raises(TypeError, match="model must be a BigramTransformer, got HookedTransformer"):
         hl.explain(hooked(), prompt)
+    with pytest.raises(ValueError, match=r"prompt must be a single prompt of shape \[pos\], got tensor"):
+        dataclasses.replace(hl.explain(model, prompt), prompt=prompts())
+    with pytest.raises(TypeError, match="total must be a float, got 'large'"):
+        dataclasses.replace(hl.explain(model, prompt), total="large")
     with pytest.raises(TypeError, match="prompt must be a HijackPrompt, got Tensor"):
         hl.explain(model, prompt.tokens)
     with pytest.raises(TypeError, match="prompt must be a HijackPrompt, got str"):

@@ -18,7 +18,7 @@ def careless(prompt: object, seed: int, how: str = "zero") -> int:
 careless.__module__ = "hijack_lens.theory"
 theory.careless = careless
 theory.__all__.append("careless")
-sys.argv = ["fuzz", "--inputs", "250", "--seed", "0", "--quiet"]
+sys.argv = ["fuzz", "--inputs", "230", "--seed", "0", "--quiet"]
 from tests.fuzz.run import main
 main()
 """
@@ -35,7 +35,7 @@ def test_calls_with_hostile_arguments_return_or_name_the_argument():
     wrong = re.findall(r"^ +\d+ (\S+) +\S+", done.stdout, re.MULTILINE)
     assert re.search(r"^\d+ inputs to [12]\d\d targets, seed 0", done.stdout, re.MULTILINE), said
     assert set(wrong) == {"theory.careless"}, said
-    assert "python -m tests.fuzz --only '^theory.careless$' --seed 0 --replay" in said
+    assert "python -m tests.fuzz --only '^theory.careless$' --inputs 230 --seed 0 --replay" in said
 
 
 def test_values_are_shown_short_whatever_they_do():

@@ -327,6 +327,7 @@ test_values = refused(
             DIFF.normalised(LOGITS, -LOGITS) and hl.logit_diff(1, [2])(LOGITS)
         ),
         "'logit 1 − logit 2' reads position 7; the prompts have 5": lambda: hl.logit_diff(1, 2, 7)(LOGITS),
+        "reads position 2; the prompts have 1": lambda: hl.logit_diff(1, 2, 2).index(np.uint8(1)),
         "reads position -6; the prompts have 5": lambda: metrics.kl("clean", -6).on(None, clean=LOGITS),
         r"logits must be a tensor \[batch, pos, d_vocab\], got \(5, 13\)": lambda: DIFF(LOGITS[0]),
         r"logits must be a tensor \[batch, pos, d_vocab\], got list": lambda: DIFF(LOGITS.tolist()),

@@ -55,6 +55,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_made(laptop, unche
         "n_sequences=1, length=100000000": lambda: LANGUAGE.sample(1, 10**8, seed=0),
         "length=100000000": lambda: hl.hijack_prompt(LANGUAGE, 0, 1, 1, 10**8, seed=0),
         "n_prompts=1000000000": lambda: hl.hijack_prompt(LANGUAGE, 0, 1, 1, 9, n_prompts=10**9, seed=0),
+        "repeats=1000000000": lambda: hl.Fact("Oslo", "Norway", "Peru", "{subject}: {answer}.").text(10**9),
         "language=1000000": lambda: hl.memory_capacity(10**6),
         "n_prompts=10000000000": lambda: hl.find_circuit(small, n_prompts=10**10),
         "n_samples=100000000000": lambda: hl.shapley(

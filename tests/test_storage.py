@@ -1,8 +1,10 @@
 """Models in folders: nothing is lost, nothing is half written, and no file is trusted."""
 
+import functools
 import json
 import os
 import pickle
+import shutil
 from dataclasses import asdict
 
 import huggingface_hub
@@ -249,11 +251,25 @@ CLAIMS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder with a model of each kind of positions."""
+
+    @functools.cache
+    def folder_of(positions):
+        folder = tmp_path_factory.mktemp("written") / "model"
+        build(positions, d_model=8).save_pretrained(folder)
+        return folder
+
+    return folder_of
+
+
 @pytest.mark.parametrize(("positions", "name", "size"), CLAIMS)
 def test_a_header_that_claims_other_sizes_is_refused_before_anything_is_built(
-    positions, name, size, folder, monkeypatch
+    positions, name, size, written, tmp_path, monkeypatch, unchecked
 ):
-    build(positions, d_model=8).save_pretrained(folder)
+    folder = tmp_path / "model"
+    shutil.copytree(written(positions), folder)
     rewrite(folder, changed("architecture", **{name: size}))
     monkeypatch.setattr(hl.BigramTransformer, "__init__", lambda *args, **kwargs: pytest.fail("built"))
     refused(folder, "is not a model of hijack-lens")

@@ -251,10 +251,20 @@ VALUE_ERRORS = {
     "previous_token must be .* got -1": lambda: hl.Strengths(previous_token=-1),
     "bigram must be .* got -0.5": lambda: hl.Strengths(bigram=-0.5),
 }
+
+
+class Broken:
+    """An object whose attributes cannot be asked for."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
 TYPE_ERRORS = {
     "prompt must hold integer token ids, got dtype torch.float32": lambda: theory.logits(TOKENS.float(), LANGUAGE),
     "prompt must be a tensor of token ids, got str": lambda: theory.logits("aba", LANGUAGE),
     "n_ctx_train must be an int, got 2.5": lambda: theory.Setting(positions="absolute", n_ctx_train=2.5),
+    "prompt must be a tensor of token ids, got Broken": lambda: theory.logits(Broken(), LANGUAGE),
     "margin needs in_context= and global_candidate=": lambda: theory.margin(TOKENS, LANGUAGE, in_context=1),
     "strengths must be a Strengths, got 3": lambda: theory.Setting(3),
     "triggers must be a token or several, got 2.5": lambda: theory.Setting(triggers=2.5),

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -584,10 +585,16 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(tmp_path):
 # Another run's folder
 
 
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    fit(short(), folder)
+    return folder
+
+
 @pytest.fixture
-def finished(tmp_path, unchecked):
-    fit(short(), tmp_path / "run")
-    return tmp_path / "run"
+def finished(trained_once, tmp_path, unchecked):
+    return Path(shutil.copytree(trained_once, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -751,6 +758,7 @@ def test_an_optimizers_state_of_other_parameters_is_refused(change, tmp_path, mo
         ({"lr": math.nan}, "lr must be a finite number > 0, got nan"),
         ({"lr": math.inf}, "lr must be a finite number > 0, got inf"),
         ({"final_lr": 1.5}, "final_lr must lie between 0 and 1, got 1.5"),
+        ({"final_lr": 10**5000}, "final_lr must lie between 0 and 1, got <int>"),
         ({"momentum": -0.1}, "momentum must lie between 0 and 1, got -0.1"),
         ({"weight_decay": math.nan}, "weight_decay must lie between 0 and 1, got nan"),
         ({"betas": (0.9, 1.5)}, "betas must lie between 0 and 1"),

@@ -230,12 +230,7 @@ def check_position(name: str, value: object, length: int, last: int) -> int:
 
 def check_number(name: str, value: object, positive: bool = False) -> float:
     """`value` as a finite float >= 0, or > 0 if `positive`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {shown(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
+    number = _as_float(name, value)
     if not math.isfinite(number) or number < 0 or (positive and number == 0):
         raise ValueError(f"{name} must be a finite number {'>' if positive else '>='} 0, got {shown(value)}")
     return number
@@ -243,12 +238,19 @@ def check_number(name: str, value: object, positive: bool = False) -> float:
 
 def check_fraction(name: str, value: object) -> float:
     """`value` as a float from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {shown(value)}")
-    number = float(value)
+    number = _as_float(name, value)
     if not 0 <= number <= 1:
         raise ValueError(f"{name} must lie between 0 and 1, got {shown(value)}")
     return number
+
+
+def _as_float(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -335,4 +337,4 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return as_int(value) is not None or (hint is float and isinstance(value, numbers.Real))
     kind = origin or hint
-    return not isinstance(kind, type) or isinstance(value, kind)
+    return hint is Any or not isinstance(kind, type) or isinstance(value, kind)

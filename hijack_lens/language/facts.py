@@ -69,7 +69,8 @@ class Fact:
         """The prompt in which the context gives its answer `repeats` times, after `lead`."""
         check_type("lead", lead, str)
         repeats = check_count("repeats", repeats)
-        check_memory(repeats * len(self.statement(self.context)), repeats=repeats)
+        # The text, and before it is joined a list of its parts.
+        check_memory(repeats * (len(self.statement(self.context)) + 9), repeats=repeats)
         return " ".join([*([lead] if lead else []), *[self.statement(self.context)] * repeats, self.query])
 
     @property

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -29,7 +29,7 @@ def attention(
     """
     check_type("language", language, BigramLanguage)
     check_type("setting", setting, Setting)
-    tokens = check_tokens("prompt", getattr(prompt, "tokens", prompt), language.d_vocab)
+    tokens = _tokens(prompt, language)
     leak = math.exp(-setting.strengths.previous_token)
     pos = torch.arange(1, tokens.shape[-1] + 1, dtype=torch.float64, device=tokens.device)
     causal = pos[:, None] >= pos
@@ -82,11 +82,12 @@ def margin(
         TypeError: if `prompt` is tokens and a candidate is missing.
     """
     check_type("language", language, BigramLanguage)
-    a = getattr(prompt, "in_context", None) if in_context is None else in_context
-    b = getattr(prompt, "global_candidate", None) if global_candidate is None else global_candidate
-    if a is None or b is None:
+    if isinstance(prompt, HijackPrompt):
+        in_context = prompt.in_context if in_context is None else in_context
+        global_candidate = prompt.global_candidate if global_candidate is None else global_candidate
+    if in_context is None or global_candidate is None:
         raise TypeError("margin needs in_context= and global_candidate= where prompt is not a HijackPrompt")
-    a, b = language.index(a, "in_context"), language.index(b, "global_candidate")
+    a, b = language.index(in_context, "in_context"), language.index(global_candidate, "global_candidate")
     context, weights = (part[..., -1, a] - part[..., -1, b] for part in _memories(prompt, language, setting))
     return Margin(context, weights, torch.zeros_like(context))
 
@@ -110,6 +111,10 @@ def previous_token_memory(
     return torch.where((pos > 1) & (pos <= (setting.n_ctx_train or math.inf)), focused, count / pos)
 
 
+def _tokens(prompt: Any, language: BigramLanguage) -> Int[Tensor, "*batch pos"]:
+    return check_tokens("prompt", prompt.tokens if isinstance(prompt, HijackPrompt) else prompt, language.d_vocab)
+
+
 def _memories(
     prompt: Any, language: BigramLanguage, setting: Setting
 ) -> tuple[Float[Tensor, "*batch pos d_vocab"], Float[Tensor, "*batch pos d_vocab"]]:
@@ -117,7 +122,7 @@ def _memories(
     check_type("language", language, BigramLanguage)
     log_pi_b = language.finite_log_pi_b()
     _, induction = attention(prompt, language, setting)
-    tokens = check_tokens("prompt", getattr(prompt, "tokens", prompt), language.d_vocab)
+    tokens = _tokens(prompt, language)
     context = setting.strengths.copy * (induction @ one_hot(tokens, language.d_vocab).double())
     weights = setting.strengths.bigram * log_pi_b.to(tokens.device)[tokens]
     if not (context + weights).isfinite().all():

@@ -239,14 +239,15 @@ def prepare(seed: int) -> None:
 
 def fuzz(count: int, seed: int, only: str = "", number: int | None = None, quiet: bool = False) -> list[Outcome]:
     """Makes about `count` calls, spread evenly; with `number`, only the one with that number, of targets `only`."""
-    chosen = [one for one in (*targets(), *commands()) if re.search(only, one.name)]
-    chosen = [one for one in chosen if one.owner is None or values.pool().get(one.owner)]
-    weights = [1 + len(one.parameters) for one in chosen]
+    known = [one for one in (*targets(), *commands()) if one.owner is None or values.pool().get(one.owner)]
+    chosen = [one for one in known if re.search(only, one.name)]
+    # Shares are those of all targets: a call's number means the same call for the same count, whatever `only` says.
+    total = sum(1 + len(one.parameters) for one in known)
     outcomes: list[Outcome] = []
     progress = tqdm(total=count, disable=quiet, unit=" calls", smoothing=0)
 
-    for target, weight in zip(chosen, weights, strict=True):
-        share = max(2, round(count * weight / sum(weights)))
+    for target in chosen:
+        share = max(2, round(count * (1 + len(target.parameters)) / total))
         command = target.name.startswith("cli.")
         numbers = iter(range(10**9))
 
@@ -259,16 +260,15 @@ def fuzz(count: int, seed: int, only: str = "", number: int | None = None, quiet
                 progress.update()
 
         progress.set_description(target.name[:30].ljust(30))
-        # Replay draws in the same way, so that a call's number means the same call whatever the count.
         try:
-            values.drawn(body, share if number is None else number + 1, seed)
+            values.drawn(body, share, seed)
         except KeyboardInterrupt:
             break
     progress.close()
     return outcomes
 
 
-def summary(outcomes: list[Outcome], seed: int) -> str:
+def summary(outcomes: list[Outcome], seed: int, count: int) -> str:
     """What was wrong, by function and kind; then an example of each place in the code, to replay."""
     wrong = [one for one in outcomes if not one.fine]
     sizes = [one for one in wrong if any(name in hostile.SIZES for name in one.call.bad.values())]
@@ -292,7 +292,7 @@ def summary(outcomes: list[Outcome], seed: int) -> str:
         lines.append(f"\n{len(several)} x {kind} at {where}\n    {one.detail}")
         arguments = ", ".join(f"{name}={text}" for name, text in one.call.written.items())
         lines.append(f"    {one.call.target.name}({arguments})")
-        again = f"--only '^{one.call.target.name}$' --seed {seed} --replay {one.call.number}"
+        again = f"--only '^{one.call.target.name}$' --inputs {count} --seed {seed} --replay {one.call.number}"
         lines.append(f"    python -m tests.fuzz {again}")
     return "\n".join(lines)
 
@@ -304,8 +304,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=None, help="default: another one every time")
-    parser.add_argument("--only", default="", help="a regular expression for names of functions")
-    parser.add_argument("--replay", type=int, default=None, help="the number of a call of --only, with --seed")
+    parser.add_argument(
+        "--only", default="", help="a regular expression for names of functions: of all calls, only theirs"
+    )
+    parser.add_argument(
+        "--replay", type=int, default=None, help="the number of a call of --only, with --inputs and --seed"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     asked = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # drawn texts hold lone surrogates
@@ -318,5 +322,5 @@ def main() -> int:
     if asked.replay is not None:
         for one in outcomes:
             print(one.verdict, one.detail, one.call.written, sep="\n")
-    print(summary(outcomes, seed))
+    print(summary(outcomes, seed, asked.inputs))
     return any(not one.fine for one in outcomes)

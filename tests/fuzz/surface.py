@@ -50,9 +50,10 @@ def _target(name: str, function: Callable, owner: type | None = None, skip: int 
         hints = {}
     parameters = []
     for one in list(inspect.signature(function).parameters.values())[skip:]:
-        if one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
+        several = one.kind is one.VAR_POSITIONAL  # which commands take; functions are called by keyword
+        if one.kind is one.VAR_KEYWORD or (several and not name.startswith("cli.")):
             continue
-        optional = one.default is not one.empty
+        optional = several or one.default is not one.empty
         parameters.append(Parameter(one.name, hints.get(one.name, one.annotation), optional, one.default))
     returns = function if inspect.isclass(function) else hints.get("return")
     return Target(name, function, tuple(parameters), returns, owner)
