@@ -305,10 +305,10 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=None, help="default: another one every time")
     parser.add_argument(
-        "--only", default="", help="a regular expression for names of functions: of all calls, only theirs"
+        "--only", default="", help="of all calls, those of functions with such names (regular expression)"
     )
     parser.add_argument(
-        "--replay", type=int, default=None, help="the number of a call of --only, with --inputs and --seed"
+        "--replay", type=int, default=None, help="the number of a call of --only, with --seed and --inputs"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     asked = parser.parse_args()
