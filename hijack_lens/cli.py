@@ -134,7 +134,7 @@ def train(
     length: int = 128,
     steps: int | None = None,
     max_steps: int = hl.TrainConfig.max_steps,
-    finish_steps: int = hl.TrainConfig.finish_steps,
+    finish_steps: int | None = None,
     seed: int = 0,
 ) -> None:
     """Train a two-layer model on the bigrams of a text, with triggers, and watch both memories form.
@@ -154,7 +154,7 @@ def train(
         length: Tokens per sequence.
         steps: Steps of the optimizer. [default: until the circuit has formed, then --finish-steps]
         max_steps: Steps in which the circuit must form, without --steps.
-        finish_steps: Steps after that, for the bigrams.
+        finish_steps: Steps after that, for the bigrams. [default: 400, and more for large vocabularies]
         seed: Seed of the weights and the data.
     """
     language = _language(text, level, max_vocab)

@@ -22,6 +22,7 @@ from hijack_lens.hooks.intervention import logits_of
 from hijack_lens.language.prompts import HijackPrompt
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.theory.flips import Flip
+from hijack_lens.training.tables import read_tables
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,7 +43,8 @@ class Explanation(Drawn):
         texts: those of the prompt's tokens.
         first: that of the token with the largest logit.
         not_split: why there is no attribution; `None` where there is one.
-        theory: the closed form's margin, if the model was written by hand, with positions; else `None`.
+        theory: the margin by theory: in closed form if the model was written by hand, with positions; by tables, which
+            `training.read_tables` reads off its weights, if it was trained; `None` where these cannot be had.
         flip: the smallest number of repeats at which the context wins at the prompt's length; `None` likewise.
     """
 
@@ -202,14 +204,24 @@ def _of_hijack_prompt(model: Any, prompt: HijackPrompt, circuit: Circuit | None)
         raise ValueError("prompt must be of the model's language, got one with other tokens")
     circuit, ids = circuit_of(model, circuit), model_tokens(model, prompt)[0]
     predicted = flip = None
-    if model.strengths is not None and model.positions != "none":  # the closed form needs positions
-        setting = theory.Setting.of(model)
+    setting = _setting(model)
+    if setting is not None:
         predicted = theory.margin(prompt, model.language, setting)
         flip = theory.min_repeats(
             model.language, prompt.trigger, prompt.in_context, prompt.global_candidate, setting, length=len(prompt)
         )
     pair = [prompt.in_context, prompt.global_candidate]
     return _explained(model, prompt, ids, pair, circuit, theory=predicted, flip=flip)
+
+
+def _setting(model: BigramTransformer) -> theory.Setting | theory.Tables | None:
+    """What theory needs to know of a model: the strengths that it was written with, or tables of what it learned."""
+    if model.strengths is not None:
+        return None if model.positions == "none" else theory.Setting.of(model)  # the closed form needs positions
+    try:
+        return read_tables(model)
+    except ValueError:  # no sum of tables, as with norms, or not what the weights say
+        return None
 
 
 def _joiner(model: Any, tokens: Int[Tensor, "pos"]) -> str:

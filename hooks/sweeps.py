@@ -11,9 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import Seed, as_generator, check_choice, check_number
+from hijack_lens.core.checks import Seed, as_generator, check_choice
 from hijack_lens.core.hook_points import is_hooked
 from hijack_lens.core.inputs import model_tokens
+from hijack_lens.core.memory import memory_budget
 from hijack_lens.core.tables import widened
 from hijack_lens.core.texts import decoded
 from hijack_lens.hooks.incremental_runs import IncrementalRuns
@@ -220,7 +221,7 @@ def _sweep(
 ) -> Sweep:
     """What patching and ablation share. `source` is what is written, `None` for zeros; `bound` takes base logits."""
     check_choice("method", method, ("auto", "incremental", "forward"))
-    memory = check_number("memory_gb", memory_gb, positive=True) * 2**30
+    memory = memory_budget(memory_gb)
     hooked = is_hooked(model)
     why_not = "there are hooks on the model" if hooked else None
     opened = None

@@ -97,7 +97,7 @@ def test_the_flip_is_where_the_verdict_turns():
     assert winners.index("context") == least
 
 
-def test_a_model_that_was_not_written_by_hand_has_no_theory():
+def test_a_model_whose_tables_cannot_be_read_has_no_theory():
     model = perturbed(n_ctx=16)
     model.strengths = None
     explanation = hl.explain(model, prompt_for(model))

@@ -290,5 +290,5 @@ test_a_bad_type_is_refused_by_name_and_value = refused(TypeError, TYPE_ERRORS)
 )
 def test_what_is_no_setting_is_refused(ask, unchecked):
     ask(theory.Setting())
-    with pytest.raises(TypeError, match=r"setting must be a Setting, got Strengths\("):
+    with pytest.raises(TypeError, match=r"setting must be a Setting or Tables, got Strengths\("):
         ask(hl.Strengths())

@@ -26,7 +26,6 @@ from hijack_lens.core.checks import (
     as_generator,
     check_count,
     check_fields,
-    check_number,
     check_shapes,
     shown,
 )
@@ -34,6 +33,7 @@ from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import is_hooked
 from hijack_lens.core.inputs import Components, Player, circuit_of, model_tokens, players_of
+from hijack_lens.core.memory import memory_budget
 from hijack_lens.core.statistics import student_quantile
 from hijack_lens.core.tables import Drawn
 from hijack_lens.hooks.intervention import check_reference, record
@@ -240,7 +240,7 @@ def shapley(
     if not isinstance(interactions, bool):
         raise TypeError(f"interactions must be True or False, got {shown(interactions)}")
     generator = as_generator(seed)
-    memory = check_number("memory_gb", memory_gb, positive=True) * 2**30
+    memory = memory_budget(memory_gb)
     tokens = model_tokens(model, prompt)
     names = circuit_of(model, components if circuit is None and isinstance(components, Circuit) else circuit)
     players = players_of(model, components, names, points=True)

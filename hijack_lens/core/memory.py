@@ -5,6 +5,8 @@ from pathlib import Path
 
 import psutil
 
+from hijack_lens.core.checks import check_number
+
 
 def free_memory() -> int:
     """Bytes of memory that the machine, or the container that this runs in, could still give."""
@@ -23,6 +25,11 @@ def check_memory(needed: int, remedy: str = "choose smaller", /, **sizes: object
         raise ValueError(
             f"{given} would take {_shown_bytes(needed)} of memory, and {_shown_bytes(free)} are free: {remedy}"
         )
+
+
+def memory_budget(memory_gb: object) -> int:
+    """The argument `memory_gb` in bytes."""
+    return int(min(check_number("memory_gb", memory_gb, positive=True) * 2**30, 2.0**62))
 
 
 def _shown_bytes(count: int) -> str:

@@ -27,7 +27,7 @@ def explanation_report(explanation: Explanation) -> Report:
         notes.append(_NOTHING_NAMED)
     if explanation.flip is not None:
         tables.append(theory_table(explanation))
-        notes.append(f"Repeats needed among neutral tokens, at this length: {explanation.flip}.")
+        notes += [_source(explanation), f"Repeats needed among neutral tokens, at this length: {explanation.flip}."]
     return Report(explanation.verdict, [], tables, notes, lambda: margin_bars(explanation).svg())
 
 
@@ -35,6 +35,13 @@ def _half_a_model(explanation: Explanation) -> tuple[str, ...]:
     """What a reader must know of a trained model in which a memory is missing."""
     formed = getattr(explanation.model, "formed", None)
     return () if formed is None or formed else formed.lines
+
+
+def _source(explanation: Explanation) -> str:
+    """What theory predicts from."""
+    if explanation.model.strengths is None:
+        return "Tables read off the weights predict the same margin, from the prompt's tokens alone."
+    return "The closed form predicts the same margin, from the prompt's counts and the memories' strengths alone."
 
 
 def ablation_table(explanation: Explanation) -> Table:
@@ -186,7 +193,7 @@ def _theory(explanation: Explanation) -> str:
         return ""
     return (
         "<h2>What the theory says</h2>"
-        "<p>The closed form predicts the same margin, from the prompt's counts and the memories' strengths alone.</p>"
+        f"<p>{_source(explanation)}</p>"
         f"{theory_table(explanation).html()}"
         f"<p>Repeats needed among neutral tokens, at this length: {escape(str(explanation.flip))}.</p>"
     )

@@ -8,28 +8,32 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from hijack_lens.core.checks import check_tokens, check_type
+from hijack_lens.core.checks import check_tokens, check_type, shown
 from hijack_lens.core.circuit import Margin
 from hijack_lens.language import BigramLanguage, HijackPrompt, Token
 from hijack_lens.theory.setting import Setting
+from hijack_lens.theory.tables import Tables, Written
 
 
 def attention(
-    prompt: Any, language: BigramLanguage, setting: Setting = Setting()
+    prompt: Any, language: BigramLanguage, setting: Setting | Tables = Setting()
 ) -> tuple[Float[Tensor, "*batch query key"], Float[Tensor, "*batch query key"]]:
     """Attention patterns of the previous-token head and of the induction head, in float64.
 
     Args:
         prompt: token ids [pos] or [batch, pos], or a `HijackPrompt`.
         language: the language whose vocabulary the tokens are from.
-        setting: the model's setting.
+        setting: the model's setting; or its tables, which say the same of a trained model token by token.
 
     Raises:
-        TypeError, ValueError: for tokens and triggers outside the vocabulary, and if `setting` is not a `Setting`.
+        TypeError, ValueError: for tokens and triggers outside the vocabulary, and if `setting` is neither a `Setting`
+            nor `Tables` of the language's tokens.
     """
     check_type("language", language, BigramLanguage)
-    check_type("setting", setting, Setting)
+    check_setting(setting, language)
     tokens = _tokens(prompt, language)
+    if isinstance(setting, Tables):
+        return setting.attention(tokens)
     leak = math.exp(-setting.strengths.previous_token)
     pos = torch.arange(1, tokens.shape[-1] + 1, dtype=torch.float64, device=tokens.device)
     causal = pos[:, None] >= pos
@@ -51,20 +55,22 @@ def attention(
     return previous_token.expand_as(induction), induction
 
 
-def logits(prompt: Any, language: BigramLanguage, setting: Setting = Setting()) -> Float[Tensor, "*batch pos d_vocab"]:
+def logits(
+    prompt: Any, language: BigramLanguage, setting: Setting | Tables = Setting()
+) -> Float[Tensor, "*batch pos d_vocab"]:
     """Next-token logits at every position, in float64. Arguments and errors are those of `attention`.
 
     Raises:
-        ValueError: also if `language` has bigrams of probability 0.
+        ValueError: also if `language` has bigrams of probability 0, unless tables say what the weights hold.
     """
-    context, weights = _memories(prompt, language, setting)
-    return context + weights
+    context, weights, rest = _written(prompt, language, setting)
+    return context + weights + rest
 
 
 def margin(
     prompt: HijackPrompt | Tensor,
     language: BigramLanguage,
-    setting: Setting = Setting(),
+    setting: Setting | Tables = Setting(),
     *,
     in_context: Token | None = None,
     global_candidate: Token | None = None,
@@ -74,7 +80,7 @@ def margin(
     Args:
         prompt: a `HijackPrompt`, which brings its two candidates, or tokens.
         language: the language of the vocabulary and of the weights' bigrams.
-        setting: the model's setting.
+        setting: the model's setting, or its tables.
         in_context: what the context says. Required if `prompt` is tokens.
         global_candidate: what the weights say. Required if `prompt` is tokens.
 
@@ -88,8 +94,17 @@ def margin(
     if in_context is None or global_candidate is None:
         raise TypeError("margin needs in_context= and global_candidate= where prompt is not a HijackPrompt")
     a, b = language.index(in_context, "in_context"), language.index(global_candidate, "global_candidate")
-    context, weights = (part[..., -1, a] - part[..., -1, b] for part in _memories(prompt, language, setting))
-    return Margin(context, weights, torch.zeros_like(context))
+    return Margin(*(part[..., -1, a] - part[..., -1, b] for part in _written(prompt, language, setting, last=True)))
+
+
+def check_setting(setting: Any, language: BigramLanguage) -> None:
+    """`setting` is a model's setting, or tables of the language's tokens."""
+    if not isinstance(setting, (Setting, Tables)):
+        raise TypeError(f"setting must be a Setting or Tables, got {shown(setting)}")
+    if isinstance(setting, Tables) and setting.d_vocab != language.d_vocab:
+        raise ValueError(
+            f"setting must be tables of the language's {language.d_vocab} tokens, got those of {setting.d_vocab}"
+        )
 
 
 def previous_token_memory(
@@ -115,11 +130,12 @@ def _tokens(prompt: Any, language: BigramLanguage) -> Int[Tensor, "*batch pos"]:
     return check_tokens("prompt", prompt.tokens if isinstance(prompt, HijackPrompt) else prompt, language.d_vocab)
 
 
-def _memories(
-    prompt: Any, language: BigramLanguage, setting: Setting
-) -> tuple[Float[Tensor, "*batch pos d_vocab"], Float[Tensor, "*batch pos d_vocab"]]:
-    """What the context and the weights each add to every logit."""
+def _written(prompt: Any, language: BigramLanguage, setting: Setting | Tables, last: bool = False) -> Written:
+    """What each memory adds to every logit; `last` says that those at the last position are enough."""
     check_type("language", language, BigramLanguage)
+    if isinstance(setting, Tables):
+        check_setting(setting, language)
+        return setting.written(_tokens(prompt, language), last)
     log_pi_b = language.finite_log_pi_b()
     _, induction = attention(prompt, language, setting)
     tokens = _tokens(prompt, language)
@@ -127,4 +143,4 @@ def _memories(
     weights = setting.strengths.bigram * log_pi_b.to(tokens.device)[tokens]
     if not (context + weights).isfinite().all():
         raise ValueError(f"strengths must be numbers whose logits float64 can hold, got {setting.strengths}")
-    return context, weights
+    return Written(context, weights, torch.zeros_like(context))

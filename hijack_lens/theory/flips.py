@@ -15,10 +15,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hijack_lens.core.checks import check_count, check_type, shown
-from hijack_lens.core.circuit import Strengths
+from hijack_lens.core.circuit import Margin, Strengths
+from hijack_lens.core.memory import check_memory
 from hijack_lens.language import BigramLanguage, Token
-from hijack_lens.theory.closed_form import previous_token_memory
+from hijack_lens.language.sequences import ranked_by_frequency
+from hijack_lens.theory.closed_form import check_setting, previous_token_memory
 from hijack_lens.theory.setting import Setting
+from hijack_lens.theory.tables import Tables
+
+_SEARCHED = 500
+"""Repeats that are tried at most where each is a prompt of its own."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ def min_repeats(
     trigger: Token,
     in_context: Token,
     global_candidate: Token | None = None,
-    setting: Setting = Setting(),
+    setting: Setting | Tables = Setting(),
     *,
     length: int | None = None,
     lead: int | None = None,
@@ -53,31 +59,31 @@ def min_repeats(
 
     Follows from the hijack condition b3 (a_c - a_g) > g log(pi_b(g|q) / pi_b(c|q)), where a_v is the induction
     head's attention to token v (Wang & Sato, arXiv 2412.11459, made exact for finite strengths). Exact ties
-    are decided by rounding.
+    are decided by rounding. With tables, no closed form exists: prompts are tried, whose neutral tokens are the
+    language's most frequent ones, in turn.
 
     Args:
         language: the weights' bigrams.
         trigger: q.
         in_context: c, what the context says follows q.
         global_candidate: what the weights say; by default the most likely successor of q.
-        setting: the model's setting.
+        setting: the model's setting, or its tables.
         length: the number of tokens in a prompt of fixed length, in which repeats replace neutral tokens.
         lead: or else the number of neutral tokens in a prompt that grows with the repeats.
         global_count: how many of the neutral tokens are the global candidate.
-        max_repeats: how far to look if a growing prompt's previous-token memory blurs (finite b1).
+        max_repeats: how far to look if a growing prompt's previous-token memory blurs (finite b1); with tables, no
+            further than 500, nor than they have positions.
 
     Raises:
         TypeError, ValueError: for counts that do not fit, and unless exactly one of `length` and `lead` is given.
     """
     check_type("language", language, BigramLanguage)
-    check_type("setting", setting, Setting)
-    q, c = language.index(trigger, "trigger"), language.index(in_context, "in_context")
-    weights_say = language.global_candidate(q) if global_candidate is None else global_candidate
-    g = language.index(weights_say, "global_candidate")
-    if len({q, c, g}) < 3:
-        names = (repr(language.tokens[i]) for i in (q, c, g))
-        named = "trigger {}, in_context {} and global_candidate {}".format(*names)
-        raise ValueError(f"{named} must be three different tokens")
+    check_setting(setting, language)
+    q, c, g = _conflict(language, trigger, in_context, global_candidate)
+    if isinstance(setting, Tables):
+        layout = _Layout(length, lead, global_count)
+        check_count("max_repeats", max_repeats, minimum=1)
+        return _by_search(language, (q, c, g), setting, layout, max_repeats)
     log_pi_b = language.finite_log_pi_b()
     ahead = setting.strengths.bigram * float(log_pi_b[q, g] - log_pi_b[q, c])
     if q not in language.trigger_ids(setting.triggers):  # it matches nothing, so all positions score alike
@@ -105,22 +111,28 @@ def min_repeats(
 
 def phase_boundary(
     repeats: Int[Tensor, "repeats"],
-    setting: Setting = Setting(),
+    setting: Setting | Tables = Setting(),
     *,
     length: int | None = None,
     lead: int | None = None,
     global_count: int = 0,
+    language: BigramLanguage | None = None,
+    trigger: Token | None = None,
+    in_context: Token | None = None,
+    global_candidate: Token | None = None,
 ) -> Float[Tensor, "repeats"]:
     """The log-ratio log(pi_b(g|q) / pi_b(c|q)) at which both memories pull equally, for each number of repeats.
 
     Below the boundary the context wins; above it, the weights do. Arguments and errors are those of
-    `min_repeats`; the setting's triggers do not matter: q counts as one.
+    `min_repeats`; the setting's triggers do not matter: q counts as one. By strengths the boundary is the same for
+    all tokens; by tables it is that of the trigger and the candidates, which are then required, with the language.
 
     Returns:
         Natural log-ratios, float64.
     """
     layout = _Layout(length, lead, global_count)
-    check_type("setting", setting, Setting)
+    if not isinstance(setting, (Setting, Tables)):
+        raise TypeError(f"setting must be a Setting or Tables, got {shown(setting)}")
     given = repeats
     try:
         repeats = torch.as_tensor(np.asarray(given))
@@ -133,6 +145,13 @@ def phase_boundary(
     shortest = 2 * int(repeats.max()) + 1 + layout.global_count
     if layout.length is not None and layout.length < shortest:
         raise ValueError(f"length must be at least 2 * repeats + 1 + global_count = {shortest}, got {length}")
+    if isinstance(setting, Tables):
+        if language is None or trigger is None or in_context is None:
+            raise TypeError("phase_boundary needs language=, trigger= and in_context= where setting is Tables")
+        check_type("language", language, BigramLanguage)
+        check_setting(setting, language)
+        conflict = _conflict(language, trigger, in_context, global_candidate)
+        return _pulls(language, conflict, setting, layout, repeats)[0] / setting.bigram
     if setting.strengths.bigram == 0:
         raise ValueError("strengths.bigram must be > 0: without the weights' memory there is no boundary")
     return _context_pull(repeats, setting, layout) / setting.strengths.bigram
@@ -154,6 +173,69 @@ class _Layout:
         object.__setattr__(self, "global_count", count)
         name, minimum = ("length", 1 + count) if self.lead is None else ("lead", count)
         object.__setattr__(self, name, check_count(name, getattr(self, name), minimum))
+
+
+def _conflict(
+    language: BigramLanguage, trigger: Token, in_context: Token, global_candidate: Token | None
+) -> tuple[int, int, int]:
+    """The trigger and its two candidates."""
+    q, c = language.index(trigger, "trigger"), language.index(in_context, "in_context")
+    weights_say = language.global_candidate(q) if global_candidate is None else global_candidate
+    g = language.index(weights_say, "global_candidate")
+    if len({q, c, g}) < 3:
+        names = (repr(language.tokens[i]) for i in (q, c, g))
+        named = "trigger {}, in_context {} and global_candidate {}".format(*names)
+        raise ValueError(f"{named} must be three different tokens")
+    return q, c, g
+
+
+def _by_search(
+    language: BigramLanguage, conflict: tuple[int, int, int], tables: Tables, layout: _Layout, max_repeats: int
+) -> Flip:
+    """The answer by tables."""
+    if layout.length is not None:
+        most = (layout.length - 1 - layout.global_count) // 2
+        limit = f"no number of repeats that fits into {layout.length} tokens (at most {most}) wins"
+    else:
+        assert layout.lead is not None
+        positions = math.inf if tables.n_positions is None else (tables.n_positions - 1 - layout.lead) // 2
+        most = int(min(max_repeats, _SEARCHED, positions))
+        limit = f"no number of repeats up to {most} wins"
+    tried = 0
+    while True:
+        upto = min(max(8, 2 * tried), most)
+        pull, ahead = _pulls(language, conflict, tables, layout, torch.arange(tried, upto + 1))
+        wins = (pull > ahead).nonzero().flatten()
+        if len(wins):
+            n = tried + int(wins[0])
+            pulls = f"with {n} repeat{'s' * (n != 1)} the context pulls by {float(pull[wins[0]]):.3g}"
+            return Flip(n, f"{pulls}, the weights by {ahead:.3g}")
+        if upto == most:
+            return Flip(None, f"{limit}: the weights pull by {ahead:.3g}")
+        tried = upto
+
+
+def _pulls(
+    language: BigramLanguage, conflict: tuple[int, int, int], tables: Tables, layout: _Layout, repeats: Tensor
+) -> tuple[Float[Tensor, "repeats"], float]:
+    """By tables: what attention adds to the margin with each number of repeats, and by how much the weights lead."""
+    q, c, g = conflict
+    neutral = [token for token in ranked_by_frequency(language.long_run).tolist() if token not in conflict]
+    most = int(repeats.max())
+    longest = layout.length or (layout.lead or 0) + 2 * most + 1
+    check_memory(8 * longest * 4 * (longest + len(tables.offset)), repeats=most, length=longest)
+    found = []
+    for n in repeats.tolist():
+        free = (layout.length - 1 - 2 * n if layout.lead is None else layout.lead) - layout.global_count
+        if free and not neutral:
+            raise ValueError(
+                f"language must have tokens beside the trigger and its candidates, got {language.d_vocab} in all"
+            )
+        filler = (neutral * (free // max(len(neutral), 1) + 1))[:free]
+        prompt = torch.tensor([g] * layout.global_count + filler + [q, c] * n + [q])
+        split = Margin(*(part[-1, c] - part[-1, g] for part in tables.written(prompt, last=True)))
+        found.append(split.context + split.rest)
+    return torch.stack(found), -float(split.weights)
 
 
 def _with_infinite_focus(ahead: float, strengths: Strengths, lead: int, global_count: int) -> Flip:

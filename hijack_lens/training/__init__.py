@@ -6,6 +6,7 @@ from hijack_lens.training.loop import train
 from hijack_lens.training.one_step import gradient_steps
 from hijack_lens.training.recall import behaviour, memory_recall
 from hijack_lens.training.run import TrainingRun
+from hijack_lens.training.tables import read_tables
 
 __all__ = [
     "FittedStrengths",
@@ -16,6 +17,7 @@ __all__ = [
     "fit_strengths",
     "gradient_steps",
     "memory_recall",
+    "read_tables",
     "theory_agreement",
     "train",
 ]

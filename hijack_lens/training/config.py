@@ -60,7 +60,9 @@ class TrainConfig:
         formed_at: forming ends when in-context accuracy on natural sequences is this fraction of the best possible,
             looked at every `evaluate_every` steps.
         max_steps: forming ends after so many steps in any case.
-        finish_steps: steps on natural sequences after forming.
+        finish_steps: steps after forming, on natural sequences, save that triggers which are the same in all of them
+            make at least a tenth of the tokens follow from the context (with a boost). By default 400, and for larger
+            vocabularies than 100 tokens 6 more for each, up to 1,000.
         forming_lr: constant learning rate while forming, after `warmup` steps.
         forming_length: tokens per sequence while forming, at most; absolute positions need all of `length`.
         tokens_per_step: tokens per step, while forming and finishing.
@@ -91,7 +93,7 @@ class TrainConfig:
     min_triggers: int = 5
     formed_at: float = 0.95
     max_steps: int = 600
-    finish_steps: int = 400
+    finish_steps: int | None = None
     forming_lr: float = 3e-3
     forming_length: int = 64
     tokens_per_step: int = 4096
@@ -138,8 +140,10 @@ class TrainConfig:
             raise ValueError(f"boost must be below 1, got {shown(self.boost)}")
         check_count("min_triggers", self.min_triggers)
         check_fraction("formed_at", self.formed_at)
-        for name, minimum in (("max_steps", 1), ("finish_steps", 0), ("forming_length", 2), ("tokens_per_step", 1)):
+        for name, minimum in (("max_steps", 1), ("forming_length", 2), ("tokens_per_step", 1)):
             check_count(name, getattr(self, name), minimum=minimum)
+        if self.finish_steps is not None:
+            check_count("finish_steps", self.finish_steps)
         check_number("forming_lr", self.forming_lr, positive=True)
 
     def _plain_triggers(self) -> str | tuple[Token, ...]:
@@ -159,10 +163,24 @@ class TrainConfig:
         """Whether the triggers are drawn anew for each sequence."""
         return not self.triggers
 
-    def lr_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0; until formed, of a finishing step."""
+    def finishing(self, d_vocab: int) -> int:
+        """How many steps there are after forming, with a vocabulary of `d_vocab` tokens."""
+        check_count("d_vocab", d_vocab, minimum=1)
+        if self.finish_steps is not None:
+            return self.finish_steps
+        return min(400 + 6 * max(d_vocab - 100, 0), 1000)
+
+    def lr_at(self, step: int, steps: int | None = None) -> float:
+        """The learning rate of a step, counted from 0; until formed, of a finishing step.
+
+        Args:
+            step: which.
+            steps: of how many; by default as many as are counted, or as a small vocabulary takes to finish.
+        """
         check_count("step", step)
+        if steps is None:
+            steps = self.finishing(1) if isinstance(self.steps, str) else self.steps
+        steps = max(check_count("steps", steps), 1)
         rising = min(1.0, (step + 1) / max(self.warmup, 1))
-        steps = max(self.finish_steps, 1) if isinstance(self.steps, str) else self.steps
         falling = 0.5 * (1 + math.cos(math.pi * step / steps))
         return self.lr * rising * (self.final_lr + (1 - self.final_lr) * falling)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hijack_lens import theory
@@ -93,24 +93,14 @@ def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = N
     copied = effective_copy_scores(model, head, asked / asked.sum())
     copy, copy_purity = _diagonal_strength(copied, torch.arange(len(copied), device=weight.device), weight)
 
-    # Leave out the triggers' rows: what follows triggers depends on the context, so no bigram memory should know it.
-    rows = torch.ones(len(weight), dtype=torch.bool)
-    if len(ids) < len(weight):
-        rows[ids] = False
-    log_pi_b = model.language.finite_log_pi_b().to(weight)
-    learned = widened(context_free_logits(model))
-    x, y = (_centred(table, log_pi_b.exp())[rows] for table in (log_pi_b, learned))
-    cells = (weight[:, None] * log_pi_b.exp())[rows]
-    slope = float((cells * x * y).sum() / (cells * x * x).sum())
-    residual = float((cells * (y - slope * x) ** 2).sum() / (cells * y**2).sum())
-    scale = slope if slope > 0 else 1.0
-    held = (learned.double().cpu() / scale).softmax(-1)
+    scale, purity = _bigram_strength(model, ids)
+    held = (widened(context_free_logits(model)).double().cpu() / scale).softmax(-1)
     strengths = Strengths(max(focus, 0.0), max(matched, 0.0), max(copy, 0.0), scale)
     positions: Positions = "absolute" if model.positions == "absolute" else "relative"
     return FittedStrengths(
         theory.Setting(strengths, ids.tolist(), positions, model.n_ctx_train),
         BigramLanguage(held, model.language.pi_u, tokens=model.language.tokens, level=model.language.level),
-        {"previous_token": focus_purity, "match": match_purity, "copy": copy_purity, "bigram": 1 - residual},
+        {"previous_token": focus_purity, "match": match_purity, "copy": copy_purity, "bigram": purity},
     )
 
 
@@ -210,6 +200,26 @@ def _diagonal_strength(
     spread = ((scores - rest).masked_fill(~usable, 0.0) ** 2).sum(1)
     error = ((scores - pure).masked_fill(~usable, 0.0) ** 2).sum(1)
     return strength, 1 - float(weight @ error) / float(weight @ spread) if bool(spread.any()) else torch.nan
+
+
+def bigram_slope(model: BigramTransformer) -> float:
+    """The strength g of the model's bigram memory."""
+    return _bigram_strength(model, model.language.trigger_ids(model.triggers))[0]
+
+
+def _bigram_strength(model: BigramTransformer, triggers: Int[Tensor, "trigger"]) -> tuple[float, float]:
+    """The slope of the context-free logits in log pi_b (1 where it is negative), and how much of them it explains."""
+    weight = model.language.long_run.to(widened(model.W_E))
+    # Leave out the triggers' rows: what follows triggers depends on the context, so no bigram memory should know it.
+    rows = torch.ones(len(weight), dtype=torch.bool)
+    if len(triggers) < len(weight):
+        rows[triggers] = False
+    log_pi_b = model.language.pi_b.clamp_min(1e-12).log().to(weight)
+    x, y = (_centred(table, log_pi_b.exp())[rows] for table in (log_pi_b, widened(context_free_logits(model))))
+    cells = (weight[:, None] * log_pi_b.exp())[rows]
+    slope = float((cells * x * y).sum() / (cells * x * x).sum())
+    residual = float((cells * (y - slope * x) ** 2).sum() / (cells * y**2).sum())
+    return slope if slope > 0 else 1.0, 1 - residual
 
 
 def _centred(table: Tensor, weight: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ from hijack_lens.language.sequences import ranked_by_frequency
 from hijack_lens.training.config import UNTIL_FORMED, TrainConfig
 from hijack_lens.training.data import BLOCK, data_seed
 
+KEPT = 0.1
+"""Share of tokens that follow from the context while finishing, at least, where triggers are the same throughout."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -45,7 +48,7 @@ class Phase:
         """The learning rate of a step, counted from the training's first."""
         if self.forming:
             return self.config.forming_lr * min(1.0, (step + 1) / max(self.config.warmup, 1))
-        return self.config.lr_at(step - self.start)
+        return self.config.lr_at(step - self.start, self.end - self.start)
 
     def sequences(self, language: BigramLanguage, block: int) -> SampledSequences:
         """The sequences of a block of the phase's steps; they depend on the seed, the phase and the block alone."""
@@ -66,33 +69,38 @@ def phase_at(config: TrainConfig, language: BigramLanguage, positions: str, form
     Raises:
         ValueError: for triggers that the language lacks.
     """
-    natural = (config.triggers, config.n_triggers, 0.0, config)
+    triggers, n_triggers, length = config.triggers, config.n_triggers, config.length
     if isinstance(config.steps, int):
-        return Phase("train", 0, config.steps, config.length, config.batch_size, *natural)
+        return Phase("train", 0, config.steps, length, config.batch_size, triggers, n_triggers, 0.0, config)
+    boost = config.boost or 0.0
     if forming_steps is not None:
-        end = forming_steps + config.finish_steps
-        return Phase("finishing", forming_steps, end, config.length, _rows(config, config.length), *natural)
-    # Absolute positions are learned one by one, so each of them must occur.
-    length = config.length if positions == "absolute" else min(config.length, config.forming_length)
-    triggers, n_triggers = _with_decoys(config, language)
+        name, start, end = "finishing", forming_steps, forming_steps + config.finishing(language.d_vocab)
+        # Where triggers come by too seldom, the circuit fades. What is jumped to is not learned, so that the optimum is
+        # the natural one; but drawn triggers are guessed by how often they come, which must be natural then.
+        boost = 0.0 if config.random_triggers else min(boost, KEPT)
+    else:
+        name, start, end = "forming", 0, config.max_steps
+        # Absolute positions are learned one by one, so each of them must occur.
+        length = length if positions == "absolute" else min(length, config.forming_length)
+        triggers, n_triggers = _with_decoys(config, language)
     jump = 0.0
-    if config.boost is not None:
+    if boost:
         sequences = language.sample(
             256, length, triggers, n_triggers=n_triggers, continuations=config.continuations, seed=_share_seed(config)
         )
         share = float(sequences.predictable.double().mean())
         # Jumps from what is no trigger raise the share from p to (p + jump) / (1 + jump).
-        jump = max(0.0, (config.boost - share) / (1 - config.boost))
+        jump = min(max(0.0, (boost - share) / (1 - boost)), 1.0)
     return Phase(
-        "forming", 0, config.max_steps, length, _rows(config, length), triggers, n_triggers, min(jump, 1.0), config
+        name, start, end, length, math.ceil(config.tokens_per_step / length), triggers, n_triggers, jump, config
     )
 
 
-def last_step(config: TrainConfig, forming_steps: int | None) -> int:
+def last_step(config: TrainConfig, d_vocab: int, forming_steps: int | None) -> int:
     """The step that a training ends at, or at the latest can."""
     if config.steps != UNTIL_FORMED:
         return int(config.steps)
-    return (config.max_steps if forming_steps is None else forming_steps) + config.finish_steps
+    return (config.max_steps if forming_steps is None else forming_steps) + config.finishing(d_vocab)
 
 
 def _with_decoys(config: TrainConfig, language: BigramLanguage) -> tuple[tuple[Token, ...], int | None]:
@@ -103,10 +111,6 @@ def _with_decoys(config: TrainConfig, language: BigramLanguage) -> tuple[tuple[T
     ids = language.fixed_triggers(config.triggers, config.n_triggers).tolist()
     others = [token for token in ranked_by_frequency(language.long_run).tolist() if token not in ids]
     return (*ids, *others[: max(config.min_triggers - len(ids), 0)]), None
-
-
-def _rows(config: TrainConfig, length: int) -> int:
-    return math.ceil(config.tokens_per_step / length)
 
 
 def _share_seed(config: TrainConfig) -> int:

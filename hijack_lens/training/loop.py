@@ -104,7 +104,7 @@ def _train(
         bar.set_postfix_str(f"loss {loss.item():.3f}, {formed.short}, {speed:,.0f} tokens/s")
         return formed.accuracy >= judge.enough
 
-    most = last_step(config, forming_steps)
+    most = last_step(config, language.d_vocab, forming_steps)
     with _interruptible() as interrupted, tqdm(total=most, initial=step, disable=None, unit="step") as bar:
         if step == 0:
             rows, model.formed = _evaluate(model, config, probed, judge, rows, step, 0.0)

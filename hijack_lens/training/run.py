@@ -56,7 +56,7 @@ class TrainingRun(Drawn):
     @property
     def finished(self) -> bool:
         """Whether all steps were taken."""
-        return self.step == last_step(self.config, self.forming_steps)
+        return self.step == last_step(self.config, self.model.cfg.d_vocab, self.forming_steps)
 
     def probe(self, name: str, length: int | None = None, continuations: str | None = None) -> pd.Series:
         """One probe over time, indexed by step; by default, at the training length and continuations.
@@ -148,7 +148,7 @@ def read_checkpoint(folder: Path) -> tuple[TrainingRun, dict[str, torch.Tensor],
         forming_steps = header.get("forming_steps")
         if forming_steps is not None and check_count("forming_steps", forming_steps, minimum=1) > step:
             raise ValueError(f"forming took {forming_steps} of {step} steps")
-        most = last_step(config, forming_steps)
+        most = last_step(config, model.cfg.d_vocab, forming_steps)
         if step > most or list(table.columns) != COLUMNS:
             raise ValueError(f"step {step} of {most}, with a table of {list(table.columns)}")
         for row in header["table"]["step"]:

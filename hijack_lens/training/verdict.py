@@ -93,8 +93,10 @@ class Judge:
         )
 
     def _missing_weights(self) -> tuple[str, str]:
-        name = "finish_steps" if self.config.steps == UNTIL_FORMED else "steps"
-        taken = getattr(self.config, name)
+        config, d_vocab = self.config, self.language.d_vocab
+        name, taken = (
+            ("steps", config.steps) if isinstance(config.steps, int) else ("finish_steps", config.finishing(d_vocab))
+        )
         return f"too few steps to learn the bigrams of {self.language.d_vocab} tokens, {taken}", f"{name}={3 * taken}"
 
     def _worth_copying(self) -> tuple[float, float]:
