@@ -224,8 +224,9 @@ def _pulls(
     most = int(repeats.max())
     longest = layout.length or (layout.lead or 0) + 2 * most + 1
     check_memory(8 * longest * 4 * (longest + len(tables.offset)), repeats=most, length=longest)
-    found = []
-    for n in repeats.tolist():
+
+    def split(n: int, last: bool) -> Margin:
+        """The margin with n repeats; at all positions, or at the last alone."""
         free = (layout.length - 1 - 2 * n if layout.lead is None else layout.lead) - layout.global_count
         if free and not neutral:
             raise ValueError(
@@ -233,9 +234,13 @@ def _pulls(
             )
         filler = (neutral * (free // max(len(neutral), 1) + 1))[:free]
         prompt = torch.tensor([g] * layout.global_count + filler + [q, c] * n + [q])
-        split = Margin(*(part[-1, c] - part[-1, g] for part in tables.written(prompt, last=True)))
-        found.append(split.context + split.rest)
-    return torch.stack(found), -float(split.weights)
+        return Margin(*(part[:, c] - part[:, g] for part in tables.written(prompt, last)))
+
+    if layout.lead is not None:  # a shorter prompt is the beginning of a longer one
+        grown = split(most, last=False)
+        return (grown.context + grown.rest)[layout.lead + 2 * repeats], -float(grown.weights[-1])
+    alone = [split(n, last=True) for n in repeats.tolist()]
+    return torch.cat([one.context + one.rest for one in alone]), -float(alone[0].weights)
 
 
 def _with_infinite_focus(ahead: float, strengths: Strengths, lead: int, global_count: int) -> Flip:
