@@ -15,6 +15,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# A process per core, and so a thread per process: on tiny tensors, more only wait for one another.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for those that tests start
+
 settings.register_profile(
     "hijack-lens",
     deadline=None,

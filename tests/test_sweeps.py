@@ -251,7 +251,8 @@ def test_every_sweep_is_the_loop_over_hooked_runs(name, group):
         (CORRUPTED, CLEAN, "denoise", (0, 1, -1), (0, 1, 3), ("last", "last forward", "inner", "all")),
         (CLEAN, CORRUPTED, "noise", "all", (None,), ("last", "first", "all")),
     )
-    for into, out_of, direction, positions, places, ways in plans:
+    turn = list(SHARED).index(name) + list(GROUPS).index(group)  # every model and every group has both
+    for into, out_of, direction, positions, places, ways in plans[turn % 2 :][:1]:
         logits = looped(model, into, cached(model, out_of), components, layers, places, units or (None,))
         for way in ways:
             reads, method = way.split() if " " in way else (way, "incremental")

@@ -27,9 +27,9 @@ def check_memory(needed: int, remedy: str = "choose smaller", /, **sizes: object
         )
 
 
-def memory_budget(memory_gb: object) -> int:
-    """The argument `memory_gb` in bytes."""
-    return int(min(check_number("memory_gb", memory_gb, positive=True) * 2**30, 2.0**62))
+def memory_budget(memory_gb: object) -> float:
+    """The argument `memory_gb` in bytes; finite, to be divided."""
+    return min(check_number("memory_gb", memory_gb, positive=True) * 2**30, 2.0**62)
 
 
 def _shown_bytes(count: int) -> str:

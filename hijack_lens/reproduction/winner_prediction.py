@@ -1,7 +1,7 @@
-"""Claim: strengths read off the weights predict which memory wins, prompt by prompt."""
+"""Claim: the memories' tables, read off the weights, predict which memory wins, prompt by prompt."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -9,66 +9,84 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hijack_lens.attribution import attribute
+from hijack_lens import theory
+from hijack_lens.language import HijackPrompt
 from hijack_lens.models import BigramTransformer
 from hijack_lens.reproduction import experiment
 from hijack_lens.reproduction.experiment import RANDOM_TRIGGERS, Finding, Recipe, Result, Train, over_seeds, trained
 from hijack_lens.show.style import Picture
-from hijack_lens.training import fit_strengths
+from hijack_lens.theory.tables import TERMS
+from hijack_lens.training import fit_strengths, read_tables
 from hijack_lens.training.fit import agreement_on, conflict_prompts
 
 STATEMENT = (
-    "Four strengths read off a trained model's weights predict which memory wins a conflict: on prompts never asked "
-    "before, with calibrated confidence, and better than a regression on the prompts' counts."
+    "The two memories, as tables read off a trained model's weights, predict which of them wins a conflict: on prompts "
+    "never asked before, with calibrated confidence, and better than what knows of the prompts' counts alone."
 )
-SOURCE = "beyond the papers; the theory is that of Wang & Sato, arXiv 2412.11459"
+SOURCE = "beyond the papers; the theory is that of Wang & Sato, arXiv 2412.11459, token by token"
 
 AGREEMENT = 0.95  # of predicted and measured winners, as a fraction of held-out prompts
+CORRELATION = 0.94  # of predicted and measured margins
 CALIBRATION_ERROR = 0.1  # the most allowed, expected between a predicted probability and how often the context wins
 BINS = 5  # of predicted probability, equally wide: with more, each holds few prompts, and chance alone makes an error
+
+PAST_THE_CIRCUIT = "remembered"
+"""The one table that belongs to neither memory: what the previous-token head writes at the query itself."""
 
 LONGER = Recipe(0, fixed=False, length=96, steps=300, evaluate_every=300)  # random triggers in longer sequences
 
 _COUNTS = ["n_qc", "n_qg", "n_c", "n_g", "log_ratio"]
 _RIDGE = 1e-3  # on standardised inputs: without it, separable prompts have no best weights
-_AT_ONCE = 50  # prompts that are attributed together
 _PREDICTORS = {"theory": "#0072B2", "counts": "#D55E00"}
+_BARS = {
+    **{"theory": "two memories, tables from the weights", "strengths": "two memories, four strengths from the weights"},
+    **{"counts": "logistic regression on counts", "rule": "the context, once it has spoken"},
+}
 
 
 @dataclass(frozen=True)
 class Settings:
     """Settings of the measurements."""
 
-    recipe: Recipe = LONGER
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the trained models
-    lengths: tuple[int, ...] = (48, 96)  # of the prompts
+    recipes: tuple[Recipe, ...] = (LONGER, replace(LONGER, fixed=True))
+    seeds: tuple[int, ...] = tuple(range(10, 20))  # of the trained models
+    lengths: tuple[int, ...] = (32, 48, 96)  # of the prompts
     n_prompts: int = 600  # for each model and length; every other one is held out
 
 
-QUICK = Settings(RANDOM_TRIGGERS, (0, 1, 2), (32,), 300)
+QUICK = Settings((RANDOM_TRIGGERS, replace(RANDOM_TRIGGERS, fixed=True)), (0, 1, 2), (32,), 300)
 
 
 def winner_prediction(settings: Settings = Settings(), train: Train = trained) -> Result:
-    """Theory at fitted strengths names the winner of conflict prompts, with calibrated confidence.
+    """Theory at a trained model's tables names the winner of conflict prompts, with calibrated confidence.
 
-    Models are trained with random triggers, so that either memory may win after any token. Prompts hold 0 to 6 repeats.
-    `fit_strengths` reads strengths off the weights; theory's margin (Wang & Sato, arXiv 2412.11459) names the winner,
-    with nothing fitted to prompts. Half of the prompts then serve to fit one scale a >= 0, for
-    P(context wins) = sigmoid(a * margin); and all weights of the baseline, a logistic regression of the winner on the
-    counts n_qc, n_qg, n_c, n_g and the weights' log-ratio log(pi_b(g|q) / pi_b(c|q)). The other half is held out.
+    Models are trained with random triggers, so that either memory may win after any token, and with fixed ones. Prompts
+    hold 0 to 6 repeats. `read_tables` reads the theory's tables off the weights. All of them would be the model itself;
+    so theory does without the one that belongs to neither memory, what the previous-token head writes past the
+    induction head. Its margin (Wang & Sato, arXiv 2412.11459, token by token) names the winner, with nothing fitted to
+    prompts. Half of the prompts then serve to fit one scale a >= 0, for P(context wins) = sigmoid(a * margin); and all
+    weights of a baseline, a logistic regression of the winner on the counts n_qc, n_qg, n_c, n_g and the true bigrams'
+    log-ratio log(pi_b(g|q) / pi_b(c|q)). The other half is held out. A second baseline is a rule: the context wins once
+    it has spoken, n_qc > 0. Theory must name more winners than the better of the two, for each model.
 
     Calibration alone takes no knowledge, since the frequency of wins, a constant probability, is calibrated; so the
-    Brier score is compared with that constant's. The note says where theory misses winners: how many are named by the
-    context and weights of `attribute`, which have the model's own attention and copies, and lack only the rest.
+    Brier score is compared with that constant's. The table also has the winners that four strengths name
+    (`fit_strengths`), and that theory names without any single term: what each table is worth.
     """
     rows, answers = [], []
-    for seed, run in experiment.replicates(train, settings.recipe, settings.seeds):
-        for length in settings.lengths:
-            held_out = _predicted(_ask(run.model, length, settings.n_prompts, seed))
-            rows.append({"seed": seed, "length": length, **_scores(held_out)})
-            answers.append(held_out)
+    for recipe in settings.recipes:
+        for seed, run in experiment.replicates(train, recipe, settings.seeds):
+            for length in settings.lengths:
+                held_out = _predicted(_ask(run.model, length, settings.n_prompts, seed))
+                kind = "fixed" if recipe.fixed else "random"
+                rows.append({"triggers": kind, "seed": seed, "length": length, **_scores(held_out)})
+                answers.append(held_out)
     table = pd.DataFrame(rows)
-    findings = [finding for _, part in table.groupby("length", sort=False) for finding in _findings(part, settings)]
+    findings = [
+        finding
+        for _, part in table.groupby(["triggers", "length"], sort=False)
+        for finding in _findings(part, settings)
+    ]
     return Result(tuple(findings), table, _picture(table, pd.concat(answers)), _note(table))
 
 
@@ -77,12 +95,21 @@ def _scores(held_out: pd.DataFrame) -> dict[str, float]:
     won = held_out["won"]
     guesses = {
         "theory": held_out["predicted"] > 0,
+        "strengths": held_out["by_strengths"] > 0,
         "counts": held_out["counts"] > 0.5,
-        "both_memories": held_out["both_memories"] > 0,
+        "rule": held_out["n_qc"] > 0,
+        **{f"without_{term}": held_out[f"without_{term}"] > 0 for term in TERMS},
     }
     right = {f"{name}_accuracy": (guess == won).mean() for name, guess in guesses.items()}
     off = {f"{name}_calibration_error": calibration_error(*_tensors(held_out, name, "won")) for name in _PREDICTORS}
-    return {"context_wins": won.mean(), **right, **off, "theory_skill": _skill(held_out["theory"], won)}
+    correlation = held_out["predicted"].corr(held_out["measured"])
+    return {
+        "context_wins": won.mean(),
+        **right,
+        "margin_correlation": correlation,
+        **off,
+        "theory_skill": _skill(held_out["theory"], won),
+    }
 
 
 def _tensors(table: pd.DataFrame, *columns: str) -> tuple[Tensor, ...]:
@@ -108,22 +135,31 @@ def _binned(probability: Tensor, won: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def _ask(model: BigramTransformer, length: int, n_prompts: int, seed: int) -> pd.DataFrame:
-    """A row per prompt: counts, theory's margin, the model's, and what the two memories add to it."""
-    fit, language = fit_strengths(model), model.language
+    """A row per prompt: counts, the margin by theory, with tables left out and by strengths, and the model's."""
+    fit, tables, language = fit_strengths(model), read_tables(model), model.language
     prompts = conflict_prompts(language, fit.setting.triggers, n_prompts, length, seed)
     rows: list[tuple[float, ...]] = []
-    for start in range(0, n_prompts, _AT_ONCE):
-        some = prompts[start : start + _AT_ONCE]
-        parts = attribute(model, torch.stack([prompt.tokens for prompt in some])).by_memory()
-        for prompt, logits in zip(some, parts["context"] + parts["weights"], strict=True):
-            q, c, g = prompt.trigger, prompt.in_context, prompt.global_candidate
-            after = prompt.tokens[1:][prompt.tokens[:-1] == q]
-            counts = [float((tokens == v).sum()) for tokens in (after, prompt.tokens) for v in (c, g)]
-            log_ratio = float(language.log_pi_b[q, g] - language.log_pi_b[q, c])
-            rows.append((*counts, log_ratio, float(logits[c] - logits[g])))
-    table = pd.DataFrame(rows, columns=[*_COUNTS, "both_memories"])
+    for prompt in prompts:
+        q, c, g = prompt.trigger, prompt.in_context, prompt.global_candidate
+        after = prompt.tokens[1:][prompt.tokens[:-1] == q]
+        counts = [float((tokens == v).sum()) for tokens in (after, prompt.tokens) for v in (c, g)]
+        rows.append((*counts, float(language.log_pi_b[q, g] - language.log_pi_b[q, c])))
     agreement = agreement_on(model, fit, prompts).table
-    return table.assign(predicted=agreement["theory_margin"], measured=agreement["model_margin"])
+    by_tables = {f"without_{term}": _margins(prompts, tables.without(term)) for term in TERMS}
+    return pd.DataFrame(rows, columns=_COUNTS).assign(
+        predicted=by_tables[f"without_{PAST_THE_CIRCUIT}"],
+        by_strengths=agreement["theory_margin"],
+        measured=agreement["model_margin"],
+        **by_tables,
+    )
+
+
+def _margins(prompts: list[HijackPrompt], tables: theory.Tables) -> Float[np.ndarray, "prompt"]:
+    """Theory's margin of each prompt."""
+    logits = sum(tables.written(torch.stack([prompt.tokens for prompt in prompts]), last=True))[:, -1]
+    pairs = torch.tensor([(prompt.in_context, prompt.global_candidate) for prompt in prompts])
+    of_c, of_g = logits.gather(1, pairs).T
+    return (of_c - of_g).numpy()
 
 
 def _predicted(asked: pd.DataFrame) -> pd.DataFrame:
@@ -165,12 +201,15 @@ def _logistic(x: Float[Tensor, "prompt input"], won: Bool[Tensor, "prompt"]) -> 
 
 
 def _findings(table: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
-    setting = f"{len(table)} trained models, random triggers, sequences of {settings.recipe.length} tokens; "
-    setting += f"{settings.n_prompts // 2} held-out prompts of {table['length'].iloc[0]} tokens for each"
+    kind, length = table["triggers"].iloc[0], table["length"].iloc[0]
+    recipe = next(one for one in settings.recipes if one.fixed == (kind == "fixed"))
+    setting = f"{len(table)} trained models, {kind} triggers, sequences of {recipe.length} tokens; "
+    setting += f"{settings.n_prompts // 2} held-out prompts of {length} tokens for each"
 
     base_rate = 0.5 + (table["context_wins"] - 0.5).abs()
     named = over_seeds(table["theory_accuracy"])
-    ahead = over_seeds(table["theory_accuracy"] - table["counts_accuracy"])
+    counts, rule = (table[f"{name}_accuracy"] for name in ("counts", "rule"))
+    ahead = over_seeds(table["theory_accuracy"] - np.maximum(counts, rule))
     off, skill = over_seeds(table["theory_calibration_error"]), over_seeds(table["theory_skill"])
     return (
         Finding(
@@ -181,9 +220,18 @@ def _findings(table: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
         ),
         Finding(
             setting,
-            "theory names more winners than a logistic regression on counts",
-            f"by {ahead:.1%} of the prompts; the regression names {over_seeds(table['counts_accuracy']):.1%}",
+            "theory names more winners than a logistic regression on counts and than the rule that the context wins "
+            "once it has spoken, whichever is better",
+            f"by {ahead:.1%} of the prompts; the regression names {over_seeds(counts):.1%}, the rule "
+            f"{over_seeds(rule):.1%}",
             ahead.low > 0,
+        ),
+        Finding.at_least(
+            setting,
+            f"theory's margins and the model's correlate at {CORRELATION:g} or more",
+            table["margin_correlation"],
+            CORRELATION,
+            ".3f",
         ),
         Finding(
             setting,
@@ -197,33 +245,37 @@ def _findings(table: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
 
 
 def _note(table: pd.DataFrame) -> str:
-    by_theory, by_both = (table[f"{name}_accuracy"].mean() for name in ("theory", "both_memories"))
+    named = {term: table[f"without_{term}_accuracy"].mean() for term in TERMS}
+    worth = ", ".join(f"{term} {share:.1%}" for term, share in sorted(named.items(), key=lambda item: item[1]))
     return (
-        f"Theory names {by_theory:.1%} of all winners; context and weights as attribution splits them, with the "
-        f"model's own attention and copies, {by_both:.1%}: the difference is what four numbers leave out of the two "
-        f"memories. The other {1 - by_both:.1%} are decided by attribution's rest: what the previous-token head writes "
-        "past the induction head."
+        "All tables together are the model, and name every winner. Winners that are named without one of them: "
+        f"{worth}. Four strengths, the same for all tokens, name {table['strengths_accuracy'].mean():.1%}."
     )
 
 
 def _picture(table: pd.DataFrame, answers: pd.DataFrame) -> Picture:
-    """Accuracy by seed, theory against baseline; and reliability diagrams."""
-    picture = Picture(11.0, 4.8)
-    left, right = picture.figure.subplots(1, 2)
-    places = np.arange(len(table))
-    names = [f"seed {seed}\n{length} tokens" for seed, length in zip(table["seed"], table["length"], strict=True)]
-    labels = {"theory": "theory, strengths from the weights", "counts": "logistic regression on counts"}
-    for side, (name, colour) in zip((-0.19, 0.19), _PREDICTORS.items(), strict=True):
-        left.bar(places + side, table[f"{name}_accuracy"], 0.36, color=colour, label=labels[name])
+    """Winners named by theory and by all that it is compared with, with 95% intervals; and reliability diagrams."""
+    picture = Picture(12.0, 4.8)
+    left, right = picture.figure.subplots(1, 2, width_ratios=(1.6, 1))
+    cases = [
+        (f"{kind}\n{length} tokens", part) for (kind, length), part in table.groupby(["triggers", "length"], sort=False)
+    ]
+    colours = {**_PREDICTORS, "strengths": "#56B4E9", "rule": "#999999"}
+    for place, (name, label) in enumerate(_BARS.items()):
+        found = [over_seeds(part[f"{name}_accuracy"]) for _, part in cases]
+        at = np.arange(len(cases)) + 0.2 * (place - 1.5)
+        reach = [0.0 if math.isnan(one.reach) else one.reach for one in found]
+        left.bar(at, [one.mean for one in found], 0.19, yerr=reach, capsize=2, color=colours[name], label=label)
+    for name, colour in _PREDICTORS.items():
         bins = _binned(*_tensors(answers, name, "won"))
         right.plot(*torch.tensor([(p.mean(), w.double().mean()) for p, w in bins]).T, "o-", color=colour)
     left.axhline(AGREEMENT, color="black", linestyle="--", linewidth=1, label=f"{AGREEMENT:.0%} of the winners")
-    left.set(xlabel="trained model and length of prompts", ylabel="winners named, fraction of held-out prompts")
-    left.set_ylim(0.0, 1.0)
+    left.set(xlabel="triggers, and length of prompts", ylabel="winners named, fraction of held-out prompts")
+    left.set_ylim(0.0, 1.05)
     right.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
     right.annotate("calibrated", (0.12, 0.16), rotation=45, rotation_mode="anchor", fontsize=9)
     right.set(xlabel="predicted probability that the context wins", ylabel="how often it does")
     picture.figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     experiment.finish((left, right), grid=False)
-    left.set_xticks(places, names, fontsize=8 if len(names) < 6 else 6)
+    left.set_xticks(np.arange(len(cases)), [name for name, _ in cases], fontsize=8)
     return picture
