@@ -63,7 +63,7 @@ class Explanation(Drawn):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if getattr(self.prompt, "tokens", self.prompt).ndim != 1:
+        if (self.prompt.tokens if isinstance(self.prompt, HijackPrompt) else self.prompt).ndim != 1:
             raise ValueError(f"prompt must be a single prompt of shape [pos], got {shown(self.prompt)}")
 
     @property

@@ -227,7 +227,7 @@ def _pulls(
 
     def split(n: int, last: bool) -> Margin:
         """The margin with n repeats; at all positions, or at the last alone."""
-        free = (layout.length - 1 - 2 * n if layout.lead is None else layout.lead) - layout.global_count
+        free = ((layout.length or 0) - 1 - 2 * n if layout.lead is None else layout.lead) - layout.global_count
         if free and not neutral:
             raise ValueError(
                 f"language must have tokens beside the trigger and its candidates, got {language.d_vocab} in all"

@@ -1,7 +1,7 @@
 """A two-layer model as tables over its tokens: what four strengths say of all tokens alike, said of each."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,8 @@ class Tables:
         """
         for term in check_list("terms", terms, "names of tables"):
             check_choice("terms", term, TERMS)
-        return replace(self, **{term: torch.zeros_like(getattr(self, term)) for term in terms})
+        left_out: dict[str, Any] = {term: torch.zeros_like(getattr(self, term)) for term in terms}
+        return replace(self, **left_out)
 
     def attention(
         self, tokens: Int[Tensor, "*batch pos"], last: bool = False
