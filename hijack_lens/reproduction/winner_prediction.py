@@ -156,8 +156,7 @@ def _ask(model: BigramTransformer, length: int, n_prompts: int, seed: int) -> pd
 
 def _margins(prompts: list[HijackPrompt], tables: theory.Tables) -> Float[np.ndarray, "prompt"]:
     """Theory's margin of each prompt."""
-    written = tables.written(torch.stack([prompt.tokens for prompt in prompts]), last=True)
-    logits = (written.context + written.weights + written.rest)[:, -1]
+    logits = tables.written(torch.stack([prompt.tokens for prompt in prompts]), last=True).total[:, -1]
     pairs = torch.tensor([(prompt.in_context, prompt.global_candidate) for prompt in prompts])
     of_c, of_g = logits.gather(1, pairs).T
     return (of_c - of_g).numpy()

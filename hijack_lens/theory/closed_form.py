@@ -63,8 +63,7 @@ def logits(
     Raises:
         ValueError: also if `language` has bigrams of probability 0, unless tables say what the weights hold.
     """
-    context, weights, rest = _written(prompt, language, setting)
-    return context + weights + rest
+    return _written(prompt, language, setting).total
 
 
 def margin(

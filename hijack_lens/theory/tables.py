@@ -25,6 +25,11 @@ class Written(NamedTuple):
     weights: Float[Tensor, "*batch pos d_vocab"]
     rest: Float[Tensor, "*batch pos d_vocab"]
 
+    @property
+    def total(self) -> Float[Tensor, "*batch pos d_vocab"]:
+        """All of them together."""
+        return self.context + self.weights + self.rest
+
 
 @dataclass(frozen=True, repr=False)
 class Tables:
