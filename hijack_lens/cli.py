@@ -208,12 +208,12 @@ def reproduce(
     except RuntimeError as error:  # from the workers; one in an experiment fails its claim instead
         _fail(str(error), code=1)
     found = done.to_pandas()
-    marks = {True: "✓ ", False: "✗ "}
+    marks = {True: "✓ ", False: "✗ ", None: "? "}
     rows, ruled = [], []
     for claim in done.verdicts:
         shown = claim, done.verdicts[claim]
         for finding in found[found["claim"] == claim].to_dict(orient="records"):
-            measured = marks.get(finding["holds"], "") + finding["measured"]
+            measured = marks[finding["holds"]] * bool(finding["predicted"]) + finding["measured"]
             rows.append((shown[0], "· " * bool(finding["predicted"]) + finding["predicted"], measured, shown[1]))
             shown = "", ""
         ruled.append(len(rows) - 1)

@@ -121,8 +121,7 @@ def test_facts_of_a_model_other_than_its_strengths_say_turn_the_verdict():
         return shaken(hl.associative_transformer(language, **options), 0.2)
 
     result = fact_claim.facts(FACTS, make=make, train=random)
-    assert not any(verdicts(result)[:2])
-    assert result.verdict == "not reproduced"
+    assert not any(verdicts(result))
 
 
 @pytest.mark.parametrize("copy", [0.5, 0.0])
@@ -281,5 +280,4 @@ def test_a_norm_between_the_memories_turns_the_verdict():
         return run_of(shaken(model.double(), 0.3, recipe.seed), recipe)
 
     result = causal.causal_agreement(CAUSAL, train)
-    assert verdicts(result) == [False] * 2
-    assert result.verdict == "not reproduced"
+    assert not any(verdicts(result))

@@ -1,6 +1,7 @@
 """The claims in one run: resumable, reported whole, failures and all."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -8,11 +9,13 @@ import sys
 import pandas as pd
 import pytest
 from browser_for_tests import Opened
+from hypothesis import given
+from hypothesis import strategies as st
 from refusals import refused
 
 from hijack_lens import reproduction
 from hijack_lens.reproduction import claims
-from hijack_lens.reproduction.experiment import Finding, Result, over_seeds
+from hijack_lens.reproduction.experiment import Condition, Finding, Result, over_seeds
 from hijack_lens.show.style import Picture
 
 SCRIPT = """
@@ -77,6 +80,9 @@ def test_a_verdict_follows_from_the_findings():
     assert outcome(True, True).verdict == "reproduced"
     assert outcome(True, False).verdict == "in part"
     assert outcome(False, False).verdict == "not reproduced"
+    assert outcome(True, None).verdict == outcome(False, None).verdict == outcome(None).verdict == "undecided"
+    assert outcome(True, False, None).verdict == "in part"
+    assert "undecided: at least 0" in repr(outcome(None))
     with pytest.raises(ValueError, match="findings must hold at least one"):
         outcome()
     assert "fails: at least 1" in repr(outcome(True, False))
@@ -93,10 +99,37 @@ def test_means_come_with_their_interval():
 
 
 @pytest.mark.parametrize("values", [[4.0], [1.0, float("nan"), 3.0]])
-def test_no_threshold_is_met_without_an_interval(values):
+def test_no_threshold_is_met_or_missed_without_an_interval(values):
     found = over_seeds(values)
-    assert not found.low > -1e9
-    assert not found.high < 1e9
+    for threshold in (-1e9, 1e9):
+        for how in ("at_least", "above", "at_most", "below"):
+            assert getattr(found, how)(threshold) == Condition(None, None)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=6), st.floats(-5, 5))
+def test_an_interval_meets_a_threshold_misses_it_or_decides_nothing(values, threshold):
+    found = over_seeds(values)
+    straddles = found.low < threshold < found.high
+    for how, met in (("at_least", found.low >= threshold), ("at_most", found.high <= threshold)):
+        assert getattr(found, how)(threshold).holds == (None if straddles else met)
+        strict = {"at_least": "above", "at_most": "below"}[how]
+        if not {found.low, found.high} & {threshold}:
+            assert getattr(found, strict)(threshold) == getattr(found, how)(threshold)
+    needed = found.at_least(threshold).seeds
+    if needed is not None:  # with so many seeds of the same spread, the interval would no longer reach
+        assert found.reach * (len(values) / needed) ** 0.5 <= abs(found.mean - threshold) * (1 + 1e-9)
+        assert needed > len(values) or math.isclose(found.reach, abs(found.mean - threshold))
+
+
+def test_a_finding_holds_fails_or_says_how_many_seeds_would_decide():
+    clear, open_ = over_seeds([1.0, 1.1, 0.9]), over_seeds([1.0, 3.0, -1.0])
+    assert Finding.judged("s", "p", "m", clear.above(0.0), True).holds is True
+    assert Finding.judged("s", "p", "m", open_.above(0.0), clear.below(0.0)).holds is False
+    undecided = Finding.judged("s", "p", "m", open_.above(0.0), clear.above(0.0))
+    assert undecided.holds is None
+    # The mean is 1, the spread 2: an interval of 4.3027 * 2 / sqrt(3) = 4.968 must shrink to 1.
+    assert undecided.measured == "m; undecided: about 75 seeds would tell"
+    assert Finding.judged("s", "p", "m", over_seeds([1.0]).above(0.0)).measured == "m; undecided"
 
 
 def test_every_claim_is_reported_with_what_was_measured(three_claims, tmp_path):

@@ -8,6 +8,10 @@ import psutil
 from hijack_lens.core.checks import check_number
 
 
+_LITTLE = 2**20
+"""Bytes that are always there; asking the machine takes longer than filling them."""
+
+
 def free_memory() -> int:
     """Bytes of memory that the machine, or the container that this runs in, could still give."""
     free = psutil.virtual_memory().available
@@ -19,6 +23,8 @@ def free_memory() -> int:
 
 def check_memory(needed: int, remedy: str = "choose smaller", /, **sizes: object) -> None:
     """There is memory for what these arguments ask for, in bytes; to be called before any of it is taken."""
+    if needed < _LITTLE:
+        return
     free = free_memory()
     if needed > free:
         given = ", ".join(f"{name}={value!s:.80}" for name, value in sizes.items())

@@ -95,13 +95,14 @@ class Reproduction:
 
     @property
     def verdicts(self) -> dict[str, str]:
-        """For each claim, "reproduced", "in part" or "not reproduced"; "failed" where its experiment raised."""
+        """For each claim, its `Result`'s verdict; "failed" where its experiment raised."""
         return {outcome["claim"]: outcome["verdict"] for outcome in self.outcomes}
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per finding: claim, source, setting, predicted, measured, whether it holds, and the claim's verdict.
 
-        A claim that failed has one row, with its error as what was measured, and `None` for whether it holds.
+        A finding that the seeds leave undecided has `None` for whether it holds. So has the one row of a claim that
+        failed, with its error as what was measured.
         """
         return pd.DataFrame(
             {"claim": outcome["claim"], "source": outcome["source"], **finding, "verdict": outcome["verdict"]}

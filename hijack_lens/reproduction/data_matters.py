@@ -104,24 +104,25 @@ def _findings(by_kind: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
     lost, behind = (over_seeds(better - others[_BASE]) for better in (own[_BASE], others[_RANDOM]))
     setting = f"{len(settings.seeds)} models of each kind, {settings.d_vocab} tokens, {settings.steps} steps"
     return (
-        Finding(
+        Finding.judged(
             f"{settings.few} against {settings.triggers} fixed triggers; {setting}",
             f"fewer triggers take more steps to in-context accuracy {LEARNED}",
             f"{took[_FEW]} against {took[_BASE]}: {fewer:+.0f}",
-            fewer.low > 0,
+            fewer.above(0.0),
         ),
-        Finding(
+        Finding.judged(
             f"random against fixed triggers; {setting}",
             f"random triggers take more steps to in-context accuracy {LEARNED}",
             f"{took[_RANDOM]} against {took[_BASE]}: {random:+.0f}",
-            random.low > 0,
+            random.above(0.0),
         ),
-        Finding(
+        Finding.judged(
             f"trained on bigram-drawn continuations; {setting}",
             f"in-context accuracy is at least {LEARNED} on bigram-drawn ones at every seed, and lower on uniform ones",
             f"at least {bigram[_BIGRAM].min():.2f}; {over_seeds(uniform[_BIGRAM]):.2f} on uniform ones, lower by "
             f"{dropped:.2f}",
-            bool(bigram[_BIGRAM].min() >= LEARNED and dropped.low > 0),
+            bool(bigram[_BIGRAM].min() >= LEARNED),
+            dropped.above(0.0),
         ),
         Finding(
             f"trained on uniform continuations; {setting}",
@@ -129,18 +130,20 @@ def _findings(by_kind: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
             f"at least {uniform[_BASE].min():.2f} and {bigram[_BASE].min():.2f}",
             bool(min(uniform[_BASE].min(), bigram[_BASE].min()) >= LEARNED),
         ),
-        Finding(
+        Finding.judged(
             f"uniform against bigram-drawn continuations; {setting}",
             f"uniform ones are learned at every seed, in at most {COST} times the steps",
             f"{took[_BASE]} against {took[_BIGRAM]}: {ratio:.2f} times",
-            bool((steps[_BASE] <= settings.steps).all() and ratio.high <= COST),
+            bool((steps[_BASE] <= settings.steps).all()),
+            ratio.at_most(COST),
         ),
-        Finding(
+        Finding.judged(
             f"asked on triggers other than the fixed ones; {setting}",
             "models with fixed triggers are less accurate than on their own, and than models with random triggers",
             f"{over_seeds(others[_BASE]):.2f}: {lost:.2f} lower than on their own, "
             f"{behind:.2f} lower than models with random triggers",
-            lost.low > 0 and behind.low > 0,
+            lost.above(0.0),
+            behind.above(0.0),
         ),
     )
 

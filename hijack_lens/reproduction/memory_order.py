@@ -122,11 +122,11 @@ def _in_training(recalled_at: pd.DataFrame, held: pd.DataFrame, settings: Settin
             f"recalls of at most {stuck:.2f}, against at least {free:.2f}",
             bool(stuck == 0 and free >= RECALLED),
         ),
-        Finding(
+        Finding.judged(
             f"copy, or match, {held_back}: {setting}",
             "previous token then recalls less than where nothing is frozen",
             "; ".join(f"without {frozen}, {less:.2f} less" for frozen, less in lost.items()),
-            all(less.low > 0 for less in lost.values()),
+            *(less.above(0.0) for less in lost.values()),
         ),
         Finding(
             f"previous token {held_back}: {setting}",
@@ -134,11 +134,11 @@ def _in_training(recalled_at: pd.DataFrame, held: pd.DataFrame, settings: Settin
             f"recalls of at least {built:.2f}",
             bool(built >= RECALLED),
         ),
-        Finding(
+        Finding.judged(
             f"copy or match {held_back}: {setting}",
             "what waited is recalled later than where nothing was frozen",
             "; ".join(f"{name}: {late:.0f} steps" for name, late in waited.items()),
-            all(late.low > 0 for late in waited.values()),
+            *(late.above(0.0) for late in waited.values()),
         ),
     ]
 
@@ -151,17 +151,18 @@ def _by_single_steps(singly: pd.DataFrame, settings: Settings) -> list[Finding]:
     missing = over_seeds(last[_ALL] - last[_NO_MATCH])
     setting = f"{len(settings.seeds)} models, d_model {settings.step_d_model}, {settings.step_sequences} sequences"
     return [
-        Finding(
+        Finding.judged(
             f"one gradient step each: {setting}",
             f"each memory recalls less than {UNLEARNED} before its own step and more than {STEP_RECALLS} after it",
             "; ".join(f"{_spaced(memory)} from {before[memory]:.2f} to {after[memory]:.2f}" for memory in _MEMORIES),
-            all(before[memory].high < UNLEARNED and after[memory].low > STEP_RECALLS for memory in _MEMORIES),
+            *(before[memory].below(UNLEARNED) for memory in _MEMORIES),
+            *(after[memory].above(STEP_RECALLS) for memory in _MEMORIES),
         ),
-        Finding(
+        Finding.judged(
             f"the match step left out: {setting}",
             "the previous-token step then recalls less than after a match step",
             f"{missing:.2f} less",
-            missing.low > 0,
+            missing.above(0.0),
         ),
     ]
 

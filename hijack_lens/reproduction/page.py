@@ -13,8 +13,14 @@ from hijack_lens.show.style import PAGE_STYLE
 
 _MOST_ROWS = 60  # of a claim's measurements; the JSON file has them all
 # Dark enough to be read on white.
-_COLOURS = {"reproduced": "#00664B", "in part": "#7A5200", "not reproduced": "#A33C00", "failed": "#222"}
-_MARKS = {True: "✓ ", False: "<span class='missed'>✗</span> ", None: ""}
+_COLOURS = {
+    "reproduced": "#00664B",
+    "in part": "#7A5200",
+    "not reproduced": "#A33C00",
+    "undecided": "#4A4A8A",
+    "failed": "#222",
+}
+_MARKS = {True: "✓ ", False: "<span class='missed'>✗</span> ", None: "? "}
 _UNBROKEN = re.compile(r"[\d.]+%? ± [\d.]+%?|[\d.]+e-\d+")  # numbers that a browser would break into two lines
 
 
@@ -34,8 +40,8 @@ details table {{ font-size: 85%; font-variant-numeric: tabular-nums }} pre {{ ov
 <p><strong>{_tally(outcomes)}</strong></p>
 <p>{escape(heading)} Verdicts follow from the measurements; each prediction states what counts as seen. For trained
 models, means over seeds are given with their 95% intervals (Student's t). A threshold is met if all of the interval
-meets it or, where that is said, if every seed does. Each seed has its own language (except for the language of facts),
-weights and sequences.</p>
+meets it or, where that is said, if every seed does; where the interval straddles it, the seeds decide nothing. Each
+seed has its own language (except for the language of facts), weights and sequences.</p>
 {_summary(outcomes)}
 {"".join(map(_section, outcomes))}
 </body></html>
@@ -65,10 +71,7 @@ def _rows(outcome: dict[str, Any]) -> str:
     every = f"rowspan='{len(findings)}'"
     rows = []
     for setting, group in itertools.groupby(findings, key=itemgetter("setting")):
-        alike = [
-            f"<td>{_text(one['predicted'])}</td><td>{_MARKS[one['holds']]}{_text(one['measured'])}</td>"
-            for one in group
-        ]
+        alike = [f"<td>{_text(one['predicted'])}</td><td>{_mark(one)}{_text(one['measured'])}</td>" for one in group]
         rows += [f"<td rowspan='{len(alike)}'>{_text(setting)}</td>{alike[0]}", *alike[1:]]
     link = f"<a href='#{outcome['claim']}'>{escape(outcome['statement'])}</a>"
     rows[0] = (
@@ -76,6 +79,10 @@ def _rows(outcome: dict[str, Any]) -> str:
         f"<td {every}>{_verdict(outcome)}</td>"
     )
     return "".join(f"<tr>{row}</tr>" for row in rows)
+
+
+def _mark(finding: dict[str, Any]) -> str:
+    return _MARKS[finding["holds"]] if finding["predicted"] else ""  # a claim that failed predicts nothing
 
 
 def _text(text: str) -> str:

@@ -116,11 +116,11 @@ def _in_training(name: str, recipe: Recipe, table: pd.DataFrame, settings: Setti
     named = f"theory at fitted strengths names at least {AGREEMENT:.0%} of the winners"
     return [
         Finding.at_least(setting, named, table["agreement"], AGREEMENT),
-        Finding(
+        Finding.judged(
             setting,
             "theory names more winners than the rule that the context wins once it has spoken",
             f"by {lead:.1%} of the prompts; the rule names {experiment.over_seeds(table['agreement_of_rule']):.1%}",
-            lead.low > 0,
+            lead.above(0.0),
         ),
     ]
 

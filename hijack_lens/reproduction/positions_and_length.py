@@ -209,11 +209,11 @@ def _in_training(table: pd.DataFrame, settings: Settings) -> list[Finding]:
             f"{over_seeds(lost):.2f}, highest seed {lost.max():.2f}",
             bool((found >= FOUND).all() and (lost <= LOST).all()),
         ),
-        Finding(
+        Finding.judged(
             f"{setting}; prompts of 2 T to {longest} T, all evidence beyond T",
             f"in-context accuracy is higher with relative positions by more than {SEPARATION:g}",
             f"relative {over_seeds(relative):.2f}, absolute {over_seeds(absolute):.2f}, difference {gap:.2f}",
-            gap.low > SEPARATION,
+            gap.above(SEPARATION),
         ),
     ]
 

@@ -212,19 +212,19 @@ def _findings(table: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
     ahead = over_seeds(table["theory_accuracy"] - np.maximum(counts, rule))
     off, skill = over_seeds(table["theory_calibration_error"]), over_seeds(table["theory_skill"])
     return (
-        Finding(
+        Finding.judged(
             setting,
             f"theory names at least {AGREEMENT:.0%} of the winners",
             f"{named:.1%}; the more frequent winner alone would name {over_seeds(base_rate):.1%}",
-            named.low >= AGREEMENT,
+            named.at_least(AGREEMENT),
         ),
-        Finding(
+        Finding.judged(
             setting,
             "theory names more winners than a logistic regression on counts and than the rule that the context wins "
             "once it has spoken, whichever is better",
             f"by {ahead:.1%} of the prompts; the regression names {over_seeds(counts):.1%}, the rule "
             f"{over_seeds(rule):.1%}",
-            ahead.low > 0,
+            ahead.above(0.0),
         ),
         Finding.at_least(
             setting,
@@ -233,13 +233,14 @@ def _findings(table: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
             CORRELATION,
             ".3f",
         ),
-        Finding(
+        Finding.judged(
             setting,
             f"theory's expected calibration error is at most {CALIBRATION_ERROR:g}, and its Brier score below that of "
             "the winners' frequency",
             f"{off:.3f}, the regression's {over_seeds(table['counts_calibration_error']):.3f}; Brier score lower by "
             f"{skill:.0%}",
-            off.high <= CALIBRATION_ERROR and skill.low > 0,
+            off.at_most(CALIBRATION_ERROR),
+            skill.above(0.0),
         ),
     )
 
