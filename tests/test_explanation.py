@@ -139,6 +139,8 @@ def test_what_it_cannot_explain_is_refused_with_the_reason(unchecked):
         hl.explain(model, "012")
     with pytest.raises(ValueError, match="answer must be one token, or one for each of 2 prompts, got 3"):
         hl.explain(model, prompts(), [1, 2, 3], 0)
+    with pytest.raises(ValueError, match="prompt must hold at least one token, got ' '"):
+        hl.explain(model, " ", 1, 2)
     with pytest.raises(ValueError, match="prompt is text, but the model has no tokenizer"):
         hl.explain(hooked(), ["0 1", "2"], 1, 2)
     with pytest.raises(ValueError, match="of the model's language"):

@@ -314,6 +314,7 @@ test_bad_input_is_refused = refused(
         "bigram must be one or several different tokens": lambda: fact_prompts(plain(), Bigram(1, 3, 3)),
         "bigram holds 'one two', which is not a single": lambda: fact_prompts(gpt2_like(), Bigram("one two", 4, 5)),
         f"bigram holds token id {BRIDGE_VOCAB};": lambda: fact_prompts(gpt2_like(), Bigram(1, 2, BRIDGE_VOCAB)),
+        "lead must be the tokens of one prompt, got": lambda: fact_prompts(plain(), Bigram(1, 2, 3), 3, lead=[[4, 5]]),
         "lead must not hold the trigger 1": lambda: fact_prompts(plain(), Bigram(1, 2, 3), 3, lead=[4, 1]),
         "the prompt must hold the context's '3' once per repeat and the weights' '2' never, got 4 in 3": lambda: (
             fact_prompts(plain(), Bigram(1, 2, 3), 3, lead=[3])

@@ -175,13 +175,14 @@ test_other_models_are_refused = refused(
             hl.trainable_transformer(LANGUAGE, d_model=8, n_layers=3)
         ),
         "got one that writes in block 0": lambda: read_tables(writes_early()),
-        "prompt is 41 tokens long; the tables have 40 positions": lambda: theory.logits(
+        "prompt's tokens are 41; the tables have 40 positions": lambda: theory.logits(
             tokens(41), LANGUAGE, read_tables(learned("absolute"))
         ),
         "tables of the language's 4 tokens, got those of 7": lambda: theory.attention(
             [0, 1], hl.BigramLanguage.dirichlet(4, seed=0), read_tables(learned())
         ),
         "terms must be one of 'content', .*, got 'match'": lambda: read_tables(learned()).without("match"),
+        "tokens holds token id 9; the vocabulary has ids 0 to 6": lambda: read_tables(learned()).attention([9]),
         r"match must have shape \(7, 7\), got \(7, 6\)": lambda: changed(match=torch.zeros(7, 6)),
         "bigram must be a finite number > 0, got 0": lambda: changed(bigram=0.0),
         "repeats=1000000000, .* would take .* of memory": lambda: theory.phase_boundary(
@@ -200,6 +201,8 @@ test_what_is_missing_is_named = refused(
         "phase_boundary needs language=, trigger= and in_context=": lambda: theory.phase_boundary(
             [1], read_tables(learned()), lead=1
         ),
+        "last must be a bool, got 'yes'": lambda: read_tables(learned()).written([0], "yes"),
+        "tokens must be a tensor of token ids, got int": lambda: read_tables(learned()).written(0),
         "setting must be a Setting or Tables, got 3": lambda: theory.logits([0], LANGUAGE, 3),
     },
 )

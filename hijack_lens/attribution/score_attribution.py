@@ -10,7 +10,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_fields, check_list, check_shapes, shown
+from hijack_lens.core.checks import as_int, check_fields, check_list, check_shapes, check_type, shown
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.tables import Drawn, tidy
@@ -225,6 +225,7 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
 
     def position(self, key: Any, name: str = "key") -> int:
         """The position of a key of this attribution; negative ones count from the end of the prompt."""
+        check_type("name", name, str)
         number = as_int(key)
         if number is None:
             raise TypeError(f"{name} must be a position (an int), got {shown(key)}")

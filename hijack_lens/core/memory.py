@@ -7,7 +7,6 @@ import psutil
 
 from hijack_lens.core.checks import check_number
 
-
 _LITTLE = 2**20
 """Bytes that are always there; asking the machine takes longer than filling them."""
 

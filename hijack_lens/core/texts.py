@@ -21,8 +21,12 @@ def text_ids(model: Any, text: str, name: str) -> list[int]:
         raise ValueError(
             f"{name} must be of words that the model's tokenizer knows, which lacks {', '.join(map(repr, unknown)):.80}"
         )
-    # A tokenizer returns floats for an empty text.
-    return [int(i) for i in model.to_tokens(text, truncate=False)[0].tolist()]
+    try:
+        ids = model.to_tokens(text, truncate=False)[0].tolist()
+    except ValueError as error:  # a model's own, of what it calls its input
+        said = str(error)
+        raise ValueError(f"{name}{said.removeprefix('input')}" if said.startswith("input ") else said) from error
+    return [int(i) for i in ids]  # a tokenizer returns floats for an empty text
 
 
 def _plain_ids(model: Any, text: str) -> list[int]:

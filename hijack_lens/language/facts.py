@@ -237,6 +237,8 @@ def _of_tokens(model: Any, fact: Bigram, repeats: int, lead: str | Sequence[int]
     if not isinstance(lead, str):
         given = check_list("lead", lead, "a text or token ids")
         before = check_tokens("lead", given, model.cfg.d_vocab).tolist() if given else []
+        if before and isinstance(before[0], list):
+            raise ValueError(f"lead must be the tokens of one prompt, got {shown(lead)}")
     elif lead:
         before = text_ids(model, lead, "lead")
     elif tokenizer is not None and getattr(model.cfg, "default_prepend_bos", False):

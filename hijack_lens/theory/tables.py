@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.core.checks import check_choice, check_fields, check_list, check_number, check_shapes
+from hijack_lens.core.checks import (
+    check_choice,
+    check_fields,
+    check_list,
+    check_number,
+    check_shapes,
+    check_tokens,
+    check_type,
+)
 
 TERMS = ("content", "own", "remembered_match", "remembered_own", "remembered_copy", "remembered")
 """Tables that a model written by hand has no use for: theory without them is that of the two memories alone."""
@@ -110,7 +118,7 @@ class Tables:
         """The patterns of the previous-token and the induction head; of the latter's last query alone, if asked.
 
         Raises:
-            ValueError: for more tokens than there are positions.
+            TypeError, ValueError: for what are no tokens of the vocabulary, and for more than there are positions.
         """
         previous, _, _, induction = self._seen(tokens, last)
         return previous, induction
@@ -131,11 +139,13 @@ class Tables:
 
     def _seen(self, tokens: Tensor, last: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The first pattern, the rows at each position (one-hot), what it remembers, and the second pattern."""
+        tokens = check_tokens("tokens", tokens, self.d_vocab)
+        check_type("last", last, bool)
         device, length, n_positions = self.offset.device, tokens.shape[-1], self.n_positions
         rows = F.one_hot(tokens.to(device), len(self.offset)).to(self.offset)
         if n_positions is not None:
             if length > n_positions:
-                raise ValueError(f"prompt is {length} tokens long; the tables have {n_positions} positions")
+                raise ValueError(f"prompt's tokens are {length}; the tables have {n_positions} positions")
             places = torch.arange(length)
             rows[..., places, self.d_vocab + places] = 1.0
         back = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)

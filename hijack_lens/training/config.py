@@ -102,7 +102,7 @@ class TrainConfig:
         self._set("triggers", self._plain_triggers())
         for name in ("betas", "eval_lengths"):
             if not isinstance(getattr(self, name), Sequence):
-                raise TypeError(f"{name} must be several numbers, got {getattr(self, name)!r}")
+                raise TypeError(f"{name} must be several numbers, got {shown(getattr(self, name))}")
             self._set(name, tuple(map(plain_scalar, getattr(self, name))))
         for field in fields(self):  # plain numbers, since a checkpoint's header holds no others
             self._set(field.name, plain_scalar(getattr(self, field.name)))
