@@ -149,7 +149,8 @@ def test_training_and_explaining_close_the_loop(capsys, monkeypatch, tmp_path):
     assert {"model.safetensors", "config.json", "probes.csv", "memories.png"} <= {f.name for f in Path("run").iterdir()}
     code, out, err = run(capsys, monkeypatch, "explain", "--model", "run", "--length", "16", "--json")
     assert (code, err) == (0, "")
-    assert json.loads(out)["theory"] == {}
+    found = json.loads(out)
+    assert found["theory"]["total"] == pytest.approx(found["margin"]["total"], abs=1e-4)  # by tables, of float32
     assert json.loads(out)["formed"][0].startswith(half)
     code, out, err = run(capsys, monkeypatch, "explain", "--model", "run", "--length", "16")
     assert half in out

@@ -24,6 +24,28 @@ RMS_NORMS: tuple[type[Any], ...]
 GROUPED_ATTENTION: tuple[type[Any], ...]
 """Attention whose heads share keys and values."""
 
+if TYPE_CHECKING or _release >= (4,):
+    from hijack_lens.hooked.attention import Attention
+    from hijack_lens.hooked.config import HookedTransformerConfig
+    from hijack_lens.hooked.parts import LayerNorm, RMSNorm
+    from hijack_lens.hooked.transformer import HookedTransformer
+
+    CENTRED_NORMS, RMS_NORMS, GROUPED_ATTENTION = (LayerNorm,), (RMSNorm,), ()
+else:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.components import (
+        Attention,
+        GroupedQueryAttention,
+        LayerNorm,
+        LayerNormPre,
+        RMSNorm,
+        RMSNormPre,
+    )
+    from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
+
+    CENTRED_NORMS, RMS_NORMS = (LayerNorm, LayerNormPre), (RMSNorm, RMSNormPre)
+    GROUPED_ATTENTION = (GroupedQueryAttention,)
+
 __all__ = [
     "CENTRED_NORMS",
     "GROUPED_ATTENTION",
@@ -32,40 +54,3 @@ __all__ = [
     "HookedTransformer",
     "HookedTransformerConfig",
 ]
-
-if TYPE_CHECKING:
-    from hijack_lens.hooked.attention import Attention
-    from hijack_lens.hooked.config import HookedTransformerConfig
-    from hijack_lens.hooked.transformer import HookedTransformer
-
-
-def __getattr__(name: str) -> Any:
-    """TransformerLens takes seconds to import, and a grid's workers, say, may never need it."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals().update(_ours() if _release >= (4,) else _theirs())
-    return globals()[name]
-
-
-def _ours() -> dict[str, Any]:
-    from hijack_lens.hooked.attention import Attention
-    from hijack_lens.hooked.config import HookedTransformerConfig
-    from hijack_lens.hooked.parts import LayerNorm, RMSNorm
-    from hijack_lens.hooked.transformer import HookedTransformer
-
-    norms = {"CENTRED_NORMS": (LayerNorm,), "RMS_NORMS": (RMSNorm,), "GROUPED_ATTENTION": ()}
-    return norms | {kind.__name__: kind for kind in (Attention, HookedTransformer, HookedTransformerConfig)}
-
-
-def _theirs() -> dict[str, Any]:
-    from transformer_lens import HookedTransformer, components
-    from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
-
-    return {
-        "CENTRED_NORMS": (components.LayerNorm, components.LayerNormPre),
-        "RMS_NORMS": (components.RMSNorm, components.RMSNormPre),
-        "GROUPED_ATTENTION": (components.GroupedQueryAttention,),
-        "Attention": components.Attention,
-        "HookedTransformer": HookedTransformer,
-        "HookedTransformerConfig": HookedTransformerConfig,
-    }
