@@ -433,6 +433,8 @@ VALUE_ERRORS = {
     "smoothing must be .* got nan": lambda: Language.from_text("abc", smoothing=math.nan),
     "max_vocab must be at least 2, got 1": lambda: Language.from_text("abc", max_vocab=1),
     "d_vocab must be at least 2, got 1": lambda: Language.dirichlet(1),
+    "concentration must be a number that float64 can draw with, got 1e": lambda: Language.dirichlet(5, 1e308),
+    r"smoothing must be at most 1e\+100, got 1e\+308": lambda: Language.from_text("a b", "word", smoothing=1e308),
     "concentration must be .* > 0, got 0": lambda: Language.dirichlet(5, 0),
     r"floor must .* 1/d_vocab = 0\.25, got 0\.25": lambda: abcd().floored(0.25),
     r"floor must be a finite number > 0, got 0$": lambda: abcd().floored(0),

@@ -37,6 +37,9 @@ from hijack_lens.language.vocabulary import UNKNOWN, Token, Triggers, Vocabulary
 _CELL = 8
 """Bytes of a cell of `pi_b`."""
 
+_MOST_SMOOTHING = 1e100
+"""What float64 can still add up over any vocabulary."""
+
 STEP = 600
 """Bytes of a tensor of its own for a time step, beside what it holds."""
 
@@ -95,11 +98,13 @@ class BigramLanguage(Vocabulary):
 
         Raises:
             TypeError, ValueError: for no text, or one of fewer than two tokens; for more different tokens than there is
-                memory for, which grows with their square; or for a negative smoothing.
+                memory for, which grows with their square; or for a smoothing that is negative or beyond 1e100.
         """
         text = check_text("text", text)
         check_choice("level", level, ("char", "word"))
         smoothing = check_number("smoothing", smoothing)
+        if smoothing > _MOST_SMOOTHING:
+            raise ValueError(f"smoothing must be at most {_MOST_SMOOTHING:g}, got {shown(smoothing)}")
         pieces = cut(text, level)
         if len(pieces) < 2:
             raise ValueError(f"text must hold at least two tokens, got {shown(text)}")
@@ -139,6 +144,8 @@ class BigramLanguage(Vocabulary):
         check_memory(2 * _CELL * d_vocab**2, d_vocab=d_vocab)
         check_number("concentration", concentration, positive=True)
         rows = np.random.default_rng(fixed_seed(as_generator(seed))).dirichlet([concentration] * d_vocab, size=d_vocab)
+        if not (abs(rows.sum(-1) - 1) < 1e-6).all():
+            raise ValueError(f"concentration must be a number that float64 can draw with, got {shown(concentration)}")
         return cls(rows, level="word")
 
     def floored(self, floor: float) -> "BigramLanguage":
