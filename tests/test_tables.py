@@ -121,6 +121,11 @@ def test_a_heat_maps_scale_can_be_given():
     assert drawn(np.zeros((2, 2)))[1].get_clim() == (-1.0, 1.0)
 
 
+def test_a_heat_map_has_no_more_decimals_than_its_numbers(unchecked):
+    with pytest.raises(ValueError, match="decimals must be at most 15, got 2147483648"):
+        drawn([[1.0, 0.5]], decimals=2**31)
+
+
 def test_of_many_names_a_heat_map_shows_some():
     ax, _ = drawn(np.zeros((100, 3)), [str(i) for i in range(100)], named=30)
     assert [t.get_text() for t in ax.get_yticklabels()] == [str(i) for i in range(0, 100, 4)]

@@ -32,6 +32,7 @@ code { background: #f2f2f2; padding: 0 0.2em } svg { max-width: 100%; height: au
 
 _DIVERGING = "PuOr_r"  # purple one way, orange the other
 _ABSENT = "#dcdcdc"
+_DIGITS = 15  # of a float64
 _NAMES_SHOWN = 60
 _INCHES = 400
 _DPI = 10  # matplotlib draws no text below
@@ -175,7 +176,8 @@ def heatmap(
         raise ValueError(f"image must be a matrix [row, column], got shape {image.shape}")
     check_number("centre", abs(centre) if isinstance(centre, (int, float)) else centre)
     check_number("spread", 1.0 if spread is None else spread, positive=True)
-    check_count("decimals", 0 if decimals is None else decimals)
+    if check_count("decimals", 0 if decimals is None else decimals) > _DIGITS:
+        raise ValueError(f"decimals must be at most {_DIGITS}, got {shown(decimals)}")
     check_count("named", named, minimum=1)
     for argument, given, size in (("rows", rows, image.shape[0]), ("columns", columns, image.shape[1])):
         if given is not None and len(check_texts(argument, given)) != size:
