@@ -15,7 +15,7 @@ from refusals import refused
 
 from hijack_lens import reproduction
 from hijack_lens.reproduction import claims
-from hijack_lens.reproduction.experiment import Condition, Finding, Result, over_seeds
+from hijack_lens.reproduction.findings import Condition, Finding, Result, over_seeds
 from hijack_lens.show.style import Picture
 
 SCRIPT = """

@@ -10,7 +10,8 @@ from hijack_lens.attribution import attribute, shapley
 from hijack_lens.metrics import margin as hijack_margin
 from hijack_lens.models import BigramTransformer
 from hijack_lens.reproduction import experiment
-from hijack_lens.reproduction.experiment import RANDOM_TRIGGERS, Finding, Recipe, Result, Train, over_seeds, trained
+from hijack_lens.reproduction.experiment import RANDOM_TRIGGERS, Recipe, Train, trained
+from hijack_lens.reproduction.findings import Finding, Result, over_seeds
 from hijack_lens.show.style import COLOURS, Picture
 from hijack_lens.training.fit import conflict_prompts
 

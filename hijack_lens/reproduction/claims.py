@@ -24,7 +24,7 @@ from hijack_lens.reproduction.closed_form_logits import closed_form
 from hijack_lens.reproduction.competing_continuations import competing_continuations
 from hijack_lens.reproduction.data_matters import data_matters
 from hijack_lens.reproduction.denied_facts import facts
-from hijack_lens.reproduction.experiment import Result
+from hijack_lens.reproduction.findings import Result
 from hijack_lens.reproduction.flip_window import flip_window
 from hijack_lens.reproduction.learning_order import learning_order
 from hijack_lens.reproduction.memory_order import memory_order

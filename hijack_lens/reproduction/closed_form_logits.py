@@ -11,7 +11,8 @@ from hijack_lens import theory
 from hijack_lens.core.circuit import Positions, Strengths
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models import associative_transformer
-from hijack_lens.reproduction.experiment import Finding, Make, Result, finish
+from hijack_lens.reproduction.experiment import Make, finish
+from hijack_lens.reproduction.findings import Finding, Result
 from hijack_lens.show.style import COLOURS, Picture
 
 STATEMENT = (

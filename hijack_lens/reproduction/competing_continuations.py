@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.models import BigramTransformer, associative_transformer
 from hijack_lens.reproduction import experiment
-from hijack_lens.reproduction.experiment import GLOBAL, IN_CONTEXT, Finding, Make, Recipe, Result, Train, trained
+from hijack_lens.reproduction.experiment import GLOBAL, IN_CONTEXT, Make, Recipe, Train, trained
+from hijack_lens.reproduction.findings import Finding, Result
 from hijack_lens.show.style import COLOURS, Picture
 
 STATEMENT = (

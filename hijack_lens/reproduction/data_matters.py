@@ -6,7 +6,8 @@ from typing import Any
 import pandas as pd
 
 from hijack_lens.reproduction import experiment
-from hijack_lens.reproduction.experiment import Finding, Recipe, Result, Train, over_seeds, trained
+from hijack_lens.reproduction.experiment import Recipe, Train, trained
+from hijack_lens.reproduction.findings import Finding, Result, over_seeds
 from hijack_lens.show.style import Picture
 from hijack_lens.training import TrainingRun, behaviour
 

@@ -14,7 +14,8 @@ from hijack_lens.models import BigramTransformer, associative_transformer
 from hijack_lens.probing import DoseResponse, dose_response
 from hijack_lens.probing.doses import theory_of_weights
 from hijack_lens.reproduction import experiment
-from hijack_lens.reproduction.experiment import Finding, Make, Recipe, Result, Train, trained
+from hijack_lens.reproduction.experiment import Make, Recipe, Train, trained
+from hijack_lens.reproduction.findings import Finding, Result
 from hijack_lens.show.style import COLOURS, Picture
 from hijack_lens.training import fit_strengths
 

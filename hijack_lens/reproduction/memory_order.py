@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models import BigramTransformer, trainable_transformer
 from hijack_lens.reproduction import experiment
-from hijack_lens.reproduction.experiment import Finding, Result, over_seeds
+from hijack_lens.reproduction.findings import Finding, Result, over_seeds
 from hijack_lens.show.style import Picture
 from hijack_lens.training import TrainConfig, TrainingRun, gradient_steps, train
 from hijack_lens.training.one_step import STEPS

@@ -20,7 +20,8 @@ from hijack_lens.language import BigramLanguage
 from hijack_lens.models import BigramTransformer
 from hijack_lens.models.associative import previous_token_scale, unpositioned_transformer, with_beginning_prepended
 from hijack_lens.reproduction import experiment
-from hijack_lens.reproduction.experiment import Finding, Make, Recipe, Result, Train, over_seeds, trained
+from hijack_lens.reproduction.experiment import Make, Recipe, Train, trained
+from hijack_lens.reproduction.findings import Finding, Result, over_seeds
 from hijack_lens.show.style import COLOURS, Picture
 from hijack_lens.training import behaviour
 

@@ -15,7 +15,8 @@ from hijack_lens import theory
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.models import BigramTransformer, associative_transformer
 from hijack_lens.reproduction import experiment
-from hijack_lens.reproduction.experiment import RANDOM_TRIGGERS, Finding, Make, Recipe, Result, Train, trained
+from hijack_lens.reproduction.experiment import RANDOM_TRIGGERS, Make, Recipe, Train, trained
+from hijack_lens.reproduction.findings import Finding, Result, over_seeds
 from hijack_lens.show.style import COLOURS, Picture
 from hijack_lens.training import fit_strengths, theory_agreement
 
@@ -112,14 +113,14 @@ def _by_hand(kind: str, answers: pd.DataFrame, settings: Settings) -> Finding:
 
 def _in_training(name: str, recipe: Recipe, table: pd.DataFrame, settings: Settings) -> list[Finding]:
     setting = f"{len(table)} trained models, {name}; {settings.n_prompts} prompts of {recipe.length} tokens for each"
-    lead = experiment.over_seeds(table["agreement"] - table["agreement_of_rule"])
+    lead = over_seeds(table["agreement"] - table["agreement_of_rule"])
     named = f"theory at fitted strengths names at least {AGREEMENT:.0%} of the winners"
     return [
         Finding.at_least(setting, named, table["agreement"], AGREEMENT),
         Finding.judged(
             setting,
             "theory names more winners than the rule that the context wins once it has spoken",
-            f"by {lead:.1%} of the prompts; the rule names {experiment.over_seeds(table['agreement_of_rule']):.1%}",
+            f"by {lead:.1%} of the prompts; the rule names {over_seeds(table['agreement_of_rule']):.1%}",
             lead.above(0.0),
         ),
     ]

@@ -16,7 +16,8 @@ from hijack_lens.hooks.intervention import record
 from hijack_lens.language import BigramLanguage, hijack_prompt
 from hijack_lens.models import BigramTransformer, associative_transformer
 from hijack_lens.reproduction import experiment
-from hijack_lens.reproduction.experiment import Finding, Make, Recipe, Result, Train, over_seeds, trained
+from hijack_lens.reproduction.experiment import Make, Recipe, Train, trained
+from hijack_lens.reproduction.findings import Finding, Result, over_seeds
 from hijack_lens.show.style import COLOURS, Picture
 
 STATEMENT = (

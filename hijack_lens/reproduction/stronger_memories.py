@@ -14,7 +14,8 @@ from hijack_lens.core.circuit import Strengths
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models import associative_transformer
 from hijack_lens.reproduction import experiment
-from hijack_lens.reproduction.experiment import FIRST_TRIGGER, GLOBAL, IN_CONTEXT, Finding, Make, Result
+from hijack_lens.reproduction.experiment import FIRST_TRIGGER, GLOBAL, IN_CONTEXT, Make
+from hijack_lens.reproduction.findings import Finding, Result
 from hijack_lens.show.style import COLOURS, Picture
 
 STATEMENT = (

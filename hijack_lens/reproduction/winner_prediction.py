@@ -13,7 +13,8 @@ from hijack_lens import theory
 from hijack_lens.language import HijackPrompt
 from hijack_lens.models import BigramTransformer
 from hijack_lens.reproduction import experiment
-from hijack_lens.reproduction.experiment import RANDOM_TRIGGERS, Finding, Recipe, Result, Train, over_seeds, trained
+from hijack_lens.reproduction.experiment import RANDOM_TRIGGERS, Recipe, Train, trained
+from hijack_lens.reproduction.findings import Finding, Result, over_seeds
 from hijack_lens.show.style import Picture
 from hijack_lens.theory.tables import TERMS
 from hijack_lens.training import fit_strengths, read_tables

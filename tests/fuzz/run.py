@@ -225,7 +225,7 @@ def prepare(seed: int) -> None:
     """Small models and results; cheap claims; limits of memory. Call it in a process of its own, in an empty folder."""
     warnings.simplefilter("ignore")
     from hijack_lens.reproduction.claims import CLAIMS, Claim
-    from hijack_lens.reproduction.experiment import Finding, Result
+    from hijack_lens.reproduction.findings import Finding, Result
 
     CLAIMS.clear()  # the real ones take minutes
     found = Result((Finding("a", "b", "c", True),), values.pd.DataFrame({"a": [1]}), values.hl.show.Picture(1, 1))
