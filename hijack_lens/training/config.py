@@ -103,7 +103,7 @@ class TrainConfig:
         for name in ("betas", "eval_lengths"):
             if not isinstance(getattr(self, name), Sequence):
                 raise TypeError(f"{name} must be several numbers, got {shown(getattr(self, name))}")
-            self._set(name, tuple(map(plain_scalar, getattr(self, name))))
+            self._set(name, tuple(map(plain_scalar, check_list(name, getattr(self, name), "numbers"))))
         for field in fields(self):  # plain numbers, since a checkpoint's header holds no others
             self._set(field.name, plain_scalar(getattr(self, field.name)))
         if len(self.betas) != 2:

@@ -95,8 +95,9 @@ def draw_command(target: Target, number: int, data: st.DataObject) -> Call:
                 call.written[one.name] = str(value)
     for _ in range(data.draw(st.sampled_from([0, 1, 1, 1, 2]))):
         one = data.draw(st.sampled_from(target.parameters))
-        # Asked for millions of steps, a training takes them.
-        texts = [text for text in hostile.TEXTS if not ("steps" in one.name and text.isdigit() and len(text) > 3)]
+        # Asked for millions of steps, or for as many as it takes, a training takes them.
+        endless = [text for text in hostile.TEXTS if text == "None" or (text.isdigit() and len(text) > 3)]
+        texts = [text for text in hostile.TEXTS if not ("steps" in one.name and text in endless)]
         call.written[one.name] = data.draw(st.sampled_from(texts))
         call.bad[one.name] = call.written[one.name]
     return call
