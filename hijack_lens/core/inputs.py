@@ -188,8 +188,8 @@ def components_of(model: Any, components: Any, *args: Any, **options: Any) -> tu
 
 def one_component(model: Any, given: Any, name: str, others: Sequence[str] = (), circuit: Circuit | None = None) -> Any:
     """The component that the user names, directly or by a role that only it plays; or one of the names in `others`."""
+    check_model(model)
     if isinstance(given, str) and given in others:
-        check_model(model)
         return given
     if not isinstance(given, (Component, str, tuple, list)) or (isinstance(given, str) and not _is_name(given)):
         error = ValueError if isinstance(given, str) else TypeError
