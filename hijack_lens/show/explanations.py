@@ -40,7 +40,10 @@ def _half_a_model(explanation: Explanation) -> tuple[str, ...]:
 def _source(explanation: Explanation) -> str:
     """What theory predicts from."""
     if explanation.model.strengths is None:
-        return "Tables read off the weights predict the same margin, from the prompt's tokens alone."
+        return (
+            "Tables read off the weights predict the same margin, from the prompt's tokens alone. Its parts differ "
+            "from attribution's where one memory turns the MLP's neurons on or off, which attribution takes as given."
+        )
     return "The closed form predicts the same margin, from the prompt's counts and the memories' strengths alone."
 
 

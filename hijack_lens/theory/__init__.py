@@ -1,4 +1,4 @@
-"""The associative-memory transformer in closed form: from counts and strengths, with no model involved."""
+"""The associative-memory transformer in closed form: from counts and strengths, or from tables of its tokens."""
 
 from hijack_lens.core.circuit import Margin, Strengths
 from hijack_lens.theory.closed_form import attention, logits, margin
