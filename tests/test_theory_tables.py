@@ -178,6 +178,10 @@ test_other_models_are_refused = refused(
         "prompt's tokens are 41; the tables have 40 positions": lambda: theory.logits(
             tokens(41), LANGUAGE, read_tables(learned("absolute"))
         ),
+        "prompt's tokens are 41; the tables have 40": lambda: theory.min_repeats(
+            LANGUAGE, Q, C, G, read_tables(learned("absolute")), lead=40
+        ),
+        "offset and neurons must be .* got .*7.* and .*7": lambda: changed(offset=torch.zeros(7)),
         "tables of the language's 4 tokens, got those of 7": lambda: theory.attention(
             [0, 1], hl.BigramLanguage.dirichlet(4, seed=0), read_tables(learned())
         ),

@@ -38,10 +38,12 @@ LONGER = Recipe(0, fixed=False, length=96, steps=300, evaluate_every=300)  # ran
 
 _COUNTS = ["n_qc", "n_qg", "n_c", "n_g", "log_ratio"]
 _RIDGE = 1e-3  # on standardised inputs: without it, separable prompts have no best weights
-_PREDICTORS = {"theory": "#0072B2", "counts": "#D55E00"}
-_BARS = {
-    **{"theory": "two memories, tables from the weights", "strengths": "two memories, four strengths from the weights"},
-    **{"counts": "logistic regression on counts", "rule": "the context, once it has spoken"},
+_CALIBRATED = ("theory", "counts")  # predictors that give probabilities
+_BARS = {  # what each predictor is called, and its colour
+    "theory": ("two memories, tables from the weights", "#0072B2"),
+    "strengths": ("two memories, four strengths from the weights", "#56B4E9"),
+    "counts": ("logistic regression on counts", "#D55E00"),
+    "rule": ("the context, once it has spoken", "#999999"),
 }
 
 
@@ -102,7 +104,7 @@ def _scores(held_out: pd.DataFrame) -> dict[str, float]:
         **{f"without_{term}": held_out[f"without_{term}"] > 0 for term in TERMS},
     }
     right = {f"{name}_accuracy": (guess == won).mean() for name, guess in guesses.items()}
-    off = {f"{name}_calibration_error": calibration_error(*_tensors(held_out, name, "won")) for name in _PREDICTORS}
+    off = {f"{name}_calibration_error": calibration_error(*_tensors(held_out, name, "won")) for name in _CALIBRATED}
     correlation = held_out["predicted"].corr(held_out["measured"])
     return {
         "context_wins": won.mean(),
@@ -262,15 +264,14 @@ def _picture(table: pd.DataFrame, answers: pd.DataFrame) -> Picture:
     cases = [
         (f"{kind}\n{length} tokens", part) for (kind, length), part in table.groupby(["triggers", "length"], sort=False)
     ]
-    colours = {**_PREDICTORS, "strengths": "#56B4E9", "rule": "#999999"}
-    for place, (name, label) in enumerate(_BARS.items()):
+    for place, (name, (label, colour)) in enumerate(_BARS.items()):
         found = [over_seeds(part[f"{name}_accuracy"]) for _, part in cases]
         at = np.arange(len(cases)) + 0.2 * (place - 1.5)
         reach = [0.0 if math.isnan(one.reach) else one.reach for one in found]
-        left.bar(at, [one.mean for one in found], 0.19, yerr=reach, capsize=2, color=colours[name], label=label)
-    for name, colour in _PREDICTORS.items():
+        left.bar(at, [one.mean for one in found], 0.19, yerr=reach, capsize=2, color=colour, label=label)
+    for name in _CALIBRATED:
         bins = _binned(*_tensors(answers, name, "won"))
-        right.plot(*torch.tensor([(p.mean(), w.double().mean()) for p, w in bins]).T, "o-", color=colour)
+        right.plot(*torch.tensor([(p.mean(), w.double().mean()) for p, w in bins]).T, "o-", color=_BARS[name][1])
     left.axhline(AGREEMENT, color="black", linestyle="--", linewidth=1, label=f"{AGREEMENT:.0%} of the winners")
     left.set(xlabel="triggers, and length of prompts", ylabel="winners named, fraction of held-out prompts")
     left.set_ylim(0.0, 1.05)

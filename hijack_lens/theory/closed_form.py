@@ -93,14 +93,15 @@ def margin(
     if in_context is None or global_candidate is None:
         raise TypeError("margin needs in_context= and global_candidate= where prompt is not a HijackPrompt")
     a, b = language.index(in_context, "in_context"), language.index(global_candidate, "global_candidate")
-    return Margin(*(part[..., -1, a] - part[..., -1, b] for part in _written(prompt, language, setting, last=True)))
+    everywhere = _written(prompt, language, setting, last=True).margin(a, b)
+    return Margin(everywhere.context[..., -1], everywhere.weights[..., -1], everywhere.rest[..., -1])
 
 
-def check_setting(setting: Any, language: BigramLanguage) -> None:
-    """`setting` is a model's setting, or tables of the language's tokens."""
+def check_setting(setting: Any, language: BigramLanguage | None = None) -> None:
+    """`setting` is a model's setting, or tables: of the language's tokens, if there is one."""
     if not isinstance(setting, (Setting, Tables)):
         raise TypeError(f"setting must be a Setting or Tables, got {shown(setting)}")
-    if isinstance(setting, Tables) and setting.d_vocab != language.d_vocab:
+    if isinstance(setting, Tables) and language is not None and setting.d_vocab != language.d_vocab:
         raise ValueError(
             f"setting must be tables of the language's {language.d_vocab} tokens, got those of {setting.d_vocab}"
         )

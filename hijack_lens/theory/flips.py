@@ -80,32 +80,20 @@ def min_repeats(
     check_type("language", language, BigramLanguage)
     check_setting(setting, language)
     q, c, g = _conflict(language, trigger, in_context, global_candidate)
+    layout = _Layout(length, lead, global_count)
+    most = check_count("max_repeats", max_repeats, minimum=1)
     if isinstance(setting, Tables):
-        layout = _Layout(length, lead, global_count)
-        check_count("max_repeats", max_repeats, minimum=1)
-        return _by_search(language, (q, c, g), setting, layout, max_repeats)
+        return _by_search(language, (q, c, g), setting, layout, most)
     log_pi_b = language.finite_log_pi_b()
     ahead = setting.strengths.bigram * float(log_pi_b[q, g] - log_pi_b[q, c])
     if q not in language.trigger_ids(setting.triggers):  # it matches nothing, so all positions score alike
         setting = replace(setting, strengths=replace(setting.strengths, match=0.0))
-    layout = _Layout(length, lead, global_count)
-    most = check_count("max_repeats", max_repeats, minimum=1)
-
-    if layout.lead is not None:
-        if setting.strengths.previous_token == math.inf and setting.positions == "relative":
-            return _with_infinite_focus(ahead, setting.strengths, layout.lead, layout.global_count)
-        limit = f"no number of repeats up to {most} wins"
-    else:
-        assert layout.length is not None
-        most = (layout.length - 1 - layout.global_count) // 2
-        limit = f"no number of repeats that fits into {layout.length} tokens (at most {most}) wins"
-    repeats = torch.arange(most + 1)
-    pull = _context_pull(repeats, setting, layout)
-    wins = (pull > ahead).nonzero().flatten()
-    if len(wins):
-        n = int(wins[0])
-        pulls = f"with {n} repeat{'s' * (n != 1)} the context pulls by {float(pull[n]):.3g}"
-        return Flip(n, f"{pulls}, the weights by {ahead:.3g}")
+    if layout.lead is not None and setting.strengths.previous_token == math.inf and setting.positions == "relative":
+        return _with_infinite_focus(ahead, setting.strengths, layout.lead, layout.global_count)
+    most, limit = layout.limit(most)
+    pull = _context_pull(torch.arange(most + 1), setting, layout)
+    if (flip := _first_win(pull, ahead)) is not None:
+        return flip
     return Flip(None, f"{limit}: the context pulls by at most {float(pull.max()):.3g}, the weights by {ahead:.3g}")
 
 
@@ -131,8 +119,7 @@ def phase_boundary(
         Natural log-ratios, float64.
     """
     layout = _Layout(length, lead, global_count)
-    if not isinstance(setting, (Setting, Tables)):
-        raise TypeError(f"setting must be a Setting or Tables, got {shown(setting)}")
+    check_setting(setting)
     given = repeats
     try:
         repeats = torch.as_tensor(np.asarray(given))
@@ -151,7 +138,7 @@ def phase_boundary(
         check_type("language", language, BigramLanguage)
         check_setting(setting, language)
         conflict = _conflict(language, trigger, in_context, global_candidate)
-        return _pulls(language, conflict, setting, layout, repeats)[0] / setting.bigram
+        return _pull_by_tables(language, conflict, setting, layout, repeats)[0] / setting.bigram
     if setting.strengths.bigram == 0:
         raise ValueError("strengths.bigram must be > 0: without the weights' memory there is no boundary")
     return _context_pull(repeats, setting, layout) / setting.strengths.bigram
@@ -174,6 +161,13 @@ class _Layout:
         name, minimum = ("length", 1 + count) if self.lead is None else ("lead", count)
         object.__setattr__(self, name, check_count(name, getattr(self, name), minimum))
 
+    def limit(self, most: int) -> tuple[int, str]:
+        """How many repeats there may be, `most` where the prompt grows; and how to say that none of them wins."""
+        if self.length is None:
+            return most, f"no number of repeats up to {most} wins"
+        fits = (self.length - 1 - self.global_count) // 2
+        return fits, f"no number of repeats that fits into {self.length} tokens (at most {fits}) wins"
+
 
 def _conflict(
     language: BigramLanguage, trigger: Token, in_context: Token, global_candidate: Token | None
@@ -190,35 +184,38 @@ def _conflict(
 
 
 def _by_search(
-    language: BigramLanguage, conflict: tuple[int, int, int], tables: Tables, layout: _Layout, max_repeats: int
+    language: BigramLanguage, conflict: tuple[int, int, int], tables: Tables, layout: _Layout, most: int
 ) -> Flip:
     """The answer by tables."""
-    if layout.length is not None:
-        most = (layout.length - 1 - layout.global_count) // 2
-        limit = f"no number of repeats that fits into {layout.length} tokens (at most {most}) wins"
-    else:
-        assert layout.lead is not None
-        positions = math.inf if tables.n_positions is None else (tables.n_positions - 1 - layout.lead) // 2
-        most = int(min(max_repeats, _SEARCHED, positions))
-        limit = f"no number of repeats up to {most} wins"
+    most = min(most, _SEARCHED)
+    if layout.lead is not None and tables.n_positions is not None:
+        most = min(most, max(tables.n_positions - 1 - layout.lead, 0) // 2)
+    most, limit = layout.limit(most)
     tried = 0
     while True:
         upto = min(max(8, 2 * tried), most)
-        pull, ahead = _pulls(language, conflict, tables, layout, torch.arange(tried, upto + 1))
-        wins = (pull > ahead).nonzero().flatten()
-        if len(wins):
-            n = tried + int(wins[0])
-            pulls = f"with {n} repeat{'s' * (n != 1)} the context pulls by {float(pull[wins[0]]):.3g}"
-            return Flip(n, f"{pulls}, the weights by {ahead:.3g}")
+        pull, ahead = _pull_by_tables(language, conflict, tables, layout, torch.arange(tried, upto + 1))
+        if (flip := _first_win(pull, ahead, tried)) is not None:
+            return flip
         if upto == most:
             return Flip(None, f"{limit}: the weights pull by {ahead:.3g}")
         tried = upto
 
 
-def _pulls(
+def _first_win(pull: Float[Tensor, "repeats"], ahead: float, start: int = 0) -> Flip | None:
+    """The first number of repeats, counted from `start`, with which the context pulls by more than the weights."""
+    wins = (pull > ahead).nonzero().flatten()
+    if not len(wins):
+        return None
+    n = start + int(wins[0])
+    pulls = f"with {n} repeat{'s' * (n != 1)} the context pulls by {float(pull[wins[0]]):.3g}"
+    return Flip(n, f"{pulls}, the weights by {ahead:.3g}")
+
+
+def _pull_by_tables(
     language: BigramLanguage, conflict: tuple[int, int, int], tables: Tables, layout: _Layout, repeats: Tensor
 ) -> tuple[Float[Tensor, "repeats"], float]:
-    """By tables: what attention adds to the margin with each number of repeats, and by how much the weights lead."""
+    """What attention adds to the margin with each number of repeats, and by how much the weights lead."""
     q, c, g = conflict
     neutral = [token for token in ranked_by_frequency(language.long_run).tolist() if token not in conflict]
     most = int(repeats.max())
@@ -234,7 +231,7 @@ def _pulls(
             )
         filler = (neutral * (free // max(len(neutral), 1) + 1))[:free]
         prompt = torch.tensor([g] * layout.global_count + filler + [q, c] * n + [q])
-        return Margin(*(part[:, c] - part[:, g] for part in tables.written(prompt, last)))
+        return tables.written(prompt, last).margin(c, g)
 
     if layout.lead is not None:  # a shorter prompt is the beginning of a longer one
         grown = split(most, last=False)

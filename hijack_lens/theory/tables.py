@@ -17,10 +17,10 @@ from hijack_lens.core.checks import (
     check_tokens,
     check_type,
 )
+from hijack_lens.core.circuit import Margin
 
 TERMS = ("content", "own", "remembered_match", "remembered_own", "remembered_copy", "remembered")
-"""Tables that a model written by hand has no use for: theory without them is that of the two memories alone."""
-
+"""Tables that theory may leave out: a model written by hand needs none of them, but for absolute positions' content."""
 
 _SCORES = ("content", "match", "own", "remembered_match", "remembered_own")
 _WRITES = ("copy", "remembered_copy", "current", "remembered")
@@ -37,6 +37,10 @@ class Written(NamedTuple):
     def total(self) -> Float[Tensor, "*batch pos d_vocab"]:
         """All of them together."""
         return self.context + self.weights + self.rest
+
+    def margin(self, a: int, b: int) -> Margin:
+        """`logit[a] - logit[b]` at every position, by memory."""
+        return Margin(*(part[..., a] - part[..., b] for part in self))
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,7 +89,10 @@ class Tables:
         check_fields(self)
         check_number("bigram", self.bigram, positive=True)
         if self.offset.ndim != 2 or self.neurons.ndim != 2:
-            raise ValueError("offset and neurons must be tables [row, offset] and [neuron, d_vocab]")
+            found = tuple(self.offset.shape), tuple(self.neurons.shape)
+            raise ValueError(
+                "offset and neurons must be [row, offset] and [neuron, d_vocab], got {} and {}".format(*found)
+            )
         rows, out = len(self.offset), sum(self.neurons.shape)
         if rows < self.d_vocab:
             raise ValueError(f"offset must have a row for each of {self.d_vocab} tokens, got {rows}")
@@ -133,7 +140,7 @@ class Tables:
         asked, asked_remembered = _last(rows, last), _last(remembered, last)
         current = asked @ self.current
         passed = current + asked_remembered @ self.remembered
-        copied = passed + induction @ (rows @ self.copy + remembered @ self.remembered_copy)
+        copied = passed + (induction @ rows) @ self.copy + (induction @ remembered) @ self.remembered_copy
         weights, both, all_three = map(self._logits, (current, passed, copied))
         return Written(all_three - both, weights, both - weights)
 

@@ -86,7 +86,12 @@ def phase_at(config: TrainConfig, language: BigramLanguage, positions: str, form
     jump = 0.0
     if boost:
         sequences = language.sample(
-            256, length, triggers, n_triggers=n_triggers, continuations=config.continuations, seed=_share_seed(config)
+            256,
+            length,
+            triggers,
+            n_triggers=n_triggers,
+            continuations=config.continuations,
+            seed=data_seed(config, "natural share", 0),
         )
         share = float(sequences.predictable.double().mean())
         # Jumps from what is no trigger raise the share from p to (p + jump) / (1 + jump).
@@ -111,7 +116,3 @@ def _with_decoys(config: TrainConfig, language: BigramLanguage) -> tuple[tuple[T
     ids = language.fixed_triggers(config.triggers, config.n_triggers).tolist()
     others = [token for token in ranked_by_frequency(language.long_run).tolist() if token not in ids]
     return (*ids, *others[: max(config.min_triggers - len(ids), 0)]), None
-
-
-def _share_seed(config: TrainConfig) -> int:
-    return data_seed(config, "natural share", 0)
