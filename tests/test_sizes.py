@@ -5,6 +5,7 @@ from collections import Counter
 from itertools import pairwise
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from models_for_tests import handwritten
@@ -25,6 +26,17 @@ def with_free(monkeypatch, count):
 def laptop(monkeypatch):
     """A machine with 16 GiB to give."""
     with_free(monkeypatch, 2**34)
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "rlimit"), reason="the process's own limit is read on Linux alone")
+def test_a_limit_of_the_process_counts_as_what_is_free(monkeypatch):
+    def limited(process, resource):
+        assert resource == psutil.RLIMIT_AS
+        return process.memory_info().vms + 2**30, psutil.RLIM_INFINITY
+
+    monkeypatch.setattr(psutil.Process, "rlimit", limited)
+    with pytest.raises(ValueError, match=r"n_ctx=100000000 .* would take .* and 1\.0 GiB are free"):
+        hl.trainable_transformer(LANGUAGE, "absolute", d_model=8, n_ctx=10**8)
 
 
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_made(laptop, unchecked, monkeypatch):

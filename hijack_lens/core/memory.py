@@ -12,8 +12,13 @@ _LITTLE = 2**20
 
 
 def free_memory() -> int:
-    """Bytes of memory that the machine, or the container that this runs in, could still give."""
+    """Bytes of memory that the machine, the container that this runs in, or the process's own limit could still give."""
     free = psutil.virtual_memory().available
+    own = psutil.Process()
+    if hasattr(own, "rlimit"):  # Linux's `ulimit -v`
+        limit, _ = own.rlimit(psutil.RLIMIT_AS)
+        if limit != psutil.RLIM_INFINITY:
+            free = min(free, max(limit - own.memory_info().vms, 0))
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # there is no such container, or no limit ("max")
             free = min(free, int(Path(limit).read_text()))
