@@ -12,7 +12,7 @@ _LITTLE = 2**20
 
 
 def free_memory() -> int:
-    """Bytes of memory that the machine, the container that this runs in, or the process's own limit could still give."""
+    """Bytes of memory that the machine, the container that this runs in, and the process's own limit still give."""
     free = psutil.virtual_memory().available
     own = psutil.Process()
     if hasattr(own, "rlimit"):  # Linux's `ulimit -v`
