@@ -35,7 +35,7 @@ def test_a_limit_of_the_process_counts_as_what_is_free(monkeypatch):
         return process.memory_info().vms + 2**30, psutil.RLIM_INFINITY
 
     monkeypatch.setattr(psutil.Process, "rlimit", limited)
-    with pytest.raises(ValueError, match=r"n_ctx=100000000 .* would take .* and 1\.0 GiB are free"):
+    with pytest.raises(ValueError, match=r"n_ctx=100000000, .* would take .* and 1\.0 GiB are free"):
         hl.trainable_transformer(LANGUAGE, "absolute", d_model=8, n_ctx=10**8)
 
 
