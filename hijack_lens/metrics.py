@@ -72,9 +72,11 @@ class Metric:
         """The number of each row of the position's logits.
 
         Raises:
-            TypeError: if `of_logits` returns anything else.
+            TypeError, ValueError: for what are no rows of logits, and if `of_logits` returns anything else.
         """
         check_tensor("logits", logits, "logits")
+        if logits.ndim < 2:
+            raise ValueError(f"logits must be [..., batch, d_vocab], got shape {tuple(logits.shape)}")
         if self.of_logits is None:
             raise ValueError(
                 f"metric {self.name!r} needs a model or its unpatched runs for any logits: give it to .on(model) first"
