@@ -371,7 +371,7 @@ test_values_of_the_wrong_size = refused(
         "answer .*tokenizer": lambda: metrics.prob("one").on(hooked()),
         "reference .*3.*1": lambda: metrics.kl(LOGITS).per_prompt(LOGITS[:1]),
         "reference .*2.*3": lambda: metrics.kl(LOGITS[:2]).per_prompt(LOGITS),
-        r"logits must be \[\.\.\., batch, d_vocab\], got shape \(13,\)": lambda: hl.logit_diff(0, 1).of_rows(LOGITS[0, 0]),
+        r"logits must be .* got shape \(13,\)": lambda: hl.logit_diff(0, 1).of_rows(LOGITS[0, 0]),
         "reference .*5.*13": lambda: metrics.kl(LOGITS[..., :5]).per_prompt(LOGITS),
     },
 )
