@@ -12,7 +12,7 @@ from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 from hijack_lens.core.analysis import as_written
 from hijack_lens.core.checks import check_choice, check_type, shown
 from hijack_lens.core.circuit import Circuit, Component
-from hijack_lens.core.hook_points import Site, check_hook_points, position_index, sites
+from hijack_lens.core.hook_points import Site, check_hook_points, position_index, sites, without_hooks
 from hijack_lens.core.inputs import indices, one_component
 from hijack_lens.hooked import HookedTransformer
 from hijack_lens.hooks.intervention import HookFunction, Intervention, read_source
@@ -93,7 +93,7 @@ def precedes(model: Any, sender: Sender, receiver: Receiver) -> bool:
 
 def check_edge(model: Any, sender: Sender, receiver: Receiver, via: Via) -> None:
     """Checks that the model has this edge, and hook points that reach it alone."""
-    _check_sender(model, sender)
+    check_sender(model, sender)
     if via not in inputs_of(receiver):
         raise ValueError(f"via must be one of {inputs_of(receiver)} for receiver {receiver}, got {shown(via)}")
     if not precedes(model, sender, receiver):
@@ -246,7 +246,8 @@ def patch_path(
     return Intervention(model, edit=[(name, change_input(name)) for name in inputs], look=look)
 
 
-def _check_sender(model: Any, sender: Sender) -> None:
+def check_sender(model: Any, sender: Sender) -> None:
+    """Checks that the sender's output is added to the residual stream as it is read."""
     if isinstance(sender, str):
         if sender not in embeddings(model):
             raise ValueError(f"sender {sender!r}: this model has no hook_{sender} that adds to its residual stream")
@@ -264,7 +265,7 @@ def _starts_from_embeddings(model: Any) -> bool:
     shown: list[Tensor] = []
     look = [(f"hook_{name}", lambda activation, hook: shown.append(activation)) for name in embeddings(model)]
     tokens = torch.arange(min(4, model.cfg.d_vocab, model.cfg.n_ctx), device=model.cfg.device)[None]
-    with torch.no_grad(), Intervention(model, look=look):
+    with torch.no_grad(), without_hooks(model), Intervention(model, look=look):
         start = model(tokens, stop_at_layer=0)
     return bool((sum(shown) - start).abs().max() <= rounding(start.dtype) * start.abs().max())
 

@@ -1,5 +1,6 @@
 """The claims about knowledge hijack: they hold for models that obey them, and turn for models that do not."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ from hijack_lens.reproduction.experiment import (
     trained,
 )
 from hijack_lens.training import TrainingRun, theory_agreement
+from hijack_lens.training.fit import conflict_prompts
 
 torch.set_num_threads(1)
 
@@ -63,7 +65,7 @@ def written(strengths, **options):
         model = hl.associative_transformer(
             recipe.language, range(recipe.triggers), strengths=strengths, n_ctx=4 * recipe.length, **options
         )
-        return TrainingRun(model, recipe.config, recipe.steps, pd.DataFrame())
+        return TrainingRun(model, recipe.config, 0, pd.DataFrame())
 
     return train
 
@@ -73,7 +75,7 @@ def failing(result):
     return {number for number, finding in enumerate(result.findings, 1) if not finding.holds}
 
 
-SMALL = Recipe(0, d_vocab=9, triggers=3, d_model=24, length=20, steps=20, evaluate_every=20)
+SMALL = Recipe(0, d_vocab=9, triggers=3, d_model=24, length=20, steps=20)
 
 
 # Languages and prompts
@@ -172,7 +174,7 @@ def test_models_without_a_memory_have_another_boundary(make):
 
 def test_models_that_were_not_trained_are_not_predicted():
     result = pd_.phase_diagram(DIAGRAM, train=untrained)
-    assert failing(result) == {4, 5}
+    assert failing(result) == {4}
     assert result.verdict == "in part"
 
 
@@ -181,8 +183,13 @@ def test_agreement_on_trained_models_is_that_of_the_library():
     rows = result.table[result.table["diagram"] == "small"].set_index("seed")
     for seed in (0, 1):
         model = trained(replace(SMALL, seed=seed)).model
-        agreement = theory_agreement(model, hl.fit_strengths(model), n_prompts=80, length=20, seed=seed)
-        assert rows.loc[seed, "agreement"] == pytest.approx(agreement.winners)
+        fit = hl.fit_strengths(model)
+        agreement = theory_agreement(model, fit, n_prompts=80, length=20, seed=seed)
+        tables, named = hl.training.read_tables(model).without("remembered"), []
+        prompts = conflict_prompts(model.language, fit.setting.triggers, 80, 20, seed)
+        for prompt, measured in zip(prompts, agreement.table["model_margin"], strict=True):
+            named.append(float(theory.margin(prompt, model.language, tables).total) * measured > 0)
+        assert rows.loc[seed, "agreement"] == pytest.approx(sum(named) / 80)
         rule = ((agreement.table["repeats"] > 0) == (agreement.table["model_margin"] > 0)).mean()
         assert rows.loc[seed, "agreement_of_rule"] == pytest.approx(rule)
 
@@ -235,7 +242,7 @@ COMPETING = cc.Settings(
     strengths=(hl.Strengths(40.0, 3.0, 8.0, 1.0), hl.Strengths(40.0, 40.0, 8.0, 1.0)),
     pairs=20,
     n_orders=8,
-    recipe=SMALL,
+    recipes=(SMALL, replace(SMALL, which="random")),
     seeds=(0, 1, 2),
     n_prompts=10,
     trained_pairs=5,
@@ -261,7 +268,7 @@ def test_a_blurred_previous_token_head_sees_the_order():
 
 
 def test_untrained_models_do_not_follow_the_pairs():
-    assert failing(cc.competing_continuations(COMPETING, train=untrained)) == {3}
+    assert failing(cc.competing_continuations(COMPETING, train=untrained)) == {3, 4}
 
 
 # Window and primacy
@@ -271,21 +278,29 @@ WINDOW = fw.Settings(
     max_repeats=100,
     primacy_lengths=tuple(range(4, 61, 4)),
     recipe=SMALL,
+    strengths=(1.0, 0.5),
     seeds=(0, 1, 2),
     n_prompts=24,
 )
 
 
-def blurs(recipe):
-    """A model whose weights prefer g by 3.2 logits after any token, between what few repeats add and what many do."""
+def blurs(recipe, b1=4.5):
+    """A model whose weights prefer g by 2 to 3.8 logits, some tokens' continuations being copied more than others'.
+
+    That is between what few repeats add and what many do, once b1 is halved.
+    """
     size = recipe.d_vocab
     weights = torch.ones(size, size, dtype=torch.float64)
-    weights[torch.arange(size), (torch.arange(size) + 1) % size] = math.exp(3.2)
+    preferred = (torch.arange(size) + 1) % size
+    weights[torch.arange(size), preferred] = torch.linspace(2.0, 3.8, size, dtype=torch.float64).exp()
     language = hl.BigramLanguage(weights / weights.sum(1, keepdim=True))
-    model = hl.associative_transformer(
-        language, range(recipe.triggers), strengths=hl.Strengths(2.0, 10.0, 4.0, 1.0), n_ctx=4 * recipe.length
-    )
-    return TrainingRun(model, recipe.config, recipe.steps, pd.DataFrame())
+    strengths = hl.Strengths(b1, 10.0, 4.0, 1.0)
+    model = hl.associative_transformer(language, strengths=strengths, n_ctx=4 * recipe.length, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    with torch.no_grad():
+        for weight in (model.blocks[1].attn.W_K, model.blocks[1].attn.W_O):
+            weight += 0.3 * weight.std() * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    return TrainingRun(model, recipe.config, 0, pd.DataFrame())
 
 
 def test_a_finite_previous_token_head_leaves_a_window_and_favours_the_front():
@@ -293,12 +308,14 @@ def test_a_finite_previous_token_head_leaves_a_window_and_favours_the_front():
     assert result.verdict == "reproduced"
     wins = result.table[(result.table["part"] == "window") & (result.table["measured"] > 0)]
     assert wins.groupby("b1")["repeats"].agg(["min", "max"]).to_dict("index") == {2.0: {"min": 3, "max": 80}}
+    own = result.table[result.table["part"] == "trained"]
+    assert (own["lost"] == own["said_lost"]).all()  # what theory leaves out is not in such a model
+    assert (own[own["strength"] == 1]["lost"] == 0).all()
 
 
 def test_a_sharp_previous_token_head_leaves_no_window():
-    result = fw.flip_window(WINDOW, scaled(PREVIOUS, 20.0), written(hl.Strengths(30.0, 6.0, 6.0, 1.0)))
-    assert failing(result) == {1, 2, 3, 4, 5, 6}
-    assert result.verdict == "not reproduced"
+    result = fw.flip_window(WINDOW, scaled(PREVIOUS, 20.0), written(hl.Strengths(60.0, 6.0, 6.0, 1.0)))
+    assert failing(result) == {1, 2, 3, 5, 6, 7, 8}
     assert "no window" in result.findings[1].measured
 
 
@@ -307,8 +324,23 @@ def test_window_and_primacy_turn_with_the_model(make):
     assert failing(fw.flip_window(WINDOW, make, blurs)) == {1, 2, 3}
 
 
-def test_untrained_models_show_none_of_it():
-    assert failing(fw.flip_window(WINDOW, train=untrained)) == {4, 5, 6}
+def test_a_head_that_is_weak_as_trained_loses_what_it_should_not():
+    assert 4 in failing(fw.flip_window(WINDOW, train=functools.partial(blurs, b1=2.25)))
+
+
+def test_models_that_copy_nothing_show_none_of_it():
+    assert failing(fw.flip_window(WINDOW, train=written(hl.Strengths(4.5, 10.0, 0.0, 1.0)))) == {5, 6, 7, 8}
+
+
+def test_who_loses_by_chance_is_right_half_of_the_time():
+    true = torch.tensor([True, True, False, False, False, False])
+    assert fw._balanced(true, true) == 1
+    assert fw._balanced(~true, true) == 0
+    assert fw._balanced(torch.zeros(6).bool(), true) == 0.5
+    assert fw._balanced(torch.tensor([True, False, True, False, False, False]), true) == pytest.approx(
+        (1 / 2 + 3 / 4) / 2
+    )
+    assert fw._balanced(true, torch.ones(6).bool()) == 0.5  # where all are lost there is nothing to tell
 
 
 # All of them

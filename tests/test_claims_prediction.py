@@ -20,12 +20,12 @@ from hijack_lens.theory.tables import TERMS
 from hijack_lens.training import TrainingRun
 from hijack_lens.training.fit import conflict_prompts
 
-SMALL = Recipe(0, fixed=False, triggers=3, d_vocab=8, concentration=1.0, d_model=16, length=16)
+SMALL = Recipe(0, which="random", triggers=3, d_vocab=8, concentration=1.0, d_model=16, length=16)
 STRENGTHS = hl.Strengths(8.0, 4.0, 6.0, 1.0)
 
 
 def run_of(model, recipe):
-    return TrainingRun(model, recipe.config, recipe.steps, pd.DataFrame())
+    return TrainingRun(model, recipe.config, 0, pd.DataFrame())
 
 
 @functools.cache
@@ -139,7 +139,7 @@ def test_an_overruling_that_is_not_the_contexts_turns_the_verdict():
         no_copy = hl.Strengths(20.0, 6.0, 0.0, 1.0)
         return run_of(hl.associative_transformer(recipe.language, strengths=no_copy, dtype=torch.float64), recipe)
 
-    assert verdicts(fact_claim.facts(FACTS, train=train))[3:] == [True, False, False, False]
+    assert verdicts(fact_claim.facts(FACTS, train=train))[3:6] == [True, False, False]
 
 
 # Prediction of the winner
@@ -232,10 +232,11 @@ CAUSAL = causal.Settings(SMALL, (0, 1, 2), 16, 10)
 
 def test_memories_of_a_handwritten_model_are_worth_what_attribution_says():
     result = causal.causal_agreement(CAUSAL, handwritten)
-    assert result.verdict == "reproduced"
+    assert verdicts(result) == [True, True, False]  # where the splits coincide, neither is better
     for memory in ("context", "weights"):
-        off = (result.table[memory] - result.table[f"{memory}_ablated"]).abs().max()
-        assert off < 1e-9, memory
+        for game in ("source", "ablated"):
+            off = (result.table[memory] - result.table[f"{memory}_{game}"]).abs().max()
+            assert off < 1e-9, (memory, game)
     assert result._repr_png_().startswith(b"\x89PNG")
 
 

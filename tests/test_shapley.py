@@ -127,6 +127,63 @@ def test_values_and_interactions_are_those_of_the_definition(name, how):
     assert value_of(model, tokens) == pytest.approx(result.full, abs=1e-10)
 
 
+SOURCES = {"embeddings": ["hook_embed", "hook_pos_embed"], "before": [HEADS[0], MLPS[0]], "induction": HEADS[2]}
+
+
+def worth_by_paths(model, tokens, players, reference=None):
+    """The metric by coalition, with absent players cut off from what the last MLP reads and from the unembedding."""
+    last = model.cfg.n_layers - 1
+
+    def worth(present):
+        with ExitStack() as contexts:
+            for index, parts in enumerate(players.values()):
+                for part in parts if isinstance(parts, list) else [parts]:
+                    sender = part.removeprefix("hook_") if isinstance(part, str) else part
+                    for receiver, via in ((f"L{last}MLP", "mlp_in"), ("unembed", "unembed")):
+                        if index not in present:
+                            contexts.enter_context(hooks.patch_path(model, sender, receiver, via, reference))
+            return value_of(model, tokens)
+
+    return worth
+
+
+@pytest.mark.parametrize("how", ["zero", "patch"])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in MODELS if name != "GPT-NeoX"],  # its MLPs read what its heads do, from before the block
+)
+def test_sources_are_taken_out_of_what_is_read_there_and_after(name, how):
+    model = MODELS[name]()
+    d_vocab, last = model.cfg.d_vocab, model.cfg.n_layers - 1
+    absolute = model.cfg.positional_embedding_type == "standard" and name != "perturbed"
+    sources = SOURCES if absolute else {**SOURCES, "embeddings": "hook_embed"}
+    tokens, reference = prompts(2, d_vocab=d_vocab), prompts(2, seed=1, d_vocab=d_vocab) if how == "patch" else None
+    at = f"blocks.{last}.hook_resid_mid"
+    result = hl.shapley(model, tokens, METRIC, sources, how, reference, at=at)
+    check_against_definition(result, worth_by_paths(model, tokens, sources, reference))
+    assert value_of(model, tokens) == pytest.approx(result.full, abs=1e-10)
+    assert result.at == at
+    assert at in repr(result)
+
+
+def test_sources_of_a_linear_model_are_worth_what_attribution_credits_them_with():
+    """Without MLP and norm, the logits are a sum over what is in the stream, so that each is worth its own term."""
+    model, tokens = hooked(attn_only=True), prompts(1)
+    with torch.no_grad():  # attribution keeps biases apart
+        for block in model.blocks:
+            block.attn.b_V.zero_()
+            block.attn.b_O.zero_()
+    sources = {"embeddings": ["hook_embed", "hook_pos_embed"], "layer 0": HEADS[:2], "layer 1": HEADS[2:]}
+    result = hl.shapley(model, tokens, METRIC, sources, at="blocks.1.hook_resid_post")
+    found = hl.attribute(model, tokens[0], answers=[1, 2])
+    expected = torch.zeros(3, dtype=torch.float64)
+    for path, (first, second) in zip(found.paths, found.by_path(), strict=True):
+        if path.source != "biases":
+            expected[1 + path.through[-1].layer if path.through else 0] += first - second
+    close(result.values, expected)
+    close(result.interactions.nan_to_num(), torch.zeros(3, 3).double())
+
+
 def test_a_name_of_several_components_is_one_player_and_hook_points_may_be_players():
     model, tokens = hooked("LN"), prompts(3)
     groups = {"front": [HEADS[0], HEADS[1]], "behind": (HEADS[2], MLPS[1]), "in between": "blocks.1.hook_resid_pre"}

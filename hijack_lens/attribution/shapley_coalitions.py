@@ -8,14 +8,17 @@ from math import comb
 from typing import Any, Literal
 
 import torch
-from einops import rearrange, repeat
+from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hijack_lens.core.checks import check_type, shown
+from hijack_lens.core.circuit import Component
 from hijack_lens.core.hook_points import Site, check_hook_points, sites
 from hijack_lens.core.inputs import Player
 from hijack_lens.core.memory import check_memory
+from hijack_lens.hooks.edges import Sender, changes_attn_out, check_sender, into_stream, precedes, sender_site
 from hijack_lens.hooks.intervention import HookFunction, Intervention, draw_rows, logits_of, read_source, stand_in
 from hijack_lens.hooks.patched_runs import BoundMetric, runs_at_once
 
@@ -24,8 +27,8 @@ Outputs = Mapping[Site, Tensor | None]
 """What is written in place of an absent component, [batch or 1, pos, ...]; `None` for zeros."""
 
 
-def sites_of(model: Any, players: Sequence[Player]) -> dict[str, list[Site]]:
-    """The sites of each player's outputs, by label."""
+def sites_of(model: Any, players: Sequence[Player]) -> list[list[Site]]:
+    """The sites of each player's outputs."""
     found = [sites(model, player.parts) for player in players]
     named = list(zip((part for player in players for part in player.parts), chain.from_iterable(found), strict=True))
     check_hook_points(model, (site.name for _, site in named))
@@ -35,7 +38,7 @@ def sites_of(model: Any, players: Sequence[Player]) -> dict[str, list[Site]]:
         same_point = points[at.name] is points[there.name]
         if same_point and (at.head is None or there.head is None or at.head == there.head):
             raise ValueError(f"components must not overlap, got {first} and {second}")
-    return dict(zip((player.label for player in players), found, strict=True))
+    return found
 
 
 def outputs_when_absent(
@@ -64,51 +67,30 @@ def outputs_when_absent(
 
 
 @dataclass(frozen=True)
-class CoalitionRuns:
-    """Runs of a model with some of its components absent, many in one forward pass.
+class Overwritten:
+    """What absent players write is overwritten; components later in the model see the change.
 
-    A pass holds as many runs as fit into `memory`, in bytes; with `None`, just one, so that user hooks see their batch.
+    Attributes:
+        players: the sites of each player's outputs.
+        outputs: what is written there instead.
+        n_prompts: in each run.
     """
 
-    model: Any
-    tokens: Int[Tensor, "batch pos"]
-    players: Mapping[str, Sequence[Site]]
+    players: Sequence[Sequence[Site]]
     outputs: Outputs
-    reader: BoundMetric
-    memory: float | None
+    n_prompts: int
 
-    def worth(self, coalitions: Bool[Tensor, "coalition player"]) -> Float[Tensor, "coalition"]:
-        """The metric's mean over prompts with only these players present; in float64, on the CPU."""
-        at_once = 1 if self.memory is None else runs_at_once(self.model, self.tokens, self.memory)
-        worth = []
-        with tqdm(total=len(coalitions), disable=None, unit="run") as bar:
-            for chunk in coalitions.split(at_once):
-                with Intervention(self.model, edit=self._edits(chunk)):
-                    logits = logits_of(self.model, repeat(self.tokens, "batch pos -> (run batch) pos", run=len(chunk)))
-                logits = rearrange(logits, "(run batch) pos d_vocab -> run batch pos d_vocab", run=len(chunk))
-                worth.append(self.reader.each(logits).double().cpu())
-                bar.update(len(chunk))
-        found = torch.cat(worth)
-        if not bool(found.isfinite().all()):
-            first = int((~found.isfinite()).nonzero()[0])
-            absent = [label for label, here in zip(self.players, coalitions[first].tolist(), strict=True) if not here]
-            raise ValueError(
-                f"metric must be finite whichever components are absent, got {float(found[first])} without "
-                f"{', '.join(absent) or 'any absent'}"
-            )
-        return found
-
-    def _edits(self, coalitions: Bool[Tensor, "coalition player"]) -> list[tuple[str, HookFunction]]:
-        """Hooks that overwrite the outputs of absent players; components later in the model see the change."""
+    def edits(self, coalitions: Bool[Tensor, "coalition player"]) -> list[tuple[str, HookFunction]]:
+        """A hook at each point where an absent player writes."""
         absent: dict[str, list[tuple[Site, Tensor]]] = {}
-        for outputs, present in zip(self.players.values(), coalitions.T, strict=True):
+        for outputs, present in zip(self.players, coalitions.T, strict=True):
             for site in outputs:
                 if not bool(present.all()):
                     absent.setdefault(site.name, []).append((site, ~present))
         return [(name, self._overwrite(at, len(coalitions))) for name, at in absent.items()]
 
     def _overwrite(self, absent: list[tuple[Site, Tensor]], count: int) -> HookFunction:
-        n_rows = count * len(self.tokens)
+        n_rows = count * self.n_prompts
 
         def overwrite(activation: Tensor, hook: Any) -> Tensor:
             edited = activation.clone()
@@ -123,6 +105,117 @@ class CoalitionRuns:
             return edited
 
         return overwrite
+
+
+@dataclass(frozen=True)
+class TakenOut:
+    """What absent players wrote is taken out of the residual stream at one point; all before it is as it was.
+
+    Attributes:
+        at: the hook point.
+        changes: what each player's absence changes there.
+    """
+
+    at: str
+    changes: Float[Tensor, "player prompt pos d_model"]
+
+    @classmethod
+    def of(
+        cls, model: Any, at: str, players: Sequence[Player], present: Mapping[Site, Tensor], outputs: Outputs
+    ) -> "TakenOut":
+        """The absence of players with these outputs, replaced by those."""
+        changes = []
+        for player in players:
+            total: Any = 0.0
+            for source in sources_of(player):
+                site = sender_site(model, source)
+                value, wanted = present[site], outputs[site]
+                change = -value if wanted is None else (wanted - value)
+                total = total + into_stream(model, source, change)
+            changes.append(total)
+        return cls(at, torch.stack(changes))
+
+    def edits(self, coalitions: Bool[Tensor, "coalition player"]) -> list[tuple[str, HookFunction]]:
+        """One hook, in the residual stream."""
+        absent = (~coalitions).to(self.changes)
+
+        def take_out(activation: Tensor, hook: Any) -> Tensor:
+            gone = einsum(absent, self.changes, "run player, player prompt pos d_model -> run prompt pos d_model")
+            return activation + gone.flatten(0, 1).to(activation)
+
+        # An edit of resid_mid reaches only the MLP in a bridge; one of attn_out reaches the stream in every model.
+        return [(self.at.replace("hook_resid_mid", "hook_attn_out"), take_out)]
+
+
+def sources_of(player: Player) -> tuple[Sender, ...]:
+    """A player's parts as what the residual stream is a sum of."""
+    embedded: dict[Component | str, Sender] = {"hook_embed": "embed", "hook_pos_embed": "pos_embed"}
+    found = [part if isinstance(part, Component) else embedded.get(part) for part in player.parts]
+    if None in found:
+        raise ValueError(
+            "components must be heads, MLPs, 'hook_embed' or 'hook_pos_embed' where `at` is given, got "
+            f"{player.parts[found.index(None)]!r}"
+        )
+    return tuple(one for one in found if one is not None)
+
+
+def check_sources(model: Any, at: object, players: Sequence[Player]) -> str:
+    """Checks that `at` is a point of the residual stream, to which the players' outputs are added before it."""
+    check_type("at", at, str)
+    name = str(at)
+    points = [f"blocks.{i}.hook_resid_{part}" for i in range(model.cfg.n_layers) for part in ("pre", "mid", "post")]
+    points = [point for point in points if point in model.hook_dict]
+    if name not in points:
+        raise ValueError(f"at must be a point of the residual stream, {points[0]!r} to {points[-1]!r}, got {shown(at)}")
+    layer, part = int(name.split(".")[1]), name.rsplit("_", 1)[-1]
+    if part == "mid" and changes_attn_out(model, layer):
+        raise ValueError(f"at={name!r}: this model norms or scales what its heads write before it is there")
+    for player in players:
+        for source in sources_of(player):
+            check_sender(model, source)
+            if isinstance(source, str) or source.layer < layer:
+                continue
+            there = source.layer == layer and part != "pre"
+            if not there or (part == "mid" and not precedes(model, source, Component(layer, "mlp"))):
+                raise ValueError(f"components must write before at={name!r}, got {source}")
+    return name
+
+
+@dataclass(frozen=True)
+class CoalitionRuns:
+    """Runs of a model with some of its components absent, many in one forward pass.
+
+    A pass holds as many runs as fit into `memory`, in bytes; with `None`, just one, so that user hooks see their batch.
+    """
+
+    model: Any
+    tokens: Int[Tensor, "batch pos"]
+    players: Sequence[Player]
+    absence: Overwritten | TakenOut
+    reader: BoundMetric
+    memory: float | None
+
+    def worth(self, coalitions: Bool[Tensor, "coalition player"]) -> Float[Tensor, "coalition"]:
+        """The metric's mean over prompts with only these players present; in float64, on the CPU."""
+        at_once = 1 if self.memory is None else runs_at_once(self.model, self.tokens, self.memory)
+        worth = []
+        with tqdm(total=len(coalitions), disable=None, unit="run") as bar:
+            for chunk in coalitions.split(at_once):
+                with Intervention(self.model, edit=self.absence.edits(chunk)):
+                    logits = logits_of(self.model, repeat(self.tokens, "batch pos -> (run batch) pos", run=len(chunk)))
+                logits = rearrange(logits, "(run batch) pos d_vocab -> run batch pos d_vocab", run=len(chunk))
+                worth.append(self.reader.each(logits).double().cpu())
+                bar.update(len(chunk))
+        found = torch.cat(worth)
+        if not bool(found.isfinite().all()):
+            first = int((~found.isfinite()).nonzero()[0])
+            here = coalitions[first].tolist()
+            absent = [player.label for player, present in zip(self.players, here, strict=True) if not present]
+            raise ValueError(
+                f"metric must be finite whichever components are absent, got {float(found[first])} without "
+                f"{', '.join(absent) or 'any absent'}"
+            )
+        return found
 
 
 def all_coalitions(n_players: int) -> Bool[Tensor, "coalition player"]:

@@ -13,7 +13,10 @@ from hijack_lens.attribution.shapley_coalitions import (
     MIN_SAMPLES,
     CoalitionRuns,
     How,
+    Overwritten,
+    TakenOut,
     all_coalitions,
+    check_sources,
     estimate,
     outputs_when_absent,
     shapley_interactions,
@@ -54,6 +57,7 @@ class ShapleyValues(Saved, Drawn):
         players: the players along the axes.
         metric: the metric's name.
         how: what absent components write.
+        at: the hook point from which on they are missing; `None` where they are missing throughout.
         full: the metric with all players present, that is, of the run itself.
         empty: the metric with none present.
         n_runs: how many coalitions were run.
@@ -73,6 +77,7 @@ class ShapleyValues(Saved, Drawn):
     full: float
     empty: float
     n_runs: int
+    at: str | None = None
     worth: Float[Tensor, "*present"] | None = None
     stderr: Float[Tensor, "player"] | None = None
     interactions_stderr: Float[Tensor, "player player"] | None = None
@@ -188,6 +193,7 @@ def shapley(
     reference: object = None,
     *,
     circuit: Circuit | None = None,
+    at: str | None = None,
     max_exact: int = 10,
     n_samples: int = 100,
     interactions: bool = True,
@@ -221,6 +227,10 @@ def shapley(
         reference: prompts or a cache, as long as `prompt`; for all but "zero".
         circuit: the roles that name the components; by default those of a `Circuit` given as `components`, else
             `model.circuit`, if there is one.
+        at: a hook point of the residual stream, such as "blocks.1.hook_resid_mid", which makes players *sources* of
+            what is read there: an absent one is missing from the stream from there on, and all before it runs as it
+            did. Then players are heads, MLPs and the embeddings ("hook_embed", "hook_pos_embed"), all written before.
+            By default an absent player is missing from all that reads it.
         max_exact: the largest number of players for which all 2^n coalitions are run.
         n_samples: how many random orders to estimate from otherwise, each with its reverse; n_samples · 2 (n - 1) runs
             at most.
@@ -245,14 +255,19 @@ def shapley(
     names = circuit_of(model, components if circuit is None and isinstance(components, Circuit) else circuit)
     players = players_of(model, components, names, points=True)
     sites = sites_of(model, players)
+    if at is not None:
+        at = check_sources(model, at, players)
     check_metric(metric, tokens.shape[1])
 
-    every_site = [site for at in sites.values() for site in at]
+    every_site = [site for written in sites for site in written]
     logits, run = record(model, tokens, list(dict.fromkeys(site.name for site in every_site)))
     reader = BoundMetric.of(model, metric, logits)
     present = {site: site.read(run[site.name]) for site in every_site}
     outputs = outputs_when_absent(model, present, how, reference, generator)
-    runs = CoalitionRuns(model, tokens, sites, outputs, reader, None if is_hooked(model) else memory)
+    absence = (
+        Overwritten(sites, outputs, len(tokens)) if at is None else TakenOut.of(model, at, players, present, outputs)
+    )
+    runs = CoalitionRuns(model, tokens, players, absence, reader, None if is_hooked(model) else memory)
     if len(players) <= max_exact:
         worth = runs.worth(all_coalitions(len(players)))
         found: dict[str, Any] = {
@@ -266,4 +281,4 @@ def shapley(
     else:
         drawn = estimate(runs.worth, len(players), n_samples, interactions, generator)
         found = {**vars(drawn), "n_samples": n_samples}
-    return ShapleyValues(players=players, metric=reader.name, how=how, **found)
+    return ShapleyValues(players=players, metric=reader.name, how=how, at=at, **found)

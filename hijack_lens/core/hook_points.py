@@ -1,7 +1,8 @@
 """A model's hook points: which ones exist, which can be edited, and where a component's slice is."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -114,6 +115,19 @@ def is_hooked(model: Any) -> bool:
     return any(
         not str(getattr(hook, "__module__", "")).startswith(("transformer_lens.", "transformers.")) for hook in of_torch
     )
+
+
+@contextmanager
+def without_hooks(model: Any) -> Iterator[None]:
+    """The model as if nobody had hooks at its hook points: for a look at the model that is no run of the user's."""
+    kept = [(point, point._forward_hooks) for point in model.hook_dict.values()]
+    try:
+        for point, hooks in kept:
+            point._forward_hooks = type(hooks)()
+        yield
+    finally:
+        for point, hooks in kept:
+            point._forward_hooks = hooks
 
 
 def check_unhooked(model: Any) -> None:

@@ -24,6 +24,7 @@ from hijack_lens.reproduction.closed_form_logits import closed_form
 from hijack_lens.reproduction.competing_continuations import competing_continuations
 from hijack_lens.reproduction.data_matters import data_matters
 from hijack_lens.reproduction.denied_facts import facts
+from hijack_lens.reproduction.feed_forward_memory import feed_forward_memory
 from hijack_lens.reproduction.findings import Result
 from hijack_lens.reproduction.flip_window import flip_window
 from hijack_lens.reproduction.learning_order import learning_order
@@ -71,6 +72,7 @@ CLAIMS: dict[str, Claim] = {
     "facts": _claim(facts),
     "learning-order": _claim(learning_order),
     "memory-order": _claim(memory_order),
+    "feed-forward": _claim(feed_forward_memory),
     "data": _claim(data_matters),
     "winner-prediction": _claim(winner_prediction),
     "causal-agreement": _claim(causal_agreement),

@@ -12,7 +12,7 @@ from hijack_lens.core.circuit import Strengths
 from hijack_lens.models import BigramTransformer, associative_transformer
 from hijack_lens.reproduction import experiment
 from hijack_lens.reproduction.experiment import GLOBAL, IN_CONTEXT, Make, Recipe, Train, trained
-from hijack_lens.reproduction.findings import Finding, Result
+from hijack_lens.reproduction.findings import Finding, Result, over_seeds
 from hijack_lens.show.style import COLOURS, Picture
 
 STATEMENT = (
@@ -22,8 +22,9 @@ STATEMENT = (
 SOURCE = "Wang & Sato, arXiv 2412.11459: two in-context continuations of one trigger"
 
 TOLERANCE = 1e-9  # of margins, in logits; predicted margins smaller than this are ties, which rounding decides
-SMALL = Recipe(0)  # of the trained models, apart from the seed
+KINDS = (Recipe(0), Recipe(0, which="random"))  # of the trained models, apart from the seed
 FOLLOWED = 0.95  # fraction of the pairs that a trained model's margin must follow
+CORRELATION = 0.9  # over prompts and pairs, of what each pair adds to the margin by theory and in the trained model
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Settings:
     lead: int = 10  # tokens before the pairs: neutral ones, or for trained models the language's own
     pairs: int = 60  # of the trigger and a continuation, at most
     n_orders: int = 200  # random orders of the continuations
-    recipe: Recipe = SMALL
+    recipes: tuple[Recipe, ...] = KINDS
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the trained models, of orders and of prompts
     n_prompts: int = 100  # per trained model
     trained_pairs: int = 16  # in each of their prompts
@@ -60,15 +61,18 @@ def competing_continuations(
         b3 e^b2 (n_c - n_g) / ((e^b2 + 1) k + N + 1)  -  g log(pi_b(g|q) / pi_b(c|q))
 
     whatever the order. So where c and g alternate, c wins after an odd number of pairs, up to the last one at which the
-    first term exceeds the second, and g wins after all other numbers. In trained models, each further pair should
-    move the margin towards its continuation.
+    first term exceeds the second, and g wins after all other numbers.
+
+    In trained models, each further pair should move the margin towards its continuation, by as much as theory says at
+    the tables that `read_tables` reads off the weights.
     """
     by_model = [_ask_hand_written(one, settings, make) for one in tqdm(settings.strengths, disable=None, unit="model")]
     counts, turns = (pd.concat(tables) for tables in zip(*by_model, strict=True))
-    followed = {
-        seed: _followed(run.model, settings, seed)
-        for seed, run in experiment.replicates(train, settings.recipe, settings.seeds, "trained models")
-    }
+    own = pd.DataFrame(
+        {"triggers": recipe.which, "seed": seed, **_followed(run.model, settings, seed)}
+        for recipe in settings.recipes
+        for seed, run in experiment.replicates(train, recipe, settings.seeds, f"{recipe.which} triggers")
+    )
 
     worst = (counts["measured"] - counts["predicted"]).abs().max(skipna=False)
     right, clear = experiment.winners_named(turns, TOLERANCE)
@@ -86,15 +90,9 @@ def competing_continuations(
             f"{right} of {clear} winners; {len(turns) - clear} ties",
             0 < right == clear,
         ),
-        Finding.at_least(
-            f"{len(followed)} trained models, {settings.n_prompts} prompts each, 1 to {settings.trained_pairs} pairs",
-            f"at least {FOLLOWED:.0%} of the pairs move the margin towards their continuation",
-            followed.values(),
-            FOLLOWED,
-        ),
+        *(_in_training(which, part, settings) for which, part in own.groupby("triggers", sort=False)),
     )
-    by_seed = pd.DataFrame({"part": "trained", "seed": list(followed), "measured": list(followed.values())})
-    table = pd.concat([turns.assign(part="alternating"), by_seed], ignore_index=True)
+    table = pd.concat([turns.assign(part="alternating"), own.assign(part="trained")], ignore_index=True)
     return Result(findings, table, _picture(*by_model[0], settings))
 
 
@@ -117,14 +115,33 @@ def _ask_hand_written(strengths: Strengths, settings: Settings, make: Make) -> t
     return random, alternating
 
 
-def _followed(model: BigramTransformer, settings: Settings, seed: int) -> float:
-    """The fraction of pairs that move a trained model's margin towards their continuation, as c and g alternate."""
+def _followed(model: BigramTransformer, settings: Settings, seed: int) -> dict[str, float]:
+    """How often a pair moves a trained model's margin its way, as c and g alternate; and how well theory knows it."""
     lead, asked = experiment.random_conflicts(model, settings.n_prompts, settings.lead + 1, seed, draw_global=True)
     n = settings.trained_pairs
     turns = repeat(asked[:, [1, 0, 2, 0]], "prompt cqgq -> prompt (n cqgq)", n=n)[:, : 2 * n]
-    margins = experiment.margins_of(model, torch.cat([lead, turns], 1), asked)[:, settings.lead :: 2]
+    measured, predicted = (
+        margins[:, settings.lead :: 2].diff(dim=1)
+        for margins in experiment.both_margins(model, torch.cat([lead, turns], 1), asked)
+    )
     towards = 1 - 2 * (torch.arange(n) % 2)
-    return float((margins.diff(dim=1) * towards > 0).double().mean())
+    return {
+        "followed": float((measured * towards > 0).double().mean()),
+        "correlation": experiment.correlation(predicted, measured),
+    }
+
+
+def _in_training(which: str, part: pd.DataFrame, settings: Settings) -> Finding:
+    followed, correlation = over_seeds(part["followed"]), over_seeds(part["correlation"])
+    return Finding.judged(
+        f"{len(part)} trained models, {which} triggers; {settings.n_prompts} prompts each, 1 to "
+        f"{settings.trained_pairs} pairs",
+        f"at least {FOLLOWED:.0%} of the pairs move the margin towards their continuation, and theory's steps "
+        f"correlate with the model's at {CORRELATION:g} or more",
+        f"{followed:.1%}; {correlation:.3f}",
+        followed.at_least(FOLLOWED),
+        correlation.at_least(CORRELATION),
+    )
 
 
 def _picture(counts: pd.DataFrame, turns: pd.DataFrame, settings: Settings) -> Picture:

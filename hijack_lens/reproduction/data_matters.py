@@ -12,8 +12,8 @@ from hijack_lens.show.style import Picture
 from hijack_lens.training import TrainingRun, behaviour
 
 STATEMENT = (
-    "Few triggers and random ones slow in-context learning down; continuations drawn from the bigrams make it fail on "
-    "others, uniform ones do not; and a model trained on fixed triggers overlooks the rest."
+    "Few triggers, rare ones and random ones slow in-context learning down; continuations drawn from the bigrams make "
+    "it fail on others, uniform ones do not; and a model trained on fixed triggers overlooks the rest."
 )
 SOURCE = (
     "Bietti et al., arXiv 2306.00802, section 5, figure 4 (left, centre), and section 4 (fixed and random triggers)"
@@ -23,8 +23,15 @@ LEARNED = 0.9  # in-context accuracy that counts as learned
 COST = 1.5  # uniform continuations may take at most this many times the steps that bigram-drawn ones take
 
 _ACCURACY = "in_context_accuracy"
-_BASE, _FEW, _RANDOM, _BIGRAM = "fixed triggers, uniform", "fewer triggers", "random triggers", "bigram-drawn"
-_LINES = {_BASE: ("#000000", "-"), _FEW: ("#E69F00", "--"), _RANDOM: ("#0072B2", "-."), _BIGRAM: ("#D55E00", ":")}
+_BASE, _FEW, _RARE = "fixed triggers, uniform", "fewer triggers", "rare triggers"
+_RANDOM, _BIGRAM = "random triggers", "bigram-drawn"
+_LINES = {
+    _BASE: ("#000000", "-"),
+    _FEW: ("#E69F00", "--"),
+    _RARE: ("#009E73", (0, (5, 1))),
+    _RANDOM: ("#0072B2", "-."),
+    _BIGRAM: ("#D55E00", ":"),
+}
 
 
 @dataclass(frozen=True)
@@ -33,10 +40,10 @@ class Settings:
 
     d_vocab: int = 16  # tokens in the language
     triggers: int = 4
-    few: int = 2  # triggers of the models that have fewer
+    few: int = 1  # triggers of the models that have fewer
     d_model: int = 48
     length: int = 32  # of the sequences
-    steps: int = 300
+    steps: int = 600
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the models of each kind
     n_sequences: int = 256  # to ask each model on, with triggers other than those of training
 
@@ -44,16 +51,17 @@ class Settings:
     def recipes(self) -> dict[str, Recipe]:
         """The recipe for each kind of data, the same for all seeds."""
         data: dict[str, Any] = {"d_vocab": self.d_vocab, "triggers": self.triggers, "length": self.length}
-        base = Recipe(0, **data, d_model=self.d_model, steps=self.steps, evaluate_every=10)
+        base = Recipe(0, **data, d_model=self.d_model, steps=self.steps, lr=experiment.COUNTED_LR, evaluate_every=10)
         return {
             _BASE: base,
             _FEW: replace(base, triggers=self.few),
-            _RANDOM: replace(base, fixed=False),
+            _RARE: replace(base, which="rare"),
+            _RANDOM: replace(base, which="random"),
             _BIGRAM: replace(base, continuations="bigram"),
         }
 
 
-QUICK = Settings(d_vocab=12, d_model=32, length=24, steps=240, seeds=(0, 1, 2))
+QUICK = Settings(d_vocab=12, d_model=32, length=24, steps=500, seeds=(0, 1, 2))
 
 
 def data_matters(settings: Settings = Settings(), train: Train = trained) -> Result:
@@ -99,7 +107,7 @@ def _findings(by_kind: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
     steps, uniform, bigram = by_kind["steps"], by_kind["uniform"], by_kind["bigram"]
     own, others = by_kind["own"], by_kind["other_triggers"]
     took = {kind: f"{over_seeds(steps[kind]):.0f}" for kind in _LINES}
-    fewer, random = (over_seeds(steps[kind] - steps[_BASE]) for kind in (_FEW, _RANDOM))
+    fewer, rare, random = (over_seeds(steps[kind] - steps[_BASE]) for kind in (_FEW, _RARE, _RANDOM))
     dropped = over_seeds(bigram[_BIGRAM] - uniform[_BIGRAM])
     ratio = over_seeds(steps[_BASE] / steps[_BIGRAM])
     lost, behind = (over_seeds(better - others[_BASE]) for better in (own[_BASE], others[_RANDOM]))
@@ -110,6 +118,12 @@ def _findings(by_kind: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
             f"fewer triggers take more steps to in-context accuracy {LEARNED}",
             f"{took[_FEW]} against {took[_BASE]}: {fewer:+.0f}",
             fewer.above(0.0),
+        ),
+        Finding.judged(
+            f"the rarest against the most frequent tokens as {settings.triggers} fixed triggers; {setting}",
+            f"rare triggers take more steps to in-context accuracy {LEARNED}",
+            f"{took[_RARE]} against {took[_BASE]}: {rare:+.0f}",
+            rare.above(0.0),
         ),
         Finding.judged(
             f"random against fixed triggers; {setting}",
@@ -166,6 +180,7 @@ def _picture(curves: pd.DataFrame, by_kind: pd.DataFrame) -> Picture:
         (_BIGRAM, "bigram", "uniform", "bigram-drawn\ncontinuations", "uniform"),
         (_BASE, "own", "other_triggers", "fixed\ntriggers", "other triggers"),
         (_FEW, "own", "other_triggers", "fewer\ntriggers", "other triggers"),
+        (_RARE, "own", "other_triggers", "rare\ntriggers", "other triggers"),
         (_RANDOM, "own", "other_triggers", "random\ntriggers", "other triggers"),
     )
     for place, (kind, own, other, _, asked) in enumerate(bars):

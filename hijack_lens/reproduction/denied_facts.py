@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 
+from hijack_lens import theory
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.language import CAPITALS, Bigram, BigramLanguage
 from hijack_lens.models import BigramTransformer, associative_transformer
@@ -15,7 +16,7 @@ from hijack_lens.probing import DoseResponse, dose_response
 from hijack_lens.probing.doses import theory_of_weights
 from hijack_lens.reproduction import experiment
 from hijack_lens.reproduction.experiment import Make, Recipe, Train, trained
-from hijack_lens.reproduction.findings import Finding, Result
+from hijack_lens.reproduction.findings import Finding, Result, over_seeds
 from hijack_lens.show.style import COLOURS, Picture
 from hijack_lens.training import fit_strengths
 
@@ -29,7 +30,7 @@ ROUNDING = 1e-9  # by how much theory and a hand-written float64 model may diffe
 KNOWN = 0.95  # fraction of the facts that a trained model must know: its weights win where the context is silent
 OVERRULED = 0.95  # fraction of the facts it knows that the most repeats must overrule
 BY_CONTEXT = 0.9  # fraction of the rise of a trained model's margin that the induction head must write
-AGREEMENT = 0.95  # of predicted and measured winners in trained models, as a fraction of the prompts
+CORRELATION = 0.94  # over facts and repeats, of theory's margins and a trained model's
 
 WORDS = ("we", "went", "to", "and", "then", "by", "train")  # between the facts
 _OTHERWISE = 0.1  # after a token other than a country, probability that any token follows, all equally likely
@@ -43,11 +44,9 @@ class FactsRecipe(Recipe):
     """
 
     triggers: int = 4
-    fixed: bool = False
-    steps: int = 300
-    evaluate_every: int = 300
+    which: Literal["frequent", "rare", "random"] = "random"
     n_facts: int = 8
-    certainty: tuple[float, float] = (0.7, 0.9)  # of the least and of the best known fact
+    certainty: tuple[float, float] = (0.5, 0.98)  # of the least and of the best known fact
 
     @property
     def language(self) -> BigramLanguage:
@@ -105,15 +104,19 @@ def facts(settings: Settings = Settings(), make: Make = associative_transformer,
     false capital wins.
 
     The hand-written float64 model holds facts of growing certainty; theory knows the strengths that it was written
-    with. Trained models have seen other words follow a country in context; theory reads their strengths off the
-    weights. Seeds vary weights and sequences; the language is always that of the facts.
+    with. Trained models have seen other words follow a country in context; theory reads its tables off their weights,
+    and goes without the one that belongs to neither memory, as where it names winners. Its margins must err less than
+    the other facts' mean after as many denials, which knows nothing of theory or of the fact. How hard a fact is to
+    deny is the margin of its truth after one denial. Seeds vary weights and sequences; the language is always that of
+    the facts.
     """
     language = fact_language(CAPITALS[: settings.n_facts], settings.certainty)
     n_ctx = settings.lead + 2 * settings.repeats + 1
     model = make(language, strengths=settings.strengths, n_ctx=n_ctx, dtype=torch.float64)
     hand_written = _ask(model, settings, settings.strengths)
     by_seed = [
-        _ask(run.model, settings, None) for _, run in experiment.replicates(train, settings.recipe, settings.seeds)
+        _by_tables(run.model, _ask(run.model, settings, None))
+        for _, run in experiment.replicates(train, settings.recipe, settings.seeds)
     ]
     tables = [response.to_pandas() for response in (hand_written, *by_seed)]
     for table, seed in zip(tables, (None, *settings.seeds), strict=True):
@@ -122,7 +125,9 @@ def facts(settings: Settings = Settings(), make: Make = associative_transformer,
         (*_by_hand(hand_written, settings), *_in_training(by_seed, settings)),
         pd.concat(tables, ignore_index=True).astype({"seed": "Int64"}),
         _picture(hand_written, by_seed),
-        "Flips beyond the repeats that were tried count as none. To ask such prompts of any language model: "
+        "Flips beyond the repeats that were tried count as none. A trained model need not find a fact harder to deny "
+        "for knowing it better: where a country is almost always followed by its capital, anything else that follows "
+        "it is surely the sequence's own, and is copied the more strongly. To ask such prompts of any language model: "
         "hijack_lens.probing.dose_response(model, counterfactuals(dict(CAPITALS))).",
     )
 
@@ -137,6 +142,17 @@ def _ask(model: BigramTransformer, settings: Settings, strengths: Strengths | No
     if strengths is not None:
         fit = replace(fit, setting=replace(fit.setting, strengths=strengths))
     return replace(response, theory=theory_of_weights(fit, response.conflicts, response.margin.total))
+
+
+def _by_tables(model: BigramTransformer, response: DoseResponse) -> DoseResponse:
+    """The response with the margins that theory at the model's tables predicts."""
+    tables = experiment.theory_of(model)
+    margin = torch.zeros_like(response.margin.total)
+    for row, one in zip(margin, response.conflicts, strict=True):
+        candidates = {"in_context": one.context, "global_candidate": one.weights}
+        for n in range(len(row)):
+            row[n] = theory.margin(one.tokens(n), model.language, tables, **candidates).total
+    return replace(response, theory=replace(response.theory, margin=margin))
 
 
 def _flips(response: DoseResponse, predicted: bool) -> list[float]:
@@ -179,26 +195,50 @@ def _in_training(responses: Sequence[DoseResponse], settings: Settings) -> list[
         "known": (KNOWN, "of the facts are known: the weights win without a denial"),
         "overruled": (OVERRULED, f"of the known facts are overruled by {settings.repeats} denials"),
         "by_context": (BY_CONTEXT, "of the margin's rise from no denial to the most is the context's"),
-        "agreement": (AGREEMENT, "of the winners are named by theory at fitted strengths"),
     }
+    correlation, better = over_seeds(measured["correlation"]), over_seeds(measured["error_saved"])
+    harder, said = over_seeds(measured["harder"]), over_seeds(measured["harder_by_theory"])
     return [
-        Finding.at_least(setting, f"at least {threshold:.0%} {what}", measured[name], threshold)
-        for name, (threshold, what) in predicted.items()
+        *(
+            Finding.at_least(setting, f"at least {threshold:.0%} {what}", measured[name], threshold)
+            for name, (threshold, what) in predicted.items()
+        ),
+        Finding.judged(
+            setting,
+            f"theory's margins correlate with the model's at {CORRELATION:g} or more, and err less than the other "
+            "facts' mean after as many denials",
+            f"{correlation:.3f}; the error is {over_seeds(measured['error']):.2f} logits, lower by {better:.0%}",
+            correlation.at_least(CORRELATION),
+            better.above(0.0),
+        ),
+        Finding.judged(
+            setting,
+            "the better a fact is known, the harder it is to deny: their rank correlation is above 0",
+            f"{harder:.2f}; theory says {said:.2f}",
+            harder.above(0.0),
+        ),
     ]
 
 
 def _fractions(response: DoseResponse) -> dict[str, float]:
-    """What a trained model knows, what denials change, and how much of it the context writes and theory names."""
-    total, context = response.margin.total, response.margin.context
+    """What a trained model knows, what denials change, how much of it the context writes, and what theory says."""
+    total, context, by_theory = response.margin.total, response.margin.context, response.theory.margin
     knows, overruled = total[:, 0] < 0, total[:, -1] > 0
     rise, by_context = (float((margin[:, -1] - margin[:, 0]).mean()) for margin in (total, context))
-    named = (total > 0) == (response.theory.margin > 0)
+    others = (total.sum(0) - total) / (len(total) - 1)
+    error, of_others = (float(((x - total) ** 2).mean().sqrt()) for x in (by_theory, others))
+    known_better = pd.Series(range(len(total)))  # facts are in the order of their certainty
     return {
         "known": float(knows.double().mean()),
         "overruled": float(overruled[knows].double().mean()) if bool(knows.any()) else 0.0,
         "by_context": by_context / rise if rise > 0 else 0.0,
-        # Where the context never wins there is no winner to predict.
-        "agreement": float(named.double().mean()) if bool((total > 0).any()) else 0.0,
+        "correlation": experiment.correlation(by_theory, total),
+        "error": error,
+        "error_saved": 1 - error / of_others if of_others > 0 else 0.0,
+        **{
+            name: float(known_better.corr(pd.Series((-margin[:, 1]).tolist()).rank()))
+            for name, margin in (("harder", total), ("harder_by_theory", by_theory))
+        },
     }
 
 

@@ -1,6 +1,7 @@
 """What experiments share: small trained models, prompts that set memories against each other, and plots."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,11 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hijack_lens import theory
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.language import BigramLanguage, HijackPrompt, hijack_prompt
 from hijack_lens.models import BigramTransformer, trainable_transformer
 from hijack_lens.show.style import frameless
-from hijack_lens.training import TrainConfig, TrainingRun, train
+from hijack_lens.training import TrainConfig, TrainingRun, read_tables, train
 from hijack_lens.training.forward import PlainForward
 
 
@@ -76,6 +78,10 @@ def margins_by_pairs(
     return hijack_margins(model, tokens)[:, lead::2]
 
 
+COUNTED_LR = 3e-3
+"""Peak rate where it is asked how soon memories are learned: then sequences are natural from the start, not boosted."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a small model is trained on a random bigram language with triggers; each seed is a replicate of all of it."""
@@ -85,31 +91,43 @@ class Recipe:
     d_vocab: int = 24  # tokens in the language
     concentration: float = 0.3  # of the Dirichlet distribution that its rows are drawn from; less is sharper
     triggers: int = 5  # how many
-    fixed: bool = True  # whether these are the first tokens of the vocabulary in all sequences, or drawn for each
+    which: Literal["frequent", "rare", "random"] = "frequent"  # the same in all sequences, or drawn for each
     continuations: Literal["uniform", "bigram"] = "uniform"  # of the triggers; "bigram": from the language's rows
     d_model: int = 64
     n_layers: int = 2
     length: int = 48  # tokens per sequence
-    steps: int = 240  # of the optimizer
-    evaluate_every: int = 25  # steps between probes
+    steps: int | Literal["until formed"] = "until formed"
+    finish_steps: int = 150  # after the circuit has formed
+    lr: float = 6e-3  # the peak rate of these, or of counted steps
+    evaluate_every: int = 20  # steps between probes
 
     @property
     def language(self) -> BigramLanguage:
-        """The language of the sequences."""
-        return BigramLanguage.dirichlet(self.d_vocab, self.concentration, seed=self.seed)
+        """The language of the sequences; the most frequent tokens come first."""
+        language = BigramLanguage.dirichlet(self.d_vocab, self.concentration, seed=self.seed)
+        order = language.long_run.argsort(descending=True, stable=True)
+        return BigramLanguage(language.pi_b[order][:, order], language.pi_u[order])
+
+    @property
+    def fixed_triggers(self) -> range:
+        """The triggers that are the same in all sequences; none if they are drawn for each."""
+        ids = range(self.d_vocab)  # the most frequent first
+        return {"frequent": ids[: self.triggers], "rare": ids[-self.triggers :], "random": ids[:0]}[self.which]
 
     @property
     def config(self) -> TrainConfig:
         """The configuration for `hijack_lens.train`."""
         return TrainConfig(
-            triggers=tuple(range(self.triggers)) if self.fixed else (),
-            n_triggers=None if self.fixed else self.triggers,
+            triggers=tuple(self.fixed_triggers),
+            n_triggers=None if self.fixed_triggers else self.triggers,
             continuations=self.continuations,
             length=self.length,
             seed=self.seed,
             steps=self.steps,
-            lr=1e-2,
-            evaluate_every=min(self.evaluate_every, self.steps),
+            lr=self.lr,
+            finish_steps=self.finish_steps,
+            evaluate_every=self.evaluate_every,
+            eval_lengths=(1,),
         )
 
     def untrained(self) -> BigramTransformer:
@@ -125,8 +143,11 @@ class Recipe:
         )
 
 
-RANDOM_TRIGGERS = Recipe(0, fixed=False, triggers=4, d_vocab=16, length=32, steps=300, evaluate_every=300)
+RANDOM_TRIGGERS = Recipe(0, which="random", triggers=4, d_vocab=16, length=32)
 """With this recipe, either memory may win after any token."""
+
+TrainModel = Callable[[BigramTransformer, BigramLanguage, TrainConfig], TrainingRun]
+"""Trains a model that an experiment has made: `hijack_lens.train`, or, in a test, something else."""
 
 Train = Callable[[Recipe], TrainingRun]
 """Trains an experiment's models: `trained`, or, in a test, something that violates the claim."""
@@ -189,6 +210,23 @@ def random_conflicts(
     return torch.stack(prompts), torch.tensor(asked)
 
 
+PAST_THE_CIRCUIT = "remembered"
+"""The one table that belongs to neither memory: what the previous-token head writes at the query itself."""
+
+
+def theory_of(model: BigramTransformer) -> theory.Tables:
+    """Theory for a trained model: the memories' tables, as they are read off its weights."""
+    return read_tables(model).without(PAST_THE_CIRCUIT)
+
+
+def predicted_margins(prompts: Sequence[HijackPrompt], tables: theory.Tables) -> Float[Tensor, "prompt"]:
+    """Theory's margin of c over g at the end of each prompt."""
+    logits = tables.written(torch.stack([prompt.tokens for prompt in prompts]), last=True).total[:, -1]
+    pairs = torch.tensor([(prompt.in_context, prompt.global_candidate) for prompt in prompts])
+    of_c, of_g = logits.gather(1, pairs).T
+    return of_c - of_g
+
+
 @torch.no_grad()
 def margins_of(
     model: BigramTransformer, tokens: Int[Tensor, "prompt pos"], asked: Int[Tensor, "prompt 3"]
@@ -197,6 +235,21 @@ def margins_of(
     logits = PlainForward(model)(tokens.to(model.W_E.device)).cpu()
     prompt, (_, c, g) = torch.arange(len(tokens)), asked.T
     return logits[prompt, :, c] - logits[prompt, :, g]
+
+
+def both_margins(
+    model: BigramTransformer, tokens: Int[Tensor, "prompt pos"], asked: Int[Tensor, "prompt 3"]
+) -> tuple[Float[Tensor, "prompt pos"], Float[Tensor, "prompt pos"]]:
+    """A trained model's margins of c over g at every position, and theory's."""
+    logits, prompt = theory_of(model).written(tokens).total, torch.arange(len(tokens))
+    predicted = logits[prompt, :, asked[:, 1]] - logits[prompt, :, asked[:, 2]]
+    return margins_of(model, tokens, asked).double(), predicted
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson's; 0 where either is the same throughout."""
+    found = float(torch.corrcoef(torch.stack([x.flatten(), y.flatten()]).double())[0, 1])
+    return 0.0 if math.isnan(found) else found
 
 
 def finish(axes: Iterable[Any], *, grid: bool = True, title: int = 12, label: int = 10, tick: int = 10) -> None:

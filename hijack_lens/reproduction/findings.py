@@ -14,6 +14,9 @@ from hijack_lens.show.style import Picture
 
 Verdict = Literal["reproduced", "in part", "not reproduced", "undecided"]
 
+_MANY = 1000
+"""Seeds beyond which it is not said how many would decide: the threshold may be where the mean is."""
+
 _SAID = {True: "holds", False: "fails", None: "undecided"}
 
 
@@ -24,7 +27,7 @@ class Condition:
     Attributes:
         holds: `True` where all of the 95% interval does, `False` where none of it does; `None` where it straddles the
             threshold, so that the seeds decide nothing.
-        seeds: how many would, at the spread that was seen; `None` where it is decided, or cannot be told.
+        seeds: how many would, at the spread that was seen; `None` where it is decided, cannot be told, or takes 1,000.
     """
 
     holds: bool | None
@@ -169,7 +172,8 @@ class Estimate:
         if not away > 0 or math.isnan(self.reach):
             return Condition(None)
         # An interval's width falls with the square root of their number.
-        return Condition(None, math.ceil(self.seeds * (self.reach / away) ** 2))
+        seeds = self.seeds * (self.reach / away) ** 2
+        return Condition(None, math.ceil(seeds) if seeds < _MANY else None)
 
     def __format__(self, spec: str) -> str:
         return f"{self.mean:{spec}} ± {self.reach:{spec.lstrip('+')}}"

@@ -1,12 +1,14 @@
 """Claim: a previous-token head of finite strength leaves a window of repeats, and favours the front of the prompt."""
 
-from collections.abc import Sequence
+import copy
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
 from einops import repeat
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hijack_lens import theory
@@ -14,19 +16,28 @@ from hijack_lens.core.circuit import Strengths
 from hijack_lens.models import BigramTransformer, associative_transformer
 from hijack_lens.reproduction import experiment
 from hijack_lens.reproduction.experiment import Make, Recipe, Train, trained
-from hijack_lens.reproduction.findings import Finding, Result
+from hijack_lens.reproduction.findings import Finding, Result, over_seeds
 from hijack_lens.show.style import COLOURS, Picture
 
 STATEMENT = (
     "A previous-token head of finite strength blurs as the context grows: a hijack that repeats have won is lost again "
-    "as they pile up, and a bigram hijacks from the front of a longer prompt than from its end."
+    "as they pile up, and a bigram hijacks from the front of a longer prompt than from its end. Trained models lose "
+    "none, since their head is strong; weakened, they lose those that theory names."
 )
 SOURCE = "Wang & Sato, arXiv 2412.11459: logits at finite strengths; window and primacy follow from `theory`"
 
 TIE = 1e-9  # predicted margins closer to 0, in logits, are ties: rounding decides them
-LONG = Recipe(0, steps=400, evaluate_every=400)  # of the trained models, apart from the seed
-LEAST = 0.05  # the least effect in trained models: a fraction of the context's pull at its peak, or of the hijacks won
 FARTHER = 2.0  # the least ratio of the longest prompt hijacked from the front to the longest hijacked from the end
+
+PREFERRING = Recipe(0, which="random")
+"""Of the trained models: whose weights prefer g after any token, since any may be a trigger."""
+
+# Of trained models:
+AS_TRAINED = 0.05  # fraction of the hijacks won that are lost again, at most, as they were trained
+WEAKENED = 0.10  # the same, at least, once the previous-token head is weak
+NAMED = 0.75  # balanced accuracy of the hijacks that theory says are lost: one half by chance
+CORRELATION = 0.9  # over prompts, of theory's and the model's falls from the peak, and of what the front is worth
+FRONT = 0.05  # what a bigram at the front pulls more than one at the end, at least: a fraction of the pull at its peak
 
 
 @dataclass(frozen=True)
@@ -41,12 +52,13 @@ class Settings:
     max_repeats: int = 500  # for hand-written models
     primacy_focus: float = 3.0  # b1 where front and end are compared
     primacy_lengths: tuple[int, ...] = tuple(range(4, 201, 4))  # of the prompts where they are compared
-    recipe: Recipe = LONG
+    recipe: Recipe = PREFERRING  # of the trained models
+    strengths: tuple[float, ...] = (1.0, 0.7, 0.5)  # of their previous-token heads, from as trained to weak
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the trained models and of their prompts
     n_prompts: int = 200  # per trained model
 
 
-QUICK = Settings(recipe=Recipe(0), seeds=(0, 1, 2), n_prompts=60)
+QUICK = Settings(seeds=(0, 1, 2), n_prompts=100)
 
 
 def flip_window(
@@ -58,36 +70,28 @@ def flip_window(
     `theory.phase_boundary`, for repeats after neutral tokens, and with `theory.margin`, for a single bigram at the
     front of a prompt or at its end.
 
-    Trained models read up to four times their training length, where they show (1) how far the context's pull (what
-    repeats add to the margin) falls from its peak to the most repeats: the peak is chosen on one half of the prompts
-    and the fall measured on the other; (2) the fraction of hijacks won that are lost again by then; (3) the margin with
-    the bigram at the front, less that with it at the end. (1) and (3) are fractions of the pull at its peak.
+    Trained models read up to four times their training length, as trained and with their previous-token head weakened:
+    its scores times a fraction. Of the hijacks that repeats win there, which are lost again at the most repeats?
+    `read_tables` reads theory's tables off the weakened model; theory goes without the one that belongs to neither
+    memory, as where it names winners. It says which hijacks are lost, how far each margin falls from its peak, and what
+    a bigram is worth at the front more than at the end. To name those lost without theory, one would take the prompts
+    whose weights lead by most; that baseline is even told how many are lost.
     """
     window = pd.concat([_window(focus, settings, make) for focus in settings.focuses], ignore_index=True)
     primacy = _primacy(settings, make)
-    rows, pulls = [], []
-    for seed, run in experiment.replicates(train, settings.recipe, settings.seeds, "trained models"):
-        row, pull = _ask_trained(run.model, settings, seed)
-        rows.append({"part": "trained", "seed": seed, **row})
-        pulls.append(pull)
-    by_seed = pd.DataFrame(rows)
-    longest = 4 * settings.recipe.length
-    setting = f"{len(by_seed)} trained models, {settings.n_prompts} prompts each, of {longest} tokens"
-    in_training = [
-        Finding.at_least(setting, f"{predicted}: {LEAST:.0%} or more", by_seed[column], LEAST)
-        for column, predicted in _IN_TRAINED.items()
+    rows = [
+        {"seed": seed, "strength": strength, **_ask_trained(_weakened(run.model, strength), settings, seed)}
+        for seed, run in experiment.replicates(train, settings.recipe, settings.seeds, "trained models")
+        for strength in settings.strengths
     ]
-    findings = (*_by_hand(window, primacy, settings), *in_training)
-    table = pd.concat([window.assign(part="window"), primacy.assign(part="primacy"), by_seed], ignore_index=True)
-    return Result(findings, table, _picture(window, primacy, pulls, settings))
+    own = pd.DataFrame(rows)
+    findings = (*_by_hand(window, primacy, settings), *_in_training(own, settings))
+    parts = {"window": window, "primacy": primacy, "trained": own}
+    table = pd.concat([part.assign(part=name) for name, part in parts.items()], ignore_index=True)
+    return Result(findings, table, _picture(window, primacy, own))
 
 
 _PLACES = ("front", "end")
-_IN_TRAINED = {
-    "fall": "the context's pull falls from its peak, by a fraction of it",
-    "lost": "of the hijacks won, a fraction is lost again",
-    "front_less_end": "a bigram at the front pulls more than one at the end, by a fraction of the pull at its peak",
-}
 
 
 def _by_hand(window: pd.DataFrame, primacy: pd.DataFrame, settings: Settings) -> list[Finding]:
@@ -158,37 +162,104 @@ def _with_pair(filler: Int[Tensor, "prompt short"], pair: Int[Tensor, "prompt 2"
     return torch.cat([front, end])
 
 
-def _ask_trained(
-    model: BigramTransformer, settings: Settings, seed: int
-) -> tuple[dict[str, float | int], Float[Tensor, "repeats"]]:
-    """How strong the effects are in a trained model, and the context's pull by repeats, averaged over prompts."""
+def _weakened(model: BigramTransformer, strength: float) -> BigramTransformer:
+    """A copy, whose previous-token heads' scores are this fraction of the model's."""
+    weak = copy.deepcopy(model)
+    with torch.no_grad():
+        for head in weak.circuit.previous_token:
+            attn: Any = weak.blocks[head.layer].attn
+            attn.W_Q[head.head] *= strength
+            attn.b_Q[head.head] *= strength
+    return weak
+
+
+def _ask_trained(model: BigramTransformer, settings: Settings, seed: int) -> dict[str, float | int]:
+    """Which hijacks are won and lost again, and what theory at the model's tables says of it."""
     lead, asked = experiment.random_conflicts(model, settings.n_prompts, settings.lead + 1, seed)
     repeats = (4 * settings.recipe.length - settings.lead - 1) // 2
     evidence = repeat(asked[:, [1, 0]], "prompt cq -> prompt (repeats cq)", repeats=repeats)
-    tokens = torch.cat([lead, evidence], 1)
-    margins = experiment.margins_of(model, tokens, asked)[:, settings.lead :: 2]
-    pull = margins - margins[:, :1]
-    peak = int(pull[::2].mean(0).argmax())
-    fall = float((pull[1::2, peak] - pull[1::2, -1]).mean())
-    won = (margins[:, 0] < 0) & (margins > 0).any(1)
-    lost = float((won & (margins[:, -1] < 0)).sum() / won.sum().clamp_min(1))
-    at_peak = float(pull[:, peak].mean())
-    effects = (0.0, 0.0, 0.0)  # a context that never pulls towards c has nothing to lose
-    if at_peak > 0:
-        effects = (fall / at_peak, lost, _trained_primacy(model, settings, seed) / at_peak)
-    return {"peak": peak, "pull_at_peak": at_peak, **dict(zip(_IN_TRAINED, effects, strict=True))}, pull.mean(0)
+    measured, predicted = (
+        margins[:, settings.lead :: 2]
+        for margins in experiment.both_margins(model, torch.cat([lead, evidence], 1), asked)
+    )
+    pull = (measured - measured[:, :1]).mean(0)
+    won = (measured[:, 0] < 0) & (measured > 0).any(1)
+    lost, said = (margins[won, -1] < 0 for margins in (measured, predicted))
+    by_lead = torch.zeros_like(lost)
+    by_lead[measured[won, 0].argsort()[: int(lost.sum())]] = True
+    fall, falls = (margins.max(1).values - margins[:, -1] for margins in (measured, predicted))
 
-
-def _trained_primacy(model: BigramTransformer, settings: Settings, seed: int) -> float:
-    """A trained model's margin with the bigram at the front of the longest prompt, less that with it at the end."""
     filler, asked = experiment.random_conflicts(model, settings.n_prompts, 4 * settings.recipe.length - 2, seed)
-    tokens = _with_pair(filler, asked[:, :2])
-    front, end = experiment.margins_of(model, tokens, asked.repeat(2, 1))[:, -1].chunk(2)
-    return float((front - end).mean())
+    both = experiment.both_margins(model, _with_pair(filler, asked[:, :2]), asked.repeat(2, 1))
+    more, mores = (front - end for front, end in (margins[:, -1].chunk(2) for margins in both))
+    at_peak = float(pull.max())
+    return {
+        "won": int(won.sum()),
+        "lost": float(lost.double().mean()) if bool(won.any()) else 0.0,
+        "said_lost": float(said.double().mean()) if bool(won.any()) else 0.0,
+        "named": _balanced(said, lost),
+        "named_by_lead": _balanced(by_lead, lost),
+        "pull_at_peak": at_peak,
+        "fall": float(fall.mean()),
+        "fall_correlation": experiment.correlation(fall, falls),
+        "front_less_end": float(more.mean()) / at_peak if at_peak > 0 else 0.0,
+        "front_correlation": experiment.correlation(more, mores),
+    }
 
 
-def _picture(window: pd.DataFrame, primacy: pd.DataFrame, pulls: Sequence[Tensor], settings: Settings) -> Picture:
-    """Theory as lines, models as dots: margins by repeats, by length; and trained models' pull by repeats."""
+def _balanced(said: Bool[Tensor, "prompt"], true: Bool[Tensor, "prompt"]) -> float:
+    """The mean of the fractions of the true and of the others that are said to be so; one half if all are of a kind."""
+    if not bool(true.any()) or bool(true.all()):
+        return 0.5
+    return float((said[true].double().mean() + (~said[~true]).double().mean()) / 2)
+
+
+def _in_training(own: pd.DataFrame, settings: Settings) -> list[Finding]:
+    whole, weak = (own[own["strength"] == strength] for strength in (settings.strengths[0], settings.strengths[-1]))
+    setting = (
+        f"{len(settings.seeds)} trained models, {settings.n_prompts} prompts each, of {4 * settings.recipe.length} "
+    )
+    weakly = f"{setting}tokens; previous-token scores times {settings.strengths[-1]:g}"
+    named, ahead = over_seeds(weak["named"]), over_seeds(weak["named"] - weak["named_by_lead"])
+    fall, front = over_seeds(weak["fall_correlation"]), over_seeds(weak["front_less_end"])
+    by_place = over_seeds(weak["front_correlation"])
+    lost = over_seeds(whole["lost"])
+    return [
+        Finding.judged(
+            f"{setting}tokens",
+            f"as trained, at most {AS_TRAINED:.0%} of the hijacks won are lost again",
+            f"{lost:.1%} of {whole['won'].sum()}",
+            lost.at_most(AS_TRAINED),
+        ),
+        Finding.at_least(weakly, f"{WEAKENED:.0%} of them or more are lost again", weak["lost"], WEAKENED),
+        Finding.judged(
+            weakly,
+            f"theory says who loses: balanced accuracy of {NAMED} or more, and better than naming those whose weights "
+            "lead by most",
+            f"{named:.2f}, better by {ahead:.2f}; it says that {over_seeds(weak['said_lost']):.1%} are lost, and "
+            f"{over_seeds(weak['lost']):.1%} are",
+            named.at_least(NAMED),
+            ahead.above(0.0),
+        ),
+        Finding.judged(
+            weakly,
+            f"theory says how far each margin falls from its peak: correlation of {CORRELATION:g} or more",
+            f"{fall:.3f}; the falls are {over_seeds(weak['fall']):.2f} logits on average",
+            fall.at_least(CORRELATION),
+        ),
+        Finding.judged(
+            weakly,
+            f"a bigram at the front pulls more than one at the end, by {FRONT:.0%} or more of the pull at its peak; "
+            f"theory's differences and the model's correlate at {CORRELATION:g} or more",
+            f"by {front:.1%}; {by_place:.3f}",
+            front.at_least(FRONT),
+            by_place.at_least(CORRELATION),
+        ),
+    ]
+
+
+def _picture(window: pd.DataFrame, primacy: pd.DataFrame, own: pd.DataFrame) -> Picture:
+    """Theory as lines, models as dots: margins by repeats, by length; and what weakened trained models lose."""
     picture = Picture(16.0, 4.8)
     left, middle, right = picture.figure.subplots(1, 3)
     colours = ("#CC79A7", COLOURS["weights"], COLOURS["context"], "#009E73", "#E69F00")  # Okabe & Ito's
@@ -203,18 +274,23 @@ def _picture(window: pd.DataFrame, primacy: pd.DataFrame, pulls: Sequence[Tensor
         part = primacy[primacy["place"] == place]
         middle.plot(part["length"], part["predicted"], "-", color=colour)
         middle.plot(part["length"], part["measured"], "o", color=colour, markersize=4, label=f"bigram at the {place}")
-    middle.set_xlabel("length of the prompt (tokens)")
-    middle.set_title(f"primacy (written by hand, b1 = {settings.primacy_focus:g})")
-    for number, pull in enumerate(pulls):
-        colour = colours[number % len(colours)]
-        right.plot(range(1, len(pull)), pull[1:], "-", color=colour, label=f"seed {settings.seeds[number]}")
-    trained_to = (settings.recipe.length - settings.lead - 1) / 2
-    right.axvline(trained_to, color="#999999", linestyle="--")
-    right.annotate("training length", (trained_to, 0), xytext=(4, 4), textcoords="offset points")
-    right.set(xscale="log", xlabel="repeats of (q, c)", ylabel="the context's pull: change of logit c − logit g")
-    right.set(title="trained models", ylim=(min(0.0, *(float(pull.min()) for pull in pulls)), None))
-    for ax in (left, middle, right):
+    middle.set(xlabel="length of the prompt (tokens)", ylabel="logit c − logit g")
+    middle.set_title(f"primacy (written by hand, b1 = {primacy['b1'].iloc[0]:g})")
+    strengths = sorted(own["strength"].unique(), reverse=True)
+    for shift, (column, label, colour) in enumerate(
+        (("lost", "model", COLOURS["context"]), ("said_lost", "theory, by tables", COLOURS["rest"]))
+    ):
+        found = [over_seeds(own.loc[own["strength"] == strength, column]) for strength in strengths]
+        reach = [0.0 if math.isnan(one.reach) else one.reach for one in found]
+        at = [place + 0.4 * shift - 0.2 for place in range(len(strengths))]
+        right.bar(at, [one.mean for one in found], 0.38, yerr=reach, capsize=4, color=colour, label=label)
+    right.set(xlabel="strength of the previous-token head (1: as trained)", ylabel="hijacks won that are lost again")
+    right.set_ylim(0, None)
+    right.set_title(f"trained models, {own['seed'].nunique()} seeds")
+    for ax in (left, middle):
         ax.axhline(0, color="black", linewidth=0.8)
+    for ax in (left, middle, right):
         ax.legend(frameon=False)
     experiment.finish((left, middle, right), title=11)
+    right.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
     return picture

@@ -26,7 +26,7 @@ class Settings:
     triggers: int = 5  # the same in all sequences
     d_model: int = 64
     length: int = 48  # of the sequences
-    steps: int = 300
+    steps: int = 400
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the models with two layers, and with one
 
 
@@ -43,7 +43,9 @@ def learning_order(settings: Settings = Settings(), train: Train = trained) -> R
     one step after the last.
     """
     data: dict[str, Any] = {"d_vocab": settings.d_vocab, "triggers": settings.triggers, "length": settings.length}
-    recipe = Recipe(0, **data, d_model=settings.d_model, steps=settings.steps, evaluate_every=10)
+    recipe = Recipe(
+        0, **data, d_model=settings.d_model, steps=settings.steps, lr=experiment.COUNTED_LR, evaluate_every=10
+    )
     curves = pd.concat(
         _curves(run).assign(layers=n_layers, seed=seed)
         for n_layers in (2, 1)

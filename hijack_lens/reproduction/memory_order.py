@@ -10,9 +10,10 @@ from tqdm.auto import tqdm
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models import BigramTransformer, trainable_transformer
 from hijack_lens.reproduction import experiment
+from hijack_lens.reproduction.experiment import TrainModel
 from hijack_lens.reproduction.findings import Finding, Result, over_seeds
 from hijack_lens.show.style import Picture
-from hijack_lens.training import TrainConfig, TrainingRun, gradient_steps, train
+from hijack_lens.training import TrainConfig, gradient_steps, train
 from hijack_lens.training.one_step import STEPS
 
 STATEMENT = (
@@ -36,7 +37,6 @@ _LINES = {
     "previous_token": {"label": "previous token ($W_K$, layer 0)", "color": "#009E73", "linestyle": ":", "marker": "^"},
 }
 
-TrainModel = Callable[[BigramTransformer, BigramLanguage, TrainConfig], TrainingRun]
 GradientSteps = Callable[..., tuple[BigramTransformer, dict[str, dict[str, float]]]]
 
 

@@ -18,7 +18,8 @@ from hijack_lens.reproduction import experiment
 from hijack_lens.reproduction.experiment import RANDOM_TRIGGERS, Make, Recipe, Train, trained
 from hijack_lens.reproduction.findings import Finding, Result, over_seeds
 from hijack_lens.show.style import COLOURS, Picture
-from hijack_lens.training import fit_strengths, theory_agreement
+from hijack_lens.training import fit_strengths
+from hijack_lens.training.fit import agreement_on, conflict_prompts
 
 STATEMENT = (
     "Knowledge hijack: whether the context or the weights win follows from how often (or in what share) the context "
@@ -53,7 +54,7 @@ class Settings:
     occurrences: int = 20  # of the trigger before the prompt's end, in the diagram by share
     recipes: tuple[tuple[str, Recipe], ...] = (  # of the trained models, by name; the last is plotted
         ("fixed triggers", Recipe(0)),
-        ("fixed triggers, trained for longer", Recipe(0, steps=400, evaluate_every=400)),
+        ("fixed triggers, trained for longer", Recipe(0, finish_steps=400)),
         ("random triggers", RANDOM_TRIGGERS),
     )
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of each recipe
@@ -74,9 +75,10 @@ def phase_diagram(
     after neutral tokens; for each share of c where g follows q otherwise; and at `NEAR` on both sides of the boundary
     (`phase_boundary`), for each number of repeats.
 
-    Trained models are asked on random conflict prompts of their training length, with 0 to 6 repeats. Theory gets what
-    `fit_strengths` reads off the weights, and none of the models' predictions. It is compared with the rule "the
-    context wins once it has spoken", which knows no strengths.
+    Trained models are asked on random conflict prompts of their training length, with 0 to 6 repeats. Theory gets the
+    tables that `read_tables` reads off the weights, as in the claim on winners, and none of the models' predictions. It
+    is compared with the rule "the context wins once it has spoken", which knows no tables. The boundaries drawn are
+    those of four strengths, the same for all tokens (`fit_strengths`).
     """
     answers: dict[str, list[pd.DataFrame]] = {kind: [] for kind in (*_ASKED, *dict(settings.recipes))}
     rows = []
@@ -114,7 +116,7 @@ def _by_hand(kind: str, answers: pd.DataFrame, settings: Settings) -> Finding:
 def _in_training(name: str, recipe: Recipe, table: pd.DataFrame, settings: Settings) -> list[Finding]:
     setting = f"{len(table)} trained models, {name}; {settings.n_prompts} prompts of {recipe.length} tokens for each"
     lead = over_seeds(table["agreement"] - table["agreement_of_rule"])
-    named = f"theory at fitted strengths names at least {AGREEMENT:.0%} of the winners"
+    named = f"theory by tables names at least {AGREEMENT:.0%} of the winners"
     return [
         Finding.at_least(setting, named, table["agreement"], AGREEMENT),
         Finding.judged(
@@ -184,13 +186,14 @@ def _answers(
 def _ask_trained(model: BigramTransformer, length: int, n_prompts: int, seed: int) -> tuple[pd.DataFrame, Strengths]:
     """Predictions and answers, a row per prompt, and the strengths that the predictions rest on."""
     fit = fit_strengths(model)
-    table = theory_agreement(model, fit, n_prompts=n_prompts, length=length, seed=seed).table
-    q, c, g = ([fit.language.index(token) for token in table[role]] for role in ("trigger", "in_context", "global"))
+    prompts = conflict_prompts(model.language, fit.setting.triggers, n_prompts, length, seed)
+    table = agreement_on(model, fit, prompts).table
+    q, c, g = torch.tensor([(one.trigger, one.in_context, one.global_candidate) for one in prompts]).T
     log_pi_b = fit.language.log_pi_b
     answers = {
         "evidence": table["repeats"],
         "log_ratio": (log_pi_b[q, g] - log_pi_b[q, c]).tolist(),
-        "predicted": table["theory_margin"],
+        "predicted": experiment.predicted_margins(prompts, experiment.theory_of(model)).tolist(),
         "measured": table["model_margin"],
     }
     return pd.DataFrame(answers), fit.strengths
@@ -229,7 +232,7 @@ def _picture(answers: dict[str, list[pd.DataFrame]], boundaries: Sequence[Tensor
     for name in recipes:
         _draw_trained(axes[2], pd.concat(answers[name]), boundaries)
         axes[2].set(title=f"trained, {len(boundaries)} seeds ({name})", xlabel=labels["repeats"])
-        black += "; of trained models each seed's, where c and g occur nowhere else"
+        black += "; of trained models each seed's at four strengths, where c and g occur nowhere else"
     for ax in axes:
         ax.set_ylabel("log π(g|q) − log π(c|q), the weights' preference (nats)")
     patches = [matplotlib.patches.Patch(color=light[winner], label=f"{winner} won") for winner in light]

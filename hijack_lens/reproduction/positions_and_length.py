@@ -34,7 +34,7 @@ FOUND = 0.3  # the least within the training length, for a head that has lost so
 SEPARATION = 0.3  # by how much relative positions must exceed absolute ones in in-context accuracy beyond it
 
 _POSITIONS: tuple[Positions, ...] = ("relative", "absolute")
-_RECIPE = Recipe(0, d_vocab=12, triggers=3, length=32, steps=600, evaluate_every=600)
+_RECIPE = Recipe(0, d_vocab=12, triggers=3, length=32)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Settings:
     floor: float = 1e-3  # least probability in their bigram memory
 
 
-QUICK = Settings(recipe=replace(_RECIPE, steps=300, evaluate_every=300), seeds=(0, 1, 2), n_prompts=4)
+QUICK = Settings(seeds=(0, 1, 2), n_prompts=4)
 
 
 def positions_and_length(
@@ -188,7 +188,7 @@ def _in_training(table: pd.DataFrame, settings: Settings) -> list[Finding]:
     relative, absolute = (mean[positions, True] for positions in _POSITIONS)
     gap = over_seeds(relative - absolute)
     longest = max(settings.multiples)
-    setting = f"{len(settings.seeds)} trained models each, T = {settings.recipe.length}, {settings.recipe.steps} steps"
+    setting = f"{len(settings.seeds)} trained models each, T = {settings.recipe.length}"
     return [
         Finding(
             f"{setting}; prompts of T tokens",

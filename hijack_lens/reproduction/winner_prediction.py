@@ -9,8 +9,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hijack_lens import theory
-from hijack_lens.language import HijackPrompt
 from hijack_lens.models import BigramTransformer
 from hijack_lens.reproduction import experiment
 from hijack_lens.reproduction.experiment import RANDOM_TRIGGERS, Recipe, Train, trained
@@ -31,10 +29,7 @@ CORRELATION = 0.94  # of predicted and measured margins
 CALIBRATION_ERROR = 0.1  # the most allowed, expected between a predicted probability and how often the context wins
 BINS = 5  # of predicted probability, equally wide: with more, each holds few prompts, and chance alone makes an error
 
-PAST_THE_CIRCUIT = "remembered"
-"""The one table that belongs to neither memory: what the previous-token head writes at the query itself."""
-
-LONGER = Recipe(0, fixed=False, length=96, steps=300, evaluate_every=300)  # random triggers in longer sequences
+LONGER = Recipe(0, which="random", length=96)  # random triggers in longer sequences
 
 _COUNTS = ["n_qc", "n_qg", "n_c", "n_g", "log_ratio"]
 _RIDGE = 1e-3  # on standardised inputs: without it, separable prompts have no best weights
@@ -51,13 +46,13 @@ _BARS = {  # what each predictor is called, and its colour
 class Settings:
     """Settings of the measurements."""
 
-    recipes: tuple[Recipe, ...] = (LONGER, replace(LONGER, fixed=True))
+    recipes: tuple[Recipe, ...] = (LONGER, replace(LONGER, which="frequent"))
     seeds: tuple[int, ...] = tuple(range(10, 20))  # of the trained models
     lengths: tuple[int, ...] = (32, 48, 96)  # of the prompts
     n_prompts: int = 600  # for each model and length; every other one is held out
 
 
-QUICK = Settings((RANDOM_TRIGGERS, replace(RANDOM_TRIGGERS, fixed=True)), (0, 1, 2), (32,), 300)
+QUICK = Settings((RANDOM_TRIGGERS, replace(RANDOM_TRIGGERS, which="frequent")), (0, 1, 2), (32,), 300)
 
 
 def winner_prediction(settings: Settings = Settings(), train: Train = trained) -> Result:
@@ -81,7 +76,7 @@ def winner_prediction(settings: Settings = Settings(), train: Train = trained) -
         for seed, run in experiment.replicates(train, recipe, settings.seeds):
             for length in settings.lengths:
                 held_out = _predicted(_ask(run.model, length, settings.n_prompts, seed))
-                kind = "fixed" if recipe.fixed else "random"
+                kind = "random" if recipe.which == "random" else "fixed"
                 rows.append({"triggers": kind, "seed": seed, "length": length, **_scores(held_out)})
                 answers.append(held_out)
     table = pd.DataFrame(rows)
@@ -148,21 +143,15 @@ def _ask(model: BigramTransformer, length: int, n_prompts: int, seed: int) -> pd
         counts = [float((tokens == v).sum()) for tokens in (after, prompt.tokens) for v in (c, g)]
         rows.append((*counts, float(language.log_pi_b[q, g] - language.log_pi_b[q, c])))
     agreement = agreement_on(model, fit, prompts).table
-    by_tables = {f"without_{term}": _margins(prompts, tables.without(term)) for term in TERMS}
+    by_tables = {
+        f"without_{term}": experiment.predicted_margins(prompts, tables.without(term)).numpy() for term in TERMS
+    }
     return pd.DataFrame(rows, columns=_COUNTS).assign(
-        predicted=by_tables[f"without_{PAST_THE_CIRCUIT}"],
+        predicted=by_tables[f"without_{experiment.PAST_THE_CIRCUIT}"],
         by_strengths=agreement["theory_margin"],
         measured=agreement["model_margin"],
         **by_tables,
     )
-
-
-def _margins(prompts: list[HijackPrompt], tables: theory.Tables) -> Float[np.ndarray, "prompt"]:
-    """Theory's margin of each prompt."""
-    logits = tables.written(torch.stack([prompt.tokens for prompt in prompts]), last=True).total[:, -1]
-    pairs = torch.tensor([(prompt.in_context, prompt.global_candidate) for prompt in prompts])
-    of_c, of_g = logits.gather(1, pairs).T
-    return (of_c - of_g).numpy()
 
 
 def _predicted(asked: pd.DataFrame) -> pd.DataFrame:
@@ -205,7 +194,7 @@ def _logistic(x: Float[Tensor, "prompt input"], won: Bool[Tensor, "prompt"]) -> 
 
 def _findings(table: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
     kind, length = table["triggers"].iloc[0], table["length"].iloc[0]
-    recipe = next(one for one in settings.recipes if one.fixed == (kind == "fixed"))
+    recipe = next(one for one in settings.recipes if (one.which == "random") == (kind == "random"))
     setting = f"{len(table)} trained models, {kind} triggers, sequences of {recipe.length} tokens; "
     setting += f"{settings.n_prompts // 2} held-out prompts of {length} tokens for each"
 

@@ -104,7 +104,8 @@ def shapley_report(result: ShapleyValues) -> Report:
         f"{result.full - result.empty:+.4g}, within {result.efficiency_error:.1e}"
     )
     return Report(
-        f"ShapleyValues(player={len(result.players)}) of {result.metric}; {_ABLATION[result.how]}",
+        f"ShapleyValues(player={len(result.players)}) of {result.metric}; {_ABLATION[result.how]}"
+        + ("" if result.at is None else f", from {result.at} on"),
         [runs, efficiency],
         [table for table in (_values(result), _interactions(result)) if table.rows],
         figure=lambda: shapley_bars(result).svg(),
