@@ -4,11 +4,18 @@ Each row differs from the first in what its name says. Names of rows may be give
 row by row, so that a run that was stopped goes on.
 """
 
+import argparse
+import gettext
+import gzip
+import inspect
 import json
+import math
 import sys
 import time
+from pathlib import Path
 
-from common import RESULTS, english, write
+import torch
+from common import RESULTS, write
 
 import hijack_lens as hl
 
@@ -34,10 +41,77 @@ ROWS = {
     "length 256": {"length": 256},
     "rotary": {"positions": "rotary"},
     "absolute": {"positions": "absolute"},
-    "English, characters": {"level": "char"},
-    "English, 500 words": {"level": "word"},
+    **{
+        f"{text}, {'characters' if level == 'char' else '500 words'}": {"text": text, "level": level}
+        for text in ("English", "source code", "word list", "changelog", "German messages")
+        for level in ("char", "word")
+    },
     "5 random": {"triggers": "random"},
     "V 20, 5 random": {"d_vocab": 20, "triggers": "random"},
+    **{
+        f"{recipe} recipe: {name}": {**options, "recipe": recipe}
+        for recipe in ("counted", "public")
+        for name, options in {
+            "V 50, Dirichlet .3": {},
+            "Dirichlet 10": {"concentration": 10.0},
+            "V 100": {"d_vocab": 100},
+            "English, characters": {"text": "English", "level": "char"},
+        }.items()
+    },
+}
+"""The counted recipe is 300 steps at a rate of 1e-2; the public one is that of the code of Bietti et al. 2023."""
+
+
+def text_of(kind):
+    """Texts that a Debian machine with Python carries."""
+    if kind == "source code":
+        return inspect.getsource(argparse)
+    if kind == "word list":
+        return "\n".join(sorted(set(hl.default_text().split())))
+    if kind == "changelog":
+        return gzip.decompress(Path("/usr/share/doc/dpkg/changelog.gz").read_bytes()).decode()
+    if kind == "German messages":
+        with open("/usr/share/locale/de/LC_MESSAGES/glib20.mo", "rb") as file:
+            return "\n".join(str(message) for message in gettext.GNUTranslations(file)._catalog.values())
+    return hl.default_text()
+
+
+def public_model(language, seed, length):
+    """The simplified transformer of Bietti et al.'s public code, and its initialisation; W_F is linear.
+
+    Its embeddings are sqrt(d_model) times as long as ours, and its other matrices 1 / sqrt(3) times as large.
+    """
+    d_model = 128
+    model = hl.trainable_transformer(
+        language,
+        "absolute",
+        d_model=d_model,
+        mlp="linear",
+        d_mlp=d_model,
+        seed=seed,
+        n_ctx=length,
+        init={"W_Q": "identity", "blocks.1.mlp.W_in": "identity"},
+    )
+    learned = ("blocks.0.attn.W_K", "blocks.1.attn.W_K", "blocks.1.attn.W_O", "blocks.1.mlp.W_out")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("W_E", "W_pos")):
+                parameter *= math.sqrt(d_model)
+            elif name.endswith(("W_K", "W_V", "W_O", "W_U", "W_out")):
+                parameter /= math.sqrt(3)
+            parameter.requires_grad_(name in learned)
+    return model
+
+
+COUNTED = {"steps": 300, "lr": 1e-2}
+PUBLIC = {
+    "steps": 1000,
+    "loss": "predictable",
+    "optimizer": "sgd",
+    "lr": 0.2,
+    "final_lr": 1.0,
+    "warmup": 0,
+    "weight_decay": 1e-4,
 }
 
 
@@ -48,20 +122,25 @@ def trained(
     n_triggers=5,
     length=128,
     positions="relative",
-    level=None,
+    text=None,
+    level="char",
+    recipe=None,
     seed=0,
 ):
     language = hl.BigramLanguage.dirichlet(d_vocab, concentration, seed=99)
-    if level == "char":
-        language = english()
-    elif level == "word":
-        language = hl.BigramLanguage.from_text(hl.default_text(), level="word", max_vocab=500)
+    if text is not None:
+        max_vocab = 500 if level == "word" else None
+        language = hl.BigramLanguage.from_text(text_of(text), level=level, max_vocab=max_vocab)
     model = hl.trainable_transformer(language, positions, seed=seed, n_ctx=length)
-    config = hl.TrainConfig(triggers, length, seed, n_triggers=n_triggers, eval_lengths=(1,))
+    if recipe == "public":
+        model = public_model(language, seed, length)
+    options = {None: {}, "counted": COUNTED, "public": PUBLIC}[recipe]
+    config = hl.TrainConfig(triggers, length, seed, n_triggers=n_triggers, eval_lengths=(1,), **options)
     started = time.perf_counter()
     run = hl.train(model, language, config)
     total = time.perf_counter() - started
-    accuracy, formed = run.probe("formed_accuracy"), run.formed
+    formed = run.formed
+    accuracy = run.probe("formed_accuracy" if recipe is None else "in_context_accuracy")
     seconds = run.table.drop_duplicates("step").set_index("step")["seconds"]
     reached = accuracy[accuracy >= 0.97 * formed.best].index
     return {
@@ -73,6 +152,7 @@ def trained(
         "bigram_excess_nats": round(formed.excess, 4),
         "steps_to_0.97_of_best": int(reached[0]) if len(reached) else None,
         "seconds_to_0.97_of_best": round(float(seconds[reached[0]]), 1) if len(reached) else None,
+        "d_vocab": language.d_vocab,
         "forming_steps": run.forming_steps,
         "steps": run.step,
         "seconds": round(total, 1),

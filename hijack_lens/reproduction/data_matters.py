@@ -188,8 +188,11 @@ def _picture(curves: pd.DataFrame, by_kind: pd.DataFrame) -> Picture:
             values = by_kind.loc[kind, column]
             right.bar(x, values.mean(), width=0.36, color=colour, alpha=0.4)
             right.plot([x] * len(values), values, "o", color="black", markersize=4)
-        for x, text in ((place + 0.2, asked), (place - 0.2, "as trained")):
-            right.annotate(text, (x, 0.13), rotation=90, ha="center", va="bottom", fontsize=11)
+            # Above the dots where these are low, else well below them.
+            text, above = asked if column == other else "as trained", values.max() + 0.05
+            right.annotate(
+                text, (x, above if above < 0.5 else 0.05), rotation=90, ha="center", va="bottom", fontsize=11
+            )
     right.set(title="how far: asked on ...", xlabel="trained on")
     for ax in (left, right):
         ax.set_ylim(0, 1.04)

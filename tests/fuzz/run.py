@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import re
 import resource
@@ -248,7 +249,7 @@ def fuzz(count: int, seed: int, only: str = "", number: int | None = None, quiet
     progress = tqdm(total=count, disable=quiet, unit=" calls", smoothing=0)
 
     for target in chosen:
-        share = max(2, round(count * (1 + len(target.parameters)) / total))
+        share = max(2, math.ceil(count * (1 + len(target.parameters)) / total))
         command = target.name.startswith("cli.")
         numbers = iter(range(10**9))
 
