@@ -34,7 +34,7 @@ def run(world, **kwargs):
         return build(world, **kwargs)(world.tokens), theory.logits(world.tokens, world.language, world.setting)
 
 
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(worlds())
 def test_model_and_theory_agree_in_float64(world):
     actual, expected = run(world, dtype=torch.float64)

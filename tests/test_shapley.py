@@ -1,5 +1,6 @@
 """Shapley values against their definition: all orders of arrival, each coalition run by `hooks.ablate`."""
 
+import functools
 import itertools
 import signal
 from contextlib import ExitStack
@@ -134,6 +135,7 @@ def worth_by_paths(model, tokens, players, reference=None):
     """The metric by coalition, with absent players cut off from what the last MLP reads and from the unembedding."""
     last = model.cfg.n_layers - 1
 
+    @functools.cache
     def worth(present):
         with ExitStack() as contexts:
             for index, parts in enumerate(players.values()):

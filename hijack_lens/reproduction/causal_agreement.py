@@ -40,7 +40,7 @@ class Settings:
     n_prompts: int = 300  # for each model
 
 
-QUICK = Settings(seeds=(0, 1, 2), n_prompts=60)
+QUICK = Settings(experiment.quicker(RANDOM_TRIGGERS), seeds=(0, 1, 2), n_prompts=60)
 
 
 def causal_agreement(settings: Settings = Settings(), train: Train = trained) -> Result:

@@ -167,7 +167,8 @@ def reproduce(
     executor = None if count == 1 or len(chosen) == 1 else pool
     kept = folder / "claims.jsonl"
     # The last claims train the most models: begun first, they leave no worker idle in the end.
-    run_grid(run_claim, [points[name] for name in chosen[::-1]], executor, kept, retry_failed=True, in_flight=count)
+    order = chosen if executor is None else chosen[::-1]
+    run_grid(run_claim, [points[name] for name in order], executor, kept, retry_failed=True, in_flight=count)
     with Journal(kept, run_claim, seed=0).opened() as journal:
         known = journal.table(list(points.values()))
     outcomes = {row["claim"]: _outcome(row) for row in known.to_dict(orient="records")}

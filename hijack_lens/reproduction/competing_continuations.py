@@ -47,7 +47,13 @@ class Settings:
     trained_pairs: int = 16  # in each of their prompts
 
 
-QUICK = Settings(pairs=40, n_orders=50, seeds=(0, 1, 2), n_prompts=50)
+QUICK = Settings(
+    pairs=40,
+    n_orders=50,
+    recipes=tuple(map(experiment.quicker, KINDS)),
+    seeds=(0, 1, 2),
+    n_prompts=50,
+)
 
 
 def competing_continuations(

@@ -61,7 +61,7 @@ class Settings:
         }
 
 
-QUICK = Settings(d_vocab=12, d_model=32, length=24, steps=500, seeds=(0, 1, 2))
+QUICK = Settings(d_vocab=12, d_model=32, length=24, steps=300, seeds=(0, 1, 2))
 
 
 def data_matters(settings: Settings = Settings(), train: Train = trained) -> Result:

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pandas as pd
 import torch
@@ -78,6 +78,8 @@ def margins_by_pairs(
     return hijack_margins(model, tokens)[:, lead::2]
 
 
+RecipeT = TypeVar("RecipeT", bound="Recipe")
+
 COUNTED_LR = 3e-3
 """Peak rate where it is asked how soon memories are learned: then sequences are natural from the start, not boosted."""
 
@@ -99,6 +101,7 @@ class Recipe:
     steps: int | Literal["until formed"] = "until formed"
     finish_steps: int = 150  # after the circuit has formed
     lr: float = 6e-3  # the peak rate of these, or of counted steps
+    tokens_per_step: int = 4096  # where steps are not counted
     evaluate_every: int = 20  # steps between probes
 
     @property
@@ -126,6 +129,7 @@ class Recipe:
             steps=self.steps,
             lr=self.lr,
             finish_steps=self.finish_steps,
+            tokens_per_step=self.tokens_per_step,
             evaluate_every=self.evaluate_every,
             eval_lengths=(1,),
         )
@@ -141,6 +145,11 @@ class Recipe:
             n_ctx=4 * self.length,
             device="cpu",
         )
+
+
+def quicker(recipe: RecipeT) -> RecipeT:
+    """The recipe with fewer steps and fewer tokens in each, for a first look."""
+    return replace(recipe, finish_steps=60, tokens_per_step=2048)
 
 
 RANDOM_TRIGGERS = Recipe(0, which="random", triggers=4, d_vocab=16, length=32)

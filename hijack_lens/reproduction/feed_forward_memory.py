@@ -53,7 +53,7 @@ class Settings:
     step_sequences: int = 8192  # to average the gradient over
 
 
-QUICK = Settings((0, 1, 2), d_model=96, steps=500, step_d_model=384, step_sequences=4096)
+QUICK = Settings((0, 1, 2), d_model=96, steps=300, step_d_model=384, step_sequences=4096)
 
 
 def feed_forward_memory(settings: Settings = Settings(), train: TrainModel = train) -> Result:

@@ -58,7 +58,7 @@ class Settings:
     n_prompts: int = 200  # per trained model
 
 
-QUICK = Settings(seeds=(0, 1, 2), n_prompts=100)
+QUICK = Settings(max_repeats=200, recipe=experiment.quicker(PREFERRING), seeds=(0, 1, 2), n_prompts=100)
 
 
 def flip_window(

@@ -83,7 +83,7 @@ class Settings:
 
 
 QUICK = Settings(
-    recipe=BegunRecipe(0, steps=800, evaluate_every=800), seeds=(0, 1, 2), reach=32, multiples=(0.5, 1.0, 2.0, 4.0)
+    recipe=BegunRecipe(0, steps=500, evaluate_every=500), seeds=(0, 1, 2), reach=32, multiples=(0.5, 1.0, 2.0, 4.0)
 )
 
 

@@ -52,7 +52,8 @@ class Settings:
     n_prompts: int = 600  # for each model and length; every other one is held out
 
 
-QUICK = Settings((RANDOM_TRIGGERS, replace(RANDOM_TRIGGERS, which="frequent")), (0, 1, 2), (32,), 300)
+_SHORT = experiment.quicker(RANDOM_TRIGGERS)
+QUICK = Settings((_SHORT, replace(_SHORT, which="frequent")), (0, 1, 2), (32,), 300)
 
 
 def winner_prediction(settings: Settings = Settings(), train: Train = trained) -> Result:
