@@ -1,6 +1,7 @@
 """Claim: the feed-forward memory holds the bigrams; where there is none, the induction head's values take them up."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -224,11 +225,7 @@ def _picture(steps: pd.DataFrame, trained: pd.DataFrame) -> Picture:
     picture = Picture(13.0, 4.8)
     left, right = picture.figure.subplots(1, 2, width_ratios=(1, 2.6))
     columns = {"correlation": "the bigrams", "by_frequency": "frequencies\nalone"}
-    for place, column in enumerate(columns):
-        found = over_seeds(steps[column])
-        reach = 0.0 if math.isnan(found.reach) else found.reach
-        colour = COLOURS["weights"] if place == 0 else COLOURS["rest"]
-        left.bar(place, found.mean, 0.6, yerr=reach, capsize=4, color=colour)
+    _bars(left, range(2), [over_seeds(steps[column]) for column in columns], 0.6, color=[COLOURS["weights"], "#999999"])
     left.axhline(ONE_STEP, color="black", linestyle="--", linewidth=1)
     left.set_title("one gradient step on W_F")
     left.set_ylabel("correlation of its table with ...")
@@ -241,8 +238,7 @@ def _picture(steps: pd.DataFrame, trained: pd.DataFrame) -> Picture:
     for number, (column, (label, colour)) in enumerate(bars.items()):
         found = [over_seeds(_of_kind(trained, kind)[column]) for kind in _KINDS]
         at = [place + 0.2 * (number - 1.5) for place in range(len(_KINDS))]
-        reach = [0.0 if math.isnan(one.reach) else one.reach for one in found]
-        right.bar(at, [one.mean for one in found], 0.19, yerr=reach, capsize=3, color=colour, label=label)
+        _bars(right, at, found, 0.19, color=colour, label=label)
     right.axhline(0, color="black", linewidth=0.8)
     right.set_title("trained")
     picture.figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
@@ -250,6 +246,12 @@ def _picture(steps: pd.DataFrame, trained: pd.DataFrame) -> Picture:
     left.set_xticks(range(len(columns)), list(columns.values()))
     right.set_xticks(range(len(_KINDS)), [f"{memory}\nloss: {loss}" for memory, loss in _KINDS])
     return picture
+
+
+def _bars(ax: Any, at: Sequence[float], found: list[Estimate], width: float, **options: Any) -> None:
+    """Bars with 95% intervals, where there are any."""
+    reach = [0.0 if math.isnan(one.reach) else one.reach for one in found]
+    ax.bar(at, [one.mean for one in found], width, yerr=reach, capsize=3, **options)
 
 
 def _of_kind(trained: pd.DataFrame, kind: tuple[str, str]) -> pd.DataFrame:
