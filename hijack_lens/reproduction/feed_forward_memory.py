@@ -225,7 +225,9 @@ def _picture(steps: pd.DataFrame, trained: pd.DataFrame) -> Picture:
     picture = Picture(13.0, 4.8)
     left, right = picture.figure.subplots(1, 2, width_ratios=(1, 2.6))
     columns = {"correlation": "the bigrams", "by_frequency": "frequencies\nalone"}
-    _bars(left, range(2), [over_seeds(steps[column]) for column in columns], 0.6, color=[COLOURS["weights"], "#999999"])
+    _bars(
+        left, [0.0, 1.0], [over_seeds(steps[column]) for column in columns], 0.6, color=[COLOURS["weights"], "#999999"]
+    )
     left.axhline(ONE_STEP, color="black", linestyle="--", linewidth=1)
     left.set_title("one gradient step on W_F")
     left.set_ylabel("correlation of its table with ...")
