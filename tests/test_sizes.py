@@ -5,6 +5,7 @@ from collections import Counter
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -13,6 +14,7 @@ from trainable_for_tests import LANGUAGE, TRIGGERS
 
 import hijack_lens as hl
 from hijack_lens import cli
+from hijack_lens.probing import fact_prompts
 from hijack_lens.training import gradient_steps
 
 WORDS = " ".join(f"w{i}" for i in range(700))
@@ -69,6 +71,11 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_made(laptop, unche
         "n_prompts=1000000000": lambda: hl.hijack_prompt(LANGUAGE, 0, 1, 1, 9, n_prompts=10**9, seed=0),
         "repeats=1000000000": lambda: hl.Fact("Oslo", "Norway", "Peru", "{subject}: {answer}.").text(10**9),
         "language=1000000": lambda: hl.memory_capacity(10**6),
+        "repeats=10000000000": lambda: fact_prompts(small, hl.Bigram(0, 1, 2), 10**10),
+        "repeats=9223372036854775807": lambda: fact_prompts(small, hl.Bigram(0, 1, 2), np.int64(2**63 - 1)),
+        "length=1000000000000": lambda: hl.theory.min_repeats(
+            LANGUAGE, 0, 1, 2, hl.theory.Setting(hl.Strengths()), length=10**12
+        ),
         "n_prompts=10000000000": lambda: hl.find_circuit(small, n_prompts=10**10),
         "n_samples=100000000000": lambda: hl.shapley(
             small, prompt, hl.logit_diff(1, 2), "all", max_exact=1, n_samples=10**11

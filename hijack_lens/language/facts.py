@@ -178,7 +178,7 @@ def fact_prompts(model: Any, fact: Fact | Bigram, repeats: int = 8, lead: str | 
             statement and after the query; for prompts that hold an answer elsewhere; and for prompts too long.
     """
     check_model(model)
-    check_count("repeats", repeats, minimum=1)
+    repeats = check_count("repeats", repeats, minimum=1)
     if isinstance(fact, Fact):
         found = _of_text(model, fact, repeats, lead)
     elif isinstance(fact, Bigram):
@@ -247,6 +247,7 @@ def _of_tokens(model: Any, fact: Bigram, repeats: int, lead: str | Sequence[int]
         before = []
     if q in before:
         raise ValueError(f"lead must not hold the trigger {fact.trigger!r}, got {shown(lead)}")
+    check_memory(8 * (repeats + 1) * (len(before) + repeats + 1), repeats=repeats)
     prompts = tuple((*before, *[q, c] * k, q) for k in range(repeats + 1))
     check_tokens("bigram's prompts", torch.tensor(prompts[-1]), model.cfg.d_vocab, model.cfg.n_ctx)
     texts = [str(i) for i in (q, c, g)] if tokenizer is None else decoded(model.tokenizer, [q, c, g])

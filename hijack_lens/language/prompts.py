@@ -111,7 +111,7 @@ def hijack_prompt(
             raise ValueError(f"{role} must not be the trigger itself, {name[q]!r}")
     if other == c:
         raise ValueError(f"alternative must differ from in_context, got {shown(name[c])} for both")
-    check_count("repeats", repeats)
+    repeats = check_count("repeats", repeats)
     check_choice("filler", filler, ("sample", "avoid"))
     if check_count("length", length, minimum=1) < 2 * repeats + 2:
         raise ValueError(

@@ -272,7 +272,7 @@ def dose_response(
     Raises:
         TypeError, ValueError: for facts and prompts that `fact_prompts` rejects, and models that `attribute` rejects.
     """
-    check_count("repeats", repeats, minimum=_FEWEST)
+    repeats = check_count("repeats", repeats, minimum=_FEWEST)
     alone = isinstance(facts, (Fact, Bigram))
     listed: list[Any] = [facts] if alone else check_list("facts", facts, "a Fact or Bigram, or several")
     if not listed:

@@ -75,6 +75,10 @@ class Finding:
                 raise TypeError(f"{name} must be a number, got {shown(value)}")
         check_type("spec", spec, str)
         found = over_seeds(values)
+        try:
+            format(found, spec)
+        except ValueError as error:
+            raise ValueError(f"spec must be a format for numbers, such as '.1%', got {shown(spec)}") from error
         return cls.judged(setting, predicted, f"{found:{spec}}", found.at_least(threshold))
 
 

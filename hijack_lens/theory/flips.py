@@ -91,6 +91,7 @@ def min_repeats(
     if layout.lead is not None and setting.strengths.previous_token == math.inf and setting.positions == "relative":
         return _with_infinite_focus(ahead, setting.strengths, layout.lead, layout.global_count)
     most, limit = layout.limit(most)
+    check_memory(64 * (most + 1), max_repeats=max_repeats, length=length)  # as many are tried, in a few tables
     pull = _context_pull(torch.arange(most + 1), setting, layout)
     if (flip := _first_win(pull, ahead)) is not None:
         return flip
