@@ -582,6 +582,12 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(tmp_path):
     assert same_weights(run.model, fit(KILLED_CONFIG).model)
 
 
+def test_small_integers_of_numpy_count_as_they_are(unchecked):
+    config = hl.TrainConfig(triggers=(0,), length=4, seed=0, finish_steps=None)
+    assert config.finishing(np.uint8(150)) == 700
+    assert config.lr_at(np.uint8(255), 300) == config.lr_at(255, 300)
+
+
 # Another run's folder
 
 

@@ -246,7 +246,7 @@ def shapley(
     check_reference(how, reference, ("zero", "mean", "resample", "patch"))
     if check_count("max_exact", max_exact) > _MOST_EXACT:
         raise ValueError(f"max_exact must be at most {_MOST_EXACT}, a million runs, got {max_exact}")
-    check_count("n_samples", n_samples, minimum=MIN_SAMPLES)
+    n_samples = check_count("n_samples", n_samples, minimum=MIN_SAMPLES)
     if not isinstance(interactions, bool):
         raise TypeError(f"interactions must be True or False, got {shown(interactions)}")
     generator = as_generator(seed)

@@ -67,7 +67,7 @@ def ranked_by_frequency(long_run: Float[Tensor, "d_vocab"]) -> Int[Tensor, "toke
 
 def ranked_triggers(long_run: Float[Tensor, "d_vocab"], rule: object, n_triggers: int) -> Int[Tensor, "trigger"]:
     """The ids of the most frequent tokens in the long run, or, by the rule "rare", of the least frequent that occur."""
-    check_count("n_triggers", n_triggers)
+    n_triggers = check_count("n_triggers", n_triggers)
     ranked = ranked_by_frequency(long_run)
     if n_triggers > len(ranked):
         raise ValueError(f"n_triggers is {n_triggers}; only {len(ranked)} tokens ever occur")
@@ -78,7 +78,7 @@ def drawn_triggers(
     pi_u: Float[Tensor, "d_vocab"], n_sequences: int, n_triggers: int, generator: torch.Generator
 ) -> Int[Tensor, "sequence trigger"]:
     """Distinct triggers for each sequence, drawn from `pi_u` one after the other."""
-    check_count("n_triggers", n_triggers)
+    n_triggers = check_count("n_triggers", n_triggers)
     possible = int((pi_u > 0).sum())
     if n_triggers > possible:
         raise ValueError(f"n_triggers is {n_triggers}; only {possible} tokens can be drawn from pi_u")

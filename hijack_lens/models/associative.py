@@ -74,7 +74,7 @@ def associative_transformer(
     log_pi_b = language.finite_log_pi_b()
     trigger_ids = language.trigger_ids(triggers)
     size = language.d_vocab
-    check_count("n_ctx", n_ctx, minimum=1)
+    n_ctx = check_count("n_ctx", n_ctx, minimum=1)
     n_pos = learned = 0
     if positions == "absolute":
         n_pos = n_ctx

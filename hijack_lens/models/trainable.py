@@ -68,8 +68,8 @@ def trainable_transformer(
     Raises:
         TypeError, ValueError: for an invalid argument, or a name that no parameter has.
     """
-    check_count("d_model", d_model, minimum=1)
-    check_count("n_heads", n_heads, minimum=1)
+    d_model = check_count("d_model", d_model, minimum=1)
+    n_heads = check_count("n_heads", n_heads, minimum=1)
     check_type("init", {} if init is None else init, Mapping)
     if isinstance(freeze, str):
         raise ValueError(f"freeze must be a list of names, got the text {shown(freeze)}")

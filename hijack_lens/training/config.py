@@ -165,7 +165,7 @@ class TrainConfig:
 
     def finishing(self, d_vocab: int) -> int:
         """How many steps there are after forming, with a vocabulary of `d_vocab` tokens."""
-        check_count("d_vocab", d_vocab, minimum=1)
+        d_vocab = check_count("d_vocab", d_vocab, minimum=1)
         if self.finish_steps is not None:
             return self.finish_steps
         return min(400 + 6 * max(d_vocab - 100, 0), 1000)
@@ -177,7 +177,7 @@ class TrainConfig:
             step: which.
             steps: of how many; by default as many as are counted, or as a small vocabulary takes to finish.
         """
-        check_count("step", step)
+        step = check_count("step", step)
         if steps is None:
             steps = self.finishing(1) if isinstance(self.steps, str) else self.steps
         steps = max(check_count("steps", steps), 1)

@@ -124,8 +124,8 @@ def conflict_prompts(
     language: BigramLanguage, triggers: Triggers, n_prompts: int, length: int, seed: Seed
 ) -> list[HijackPrompt]:
     """Prompts of at least 14 tokens, with random triggers, in-context candidates and numbers of repeats (0 to 6)."""
-    check_count("n_prompts", n_prompts, minimum=1)
-    check_count("length", length, minimum=14)
+    n_prompts = check_count("n_prompts", n_prompts, minimum=1)
+    length = check_count("length", length, minimum=14)
     if language.d_vocab < 3:
         raise ValueError(f"language has {language.d_vocab} tokens; a conflict needs at least 3")
     ids = language.trigger_ids(triggers).tolist()
@@ -157,7 +157,7 @@ def theory_agreement(
     """
     check_type("model", model, BigramTransformer)
     check_type("fit", fit, FittedStrengths)
-    check_count("n_prompts", n_prompts, minimum=1)
+    n_prompts = check_count("n_prompts", n_prompts, minimum=1)
     if check_count("length", length, minimum=14) > model.cfg.n_ctx:
         raise ValueError(f"length must be at most the model's n_ctx={model.cfg.n_ctx}, got {length}")
     return agreement_on(model, fit, conflict_prompts(model.language, fit.setting.triggers, n_prompts, length, seed))

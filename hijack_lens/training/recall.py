@@ -45,7 +45,7 @@ def memory_recall(model: BigramTransformer, length: int, triggers: Sequence[Toke
     """
     check_type("model", model, BigramTransformer)
     check_weights_alone(model)
-    check_count("length", length, minimum=2)
+    length = check_count("length", length, minimum=2)
     if model.positions == "absolute" and length > model.cfg.n_ctx:
         raise ValueError(f"length must be at most the model's n_ctx={model.cfg.n_ctx}, got {length}")
     scores: Scores = {}
