@@ -127,13 +127,15 @@ def trained(
     recipe=None,
     seed=0,
 ):
-    language = hl.BigramLanguage.dirichlet(d_vocab, concentration, seed=99)
-    if text is not None:
+    if text is None:
+        language = hl.BigramLanguage.dirichlet(d_vocab, concentration, seed=99)
+    else:
         max_vocab = 500 if level == "word" else None
         language = hl.BigramLanguage.from_text(text_of(text), level=level, max_vocab=max_vocab)
-    model = hl.trainable_transformer(language, positions, seed=seed, n_ctx=length)
     if recipe == "public":
         model = public_model(language, seed, length)
+    else:
+        model = hl.trainable_transformer(language, positions, seed=seed, n_ctx=length)
     options = {None: {}, "counted": COUNTED, "public": PUBLIC}[recipe]
     config = hl.TrainConfig(triggers, length, seed, n_triggers=n_triggers, eval_lengths=(1,), **options)
     started = time.perf_counter()

@@ -159,17 +159,16 @@ def sources_of(player: Player) -> tuple[Sender, ...]:
     return tuple(one for one in found if one is not None)
 
 
-def check_sources(model: Any, at: object, players: Sequence[Player]) -> str:
+def check_sources(model: Any, at: str, players: Sequence[Player]) -> None:
     """Checks that `at` is a point of the residual stream, to which the players' outputs are added before it."""
     check_type("at", at, str)
-    name = str(at)
     points = [f"blocks.{i}.hook_resid_{part}" for i in range(model.cfg.n_layers) for part in ("pre", "mid", "post")]
     points = [point for point in points if point in model.hook_dict]
-    if name not in points:
+    if at not in points:
         raise ValueError(f"at must be a point of the residual stream, {points[0]!r} to {points[-1]!r}, got {shown(at)}")
-    layer, part = int(name.split(".")[1]), name.rsplit("_", 1)[-1]
+    layer, part = int(at.split(".")[1]), at.rsplit("_", 1)[-1]
     if part == "mid" and changes_attn_out(model, layer):
-        raise ValueError(f"at={name!r}: this model norms or scales what its heads write before it is there")
+        raise ValueError(f"at={at!r}: this model norms or scales what its heads write before it is there")
     for player in players:
         for source in sources_of(player):
             check_sender(model, source)
@@ -177,8 +176,7 @@ def check_sources(model: Any, at: object, players: Sequence[Player]) -> str:
                 continue
             there = source.layer == layer and part != "pre"
             if not there or (part == "mid" and not precedes(model, source, Component(layer, "mlp"))):
-                raise ValueError(f"components must write before at={name!r}, got {source}")
-    return name
+                raise ValueError(f"components must write before at={at!r}, got {source}")
 
 
 @dataclass(frozen=True)

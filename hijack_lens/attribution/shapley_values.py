@@ -256,7 +256,7 @@ def shapley(
     players = players_of(model, components, names, points=True)
     sites = sites_of(model, players)
     if at is not None:
-        at = check_sources(model, at, players)
+        check_sources(model, at, players)
     check_metric(metric, tokens.shape[1])
 
     every_site = [site for written in sites for site in written]

@@ -1,6 +1,5 @@
 """Claim: what attribution credits a memory with is what the memory is worth by ablation."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from hijack_lens.attribution import attribute, shapley
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.hook_points import all_components
+from hijack_lens.hooks.edges import embeddings
 from hijack_lens.metrics import margin as hijack_margin
 from hijack_lens.models import BigramTransformer
 from hijack_lens.reproduction import experiment
@@ -78,7 +78,7 @@ def _sources(model: BigramTransformer) -> dict[str, list[Component | str]]:
     last = model.cfg.n_layers - 1
     induction = model.circuit.induction
     before = [part for part in all_components(model) if part not in induction and part < Component(last, "mlp")]
-    embedded = ["hook_embed", *(["hook_pos_embed"] if "hook_pos_embed" in model.hook_dict else [])]
+    embedded = [f"hook_{name}" for name in embeddings(model)]
     return {"context": [*induction], "weights": [*embedded], "rest": [*before]}
 
 
@@ -182,14 +182,13 @@ def _picture(table: pd.DataFrame) -> Picture:
     _dots(axes[2], table["weights"], table["weights_ablated"], COLOURS["rest"])
     axes[2].set(xlabel="weights: attribution (logits)", ylabel="weights: Shapley value of the MLP (logits)")
     games = {"source": "sources", "ablated": "components"}
-    for place, (game, memory) in enumerate((game, memory) for memory in CORRELATION for game in games):
-        found = over_seeds(_correlations(table, memory, game))
-        reach = 0.0 if math.isnan(found.reach) else found.reach
-        colour = COLOURS[memory] if game == "source" else COLOURS["rest"]
-        axes[3].bar(place, found.mean, 0.7, yerr=reach, capsize=4, color=colour)
+    cases = [(memory, game) for memory in CORRELATION for game in games]
+    found = [over_seeds(_correlations(table, memory, game)) for memory, game in cases]
+    colours = [COLOURS[memory if game == "source" else "rest"] for memory, game in cases]
+    experiment.bars(axes[3], [float(place) for place in range(len(cases))], found, 0.7, color=colours)
     axes[3].set_ylabel("correlation with attribution over prompts")
     experiment.finish(axes, grid=False)
-    names = [f"{memory}\n{name}" for memory in CORRELATION for name in games.values()]
+    names = [f"{memory}\n{games[game]}" for memory, game in cases]
     axes[3].set_xticks(range(len(names)), names, fontsize=8, rotation=30)
     return picture
 

@@ -16,6 +16,7 @@ from hijack_lens import theory
 from hijack_lens.core.circuit import Strengths
 from hijack_lens.language import BigramLanguage, HijackPrompt, hijack_prompt
 from hijack_lens.models import BigramTransformer, trainable_transformer
+from hijack_lens.reproduction.findings import Estimate
 from hijack_lens.show.style import frameless
 from hijack_lens.training import TrainConfig, TrainingRun, read_tables, train
 from hijack_lens.training.forward import PlainForward
@@ -241,8 +242,13 @@ def margins_of(
     model: BigramTransformer, tokens: Int[Tensor, "prompt pos"], asked: Int[Tensor, "prompt 3"]
 ) -> Float[Tensor, "prompt pos"]:
     """A trained model's logit[c] - logit[g] at every position, with q, c and g of each prompt."""
-    logits = PlainForward(model)(tokens.to(model.W_E.device)).cpu()
-    prompt, (_, c, g) = torch.arange(len(tokens)), asked.T
+    return _c_over_g(PlainForward(model)(tokens.to(model.W_E.device)).cpu(), asked)
+
+
+def _c_over_g(
+    logits: Float[Tensor, "prompt pos d_vocab"], asked: Int[Tensor, "prompt 3"]
+) -> Float[Tensor, "prompt pos"]:
+    prompt, (_, c, g) = torch.arange(len(logits)), asked.T
     return logits[prompt, :, c] - logits[prompt, :, g]
 
 
@@ -250,9 +256,7 @@ def both_margins(
     model: BigramTransformer, tokens: Int[Tensor, "prompt pos"], asked: Int[Tensor, "prompt 3"]
 ) -> tuple[Float[Tensor, "prompt pos"], Float[Tensor, "prompt pos"]]:
     """A trained model's margins of c over g at every position, and theory's."""
-    logits, prompt = theory_of(model).written(tokens).total, torch.arange(len(tokens))
-    predicted = logits[prompt, :, asked[:, 1]] - logits[prompt, :, asked[:, 2]]
-    return margins_of(model, tokens, asked).double(), predicted
+    return margins_of(model, tokens, asked).double(), _c_over_g(theory_of(model).written(tokens).total, asked)
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
@@ -271,6 +275,12 @@ def finish(axes: Iterable[Any], *, grid: bool = True, title: int = 12, label: in
         ax.tick_params(labelsize=tick)
         if grid:
             ax.grid(alpha=0.3)
+
+
+def bars(ax: Any, at: Sequence[float], found: Sequence[Estimate], width: float, **options: Any) -> None:
+    """Bars with their 95% intervals, where there are any."""
+    reach = [0.0 if math.isnan(one.reach) else one.reach for one in found]
+    ax.bar(at, [one.mean for one in found], width, yerr=reach, capsize=3, **options)
 
 
 def draw_by_seed(ax: Any, table: pd.DataFrame, x: str, y: str, thin: dict[str, Any], **thick: Any) -> None:

@@ -1,7 +1,6 @@
 """Claim: the feed-forward memory holds the bigrams; where there is none, the induction head's values take them up."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -225,7 +224,7 @@ def _picture(steps: pd.DataFrame, trained: pd.DataFrame) -> Picture:
     picture = Picture(13.0, 4.8)
     left, right = picture.figure.subplots(1, 2, width_ratios=(1, 2.6))
     columns = {"correlation": "the bigrams", "by_frequency": "frequencies\nalone"}
-    _bars(
+    experiment.bars(
         left, [0.0, 1.0], [over_seeds(steps[column]) for column in columns], 0.6, color=[COLOURS["weights"], "#999999"]
     )
     left.axhline(ONE_STEP, color="black", linestyle="--", linewidth=1)
@@ -240,7 +239,7 @@ def _picture(steps: pd.DataFrame, trained: pd.DataFrame) -> Picture:
     for number, (column, (label, colour)) in enumerate(bars.items()):
         found = [over_seeds(_of_kind(trained, kind)[column]) for kind in _KINDS]
         at = [place + 0.2 * (number - 1.5) for place in range(len(_KINDS))]
-        _bars(right, at, found, 0.19, color=colour, label=label)
+        experiment.bars(right, at, found, 0.19, color=colour, label=label)
     right.axhline(0, color="black", linewidth=0.8)
     right.set_title("trained")
     picture.figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
@@ -248,12 +247,6 @@ def _picture(steps: pd.DataFrame, trained: pd.DataFrame) -> Picture:
     left.set_xticks(range(len(columns)), list(columns.values()))
     right.set_xticks(range(len(_KINDS)), [f"{memory}\nloss: {loss}" for memory, loss in _KINDS])
     return picture
-
-
-def _bars(ax: Any, at: Sequence[float], found: list[Estimate], width: float, **options: Any) -> None:
-    """Bars with 95% intervals, where there are any."""
-    reach = [0.0 if math.isnan(one.reach) else one.reach for one in found]
-    ax.bar(at, [one.mean for one in found], width, yerr=reach, capsize=3, **options)
 
 
 def _of_kind(trained: pd.DataFrame, kind: tuple[str, str]) -> pd.DataFrame:

@@ -76,10 +76,10 @@ class Finding:
         check_type("spec", spec, str)
         found = over_seeds(values)
         try:
-            format(found, spec)
+            measured = format(found, spec)
         except ValueError as error:
             raise ValueError(f"spec must be a format for numbers, such as '.1%', got {shown(spec)}") from error
-        return cls.judged(setting, predicted, f"{found:{spec}}", found.at_least(threshold))
+        return cls.judged(setting, predicted, measured, found.at_least(threshold))
 
 
 @dataclass(frozen=True, repr=False)

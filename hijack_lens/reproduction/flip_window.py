@@ -1,7 +1,6 @@
 """Claim: a previous-token head of finite strength leaves a window of repeats, and favours the front of the prompt."""
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -281,9 +280,8 @@ def _picture(window: pd.DataFrame, primacy: pd.DataFrame, own: pd.DataFrame) -> 
         (("lost", "model", COLOURS["context"]), ("said_lost", "theory, by tables", COLOURS["rest"]))
     ):
         found = [over_seeds(own.loc[own["strength"] == strength, column]) for strength in strengths]
-        reach = [0.0 if math.isnan(one.reach) else one.reach for one in found]
         at = [place + 0.4 * shift - 0.2 for place in range(len(strengths))]
-        right.bar(at, [one.mean for one in found], 0.38, yerr=reach, capsize=4, color=colour, label=label)
+        experiment.bars(right, at, found, 0.38, color=colour, label=label)
     right.set(xlabel="strength of the previous-token head (1: as trained)", ylabel="hijacks won that are lost again")
     right.set_ylim(0, None)
     right.set_title(f"trained models, {own['seed'].nunique()} seeds")

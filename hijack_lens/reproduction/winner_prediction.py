@@ -256,9 +256,8 @@ def _picture(table: pd.DataFrame, answers: pd.DataFrame) -> Picture:
     ]
     for place, (name, (label, colour)) in enumerate(_BARS.items()):
         found = [over_seeds(part[f"{name}_accuracy"]) for _, part in cases]
-        at = np.arange(len(cases)) + 0.2 * (place - 1.5)
-        reach = [0.0 if math.isnan(one.reach) else one.reach for one in found]
-        left.bar(at, [one.mean for one in found], 0.19, yerr=reach, capsize=2, color=colour, label=label)
+        at = [case + 0.2 * (place - 1.5) for case in range(len(cases))]
+        experiment.bars(left, at, found, 0.19, color=colour, label=label)
     for name in _CALIBRATED:
         bins = _binned(*_tensors(answers, name, "won"))
         right.plot(*torch.tensor([(p.mean(), w.double().mean()) for p, w in bins]).T, "o-", color=_BARS[name][1])
