@@ -359,8 +359,10 @@ def hooks_left(model):
 
 
 @pytest.mark.parametrize("name", ["LayerNorm", "native bridge"])
+@pytest.mark.parametrize("at", [None, "blocks.1.hook_resid_mid"])
 @pytest.mark.parametrize("fails", ["exception", "Ctrl-C", "Ctrl-C in the model"])
-def test_nothing_is_left_on_the_model(name, fails):
+def test_nothing_is_left_on_the_model(name, fails, at):
+    players = PLAYERS if at is None else SOURCES
     model, tokens = MODELS[name](), prompts()
     model.hook_dict["blocks.1.hook_resid_pre"].add_hook(lambda x, hook: x + 0.25)
     before, calls = hooks_left(model), itertools.count()
@@ -381,9 +383,9 @@ def test_nothing_is_left_on_the_model(name, fails):
         model.hook_dict["blocks.1.attn.hook_z"].add_hook(interrupt)
         before = hooks_left(model)
     with pytest.raises(ZeroDivisionError if fails == "exception" else KeyboardInterrupt):
-        hl.shapley(model, tokens, used, PLAYERS)
+        hl.shapley(model, tokens, used, players, at=at)
     assert hooks_left(model) == before
-    result = hl.shapley(model, tokens, METRIC, PLAYERS)
+    result = hl.shapley(model, tokens, METRIC, players, at=at)
     assert hooks_left(model) == before
     assert value_of(model, tokens) == pytest.approx(result.full, abs=1e-10)
 
@@ -654,6 +656,14 @@ test_values = refused(
         "components must not overlap, got L0MLP and blocks.0.mlp.hook_out": refuse(
             METRIC, [MLPS[0], "blocks.0.mlp.hook_out"], model=native()[0]
         ),
+        "at must be a point of the residual stream, 'blocks.0.hook_resid_pre' to 'blocks.1.hook_resid_post', got 'x'": (
+            refuse(at="x")
+        ),
+        "components must write before at='blocks.1.hook_resid_mid', got L1MLP": refuse(at="blocks.1.hook_resid_mid"),
+        "components must write before at='blocks.0.hook_resid_pre', got L0H0": refuse(at="blocks.0.hook_resid_pre"),
+        "components must be heads, MLPs, 'hook_embed' or .* where `at` is given, got 'blocks.0.hook_attn_out'": refuse(
+            METRIC, ["blocks.0.hook_attn_out"], at="blocks.1.hook_resid_pre"
+        ),
         "components must be given, since the model has no circuit": refuse(METRIC, None, model=no_circuit()),
         "components must have an output for each prompt; 'rotary_emb.hook_cos' has 1 for 8": refuse(
             METRIC, ["rotary_emb.hook_cos", HEADS[0]], model=ROTARY()
@@ -676,6 +686,7 @@ test_types = refused(
         r"components must be a Component, .* or names of hook points; got \(0, 1\)": refuse(METRIC, [(0, 1)]),
         r"components\['a'\] must be a Component, .* got 3": refuse(METRIC, {"a": 3}),
         "components must have names as keys, got 0": refuse(METRIC, {0: PLAYERS}),
+        "at must be a str, got 3": refuse(at=3),
         "max_exact must be an int, got 2.5": refuse(max_exact=2.5),
         "n_samples must be an int, got 'many'": refuse(n_samples="many"),
         "interactions must be True or False, got 1": refuse(interactions=1),
