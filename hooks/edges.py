@@ -304,7 +304,17 @@ def changes_attn_out(model: Any, layer: int) -> bool:
 
 def norms_of_heads(model: Any, layer: int) -> tuple[nn.Module | None, nn.Module | None]:
     """The norm of what a block's heads read, and of what they write together; `None` where there is none."""
-    block = model.blocks[layer]
-    first, after = getattr(block, "ln1", None), getattr(block, "ln1_post", None)
-    # TransformerLens 3.9 calls a block's only norm ln1, wherever it comes.
+    return _norms_around(model, layer, getattr(model.blocks[layer], "ln1", None), "ln1_post")
+
+
+def norms_of_mlp(model: Any, layer: int) -> tuple[nn.Module | None, nn.Module | None]:
+    """The norm of what a block's MLP reads, and of what it writes; `None` where there is none."""
+    return _norms_around(model, layer, read_stream(model, Component(layer, "mlp"))[1], "ln2_post")
+
+
+def _norms_around(
+    model: Any, layer: int, first: nn.Module | None, name: str
+) -> tuple[nn.Module | None, nn.Module | None]:
+    after = getattr(model.blocks[layer], name, None)
+    # TransformerLens 3.9 calls a block's only norm before attention ln1, wherever it comes; and likewise ln2.
     return (None, first if after is None else after) if _norms_after_only(model, layer) else (first, after)

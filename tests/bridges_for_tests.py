@@ -53,7 +53,10 @@ def scattered(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def booted(model: torch.nn.Module) -> TransformerBridge:
-    """The bridge that TransformerLens makes of a model's folder; `plain` is the same network in plain torch."""
+    """The bridge that TransformerLens makes of a model's folder.
+
+    `plain` is the same network in plain torch, and `hugging_face[0]` the model itself.
+    """
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         model.save_pretrained(folder)
@@ -61,6 +64,7 @@ def booted(model: torch.nn.Module) -> TransformerBridge:
         bridge = TransformerBridge.boot_transformers(folder, device="cpu", dtype=torch.float64)
     assert {parameter.dtype for parameter in bridge.parameters()} == {torch.float64}
     bridge.plain = plain_of_hugging_face(model) if model.config.model_type in PLAIN else None
+    bridge.hugging_face = [model]  # in a list, so that it does not become a part
     return bridge.eval()
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -108,6 +108,8 @@ class LogitAttribution(Saved, Shown):
     answers: tuple[int | tuple[int, ...], ...] | None = None
     outputs_are_tokens: bool = True
 
+    _by_prompt: ClassVar[tuple[str, ...]] = ("values", "logits", "tokens")
+
     def __post_init__(self) -> None:
         check_fields(self)
         *batch, n_paths, n_sources, d_vocab = self.values.shape
@@ -139,7 +141,7 @@ class LogitAttribution(Saved, Shown):
         if self.tokens.ndim == 1:
             raise TypeError("this attribution is of a single prompt, without a batch axis to index")
         index = check_position("index", index, len(self.tokens), len(self.tokens) - 1)
-        parts = {name: getattr(self, name)[index] for name in ("values", "logits", "tokens")}
+        parts = {name: getattr(self, name)[index] for name in self._by_prompt}
         answers: Any = self.answers
         return replace(self, **parts, answers=answers[index] if self._own else answers)
 

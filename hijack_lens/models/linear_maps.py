@@ -46,6 +46,16 @@ class LinearNorm:
         x = x / (self.scale if scale is None else scale)
         return x if self.w is None else x * self.w
 
+    def transposed(
+        self, g: Float[Tensor, "*rows d_model"], scale: Float[Tensor, "*rows_scale 1"] | None = None
+    ) -> Float[Tensor, "*rows d_model"]:
+        """The map's transpose: readings of its output, as readings of its input. Arguments as for `linear`."""
+        if self.scale is None:
+            return g
+        g = g if self.w is None else g * self.w
+        g = g / (self.scale if scale is None else scale)
+        return g - g.mean(-1, keepdim=True) if self.centred else g
+
     def before(self, W: Float[Tensor, "d_model out"], position: int) -> Float[Tensor, "*batch d_model out"]:
         """The map at a position (without its bias), then the matrix `W`, as one matrix."""
         if self.scale is None:

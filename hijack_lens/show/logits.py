@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from hijack_lens.attribution.logit_attribution import LogitAttribution
+from hijack_lens.attribution.source_attribution import SourceAttribution
 from hijack_lens.core.tables import Markup, Report, Table, html_of, report_of
 from hijack_lens.show.style import COLOURS
 
@@ -15,6 +16,8 @@ _NOTHING = 0.0005
 _MOST_ROWS = 80
 """A deep model has hundreds of paths; those that make the largest difference are shown."""
 
+_HEADS_SHOWN = 8
+
 Row = tuple[Any, ...]
 """Path, memory, what it wrote into either logit, and the difference; of one answer alone, into its logit."""
 
@@ -23,10 +26,11 @@ Row = tuple[Any, ...]
 def logit_report(result: LogitAttribution) -> Report:
     """Paths by candidate; for a batch or for all positions, a line that says what it holds."""
     shape = ", ".join(f"{axis}={size}" for axis, size in zip(result.axes, result.values.shape, strict=True))
-    head = f"LogitAttribution({shape}), completeness error {result.completeness_error:.1e}"
+    head = f"{type(result).__name__}({shape}), completeness error {result.completeness_error:.1e}"
     if not _is_single(result):
         return Report(head)
-    return Report(head, [*filter(None, [incomplete(result)])], [path_table(result)], [*filter(None, [_hidden(result)])])
+    tables = [path_table(result), *([head_table(result)] if isinstance(result, SourceAttribution) else [])]
+    return Report(head, [*filter(None, [incomplete(result)])], tables, [*filter(None, [_hidden(result)])])
 
 
 @html_of.register
@@ -52,6 +56,7 @@ def logit_html(result: LogitAttribution) -> str:
         f"<div class='hijack-lens'><p><b>{escape(incomplete(result))}</b></p>"
         f"<p><b>Which memory wrote the logits at position {result.position}?</b> {_verdict(result)}</p>"
         f"{shaded_prompt(result, *compared)}{Table(columns, drawn, table.align, total=True).html()}"
+        f"{head_table(result).html() if isinstance(result, SourceAttribution) else ''}"
         f"<p style='font-size:85%'>{_hidden(result)} "
         f"Sum over all paths minus the model's logits: at most {result.completeness_error:.1e}.</p></div>"
     )
@@ -69,6 +74,21 @@ def path_table(result: LogitAttribution) -> Table:
     )
 
 
+def head_table(result: SourceAttribution) -> Table:
+    """The heads that brought most of the difference to the answer's position, and what they read there."""
+    names = " - ".join(repr(result.token_text(token)) for token in _compared(result))
+    rows = [
+        (row.head, f"{row.margin:+.3f}", f"{row.token!r} at {row.position}", f"{row.from_token:+.3f}")
+        for row in result.by_head(_HEADS_SHOWN).itertuples()
+    ]
+    return Table(
+        ("head", names, "most of it from", "from there"),
+        rows,
+        align="lrlr",
+        title="brought by heads to the answer's position, from all but the first and its own",
+    )
+
+
 def incomplete(result: LogitAttribution) -> str:
     """A warning if the paths do not add up: hooks have changed what the attribution relies on."""
     if result.completeness_error <= 1e-3 * (1 + float(result.logits.abs().max())):
@@ -80,11 +100,16 @@ def incomplete(result: LogitAttribution) -> str:
 
 
 def shaded_prompt(result: LogitAttribution, *compared: int) -> str:
-    """The prompt's tokens, shaded by their pull through the induction head: blue to the first, orange to the second.
+    """The prompt's tokens, shaded by their pull: blue to the first answer, orange to the second.
 
-    Of one answer alone, blue up, orange down.
+    Their pull is what they add through the induction head, or, by source token, in all. Of one answer alone, blue is
+    up, orange down.
     """
-    pull = _difference(result.by_source()["context"][:, list(compared)])
+    if isinstance(result, SourceAttribution):
+        embedded = [index for index, path in enumerate(result.paths) if path.source == "embed"]
+        pull, way = _difference(result.values[embedded].sum(0)[:, list(compared)]), "by all routes"
+    else:
+        pull, way = _difference(result.by_source()["context"][:, list(compared)]), "through the induction head"
     widest = float(pull.abs().max()) or 1.0
     spans = []
     for text, value in zip(result.source_texts(), pull.tolist(), strict=True):
@@ -98,9 +123,9 @@ def shaded_prompt(result: LogitAttribution, *compared: int) -> str:
         + "".join(spans)
         + "</p><p style='font-size:85%'>Shading: what each source token adds to the "
         + (
-            "difference through the induction head, blue towards the first candidate, orange towards the second."
+            f"difference {way}, blue towards the first candidate, orange towards the second."
             if len(compared) > 1
-            else "logit through the induction head, blue up, orange down."
+            else f"logit {way}, blue up, orange down."
         )
         + "</p>"
     )

@@ -1,0 +1,182 @@
+"""What each source token of a prompt wrote into a language model's logits, at any depth, and which heads brought it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hijack_lens.attribution.direct import NotAdditiveError, check_complete
+from hijack_lens.attribution.frozen import FrozenModel
+from hijack_lens.attribution.logit_attribution import Memory, Path
+from hijack_lens.attribution.source_attribution import SourceAttribution
+from hijack_lens.core.analysis import analysis
+from hijack_lens.core.checks import as_int, check_count, check_position, shown
+from hijack_lens.core.circuit import Component
+from hijack_lens.core.hook_points import rows_at_once
+from hijack_lens.core.inputs import Tokens, components_of, is_single, model_tokens, token_ids
+from hijack_lens.core.spans import Span, before_last_sentence, is_text, positions_of
+from hijack_lens.core.tables import widened
+from hijack_lens.core.texts import outputs_are_tokens, texts_of
+from hijack_lens.language.prompts import HijackPrompt
+from hijack_lens.models.transformer import BigramTransformer
+
+_DEFAULT_ANSWERS = 10
+
+_PARTS: tuple[tuple[str, Memory], ...] = (("context", "context"), ("first token", "weights"), ("query", "weights"))
+
+
+@analysis
+def attribute_sources(
+    model: Any,
+    prompt: object,
+    answers: Tokens = None,
+    *,
+    position: int = -1,
+    context: Span = None,
+    carriers: Any = 0,
+) -> SourceAttribution:
+    """Attributes logits to the source tokens that wrote them, in a model of any depth, exactly.
+
+    With the attention patterns, the norms' scales and the MLPs' gates of the run held as they were, the model is linear
+    in its embeddings. So each logit is a sum of what each token's embedding (its position's included) wrote, by all
+    routes together, and of biases by the position where they enter. It takes one run and about one more forward pass
+    per answer.
+
+    The memories are told apart by where a term entered. *context*: at a position of the context. *weights*: at the
+    first token, which most models use as a sink for attention and which carries their default; at the query's own
+    tokens; and biases. What this cannot show is what would have happened otherwise: with another context, patterns,
+    scales and gates would change as well.
+
+    Every route from the context to the answer's position goes through one head that attends from there to an earlier
+    position, and through no other such. So `links`, what each head brought from each position that it attended to, is
+    a second exact cut through the model.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        prompt: text, tokens or a `HijackPrompt`; or a batch of prompts of one length.
+        answers: the outputs whose logits to attribute, by id or text, in this order; by default the prompt's
+            candidates, else (for one prompt) the ten with the largest logits.
+        position: the position whose next-token logits to attribute; negative ones count from the end.
+        context: which part of the prompt is the context: a text or several, wherever they occur; or positions. By
+            default all before the last sentence; for a `BigramTransformer`, and where there is no text, all but the
+            query's token. A text, and the default, leave out the first token, except in a `BigramTransformer`.
+        carriers: heads whose share is split by source token as well: how many (those that bring most of the difference
+            between the first two answers from positions after the first), or which, as for `hooks.ablate`. Each takes
+            up to another pass per answer.
+
+    Returns:
+        A `SourceAttribution`; with a batch axis if `prompt` has one.
+
+    Raises:
+        TypeError, ValueError: for prompts that the model cannot take, a context that is not in the prompt or not before
+            the position, and for models that are not linear once patterns, scales and gates are held.
+    """
+    ids = model_tokens(model, prompt)
+    query = check_position("position", position, ids.shape[1], ids.shape[1] - 1)
+    _check_linear(model)
+    candidates = (prompt.in_context, prompt.global_candidate) if isinstance(prompt, HijackPrompt) else None
+    asked = candidates if answers is None else answers
+    chosen = None if asked is None else token_ids(model, "answers", asked, output=True).to(ids.device)
+    if chosen is None and not is_single(prompt):
+        raise ValueError("answers must be given for a batch of prompts, got None")
+    named: tuple[Component, ...] = ()
+    count = as_int(carriers)
+    if count is None:
+        named = components_of(model, carriers, name="carriers", kind="head")
+    parts = torch.stack([_parts(model, row, query, context) for row in ids])
+
+    rows = ids[:, : query + 1].split(rows_at_once(model, query + 1))
+    runs = [FrozenModel.of(model, some) for some in rows]
+    if chosen is None:
+        chosen = runs[0].logits[0].topk(min(_DEFAULT_ANSWERS, runs[0].logits.shape[-1])).indices
+    traced = [run.back(chosen) for run in runs]
+    embed, biases, links = (torch.cat([getattr(one, what) for one in traced]) for what in ("embed", "biases", "links"))
+    logits = torch.cat([run.logits[:, chosen] for run in runs])
+    check_complete((*embed.unbind(1), *biases.unbind(1)), logits)
+    if count is not None:
+        named = _largest(links, check_count("carriers", carriers))
+    routes = torch.cat([run.through(one, named) for run, one in zip(runs, traced, strict=True)], 1)
+
+    values = _by_path(embed, biases, routes, parts, named)
+    after = (0, 0, 0, ids.shape[1] - query - 1)
+    tensors = {
+        "values": widened(pad(torch.stack(list(values.values()), 1), after)),
+        "logits": widened(logits),
+        "tokens": ids,
+        "links": widened(pad(links, after)),
+    }
+    if is_single(prompt):
+        tensors = {name: value[0] for name, value in tensors.items()}
+    as_tokens = outputs_are_tokens(model)
+    return SourceAttribution(
+        **tensors,
+        paths=tuple(values),
+        position=query,
+        vocab=texts_of(model, torch.cat([ids.flatten(), chosen]) if as_tokens else ids),
+        joiner=getattr(getattr(model, "language", None), "joiner", ""),
+        candidates=candidates,
+        answers=tuple(chosen.tolist()),
+        outputs_are_tokens=as_tokens,
+    )
+
+
+def _check_linear(model: Any) -> None:
+    """Checks that no part of the model is of a kind that stays nonlinear with patterns, scales and gates held."""
+    if getattr(model.cfg, "num_experts", None):
+        raise NotAdditiveError("model has mixtures of experts (cfg.num_experts), which attribution does not cover")
+    if str(model.cfg.act_fn).endswith("_ln"):
+        raise NotAdditiveError(f"model has cfg.act_fn={model.cfg.act_fn!r}, a norm inside the MLP, not covered here")
+
+
+def _parts(model: Any, ids: Int[Tensor, "pos"], query: int, context: Span) -> Int[Tensor, "source"]:
+    """For each position up to the query, which of `_PARTS` it belongs to."""
+    sink = not isinstance(model, BigramTransformer)
+    found = torch.full((query + 1,), 2)
+    if context is not None:
+        at = positions_of(model, ids, context, "context")
+    elif not sink or getattr(model, "tokenizer", None) is None:
+        at = list(range(query))
+    else:
+        at = [i for i in before_last_sentence(model, ids[: query + 1]) if i < query]
+    if sink and (context is None or is_text(context)):
+        at = [i for i in at if i > 0]
+    if at and at[-1] >= query:
+        raise ValueError(f"context must lie before the position {query} that is asked for, got {shown(context)}")
+    if sink:
+        found[0] = 1
+    found[at] = 0
+    return found
+
+
+def _largest(links: Float[Tensor, "batch layer head pos answer"], count: int) -> tuple[Component, ...]:
+    """The heads that bring most of the difference between the first two answers, from positions after the first."""
+    wanted = links[..., 0] - links[..., 1] if links.shape[-1] > 1 else links[..., 0]
+    size = wanted[..., 1:-1].sum(-1).abs().mean(0)
+    best = size.flatten().topk(min(count, size.numel())).indices.tolist()
+    return tuple(Component(i // size.shape[1], "head", i % size.shape[1]) for i in best)
+
+
+def _by_path(
+    embed: Float[Tensor, "batch pos answer"],
+    biases: Float[Tensor, "batch pos answer"],
+    routes: Float[Tensor, "carrier batch pos answer"],
+    parts: Int[Tensor, "batch pos"],
+    carriers: Sequence[Component],
+) -> dict[Path, Float[Tensor, "batch pos answer"]]:
+    """What each part of the prompt wrote, by carrier."""
+    values: dict[Path, Tensor] = {}
+    for index, (label, memory) in enumerate(_PARTS):
+        inside = (parts == index)[..., None]
+        if not bool(inside.any()):
+            continue
+        for head, wrote in zip(carriers, routes, strict=True):
+            values[Path("embed", (head,), f"{label} → {head}", memory)] = wrote * inside
+        rest = embed - routes.sum(0)
+        others = " → otherwise" if len(carriers) else ""
+        values[Path("embed", (), f"{label}{others}", memory)] = rest * inside
+    if bool(biases.any()):
+        values[Path("biases", (), "biases", "weights")] = biases
+    return values

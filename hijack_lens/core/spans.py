@@ -1,0 +1,77 @@
+"""Parts of a prompt that users name: by text, by positions, or by what comes before the last sentence."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from hijack_lens.core.checks import as_int, check_text, shown
+from hijack_lens.core.inputs import indices
+from hijack_lens.core.texts import decoded
+
+Span = str | int | Iterable[str | int] | None
+"""A part of a prompt: a text, or several, wherever they occur; or positions, negative ones counted from the end."""
+
+_SENTENCE_END = re.compile(r"[.!?][\"'”’)]*\s+|\n+")
+
+
+def positions_of(model: Any, ids: Int[Tensor, "pos"], given: Span, name: str) -> list[int]:
+    """The positions of a part of a prompt, in order.
+
+    A text is found in the text of the prompt's tokens, and stands for every token that holds some of it.
+
+    Raises:
+        TypeError, ValueError: for what is neither text nor positions, and for what the prompt does not hold.
+    """
+    if is_text(given):
+        texts: Any = [given] if isinstance(given, str) else given
+        return sorted({position for text in texts for position in _of_text(model, ids, text, name)})
+    if as_int(given) is None and not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be a text of the prompt, or positions in it, got {shown(given)}")
+    return sorted(set(indices(name, given, len(ids), f"the prompt has {len(ids)} tokens")))
+
+
+def is_text(given: object) -> bool:
+    """Whether a part of a prompt is named by one or several texts."""
+    several = isinstance(given, (list, tuple)) and len(given) > 0 and all(isinstance(one, str) for one in given)
+    return isinstance(given, str) or several
+
+
+def before_last_sentence(model: Any, ids: Int[Tensor, "pos"]) -> list[int]:
+    """The positions of all that comes before a prompt's last sentence; none, if it is the only one."""
+    text, starts = _pieces(model, ids)
+    ends = [match.end() for match in _SENTENCE_END.finditer(text.rstrip())]
+    # A space before a word belongs to the word's token.
+    return [at for at, start in enumerate(starts) if ends and start < len(text[: ends[-1]].rstrip())]
+
+
+def _of_text(model: Any, ids: Int[Tensor, "pos"], wanted: str, name: str) -> list[int]:
+    if getattr(model, "tokenizer", None) is None:
+        raise ValueError(f"{name} is the text {shown(wanted)}, but the model has no tokenizer: give positions")
+    text, starts = _pieces(model, ids)
+    sought = check_text(name, wanted).strip()
+    found = [match.span() for match in re.finditer(re.escape(sought), text)] if sought else []
+    if not found:
+        raise ValueError(f"{name} must be a part of the prompt, got {shown(wanted)}, which it does not hold")
+    ends = [*starts[1:], len(text)]
+    return [
+        at
+        for at, (start, end) in enumerate(zip(starts, ends, strict=True))
+        if any(first < end and start < last for first, last in found)
+    ]
+
+
+def _pieces(model: Any, ids: Int[Tensor, "pos"]) -> tuple[str, list[int]]:
+    """A prompt's text, and where in it each token starts."""
+    pieces = decoded(model.tokenizer, ids.tolist())
+    between = getattr(getattr(model, "language", None), "joiner", None)
+    if between is None:  # tokenizers of words drop the spaces between them
+        whole = model.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+        between = "" if whole.strip() == "".join(pieces).strip() else " "
+    starts, text = [], ""
+    for piece in pieces:
+        starts.append(len(text))
+        text += piece + between
+    return text, starts
