@@ -11,9 +11,11 @@ from .attribution import (
     attribute,
     attribute_scores,
     attribute_sources,
+    find_carriers,
     shapley,
 )
 from .circuits import CircuitEvidence, find_circuit
+from .core.carriers import Carriers
 from .core.circuit import Circuit, Component, Strengths
 from .explanation import Explanation, explain
 from .language import Bigram, BigramLanguage, Fact, HijackPrompt, SampledSequences, default_text, hijack_prompt
@@ -42,6 +44,7 @@ __all__ = [
     "Bigram",
     "BigramLanguage",
     "BigramTransformer",
+    "Carriers",
     "Circuit",
     "CircuitEvidence",
     "Component",
@@ -74,6 +77,7 @@ __all__ = [
     "default_text",
     "dose_response",
     "explain",
+    "find_carriers",
     "find_circuit",
     "fit_strengths",
     "grid",

@@ -1,5 +1,6 @@
 """From logits to the paths that wrote them."""
 
+from hijack_lens.attribution.carriers import find_carriers
 from hijack_lens.attribution.logit_attribution import LogitAttribution, Path
 from hijack_lens.attribution.logits import attribute
 from hijack_lens.attribution.score_attribution import LogOdds, ScoreAttribution
@@ -18,5 +19,6 @@ __all__ = [
     "attribute",
     "attribute_scores",
     "attribute_sources",
+    "find_carriers",
     "shapley",
 ]

@@ -36,8 +36,9 @@ class SourceAttribution(LogitAttribution):
     def by_head(self, k: int = 10) -> pd.DataFrame:
         """The k heads that brought most of the margin from positions other than the first and the answer's own.
 
-        The margin is that of `pair`; of one answer alone, it is its logit. One row per head, with what it brought there ("margin"), and from the first position ("sink"); and the token
-        that it brought most from, its position, and what it brought from there alone.
+        The margin is that of `pair`; of one answer alone, it is its logit. One row per head, with what it brought there
+        ("margin"), and from the first position ("sink"); and the token that it brought most from, its position, and
+        what it brought from there alone.
         """
         self._check_single("by_head")
         first, *others = (0,) if self.values.shape[-1] == 1 else self.pair()

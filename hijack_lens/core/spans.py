@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hijack_lens.core.checks import as_int, check_text, shown
 from hijack_lens.core.inputs import indices
-from hijack_lens.core.texts import decoded
+from hijack_lens.core.texts import decoded, known_ids, spellings
 
 Span = str | int | Iterable[str | int] | None
 """A part of a prompt: a text, or several, wherever they occur; or positions, negative ones counted from the end."""
@@ -75,3 +75,16 @@ def _pieces(model: Any, ids: Int[Tensor, "pos"]) -> tuple[str, list[int]]:
         starts.append(len(text))
         text += piece + between
     return text, starts
+
+
+def token_runs(model: Any, given: str | Iterable[str], name: str) -> list[list[int]]:
+    """The token ids that stand for some texts within a prompt: with a space before, and without."""
+    if getattr(model, "tokenizer", None) is None:
+        raise ValueError(f"{name} is text, but the model has no tokenizer: give positions")
+    found = []
+    for text in [given] if isinstance(given, str) else given:
+        known = [ids for spelled in spellings(check_text(name, text)) if (ids := known_ids(model, spelled))]
+        if not known:
+            raise ValueError(f"{name} must be words that the model's tokenizer knows, got {shown(text)}")
+        found += known
+    return found

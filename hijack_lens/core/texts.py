@@ -37,7 +37,7 @@ def _plain_ids(model: Any, text: str) -> list[int]:
     return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _known_ids(model: Any, text: str) -> list[int] | None:
+def known_ids(model: Any, text: str) -> list[int] | None:
     """The same; `None` if the tokenizer lacks a word of the text."""
     try:
         ids = _plain_ids(model, text)
@@ -50,9 +50,9 @@ def _known_ids(model: Any, text: str) -> list[int] | None:
 
 def _unknown(model: Any, text: str) -> list[str]:
     """The words of a text that the tokenizer lacks."""
-    if _known_ids(model, text) is not None:
+    if known_ids(model, text) is not None:
         return []
-    return [word for word in dict.fromkeys(text.split()) if _known_ids(model, word) is None] or [text]
+    return [word for word in dict.fromkeys(text.split()) if known_ids(model, word) is None] or [text]
 
 
 def spellings(text: str) -> tuple[str, ...]:
@@ -86,11 +86,11 @@ def token_id(model: Any, name: str, token: object, output: bool = False) -> int:
             f"{model.cfg.d_vocab} tokens: give ids of outputs"
         )
     for spelled in spellings(token):
-        ids = _known_ids(model, spelled)
+        ids = known_ids(model, spelled)
         # "▁Paris" brings its space; where tokens do not, " a" is a space and an "a".
         if ids is not None and len(ids) == 1 and (spelled != token[1:] or _brings_space(model, ids[0])):
             return ids[0]
-    pieces = _known_ids(model, token)
+    pieces = known_ids(model, token)
     found = "does not know it" if pieces is None else f"reads it as {decoded(model.tokenizer, pieces)}"
     raise ValueError(f"{name} holds {shown(token)}, which is not a single token: the model's tokenizer {found:.80}")
 
@@ -145,8 +145,8 @@ def listed_ids(model: Any, name: str, tokens: Sequence[object], output: bool = F
     texts = [token for token in tokens if isinstance(token, str)]
     if len(texts) == len(tokens) > 1:
         word = "".join(texts)
-        whole = _known_ids(model, f" {word}")
-        if _known_ids(model, word) == ids and whole is not None and len(whole) == 1:
+        whole = known_ids(model, f" {word}")
+        if known_ids(model, word) == ids and whole is not None and len(whole) == 1:
             raise ValueError(
                 f"{name} holds {shown(texts)}, the pieces of {shown(word)} without a space before it; with one, "
                 f"{shown(decoded(model.tokenizer, whole)[0])} is a single token"
@@ -166,7 +166,7 @@ def outputs_are_tokens(model: Any) -> bool:
 
 def spaced_instead(model: Any, text: str, token: int) -> str | None:
     """The single token that a text would be with a leading space, if it differs from `token`; else `None`."""
-    ids = None if text.startswith(" ") else _known_ids(model, f" {text}")
+    ids = None if text.startswith(" ") else known_ids(model, f" {text}")
     return decoded(model.tokenizer, ids)[0] if ids is not None and len(ids) == 1 and ids[0] != token else None
 
 

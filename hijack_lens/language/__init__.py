@@ -4,16 +4,19 @@ from hijack_lens.language.baselines import best_accuracy, shortcut_accuracy, tri
 from hijack_lens.language.bigrams import BigramLanguage, default_text
 from hijack_lens.language.facts import CAPITALS, Bigram, Fact, counterfactuals
 from hijack_lens.language.prompts import HijackPrompt, hijack_prompt
+from hijack_lens.language.relations import RELATIONS, Relation
 from hijack_lens.language.sequences import SampledSequences
 from hijack_lens.language.vocabulary import UNKNOWN, Token, Triggers
 
 __all__ = [
     "CAPITALS",
+    "RELATIONS",
     "UNKNOWN",
     "Bigram",
     "BigramLanguage",
     "Fact",
     "HijackPrompt",
+    "Relation",
     "SampledSequences",
     "Token",
     "Triggers",
