@@ -17,7 +17,7 @@ from .attribution import (
 from .circuits import CircuitEvidence, find_circuit
 from .core.carriers import Carriers
 from .core.circuit import Circuit, Component, Strengths
-from .explanation import Explanation, explain
+from .explanation import AnswerExplanation, Explanation, explain
 from .language import Bigram, BigramLanguage, Fact, HijackPrompt, SampledSequences, default_text, hijack_prompt
 from .memories import (
     ContextMemory,
@@ -41,6 +41,7 @@ from .training import TrainConfig, TrainingRun, fit_strengths, train
 __version__: str
 
 __all__ = [
+    "AnswerExplanation",
     "Bigram",
     "BigramLanguage",
     "BigramTransformer",

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -15,10 +16,11 @@ import hijack_lens as hl
 from hijack_lens.core.checks import check_path, shown
 from hijack_lens.core.circuit import ROLE_NAMES
 from hijack_lens.core.files import check_target
-from hijack_lens.core.inputs import circuit_of, single_prompt
+from hijack_lens.core.inputs import single_prompt
 from hijack_lens.core.memory import check_memory
 from hijack_lens.core.tables import Report, Table
 from hijack_lens.core.texts import decoded, spaced_instead, token_id
+from hijack_lens.explanation.of_answer import spelled_ways
 from hijack_lens.models.loading import is_hugging_face, load_model
 from hijack_lens.show import report_of
 
@@ -50,6 +52,8 @@ def explain(
     copy: float | None = None,
     bigram: float | None = None,
     positions: Literal["relative", "absolute"] | None = None,
+    find_circuit: bool = False,
+    context: str | None = None,
     seed: int = 0,
     as_json: Annotated[bool, Parameter(name="--json")] = False,
     out: Path = Path("hijack-lens-report.html"),
@@ -61,10 +65,10 @@ def explain(
 
     Args:
         model: Folder of a trained model (or run) to explain, which brings its own language and weights; with --prompt,
-            also a Hugging Face model's folder or name.
-        prompt: Text to give to the model; its circuit is found first.
-        answer: The token that comes next according to the context of --prompt.
-        foil: The token that comes next according to the weights.
+            also a Hugging Face model's folder or name, a GGUF file, or smollm2-135m (the extra hijack-lens[smollm2]).
+        prompt: Text to give to the model.
+        answer: What comes next according to the context of --prompt.
+        foil: What comes next according to the weights.
         text: Text file to take the bigrams from. [default: Python's own documentation]
         level: What a token is. [default: char]
         max_vocab: Keep only this many tokens, the most frequent. [default: all characters, or 500 words]
@@ -78,7 +82,9 @@ def explain(
         copy: Strength b3 of the induction head's copy. [default: 10]
         bigram: Strength g of the bigram memory. [default: 1]
         positions: How the previous-token head knows positions. [default: relative]
-        seed: Seed of the prompt; with --prompt, of the prompts that the circuit is found with.
+        find_circuit: With --prompt, find the model's circuit first, and follow paths through it.
+        context: Which part of --prompt is the context. [default: all before its last sentence]
+        seed: Seed of the prompt; with --find-circuit, of the prompts that the circuit is found with.
         as_json: Print JSON instead of tables.
         out: Where to write the report.
     """
@@ -89,8 +95,9 @@ def explain(
     if any(value is not None for value in asked.values()):
         built = {"trigger": trigger, "in-context": in_context, "global": global_candidate}
         unfit = {**written, **built, "repeats": repeats, "length": length}
-        explanation, found, intro = _explain_answers(model, asked, unfit, seed)
+        explanation, found, intro = _explain_answers(model, asked, unfit, find_circuit, context, seed)
     else:
+        _refuse({"find-circuit": find_circuit or None, "context": context}, "a conflict in a bigram language")
         repeats, length = 3 if repeats is None else repeats, 64 if length is None else length
         if model is None:
             language, triggers = _language(text, level, max_vocab), None
@@ -293,8 +300,13 @@ def _refuse(given: dict[str, Any], reason: str) -> None:
 
 
 def _explain_answers(
-    name: Path | None, asked: dict[str, str | None], unfit: dict[str, Any], seed: int
-) -> tuple[hl.Explanation, dict[str, Any], list[str | Text]]:
+    name: Path | None,
+    asked: dict[str, str | None],
+    unfit: dict[str, Any],
+    find_circuit: bool,
+    context: str | None,
+    seed: int,
+) -> tuple[hl.Explanation | hl.AnswerExplanation, dict[str, Any], list[str | Text]]:
     """The explanation of the user's prompt, answer and foil; what JSON says of these; and what to print first."""
     for option, given in {"model": name, **asked}.items():
         if given is None:
@@ -306,23 +318,33 @@ def _explain_answers(
     assert name is not None
     model = load_model(name)
     tokens = single_prompt(model, prompt, "--prompt")[0]
-    pair = [token_id(model, "--answer", answer), token_id(model, "--foil", foil)]
-    if pair[0] == pair[1]:
-        raise ValueError(f"--answer and --foil must be different tokens, got {answer!r} and {foil!r}")
-    circuit = circuit_of(model, otherwise=lambda: hl.find_circuit(model, seed=seed))
-    explanation = hl.explain(model, tokens, *pair, circuit=circuit)
-    evidence = circuit.evidence
     found: dict[str, Any] = {"model": str(name), "prompt": prompt}
     intro: list[str | Text] = [Text("prompt  ", style="bold").append(prompt, style="dim")]
+    circuit = hl.find_circuit(model, seed=seed) if find_circuit else getattr(model, "circuit", None)
+    if circuit is None:
+        for option, given in (("--answer", answer), ("--foil", foil)):
+            spelled_ways(model, option, given)
+        if answer.strip() == foil.strip():
+            raise ValueError(f"--answer and --foil must be different tokens, got {answer!r} and {foil!r}")
+        asked_of: Any = hl.explain(model, tokens, answer, foil, context=context)
+        pair = asked_of.attribution.answers
+    else:
+        pair = token_id(model, "--answer", answer), token_id(model, "--foil", foil)
+        if pair[0] == pair[1]:
+            raise ValueError(f"--answer and --foil must be different tokens, got {answer!r} and {foil!r}")
     for side, token, text in zip(("answer", "foil"), pair, (answer, foil), strict=True):
         (shown,), spaced = decoded(model.tokenizer, [token]), spaced_instead(model, text, token)
         found[side] = {"text": shown, "id": token}
         other = f"; {spaced!r}, with a space, is another" if spaced else ""
-        intro.append(f"{side}: {shown!r}, token {token}{other}")
+        part = "" if shown.strip() == text.strip() else f", by which {text!r} is compared"
+        intro.append(f"{side}: {shown!r}, token {token}{part}{other}")
+    if circuit is None:
+        return asked_of, found, intro
+    evidence = circuit.evidence
     found["circuit"] = {role: [str(part) for part in getattr(circuit, role)] for role in ROLE_NAMES}
     found["evidence"] = None if evidence is None else evidence.verdicts.splitlines()
     intro += [f"circuit: {circuit}", *([] if evidence is None else [evidence.verdicts])]
-    return explanation, found, intro
+    return hl.explain(model, tokens, *pair, circuit=circuit, context=context), found, intro
 
 
 def _intro(prompt: hl.HijackPrompt) -> list[str | Text]:
@@ -357,20 +379,39 @@ def _found(explanation: hl.Explanation, prompt: hl.HijackPrompt) -> dict[str, An
     }
 
 
-def _outcome(explanation: hl.Explanation) -> dict[str, Any]:
+def _outcome(explanation: hl.Explanation | hl.AnswerExplanation) -> dict[str, Any]:
     """What is reported for the explanation of any prompt."""
+    if isinstance(explanation, hl.AnswerExplanation):
+        by_source = explanation.attribution
+        return {
+            "winner": explanation.winner,
+            "verdict": explanation.verdict,
+            "tokens": list(explanation.texts),
+            "margin": {part: float(value) for part, value in explanation.margin.parts.items()},
+            "shares": {path.label: wrote[0] - wrote[1] for path, wrote in _paths(by_source)},
+            "checks": [asdict(check) for check in explanation.checks],
+            "doses": explanation.doses,
+            "heads": by_source.by_head().to_dict(orient="records"),
+            "log_probs": explanation.whole,
+            "completeness_error": by_source.completeness_error,
+        }
     attribution = explanation.attribution
     said = {"winner": explanation.winner, "verdict": explanation.verdict, "ablated": explanation.ablated}
     if attribution is None:
         return {**said, "margin": {"total": explanation.total}, "not_split": explanation.not_split}
-    by_path = attribution.by_path()[:, list(attribution.pair())].tolist()
     sides = ("in_context", "global") if isinstance(explanation.prompt, hl.HijackPrompt) else ("answer", "foil")
     return {
         **said,
         "margin": {part: float(value) for part, value in explanation.margin.parts.items()},
         "paths": [
             {"path": path.label, "memory": path.memory, **dict(zip(sides, wrote, strict=True))}
-            for path, wrote in zip(attribution.paths, by_path, strict=True)
+            for path, wrote in _paths(attribution)
         ],
         "completeness_error": attribution.completeness_error,
     }
+
+
+def _paths(attribution: hl.LogitAttribution) -> list[tuple[hl.Path, list[float]]]:
+    """Each path, and what it wrote into the two logits."""
+    by_path = attribution.by_path()[:, list(attribution.pair())].tolist()
+    return list(zip(attribution.paths, by_path, strict=True))

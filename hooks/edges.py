@@ -12,7 +12,7 @@ from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 from hijack_lens.core.analysis import as_written
 from hijack_lens.core.checks import check_choice, check_type, shown
 from hijack_lens.core.circuit import Circuit, Component
-from hijack_lens.core.hook_points import Site, check_hook_points, position_index, sites, without_hooks
+from hijack_lens.core.hook_points import Site, check_hook_points, points_of, position_index, sites, without_hooks
 from hijack_lens.core.inputs import indices, one_component
 from hijack_lens.hooked import HookedTransformer
 from hijack_lens.hooks.intervention import HookFunction, Intervention, read_source
@@ -72,7 +72,7 @@ def edges_among(model: Any, components: Iterable[Component], via: Iterable[Via] 
 def embeddings(model: Any) -> tuple[Sender, ...]:
     """What the residual stream starts from."""
     # In a bridge, hook_pos_embed can also be the module that computes rotary angles.
-    learned = model.cfg.positional_embedding_type == "standard" and "hook_pos_embed" in model.hook_dict
+    learned = model.cfg.positional_embedding_type == "standard" and "hook_pos_embed" in points_of(model)
     return ("embed", "pos_embed") if learned else ("embed",)
 
 

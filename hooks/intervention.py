@@ -14,7 +14,7 @@ from transformer_lens import ActivationCache
 
 from hijack_lens.core.analysis import as_written, hold_eager, is_compiled, release_eager
 from hijack_lens.core.checks import check_choice, check_list, shown
-from hijack_lens.core.hook_points import check_hook_points
+from hijack_lens.core.hook_points import check_hook_points, points_of
 from hijack_lens.core.inputs import model_tokens
 
 HookFunction = Callable[..., Tensor | None]
@@ -73,7 +73,7 @@ class Intervention:
         return self._hooks
 
     def __enter__(self) -> "Intervention":
-        points = self.model.hook_dict
+        points = points_of(self.model)
         entries = [_Entry(name, points[name], fn) for name, fn in self._hooks]
         witnesses = dict.fromkeys([*(_witness(name) for name, _ in self._hooks), self._end])
         entries += [_Entry(name, points[name]) for name in witnesses]

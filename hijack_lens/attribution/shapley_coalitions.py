@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from hijack_lens.core.checks import check_type, shown
 from hijack_lens.core.circuit import Component
-from hijack_lens.core.hook_points import Site, check_hook_points, sites
+from hijack_lens.core.hook_points import Site, check_hook_points, points_of, sites
 from hijack_lens.core.inputs import Player
 from hijack_lens.core.memory import check_memory
 from hijack_lens.hooks.edges import Sender, changes_attn_out, check_sender, into_stream, precedes, sender_site
@@ -32,7 +32,7 @@ def sites_of(model: Any, players: Sequence[Player]) -> list[list[Site]]:
     found = [sites(model, player.parts) for player in players]
     named = list(zip((part for player in players for part in player.parts), chain.from_iterable(found), strict=True))
     check_hook_points(model, (site.name for _, site in named))
-    points = model.hook_dict
+    points = points_of(model)
     for (first, at), (second, there) in combinations(named, 2):
         # Compare the points themselves, since a bridge has several names for one point.
         same_point = points[at.name] is points[there.name]
@@ -163,7 +163,7 @@ def check_sources(model: Any, at: str, players: Sequence[Player]) -> None:
     """Checks that `at` is a point of the residual stream, to which the players' outputs are added before it."""
     check_type("at", at, str)
     points = [f"blocks.{i}.hook_resid_{part}" for i in range(model.cfg.n_layers) for part in ("pre", "mid", "post")]
-    points = [point for point in points if point in model.hook_dict]
+    points = [point for point in points if point in points_of(model)]
     if at not in points:
         raise ValueError(f"at must be a point of the residual stream, {points[0]!r} to {points[-1]!r}, got {shown(at)}")
     layer, part = int(at.split(".")[1]), at.rsplit("_", 1)[-1]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hijack_lens.attribution.logit_attribution import LogitAttribution
@@ -22,16 +22,32 @@ class SourceAttribution(LogitAttribution):
     Attributes:
         links: what each head brought to the answer's position from each that it attended to, in logits, whatever had
             come there before: a second sum. What it misses of the logits was at the answer's position all along.
+        parts: what each position belongs to: 0 the context, 1 the first token, 2 the query, 3 what comes after it.
     """
 
     links: Float[Tensor, "*batch layer head source answer"]
+    parts: Int[Tensor, "*batch source"]
 
-    _by_prompt: ClassVar[tuple[str, ...]] = (*LogitAttribution._by_prompt, "links")
+    _by_prompt: ClassVar[tuple[str, ...]] = (*LogitAttribution._by_prompt, "links", "parts")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         *batch, _, n_sources, n_answers = self.values.shape
-        check_shapes(self, {"links": (*batch, *self.links.shape[-4:-2], n_sources, n_answers)})
+        links = (*batch, *self.links.shape[-4:-2], n_sources, n_answers)
+        check_shapes(self, {"links": links, "parts": (*batch, n_sources)})
+
+    def __getitem__(self, index: int) -> "SourceAttribution":
+        """One prompt of a batch."""
+        found = super().__getitem__(index)
+        assert isinstance(found, SourceAttribution)
+        return found
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """The positions of the context; for one prompt."""
+        if self.tokens.ndim > 1:
+            raise ValueError("context is for one prompt; index the batch first")
+        return tuple((self.parts == 0).nonzero().flatten().tolist())
 
     def by_head(self, k: int = 10) -> pd.DataFrame:
         """The k heads that brought most of the margin from positions other than the first and the answer's own.

@@ -76,54 +76,63 @@ def attribute_sources(
     """
     ids = model_tokens(model, prompt)
     query = check_position("position", position, ids.shape[1], ids.shape[1] - 1)
-    _check_linear(model)
+    check_linear(model)
     candidates = (prompt.in_context, prompt.global_candidate) if isinstance(prompt, HijackPrompt) else None
     asked = candidates if answers is None else answers
     chosen = None if asked is None else token_ids(model, "answers", asked, output=True).to(ids.device)
     if chosen is None and not is_single(prompt):
         raise ValueError("answers must be given for a batch of prompts, got None")
-    named: tuple[Component, ...] = ()
-    count = as_int(carriers)
-    if count is None:
-        named = components_of(model, carriers, name="carriers", kind="head")
-    parts = torch.stack([_parts(model, row, query, context) for row in ids])
+    number = as_int(carriers)
+    named = components_of(model, carriers, name="carriers", kind="head") if number is None else ()
+    count = check_count("carriers", 0 if number is None else number)
+    parts = torch.stack([parts_of(model, row, query, context) for row in ids])
 
     rows = ids[:, : query + 1].split(rows_at_once(model, query + 1))
     runs = [FrozenModel.of(model, some) for some in rows]
     if chosen is None:
         chosen = runs[0].logits[0].topk(min(_DEFAULT_ANSWERS, runs[0].logits.shape[-1])).indices
-    traced = [run.back(chosen) for run in runs]
+    found = attribution_of_runs(model, ids, runs, chosen, parts, named, count, candidates)
+    return found[0] if is_single(prompt) else found
+
+
+def attribution_of_runs(
+    model: Any,
+    ids: Int[Tensor, "batch pos"],
+    runs: Sequence[FrozenModel],
+    answers: Int[Tensor, "answer"],
+    parts: Int[Tensor, "batch source"],
+    carriers: Sequence[Component] = (),
+    n_carriers: int = 0,
+    candidates: tuple[int, int] | None = None,
+) -> SourceAttribution:
+    """The attribution of frozen runs on prompts up to a position, of which each has a `parts_of`."""
+    traced = [run.back(answers) for run in runs]
     embed, biases, links = (torch.cat([getattr(one, what) for one in traced]) for what in ("embed", "biases", "links"))
-    logits = torch.cat([run.logits[:, chosen] for run in runs])
+    logits = torch.cat([run.logits[:, answers] for run in runs])
     check_complete((*embed.unbind(1), *biases.unbind(1)), logits)
-    if count is not None:
-        named = _largest(links, check_count("carriers", carriers))
+    named = _largest(links, n_carriers) if n_carriers else carriers
     routes = torch.cat([run.through(one, named) for run, one in zip(runs, traced, strict=True)], 1)
 
     values = _by_path(embed, biases, routes, parts, named)
-    after = (0, 0, 0, ids.shape[1] - query - 1)
-    tensors = {
-        "values": widened(pad(torch.stack(list(values.values()), 1), after)),
-        "logits": widened(logits),
-        "tokens": ids,
-        "links": widened(pad(links, after)),
-    }
-    if is_single(prompt):
-        tensors = {name: value[0] for name, value in tensors.items()}
+    after = (0, 0, 0, ids.shape[1] - embed.shape[1])
     as_tokens = outputs_are_tokens(model)
     return SourceAttribution(
-        **tensors,
+        values=widened(pad(torch.stack(list(values.values()), 1), after)),
+        logits=widened(logits),
+        tokens=ids,
+        links=widened(pad(links, after)),
+        parts=pad(parts, (0, after[-1]), value=len(_PARTS)),
         paths=tuple(values),
-        position=query,
-        vocab=texts_of(model, torch.cat([ids.flatten(), chosen]) if as_tokens else ids),
+        position=embed.shape[1] - 1,
+        vocab=texts_of(model, torch.cat([ids.flatten(), answers]) if as_tokens else ids),
         joiner=getattr(getattr(model, "language", None), "joiner", ""),
         candidates=candidates,
-        answers=tuple(chosen.tolist()),
+        answers=tuple(answers.tolist()),
         outputs_are_tokens=as_tokens,
     )
 
 
-def _check_linear(model: Any) -> None:
+def check_linear(model: Any) -> None:
     """Checks that no part of the model is of a kind that stays nonlinear with patterns, scales and gates held."""
     if getattr(model.cfg, "num_experts", None):
         raise NotAdditiveError("model has mixtures of experts (cfg.num_experts), which attribution does not cover")
@@ -131,7 +140,7 @@ def _check_linear(model: Any) -> None:
         raise NotAdditiveError(f"model has cfg.act_fn={model.cfg.act_fn!r}, a norm inside the MLP, not covered here")
 
 
-def _parts(model: Any, ids: Int[Tensor, "pos"], query: int, context: Span) -> Int[Tensor, "source"]:
+def parts_of(model: Any, ids: Int[Tensor, "pos"], query: int, context: Span) -> Int[Tensor, "source"]:
     """For each position up to the query, which of `_PARTS` it belongs to."""
     sink = not isinstance(model, BigramTransformer)
     found = torch.full((query + 1,), 2)

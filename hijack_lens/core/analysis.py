@@ -8,7 +8,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from hijack_lens.core.hook_points import check_model, every_module
+from hijack_lens.core.hook_points import check_model, every_module, forget_points, points_kept
 
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
@@ -52,7 +52,7 @@ def analysis(analyse: Callable[Concatenate[Any, Given], Found]) -> Callable[Conc
                 hold_eager(ours)
                 for module in flagged:
                     module.training = False
-                with torch.inference_mode(False), torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad(), points_kept():
                     return analyse(model, *args, **kwargs)
             finally:
                 restore()
@@ -70,6 +70,8 @@ def _restore(flagged: Sequence[nn.Module], ours: _UnderWay, outer: _UnderWay | N
         undo()
     torch.set_grad_enabled(gradients)
     _under_way.set(outer)
+    if outer is None:
+        forget_points()
     release_eager(ours)
 
 

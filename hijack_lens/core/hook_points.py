@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,11 +48,41 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model must be a HookedTransformer or TransformerBridge, got {shown(model)}")
 
 
+_known: ContextVar[dict[int, Mapping[str, Any]] | None] = ContextVar(
+    "hook points of models under analysis", default=None
+)
+
+
+def points_of(model: Any) -> Mapping[str, Any]:
+    """A model's hook points by name. A bridge builds them anew each time; an analysis asks once."""
+    known = _known.get()
+    if known is None:
+        return model.hook_dict
+    if id(model) not in known:
+        known[id(model)] = model.hook_dict
+    return known[id(model)]
+
+
+def forget_points() -> None:
+    """Ends `points_kept`, even where a Ctrl-C broke into its own end."""
+    _known.set(None)
+
+
+@contextmanager
+def points_kept() -> Iterator[None]:
+    """Keeps what `points_of` found, as long as the context lasts."""
+    token = _known.set({} if _known.get() is None else _known.get())
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
 def check_hook_points(model: Any, names: Iterable[str], argument: str = "components", edits: bool = True) -> None:
     """Checks that the model has these hook points, that they fire, and that `edits` there would take effect."""
     check_model(model)
     listed = list(names)
-    known = model.hook_dict if listed else {}  # read once, if at all: a bridge rebuilds it each time
+    known = points_of(model) if listed else {}
     for name in listed:
         try:
             _check_hook_point(model, known, name, edits)
@@ -106,7 +137,7 @@ def every_module(model: Any) -> set[nn.Module]:
 
 def is_hooked(model: Any) -> bool:
     """Whether running part of the model by itself would run any of the user's hooks."""
-    if any(point.fwd_hooks for point in model.hook_dict.values()):
+    if any(point.fwd_hooks for point in points_of(model).values()):
         return True
     # A bridge's modules carry hooks of TransformerLens and of transformers, which are not the user's.
     of_torch = [
@@ -120,7 +151,7 @@ def is_hooked(model: Any) -> bool:
 @contextmanager
 def without_hooks(model: Any) -> Iterator[None]:
     """The model as if nobody had hooks at its hook points: for a look at the model that is no run of the user's."""
-    kept = [(point, point._forward_hooks) for point in model.hook_dict.values()]
+    kept = [(point, point._forward_hooks) for point in points_of(model).values()]
     try:
         for point, hooks in kept:
             point._forward_hooks = type(hooks)()
@@ -191,7 +222,7 @@ def position_index(positions: Sequence[int], length: int) -> Tensor:
 def all_components(model: Any) -> tuple[Component, ...]:
     """Every head and MLP of a model."""
     check_model(model)
-    known, cfg = model.hook_dict, model.cfg
+    known, cfg = points_of(model), model.cfg
     found: list[Component] = []
     for layer in range(cfg.n_layers):
         if f"blocks.{layer}.attn.hook_z" in known:

@@ -13,7 +13,7 @@ from hijack_lens.core.checks import as_int, check_list, check_tokens, check_type
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
 from hijack_lens.core.hook_points import all_components, check_hook_points, check_model, sites
 from hijack_lens.core.tables import visible
-from hijack_lens.core.texts import decoded, listed_ids, n_outputs, text_ids
+from hijack_lens.core.texts import chat_ids, decoded, listed_ids, n_outputs, text_ids
 
 Tokens = int | str | Iterable[int | str] | Int[Tensor, "token"] | None
 """Tokens, each as an id or a text, in the user's order; or a single one. `None` is the default, often all tokens."""
@@ -23,20 +23,30 @@ def model_tokens(model: Any, prompt: object, name: str = "prompt") -> Int[Tensor
     """Token ids for a model, from text, several texts of one length, a `HijackPrompt` or tokens.
 
     Texts are never padded, nor cut: each is read alone, with the same beginning as the model's prompts (for example, a
-    BOS token). Ids are taken as they are.
+    BOS token). Ids are taken as they are. A chat, a list of {"role": ..., "content": ...}, is written out by the
+    template of the model's tokenizer.
     """
     if isinstance(prompt, Mapping):
         held = f"{type(prompt).__name__} of {', '.join(map(repr, prompt))}"
         raise TypeError(f"{name} must be text or token ids, got a {held:.80}: give its ids, of prompts of one length")
     texts = _texts(prompt)
+    given: Any = prompt
+    if is_chat(given):
+        given = chat_ids(model, given, name)
     try:
-        ids = getattr(prompt, "tokens", prompt) if texts is None else [text_ids(model, text, name) for text in texts]
+        ids = getattr(given, "tokens", given) if texts is None else [text_ids(model, text, name) for text in texts]
     except (TypeError, ValueError):
         raise
     except Exception as error:  # raised by an object's own __getattr__, or by the tokenizer
         raise TypeError(f"{name} must be text or tokens that can be read, got {shown(prompt)}: {error}") from error
     tokens = check_tokens(name, ids, model.cfg.d_vocab, model.cfg.n_ctx)
     return (tokens if tokens.ndim == 2 else tokens[None]).to(model.cfg.device)
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is a chat: messages, each with a role and content."""
+    listed = isinstance(prompt, (list, tuple)) and len(prompt) > 0
+    return listed and all(isinstance(one, Mapping) and {"role", "content"} <= set(one) for one in prompt)
 
 
 def _texts(prompt: Any) -> list[str] | None:
@@ -57,6 +67,8 @@ def single_prompt(model: Any, prompt: object, name: str = "prompt") -> Int[Tenso
 
 def is_single(prompt: Any) -> bool:
     """Whether the user's `prompt` is a single prompt rather than a batch."""
+    if is_chat(prompt):
+        return True
     if _texts(prompt) is not None:
         return np.ndim(prompt) == 0
     return np.ndim(getattr(prompt, "tokens", prompt)) == 1

@@ -1,7 +1,7 @@
 """From text to token ids and back: whole prompts, and single tokens, as a model's tokenizer reads them."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Int
@@ -26,7 +26,23 @@ def text_ids(model: Any, text: str, name: str) -> list[int]:
     except ValueError as error:  # a model's own, of what it calls its input
         said = str(error)
         raise ValueError(f"{name}{said.removeprefix('input')}" if said.startswith("input ") else said) from error
-    return [int(i) for i in ids]  # a tokenizer returns floats for an empty text
+    ids = [int(i) for i in ids]  # a tokenizer returns floats for an empty text
+    begin = getattr(model.tokenizer, "bos_token_id", None)
+    # A text that spells out the begin token, as chat templates do, has one already.
+    twice = begin is not None and ids[:2] == [begin] * 2 and text.startswith(model.tokenizer.bos_token)
+    return ids[1:] if twice else ids
+
+
+def chat_ids(model: Any, messages: Sequence[Mapping[str, str]], name: str) -> list[int]:
+    """Token ids of a chat by the tokenizer's own template, up to where the assistant's answer begins."""
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"{name} is a chat, but the model's tokenizer has no template for chats: give text")
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # raised by the template, in words of its own
+        raise ValueError(f"{name} must be a chat that the tokenizer's template takes, got {shown(messages)}") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _plain_ids(model: Any, text: str) -> list[int]:

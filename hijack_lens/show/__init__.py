@@ -4,7 +4,18 @@ Each file registers what it can show; results know nothing about it.
 """
 
 from hijack_lens.core.tables import html_of, picture_of, report_of
-from hijack_lens.show import carriers, components, curves, explanations, logits, memories, scores, sweeps, weights  # noqa: F401
+from hijack_lens.show import (  # noqa: F401
+    answers,
+    carriers,
+    components,
+    curves,
+    explanations,
+    logits,
+    memories,
+    scores,
+    sweeps,
+    weights,
+)
 from hijack_lens.show.explanations import margin_bars, write_report
 from hijack_lens.show.style import Picture, heatmap
 from hijack_lens.show.views import View, attention, attention_maps, token_paths

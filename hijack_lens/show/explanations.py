@@ -4,14 +4,17 @@ import os
 from html import escape
 from pathlib import Path
 
+from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import check_target, write_atomically
 from hijack_lens.core.tables import Report, Table, picture_of, report_of
-from hijack_lens.explanation import Explanation
+from hijack_lens.explanation import AnswerExplanation, Explanation
 from hijack_lens.language import HijackPrompt
+from hijack_lens.show.answers import answer_body
 from hijack_lens.show.logits import logit_html, path_table
 from hijack_lens.show.style import PAGE_STYLE, Picture, frameless, stacked_bars, write_beside
 from hijack_lens.show.views import attention, circuitsvis_script, token_paths
 
+_HEADS_SHOWN = 2
 _NOTHING_NAMED = "The circuit names no component, so there is none to switch off."
 
 
@@ -91,7 +94,7 @@ def margin_bars(explanation: Explanation) -> Picture:
     return picture
 
 
-def write_report(explanation: Explanation, path: str | os.PathLike[str]) -> Path:
+def write_report(explanation: Explanation | AnswerExplanation, path: str | os.PathLike[str]) -> Path:
     """Writes an explanation as one HTML file, with circuitsvis views that need no network.
 
     The file is written whole or not at all.
@@ -103,9 +106,11 @@ def write_report(explanation: Explanation, path: str | os.PathLike[str]) -> Path
     Raises:
         TypeError, ValueError: if the path is a folder, cannot be written, or lies in no existing folder.
     """
-    _check(explanation)
+    if not isinstance(explanation, AnswerExplanation):
+        _check(explanation)
     target = check_target("path", path)
-    return write_atomically(target, _page(explanation).encode())
+    body = _of_answer(explanation) if isinstance(explanation, AnswerExplanation) else _of_circuit(explanation)
+    return write_atomically(target, _page(explanation, body).encode())
 
 
 def _check(explanation: object) -> None:
@@ -113,12 +118,25 @@ def _check(explanation: object) -> None:
         raise TypeError(f"explanation must come from hijack_lens.explain, got {type(explanation).__name__}")
 
 
-def _page(explanation: Explanation) -> str:
+def _page(explanation: Explanation | AnswerExplanation, body: str) -> str:
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>hijack-lens: which memory wrote the logit?</title>
 <style>{PAGE_STYLE}</style><script>{circuitsvis_script()}</script></head><body>
 <h1>Which memory wrote the logit?</h1>
 <p class="verdict {explanation.winner}">{escape(explanation.verdict)}</p>
+{body}
+</body></html>
+"""
+
+
+def _of_answer(explanation: AnswerExplanation) -> str:
+    heads = [Component.of(name) for name in explanation.attribution.by_head(_HEADS_SHOWN)["head"]]
+    view = attention(explanation.model, explanation.prompt, [head for head in heads if head], Circuit())
+    return f"{answer_body(explanation)}<h2>Where the heads that brought most look</h2>\n{view.fragment()}"
+
+
+def _of_circuit(explanation: Explanation) -> str:
+    return f"""
 {"".join(f'<p class="warning">{escape(line)}</p>' for line in _half_a_model(explanation))}
 {_question(explanation)}
 {margin_bars(explanation).svg()}
@@ -129,7 +147,6 @@ def _page(explanation: Explanation) -> str:
 {_theory(explanation)}
 {_heads(explanation)}
 {_tokens(explanation)}
-</body></html>
 """
 
 

@@ -1,4 +1,4 @@
-"""The whole analysis in one call: the verdict on a prompt, its attribution, ablations and the theory's prediction."""
+"""What a circuit makes of a prompt: the verdict, attribution to its paths, ablations and the theory's prediction."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,11 +11,9 @@ from hijack_lens import hooks, theory
 from hijack_lens.attribution.direct import NotAdditiveError
 from hijack_lens.attribution.logit_attribution import LogitAttribution
 from hijack_lens.attribution.logits import attribute
-from hijack_lens.circuits.finding import find_circuit
-from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import as_int, check_fields, check_list, shown
+from hijack_lens.core.checks import check_fields, shown
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Margin
-from hijack_lens.core.inputs import circuit_of, model_tokens, prompt_texts, token_ids
+from hijack_lens.core.inputs import circuit_of, model_tokens, prompt_texts
 from hijack_lens.core.tables import Drawn, widened
 from hijack_lens.core.texts import UNDECODED, outputs_are_tokens
 from hijack_lens.hooks.intervention import logits_of
@@ -114,58 +112,7 @@ class Explanation(Drawn):
         return f"{said}: after {q} the model prefers {preferred} to {other}, by {abs(total):.2f} logits.{aside}"
 
 
-@analysis
-def explain(model: Any, prompt: object, answer: Any = None, foil: Any = None, *, circuit: Circuit | None = None) -> Any:
-    """Explains what a model predicts at the end of a prompt that puts its two memories in conflict.
-
-    Args:
-        model: a `BigramTransformer`; for prompts other than a `HijackPrompt`, any HookedTransformer or
-            TransformerBridge.
-        prompt: a `HijackPrompt` in the model's language; or a text or tokens; or several of these, a list of texts of
-            any lengths or a batch.
-        answer: with a text or tokens, the token that the context suggests, as text or id; or one per prompt.
-        foil: with a text or tokens, the token that the weights suggest; likewise.
-        circuit: the roles of the components; by default the model's own circuit, else what `find_circuit` finds.
-
-    Returns:
-        An `Explanation`; for several prompts a list of them. Where the model's logits are no sum over paths, as where
-        it caps them or norms what its heads write, it has the verdict and the ablations, and says why no more.
-
-    Raises:
-        TypeError, ValueError: for other models and prompts, and for answers that are not single tokens.
-    """
-    if isinstance(prompt, HijackPrompt):
-        if answer is not None or foil is not None:
-            raise ValueError(
-                f"answer and foil come with a HijackPrompt, got answer={shown(answer)}, foil={shown(foil)}"
-            )
-        if prompt.tokens.ndim == 1:
-            return _of_hijack_prompt(model, prompt, circuit)
-        rows = zip(prompt.tokens, prompt.corrupted, strict=True)
-        return [_of_hijack_prompt(model, replace(prompt, tokens=a, corrupted=b), circuit) for a, b in rows]
-    if answer is None or foil is None:
-        raise TypeError(f"prompt must be a HijackPrompt, got {type(prompt).__name__}; others need answer= and foil=")
-    texts = prompt if isinstance(prompt, list) and all(isinstance(text, str) for text in prompt) else []
-    prompts = [row for one in (texts or [prompt]) for row in model_tokens(model, one)]
-    sides = zip(_one_each("answer", answer, len(prompts)), _one_each("foil", foil, len(prompts)), strict=True)
-    pairs = [token_ids(model, "answer and foil", list(pair), at_least=2, output=True).tolist() for pair in sides]
-    circuit = circuit_of(model, circuit, lambda: find_circuit(model))
-    found = [_explained(model, ids, ids, pair, circuit) for ids, pair in zip(prompts, pairs, strict=True)]
-    # One prompt's tokens often have a batch axis, since that is what models take.
-    return found if texts or len(found) > 1 else found[0]
-
-
-def _one_each(name: str, given: Any, n_prompts: int) -> list[Any]:
-    """One answer per prompt, from one for all or a list."""
-    if isinstance(given, str) or as_int(given) is not None:
-        return [given] * n_prompts
-    listed = check_list(name, given, "a token, or one for each prompt")
-    if len(listed) != n_prompts:
-        raise ValueError(f"{name} must be one token, or one for each of {n_prompts} prompts, got {len(listed)}")
-    return listed
-
-
-def _explained(
+def explained(
     model: Any, prompt: Any, ids: Int[Tensor, "pos"], pair: list[int], circuit: Circuit, **theory_says: Any
 ) -> Explanation:
     """The explanation of one prompt, with the answers `pair`."""
@@ -177,7 +124,7 @@ def _explained(
             attribution = attribute(model, prompt, circuit=circuit)
         else:
             found = attribute(model, ids, circuit=circuit, answers=list(dict.fromkeys([*pair, first])))
-            attribution = replace(found, candidates=(pair[0], pair[1]), joiner=_joiner(model, ids))
+            attribution = replace(found, candidates=(pair[0], pair[1]), joiner=joiner(model, ids))
     except NotAdditiveError as error:
         not_split = str(error)
     said = torch.tensor([*pair, first])
@@ -197,7 +144,8 @@ def _explained(
     )
 
 
-def _of_hijack_prompt(model: Any, prompt: HijackPrompt, circuit: Circuit | None) -> Explanation:
+def of_hijack_prompt(model: Any, prompt: HijackPrompt, circuit: Circuit | None) -> Explanation:
+    """The explanation of a prompt that `hijack_prompt` made."""
     if not isinstance(model, BigramTransformer):
         raise TypeError(f"model must be a BigramTransformer, got {type(model).__name__}")
     if prompt.language.tokens != model.language.tokens:
@@ -211,7 +159,7 @@ def _of_hijack_prompt(model: Any, prompt: HijackPrompt, circuit: Circuit | None)
             model.language, prompt.trigger, prompt.in_context, prompt.global_candidate, setting, length=len(prompt)
         )
     pair = [prompt.in_context, prompt.global_candidate]
-    return _explained(model, prompt, ids, pair, circuit, theory=predicted, flip=flip)
+    return explained(model, prompt, ids, pair, circuit, theory=predicted, flip=flip)
 
 
 def _setting(model: BigramTransformer) -> theory.Setting | theory.Tables | None:
@@ -224,7 +172,7 @@ def _setting(model: BigramTransformer) -> theory.Setting | theory.Tables | None:
         return None
 
 
-def _joiner(model: Any, tokens: Int[Tensor, "pos"]) -> str:
+def joiner(model: Any, tokens: Int[Tensor, "pos"]) -> str:
     """What to show between tokens: nothing if they contain their own spaces."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:

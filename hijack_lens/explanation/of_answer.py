@@ -1,0 +1,287 @@
+"""Which memory wrote an answer of a language model: by source tokens, checked by interventions."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hijack_lens import hooks
+from hijack_lens.attribution.frozen import FrozenModel
+from hijack_lens.attribution.source_attribution import SourceAttribution
+from hijack_lens.attribution.sources import attribution_of_runs, check_linear, parts_of
+from hijack_lens.core.checks import check_fields, shown
+from hijack_lens.core.circuit import Component, Margin
+from hijack_lens.core.hook_points import all_components
+from hijack_lens.core.inputs import prompt_texts
+from hijack_lens.core.spans import Span
+from hijack_lens.core.tables import Drawn, widened
+from hijack_lens.core.texts import decoded, known_ids, n_outputs, outputs_are_tokens, token_id
+from hijack_lens.explanation.of_circuit import joiner
+from hijack_lens.hooks.intervention import logits_of
+
+_NAMED, _CUT, _OTHERS = 2, 1, 2
+_PARTS_BY = 0.5
+"""A share and a measured change part if they differ by more than this, in logits, and than this fraction of either."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What attribution gives to a part of the model, beside what the margin loses when that part is changed.
+
+    Attributes:
+        what: the intervention, in words.
+        attributed: in logits; with patterns, scales and gates held as they were.
+        measured: the margin of the run less that of the run with the intervention, all else following.
+    """
+
+    what: str
+    attributed: float
+    measured: float
+
+    @property
+    def parts(self) -> bool:
+        """Whether the two differ by so much that one does not stand for the other."""
+        gap = abs(self.attributed - self.measured)
+        return gap > _PARTS_BY and gap > _PARTS_BY * max(abs(self.attributed), abs(self.measured))
+
+
+@dataclass(frozen=True, repr=False)
+class AnswerExplanation(Drawn):
+    """Which memory wrote a language model's preference for one answer over another, and the evidence for it.
+
+    All margins are `logit[answer] - logit[foil]` at the last position, in logits; the context suggests the answer, the
+    weights the foil.
+
+    Attributes:
+        model: the model that was explained.
+        prompt: the tokens that were run.
+        attribution: of the last position's logits, by source token.
+        checks: attributed shares beside the effects of interventions.
+        doses: the margin with the context left out (0), as it is (1), and said twice (2); empty without a context.
+        names: the texts of the first tokens of answer and foil, with white space made visible.
+        whole: the texts of the whole answers, where one has several tokens, each with its log-probability.
+        texts: those of the prompt's tokens.
+        first: that of the token with the largest logit.
+    """
+
+    model: Any
+    prompt: Int[Tensor, "pos"]
+    attribution: SourceAttribution
+    checks: tuple[Check, ...]
+    doses: dict[int, float]
+    names: tuple[str, str]
+    whole: dict[str, float]
+    texts: tuple[str, ...]
+    first: str
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.prompt.ndim != 1:
+            raise ValueError(f"prompt must be a single prompt of shape [pos], got {shown(self.prompt)}")
+
+    @property
+    def margin(self) -> Margin:
+        """The model's own margin, split by memory; nothing is left over."""
+        return self.attribution.margin()
+
+    @property
+    def total(self) -> float:
+        """The margin."""
+        return float(self.margin.total)
+
+    @property
+    def winner(self) -> str:
+        """ "context" or "weights", whichever answer has the larger logit; "neither" on a tie."""
+        return "neither" if self.total == 0 else "context" if self.total > 0 else "weights"
+
+    @property
+    def verdict(self) -> str:
+        """The answer in a few sentences."""
+        (c, g), total = map(repr, self.names), self.total
+        context, weights, _, _ = map(float, self.margin.parts.values())
+        if total == 0:
+            said = f"Neither memory wins: {c} and {g} have the same logit"
+        else:
+            preferred, other = (c, g) if total > 0 else (g, c)
+            wins = "The context wins" if total > 0 else "The weights win"
+            said = f"{wins}: {preferred} over {other} by {abs(total):.2f} logits"
+        gave = f"the context gave {context:+.2f}, the weights {weights:+.2f}"
+        heads = self.attribution.by_head(_NAMED)
+        if self.doses and len(heads):
+            through = ", ".join(f"{row.head} ({row.margin:+.2f})" for row in heads.itertuples())
+            gave += f"; most was brought by {through}"
+        sentences = [f"{said}; {gave}."]
+        if 2 in self.doses:
+            without, twice = self.doses[0], self.doses[2]
+            wins = "it wins" if twice > 0 else "it loses"
+            sentences.append(f"Without the context the margin is {without:+.2f}; said twice, {wins} ({twice:+.2f}).")
+        apart = [check.what for check in self.checks if check.parts]
+        if apart:
+            sentences.append(
+                f"Attribution and intervention part on {'; '.join(apart)}: there, patterns, scales and gates change as "
+                "well."
+            )
+        if self.first not in self.names:
+            sentences.append(f"(Its first choice is neither, but {self.first!r}.)")
+        return " ".join(sentences)
+
+
+Answer = tuple[int, ...]
+
+
+def spelled_ways(model: Any, name: str, given: Any) -> tuple[Answer, ...]:
+    """The token ids that an answer may stand for: a text as it is written, or with a space before it.
+
+    Raises:
+        TypeError, ValueError: for what is neither text nor an id, and for words that the tokenizer lacks.
+    """
+    if isinstance(given, str) and getattr(model, "tokenizer", None) is not None and outputs_are_tokens(model):
+        ways = [given] if given.startswith(" ") or not given.strip() else [given, f" {given}"]
+        known = [tuple(ids) for way in ways if (ids := known_ids(model, way))]
+        # A space by itself is no way in which a text goes on.
+        found = [ids for ids in known if len(ids) == 1 or decoded(model.tokenizer, ids[:1])[0].strip()]
+        return tuple(dict.fromkeys(found)) or ((token_id(model, name, given, output=True),),)
+    one = token_id(model, name, given, output=True)
+    if not 0 <= one < n_outputs(model):
+        raise ValueError(f"{name} must be an output from 0 to {n_outputs(model) - 1}, got {shown(given)}")
+    return ((one,),)
+
+
+def explain_answer(
+    model: Any, ids: Int[Tensor, "pos"], answer: tuple[Answer, ...], foil: tuple[Answer, ...], context: Span
+) -> AnswerExplanation:
+    """The explanation of one prompt; of the ways to spell an answer, the one that the model finds likelier there."""
+    check_linear(model)
+    parts = parts_of(model, ids, len(ids) - 1, context)[None]
+    run = FrozenModel.of(model, ids[None])
+    logits = widened(run.logits[0])
+    answers = _likeliest(answer, logits), _likeliest(foil, logits)
+    pair = answers[0][0], answers[1][0]
+    if pair[0] == pair[1]:
+        raise ValueError(f"answer and foil must begin with different tokens, got {answers[0]} and {answers[1]}")
+    chosen = torch.tensor(pair, device=ids.device)
+    attribution = replace(attribution_of_runs(model, ids[None], [run], chosen, parts)[0], joiner=joiner(model, ids))
+    first = int(logits.argmax())
+    said = torch.tensor([*pair, first])
+    c, g, best = prompt_texts(model, said) if outputs_are_tokens(model) else tuple(map(str, said.tolist()))
+    asked = _Asked(model, ids, answers, attribution.context, attribution, float(attribution.margin().total))
+    return AnswerExplanation(
+        model,
+        ids,
+        attribution,
+        checks=(*asked.swapped(logits), *asked.cut()),
+        doses=asked.doses(),
+        names=(c, g),
+        whole=asked.whole() if max(map(len, answers)) > 1 else {},
+        texts=prompt_texts(model, ids),
+        first=best,
+    )
+
+
+def _likeliest(ways: tuple[Answer, ...], logits: Tensor) -> Answer:
+    return max(ways, key=lambda ids: float(logits[ids[0]]))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A prompt, what is asked of it, and what the interventions are compared with.
+
+    Attributes:
+        context: the positions of the context.
+        total: the margin.
+    """
+
+    model: Any
+    ids: Int[Tensor, "pos"]
+    answers: tuple[Answer, Answer]
+    context: tuple[int, ...]
+    attribution: SourceAttribution
+    total: float
+
+    def swapped(self, logits: Tensor) -> list[Check]:
+        """The answer's tokens in the context, exchanged for what else the model thinks likely."""
+        answer = self.answers[0]
+        inside = [
+            range(start, start + len(answer))
+            for start in range(len(self.ids) - len(answer))
+            if tuple(self.ids[start : start + len(answer)].tolist()) == answer
+            and set(range(start, start + len(answer))) <= set(self.context)
+        ]
+        if not inside or not outputs_are_tokens(self.model):
+            return []
+        others = _others(self.model, logits, [self.answers[0][0], self.answers[1][0]])
+        changed = self.ids.repeat(len(others), 1)
+        for row, other in zip(changed, others, strict=True):
+            for span in inside:
+                row[span.start] = other
+        if not len(others):
+            return []
+        where = torch.tensor([span.start for span in inside])
+        shares = self.attribution.by_source()["context"][where].sum(0)
+        text = prompt_texts(self.model, torch.tensor(answer))[0]
+        texts = ", ".join(map(repr, prompt_texts(self.model, torch.tensor(others))))
+        lost = self.total - float(self._margins(changed).mean())
+        return [Check(f"{text!r} in the context exchanged for {texts}", float(shares[0] - shares[1]), lost)]
+
+    def cut(self) -> list[Check]:
+        """The answer's position kept from attending to the context: all heads at once, and the one that brings most."""
+        if not self.context:
+            return []
+        brought = self.attribution.links[..., 0] - self.attribution.links[..., 1]
+        inside = brought[..., list(self.context)].sum(-1)
+        best = inside.abs().flatten().topk(min(_CUT, inside.numel())).indices.tolist()
+        heads = [Component(i // inside.shape[1], "head", i % inside.shape[1]) for i in best]
+        every = [head for head in all_components(self.model) if head.kind == "head"]
+        found = [self._without("attention to the context cut, all heads", every, float(inside.sum()))]
+        for head in heads:
+            share = float(inside[head.layer, head.head])
+            found.append(self._without(f"{head}'s attention to the context cut", head, share))
+        return found
+
+    def _without(self, what: str, heads: Any, share: float) -> Check:
+        with hooks.scale(
+            self.model, heads if heads != "all" else _all_heads(self.model), 0.0, source=list(self.context)
+        ):
+            return Check(what, share, self.total - float(self._margins(self.ids[None])[0]))
+
+    def doses(self) -> dict[int, float]:
+        """The margin without the context, with it, and with it said twice, where it is one stretch of the prompt."""
+        if not self.context or self.context != tuple(range(self.context[0], self.context[-1] + 1)):
+            return {}
+        start, end = self.context[0], self.context[-1] + 1
+        found = {1: self.total}
+        for dose in (0, 2):
+            parts = [self.ids[:start], *[self.ids[start:end]] * dose, self.ids[end:]]
+            tokens = torch.cat(parts)[None]
+            if tokens.shape[1] <= self.model.cfg.n_ctx:
+                found[dose] = float(self._margins(tokens)[0])
+        return dict(sorted(found.items()))
+
+    def whole(self) -> dict[str, float]:
+        """The log-probability of each whole answer, each token given those before it."""
+        found = {}
+        for answer in self.answers:
+            tokens = torch.cat([self.ids, torch.tensor(answer, device=self.ids.device)])[None]
+            log_probs = widened(logits_of(self.model, tokens)[0, len(self.ids) - 1 : -1]).log_softmax(-1)
+            text = "".join(decoded(self.model.tokenizer, answer)).strip()
+            found[text] = sum(float(row[token]) for row, token in zip(log_probs, answer, strict=True))
+        return found
+
+    def _margins(self, tokens: Int[Tensor, "prompt pos"]) -> Tensor:
+        logits = widened(logits_of(self.model, tokens)[:, -1])
+        return logits[:, self.answers[0][0]] - logits[:, self.answers[1][0]]
+
+
+def _others(model: Any, logits: Tensor, known: list[int]) -> list[int]:
+    """The likeliest other tokens that are words like the answer."""
+    ranked = [i for i in logits.topk(min(50, len(logits))).indices.tolist() if i not in known]
+    if getattr(model, "tokenizer", None) is None:
+        return ranked[:_OTHERS]
+    texts = decoded(model.tokenizer, [*ranked, known[0]])
+    spaced = texts[-1].startswith(" ")
+    alike = [
+        i for i, text in zip(ranked, texts, strict=False) if text.strip().isalpha() and text.startswith(" ") == spaced
+    ]
+    return (alike or ranked)[:_OTHERS]
