@@ -70,7 +70,11 @@ def told(handmade, tmp_path_factory):
     command = [sys.executable, "-c", "from hijack_lens.cli import main; main()", "explain", "--model", handmade[0]]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     done = subprocess.run(
-        [*map(str, command), *ASKED, "--out", str(out)], capture_output=True, text=True, env=offline, check=False
+        [*map(str, command), *ASKED, "--find-circuit", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        env=offline,
+        check=False,
     )
     return done, out
 
@@ -122,7 +126,8 @@ def test_the_report_shows_the_named_heads_offline(told, browser):
 
 def test_json_holds_what_the_model_computes(capsys, monkeypatch, tmp_path, handmade):
     folder, twin = handmade
-    code, out, err = run(capsys, monkeypatch, "--model", folder, *ASKED, "--json", "--out", "r.html")
+    asked = ["--model", folder, *ASKED, "--find-circuit"]
+    code, out, err = run(capsys, monkeypatch, *asked, "--json", "--out", "r.html")
     assert (code, err) == (0, "")
     printed = json.loads(out)
     log_pi_b = twin.language.log_pi_b[twin.language.index("is")]
@@ -152,7 +157,7 @@ def test_json_holds_what_the_model_computes(capsys, monkeypatch, tmp_path, handm
 
 def test_a_deep_model_without_a_circuit_is_said_to_have_none(capsys, monkeypatch, tmp_path, bpe):
     asked = ["--prompt", "France's capital is", "--answer", "Rome", "--foil", "Paris"]
-    code, out, err = run(capsys, monkeypatch, "--model", bpe, *asked)
+    code, out, err = run(capsys, monkeypatch, "--model", bpe, *asked, "--find-circuit")
     assert (code, err) == (0, "")
     # The tokenizer cuts both words where no space is before them.
     assert "answer: ' Rome', token" in out
@@ -171,6 +176,33 @@ def test_a_deep_model_without_a_circuit_is_said_to_have_none(capsys, monkeypatch
     assert said == (float(parts.rest * parts.total) > 0 and abs(float(parts.rest)) >= abs(float(parts.weights)))
     page = Path("hijack-lens-report.html").read_text(encoding="utf-8")
     assert "Where the heads that wrote most look; the circuit names none" in page
+
+
+def test_without_a_circuit_the_answer_is_traced_to_its_source_tokens(capsys, monkeypatch, tmp_path, handmade):
+    folder, twin = handmade
+    asked = ["--model", folder, *ASKED, "--context", "France is Rome"]
+    code, out, err = run(capsys, monkeypatch, *asked, "--json", "--out", "r.html")
+    assert (code, err) == (0, "")
+    printed = json.loads(out)
+    bridge = load_model(folder)
+    said = hl.explain(bridge, PROMPT, "Rome", "Paris", context="France is Rome")
+    assert printed["verdict"] == said.verdict
+    assert printed["tokens"] == list(said.texts)
+    assert printed["margin"]["total"] == pytest.approx(margin_of(twin), abs=1e-3)
+    assert printed["margin"]["rest"] == 0
+    assert sum(printed["shares"].values()) == pytest.approx(margin_of(twin), abs=1e-3)
+    assert [check["what"] for check in printed["checks"]] == [check.what for check in said.checks]
+    code, out, err = run(capsys, monkeypatch, *asked, "--out", "r.html")
+    assert (code, err) == (0, "")
+    for part in (
+        "answer: 'Rome', token 5",
+        "The context wins: 'Rome' over 'Paris'",
+        "attribution beside interventions",
+    ):
+        assert part in out
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Where the heads that brought most look" in page
+    assert "by all routes" in page
 
 
 def test_an_answer_is_taken_as_written_where_that_is_a_token_and_else_with_a_space(bpe):
@@ -224,6 +256,8 @@ def test_explaining_in_python_gives_the_same_on_tokens_and_text(handmade):
         (["--model", "HF", *ASKED, "--repeats", "3"], "--repeats does not go with --prompt"),
         (["--model", "HF", *ASKED, "--in-context", "x"], "--in-context does not go with --prompt"),
         (["--model", "HF", *ASKED, "--previous-token", "3"], "--previous-token does not go with --prompt"),
+        (["--context", "x"], "--context does not go with a conflict in a bigram language"),
+        (["--model", "HF", *ASKED, "--context", "of Spain"], "context must be a part of the prompt, got 'of Spain'"),
         (["--model", "HF"], "is a language model: ask it with --prompt, --answer and --foil"),
         (["--model", "/no/such", *ASKED], "--model '/no/such' is not a folder"),
         (["--model", "EMPTY", *ASKED], "holds neither model.safetensors nor a checkpoint"),
@@ -237,7 +271,7 @@ def test_explaining_in_python_gives_the_same_on_tokens_and_text(handmade):
             "--answer holds 'Bonn', which is",
         ),
         (
-            ["--model", "HF", "--prompt", PROMPT, "--answer", "Rome", "--foil", "we say"],
+            ["--model", "HF", "--prompt", PROMPT, "--answer", "Rome", "--foil", "we say", "--find-circuit"],
             "--foil holds 'we say', which is not a single token: the model's tokenizer reads it as ['we', 'say']",
         ),
         (["--model", "HF", "--prompt", PROMPT, "--answer", "Rome", "--foil", "Rome"], "must be different tokens"),

@@ -155,9 +155,11 @@ def test_outputs_that_are_no_tokens_are_called_by_their_ids(unchecked):
         with pytest.raises(ValueError, match=refused):
             call()
     del model.circuit
-    for call in (lambda: hl.find_circuit(model), lambda: hl.explain(model, "Spain is", 0, 1)):
-        with pytest.raises(ValueError, match="model must have an output per token; got 3 outputs for 12 tokens: name"):
-            call()
+    said = hl.explain(model, "Spain is", 0, 1)  # without a circuit
+    assert said.names == ("0", "1")
+    assert said.total == pytest.approx(float(said.attribution.logits[0] - said.attribution.logits[1]))
+    with pytest.raises(ValueError, match="model must have an output per token; got 3 outputs for 12 tokens: name"):
+        hl.find_circuit(model)
     for call in (
         lambda: hl.attribute(model, "Spain is", answers=[0, 3]),
         lambda: metrics.prob(3).on(model),

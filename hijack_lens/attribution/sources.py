@@ -60,8 +60,8 @@ def attribute_sources(
         answers: the outputs whose logits to attribute, by id or text, in this order; by default the prompt's
             candidates, else (for one prompt) the ten with the largest logits.
         position: the position whose next-token logits to attribute; negative ones count from the end.
-        context: which part of the prompt is the context: a text or several, wherever they occur; or positions. By
-            default all before the last sentence; for a `BigramTransformer`, and where there is no text, all but the
+        context: which part of the prompt is the context: a text or several, wherever they occur before the position; or
+            positions. By default all before the last sentence; for a `BigramTransformer`, and where there is no text, all but the
             query's token. A text, and the default, leave out the first token, except in a `BigramTransformer`.
         carriers: heads whose share is split by source token as well: how many (those that bring most of the difference
             between the first two answers from positions after the first), or which, as for `hooks.ablate`. Each takes
@@ -150,8 +150,8 @@ def parts_of(model: Any, ids: Int[Tensor, "pos"], query: int, context: Span) -> 
         at = list(range(query))
     else:
         at = [i for i in before_last_sentence(model, ids[: query + 1]) if i < query]
-    if sink and (context is None or is_text(context)):
-        at = [i for i in at if i > 0]
+    if context is None or is_text(context):
+        at = [i for i in at if i < query and not (sink and i == 0)]
     if at and at[-1] >= query:
         raise ValueError(f"context must lie before the position {query} that is asked for, got {shown(context)}")
     if sink:
