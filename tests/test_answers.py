@@ -99,8 +99,14 @@ def test_verdict_and_winner_say_what_the_margin_says():
         tokens = prompts(1, 8, seed)[0]
         said = hl.explain(model, tokens, 5, 1, context=[2, 3, 4])
         assert said.winner == ("context" if said.total > 0 else "weights")
-        opening = "The context wins: '5' over '1'" if said.total > 0 else "The weights win: '1' over '5'"
-        assert said.verdict.startswith(f"{opening} by {abs(said.total):.2f} logits; the context gave")
+        context, weights = float(said.margin.context), float(said.margin.weights)
+        if said.total > 0:
+            opening = "The context wins" if context > 0 else "The weights speak for the context's answer"
+        else:
+            opening = "The weights win" if weights < 0 else "The context speaks against its own answer"
+        first, second = ("5", "1") if said.total > 0 else ("1", "5")
+        gave = f"the context gave {context:+.2f}, the weights {weights:+.2f}"
+        assert said.verdict.startswith(f"{opening}: '{first}' over '{second}' by {abs(said.total):.2f} logits; {gave}")
         apart = [check for check in said.checks if check.parts]
         assert ("Attribution and intervention part" in said.verdict) == bool(apart)
         for check in said.checks:

@@ -61,8 +61,9 @@ def attribute_sources(
             candidates, else (for one prompt) the ten with the largest logits.
         position: the position whose next-token logits to attribute; negative ones count from the end.
         context: which part of the prompt is the context: a text or several, wherever they occur before the position; or
-            positions. By default all before the last sentence; for a `BigramTransformer`, and where there is no text, all but the
-            query's token. A text, and the default, leave out the first token, except in a `BigramTransformer`.
+            positions. By default all before the last sentence; for a `BigramTransformer`, and where there is no text,
+            all but the query's token. A text, and the default, leave out the first token, except in a
+            `BigramTransformer`.
         carriers: heads whose share is split by source token as well: how many (those that bring most of the difference
             between the first two answers from positions after the first), or which, as for `hooks.ablate`. Each takes
             up to another pass per answer.

@@ -105,7 +105,10 @@ class AnswerExplanation(Drawn):
             said = f"Neither memory wins: {c} and {g} have the same logit"
         else:
             preferred, other = (c, g) if total > 0 else (g, c)
-            wins = "The context wins" if total > 0 else "The weights win"
+            if total > 0:
+                wins = "The context wins" if context > 0 else "The weights speak for the context's answer"
+            else:
+                wins = "The weights win" if weights < 0 else "The context speaks against its own answer"
             said = f"{wins}: {preferred} over {other} by {abs(total):.2f} logits"
         gave = f"the context gave {context:+.2f}, the weights {weights:+.2f}"
         heads = self.attribution.by_head(_NAMED)

@@ -42,8 +42,8 @@ def share_table(found: AnswerExplanation) -> Table:
         *((path.label, path.memory, f"{value:+.3f}") for path, value in zip(attribution.paths, wrote, strict=True)),
         ("sum", "", f"{sum(wrote):+.3f}"),
     ]
-    title = f"logit {found.names[0]!r} - logit {found.names[1]!r}, by where it entered"
-    return Table(("part of the prompt", "memory", "share"), rows, "llr", title, total=True)
+    share = f"{found.names[0]!r} - {found.names[1]!r}"
+    return Table(("part of the prompt", "memory", share), rows, "llr", "the margin, by where it entered", total=True)
 
 
 def check_table(found: AnswerExplanation) -> Table:
