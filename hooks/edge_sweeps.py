@@ -20,7 +20,8 @@ from hijack_lens.hooks.edges import (
     Edge,
     Receiver,
     Via,
-    check_edge,
+    check_receiver,
+    check_sender,
     edges_among,
     into_stream,
     patch_path,
@@ -101,8 +102,11 @@ def _edges(model: Any, components: Any, circuit: Any, via: Any) -> tuple[tuple[E
     edges = edges_among(model, components_of(model, components, names), inputs)
     if not edges:
         raise ValueError(f"via={shown(via)}: the components have no such inputs")
-    for edge in edges:
-        check_edge(model, edge.sender, edge.receiver, edge.via)
+    # Each end once: a deep model has far more edges than ends.
+    for sender in dict.fromkeys(edge.sender for edge in edges):
+        check_sender(model, sender)
+    for receiver, into in dict.fromkeys((edge.receiver, edge.via) for edge in edges):
+        check_receiver(model, receiver, into)
     return edges, names
 
 

@@ -98,6 +98,11 @@ def check_edge(model: Any, sender: Sender, receiver: Receiver, via: Via) -> None
         raise ValueError(f"via must be one of {inputs_of(receiver)} for receiver {receiver}, got {shown(via)}")
     if not precedes(model, sender, receiver):
         raise ValueError(f"sender {sender} must come before receiver {receiver}")
+    check_receiver(model, receiver, via)
+
+
+def check_receiver(model: Any, receiver: Receiver, via: Via) -> None:
+    """Checks that hook points reach this input of a receiver alone, and that its weights can be read."""
     if isinstance(receiver, str):
         return
     if _norms_after_only(model, receiver.layer):
