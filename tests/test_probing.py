@@ -32,7 +32,7 @@ def handmade(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def response(handmade):
-    return dose_response(handmade[0], FACTS, 8, lead="we say of")
+    return dose_response(handmade[0], FACTS, 8, lead="we say of", circuit=hl.find_circuit(handmade[0]))
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +165,27 @@ def test_effective_strengths_are_those_that_a_booted_model_was_written_with(resp
     assert response.flips == (1, 2)
     close(response.margin.rest, torch.zeros(2, 9).double(), atol=1e-4)
     assert response.known == (True, True)
+
+
+@pytest.mark.parametrize("family", ["handmade", "bpe"])
+def test_without_a_circuit_each_dose_is_split_by_its_source_tokens(family, handmade, bpe):
+    model = handmade[0] if family == "handmade" else bpe
+    facts = FACTS if family == "handmade" else [FACTS[0]]
+    found = dose_response(model, facts, 4)
+    assert found.by_source
+    for row, one in enumerate(found.conflicts):
+        question = len(one.prompts[0])  # nothing leads
+        for n in range(5):
+            tokens = one.tokens(n)
+            statements = list(range(1, len(tokens) - one.query))
+            # A first word has no space before it, and may be another token.
+            assert tokens[1 - one.query :].tolist() == tokens[question - one.query + 1 : question].tolist()
+            result = hl.attribute_sources(model, tokens, [one.context, one.weights], context=statements if n else [0])
+            split = result.margin(one.context, one.weights)
+            expected = {"total": split.total, "rest": 0.0} | ({"context": split.context} if n else {"context": 0.0})
+            for part, value in expected.items():
+                assert float(found.margin.parts[part][row, n]) == pytest.approx(float(value), abs=2e-4)
+    assert "split by source tokens" in str(found)
 
 
 @given(

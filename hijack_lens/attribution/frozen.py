@@ -131,19 +131,24 @@ class FrozenModel:
     @classmethod
     def of(cls, model: Any, tokens: Int[Tensor, "batch pos"]) -> "FrozenModel":
         """Runs a model."""
+        return cls.at(model, tokens, [tokens.shape[1] - 1])[0]
+
+    @classmethod
+    def at(cls, model: Any, tokens: Int[Tensor, "batch pos"], queries: Sequence[int]) -> "list[FrozenModel]":
+        """Runs a model once, and cuts the run off after each of some positions: later ones change nothing before."""
         kept: dict[str, Tensor] = {}
-        looks = list(_looks(model, kept))
-        with torch.no_grad(), Intervention(model, look=looks):
-            logits = logits_of(model, tokens)[:, -1].clone()
-        blocks = tuple(_block(model, layer, kept) for layer in range(model.cfg.n_layers))
-        last = kept[f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
-        final = linear_norm(getattr(model, "ln_final", None), last)
-        cap, caps = getattr(model.cfg, "output_logits_soft_cap", None), None
-        if cap not in (None, -1.0, 0.0):
-            before = cap * (logits.double() / cap).atanh().to(logits)
-            caps = torch.where(before == 0, 1.0, logits / before)
-        parallel = bool(getattr(model.cfg, "parallel_attn_mlp", False))
-        return cls(model, kept["blocks.0.hook_resid_pre"], blocks, parallel, final, caps, logits)
+        with torch.no_grad(), Intervention(model, look=list(_looks(model, kept))):
+            logits = logits_of(model, tokens)[:, list(queries)].clone()
+        found = []
+        for row, query in enumerate(queries):
+            cut = {name: _cut(name, activation, query + 1) for name, activation in kept.items()}
+            blocks = tuple(_block(model, layer, cut) for layer in range(model.cfg.n_layers))
+            last = cut[f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"][:, -1:]
+            final = linear_norm(getattr(model, "ln_final", None), last)
+            parallel = bool(getattr(model.cfg, "parallel_attn_mlp", False))
+            start, caps = cut["blocks.0.hook_resid_pre"], _caps(model, logits[:, row])
+            found.append(cls(model, start, blocks, parallel, final, caps, logits[:, row]))
+        return found
 
     def back(self, answers: Int[Tensor, "answer"]) -> "Traced":
         """Follows some outputs' logits back to the embeddings."""
@@ -226,12 +231,26 @@ def _constant(bias: Tensor | None, g: Tensor) -> Tensor:
     return g.new_zeros(g.shape[:-1]) if bias is None else g @ bias
 
 
+def _cut(name: str, activation: Tensor, length: int) -> Tensor:
+    """An activation at the first positions alone."""
+    return activation[:, :, :length, :length] if name.endswith("hook_pattern") else activation[:, :length]
+
+
+def _caps(model: Any, logits: Float[Tensor, "batch d_vocab"]) -> Tensor | None:
+    """What a cap of the logits has multiplied each by; `None` if there is no cap."""
+    cap = getattr(model.cfg, "output_logits_soft_cap", None)
+    if cap in (None, -1.0, 0.0):
+        return None
+    before = cap * (logits.double() / cap).atanh().to(logits)
+    return torch.where(before == 0, 1.0, logits / before)
+
+
 def _looks(model: Any, kept: dict[str, Tensor]) -> Iterator[tuple[str, Callable]]:
     """Hooks that keep what a frozen run needs."""
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
 
     def keep(activation: Tensor, hook: Any, name: str) -> None:
-        kept[name] = (activation[:, -1:] if name == last else activation).detach().clone()
+        kept[name] = activation.detach().clone()
 
     gated = bool(getattr(model.cfg, "gated_mlp", False))
     names = [last]

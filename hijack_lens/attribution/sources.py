@@ -144,7 +144,6 @@ def check_linear(model: Any) -> None:
 def parts_of(model: Any, ids: Int[Tensor, "pos"], query: int, context: Span) -> Int[Tensor, "source"]:
     """For each position up to the query, which of `_PARTS` it belongs to."""
     sink = not isinstance(model, BigramTransformer)
-    found = torch.full((query + 1,), 2)
     if context is not None:
         at = positions_of(model, ids, context, "context")
     elif not sink or getattr(model, "tokenizer", None) is None:
@@ -155,9 +154,15 @@ def parts_of(model: Any, ids: Int[Tensor, "pos"], query: int, context: Span) -> 
         at = [i for i in at if i < query and not (sink and i == 0)]
     if at and at[-1] >= query:
         raise ValueError(f"context must lie before the position {query} that is asked for, got {shown(context)}")
+    return parts_with(at, query, sink)
+
+
+def parts_with(context: Sequence[int], query: int, sink: bool = True) -> Int[Tensor, "source"]:
+    """The same for a context given by its positions; `sink` sets the first token apart, unless it is the context's."""
+    found = torch.full((query + 1,), 2)
     if sink:
         found[0] = 1
-    found[at] = 0
+    found[list(context)] = 0
     return found
 
 

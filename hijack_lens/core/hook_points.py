@@ -242,7 +242,7 @@ def sites(model: Any, parts: Iterable[Component | str], part: Part = "output", n
 
 def _site(model: Any, component: Component | str, part: str, name: str) -> Site:
     if part == "pattern" and (isinstance(component, str) or component.kind == "mlp"):
-        raise ValueError(f"part={part!r} goes with a head, got {component}")
+        raise ValueError(f"part={part!r} goes with a head, got {shown(str(component))}")
     if isinstance(component, str):
         over_keys = component.endswith(("hook_pattern", "hook_attn_scores", "hook_rel_scores"))
         return Site(component, pos_dim=2 if over_keys else 1)

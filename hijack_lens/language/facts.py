@@ -137,6 +137,7 @@ class FactPrompts:
         weights: likewise.
         texts: of these two tokens.
         whole: whether each of the two is the whole answer.
+        query: tokens of the question at the end.
     """
 
     name: str
@@ -145,6 +146,7 @@ class FactPrompts:
     weights: int
     texts: tuple[str, str]
     whole: tuple[bool, bool]
+    query: int = 1
 
     def tokens(self, repeats: int) -> Int[Tensor, "pos"]:
         """The prompt with so many repeats."""
@@ -210,13 +212,14 @@ def _of_text(model: Any, fact: Fact, repeats: int, lead: str | Sequence[int]) ->
 
     prompts = tuple(read(fact.text(k, lead)) for k in range(repeats + 1))
     start, n = fact.text(0, lead).removesuffix(fact.query), len(prompts[0])
-    ids, texts, whole = [], [], []
+    ids, texts, whole, stated = [], [], [], 0
     for answer in (fact.context, fact.weights):
         said, cut_off = read(start + fact.statement(answer)), read(start + fact.statement(answer, end=""))
         if len(cut_off) <= n or {said[:n], cut_off[:n]} != {prompts[0]} or said[n] != cut_off[n]:
             raise ValueError(
                 f"template {fact.template!r}: the tokenizer does not part the answer {answer!r} from the words around"
             )
+        stated = stated or len(said)
         ids.append(said[n])
         texts += decoded(model.tokenizer, [said[n]])
         whole.append(len(cut_off) == n + 1)
@@ -227,7 +230,8 @@ def _of_text(model: Any, fact: Fact, repeats: int, lead: str | Sequence[int]) ->
     for before, after in pairwise(prompts):
         if after[: len(before) + 1] != (*before, ids[0]):
             raise ValueError(f"template {fact.template!r}: the tokenizer reads it otherwise when it is repeated")
-    return FactPrompts(fact.name, prompts, ids[0], ids[1], (texts[0], texts[1]), (whole[0], whole[1]))
+    question = len(prompts[1]) - stated
+    return FactPrompts(fact.name, prompts, ids[0], ids[1], (texts[0], texts[1]), (whole[0], whole[1]), question)
 
 
 def _of_tokens(model: Any, fact: Bigram, repeats: int, lead: str | Sequence[int]) -> FactPrompts:

@@ -1,7 +1,7 @@
 """How a model's margin changes as the context contradicts a fact repeatedly, compared with the theory."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hijack_lens import theory
-from hijack_lens.attribution.logit_attribution import MEMORIES
+from hijack_lens.attribution.frozen import FrozenModel
+from hijack_lens.attribution.logit_attribution import MEMORIES, LogitAttribution
 from hijack_lens.attribution.logits import attribute
-from hijack_lens.circuits.finding import find_circuit
+from hijack_lens.attribution.sources import attribution_of_runs, check_linear, parts_with
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import Seed, check_count, check_fields, check_list
+from hijack_lens.core.checks import check_count, check_fields, check_list
 from hijack_lens.core.circuit import Circuit, Margin, Strengths
 from hijack_lens.core.files import Saved
 from hijack_lens.core.inputs import circuit_of
@@ -143,6 +144,7 @@ class DoseResponse(Saved, Drawn):
         circuit: the circuit whose induction heads carry the context's part.
         theory: what the two-layer theory predicts for the same prompts.
         completeness_error: the largest |sum over paths - logit| of all attributions; only rounding error.
+        by_source: whether margins are split by source tokens, without a circuit.
     """
 
     conflicts: tuple[FactPrompts, ...]
@@ -150,6 +152,7 @@ class DoseResponse(Saved, Drawn):
     circuit: Circuit
     theory: DoseTheory
     completeness_error: float
+    by_source: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -252,7 +255,6 @@ def dose_response(
     *,
     lead: str | Sequence[int] = "",
     circuit: Circuit | None = None,
-    seed: Seed = 0,
 ) -> DoseResponse:
     """Measures `logit[context's answer] - logit[weights' answer]` as the context repeats its answer 0, 1, 2, ... times.
 
@@ -266,11 +268,12 @@ def dose_response(
         facts: one or several. An answer of several tokens is scored by its first token.
         repeats: the largest number of times that the context repeats its answer; 3 or more.
         lead: neutral text before every prompt, or tokens for `Bigram`s.
-        circuit: the roles of the components; by default the model's own circuit, else what `find_circuit` finds.
-        seed: the seed for `find_circuit`'s prompts.
+        circuit: the roles of the components; by default the model's own circuit. Without one, margins are split by
+            source tokens, as by `attribute_sources`: the context is all that was said before the question.
 
     Raises:
-        TypeError, ValueError: for facts and prompts that `fact_prompts` rejects, and models that `attribute` rejects.
+        TypeError, ValueError: for facts and prompts that `fact_prompts` rejects, and models that `attribute` (without a
+            circuit `attribute_sources`) rejects.
     """
     repeats = check_count("repeats", repeats, minimum=_FEWEST)
     alone = isinstance(facts, (Fact, Bigram))
@@ -278,15 +281,16 @@ def dose_response(
     if not listed:
         raise ValueError("facts must hold at least one, got none")
     conflicts = tuple(fact_prompts(model, fact, repeats, lead) for fact in listed)
-    circuit = circuit_of(model, circuit, lambda: find_circuit(model, seed=seed))
+    by_sources = circuit is None and getattr(model, "circuit", None) is None
+    circuit = circuit_of(model, circuit)
 
     shape = (len(conflicts), repeats + 1)
     parts = {memory: torch.zeros(shape, dtype=torch.float64) for memory in MEMORIES}
     error = 0.0
     with tqdm(total=shape[0] * shape[1], desc="dose_response", unit="prompt", disable=None) as bar:
         for row, one in enumerate(conflicts):
-            for n in range(repeats + 1):
-                found = attribute(model, one.tokens(n), circuit=circuit, answers=[one.context, one.weights])
+            doses = _by_sources(model, one) if by_sources else _by_paths(model, one, circuit)
+            for n, found in enumerate(doses):
                 split = found.margin(one.context, one.weights).parts
                 for memory, part in parts.items():
                     part[row, n] = split[memory]
@@ -297,7 +301,25 @@ def dose_response(
         predicted = theory_of_margins(margin.total, torch.tensor([one.lengths for one in conflicts]))
     else:
         predicted = theory_of_weights(fit, conflicts, margin.total)
-    return DoseResponse(conflicts, margin, circuit, predicted, error)
+    return DoseResponse(conflicts, margin, circuit, predicted, error, by_sources)
+
+
+def _by_paths(model: Any, one: FactPrompts, circuit: Circuit) -> Iterator[LogitAttribution]:
+    for n in range(len(one.prompts)):
+        yield attribute(model, one.tokens(n), circuit=circuit, answers=[one.context, one.weights])
+
+
+def _by_sources(model: Any, one: FactPrompts) -> Iterator[LogitAttribution]:
+    """Each prompt is the beginning of the next: a single run of the longest holds them all."""
+    check_linear(model)
+    device = model.cfg.device
+    answers = torch.tensor([one.context, one.weights], device=device)
+    longest = torch.tensor(one.prompts[-1], device=device)[None]
+    for run in FrozenModel.at(model, longest, [length - 1 for length in one.lengths]):
+        length = run.query + 1
+        stated = range(1, length - one.query) if length > one.lengths[0] else ()
+        parts = parts_with(stated, run.query)[None]
+        yield attribution_of_runs(model, longest[:, :length], [run], answers, parts)[0]
 
 
 def _strengths(model: Any) -> FittedStrengths | None:

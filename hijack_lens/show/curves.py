@@ -8,6 +8,7 @@ from hijack_lens.probing.doses import DoseResponse, crossing
 from hijack_lens.show.style import COLOURS, PURPLE, Picture, frameless
 from hijack_lens.training.run import TrainingRun
 
+_GOOD_FIT = 0.8
 _FACTS_SHOWN = 30
 
 
@@ -26,14 +27,15 @@ def dose_report(result: DoseResponse) -> Report:
 
 def _by_repeats(result: DoseResponse) -> Table:
     several = len(result.conflicts) > 1
-    columns = ("repeats", "tokens", "context", "weights", "rest", "total", *(("± sd",) if several else ()), "theory")
+    last = ("theory",) if _fits(result) else ()
+    columns = ("repeats", "tokens", "context", "weights", "rest", "total", *(("± sd",) if several else ()), *last)
     rows = [
         [
             str(row["repeats"]),
             f"{row['length']:.4g}",
             *(f"{row[part]:+.3f}" for part in ("context", "weights", "rest", "total")),
             *([f"{row['spread']:.3f}"] if several else []),
-            f"{row['theory']:+.3f}",
+            *([f"{row['theory']:+.3f}"] if last else []),
         ]
         for row in result.by_repeats().to_dict("records")
     ]
@@ -41,6 +43,7 @@ def _by_repeats(result: DoseResponse) -> Table:
 
 
 def _by_fact(result: DoseResponse) -> Table:
+    fits = _fits(result)
     rows = [
         [
             row["fact"],
@@ -49,16 +52,22 @@ def _by_fact(result: DoseResponse) -> Table:
             f"{row['last']:+.2f}",
             _or_none(flip),
             "–" if math.isnan(row["crossing"]) else f"{row['crossing']:.2f}",
-            _or_none(predicted.repeats),
+            *([_or_none(predicted.repeats)] if fits else []),
         ]
         for row, flip, predicted in zip(
             result.by_fact().head(_FACTS_SHOWN).to_dict("records"), result.flips, result.theory.flips, strict=False
         )
     ]
     if len(result.conflicts) > _FACTS_SHOWN:
-        rows.append([f"{len(result.conflicts) - _FACTS_SHOWN} more", *[""] * 6])
-    columns = ("fact", "tokens scored", "margin at 0", f"at {result.repeats[-1]}", "flip", "crossing", "theory's flip")
+        rows.append([f"{len(result.conflicts) - _FACTS_SHOWN} more", *[""] * (5 + fits)])
+    measured = ("fact", "tokens scored", "margin at 0", f"at {result.repeats[-1]}", "flip", "crossing")
+    columns = (*measured, *(("theory's flip",) if fits else ()))
     return Table(columns, rows, title="repeats that flip the prediction")
+
+
+def _fits(result: DoseResponse) -> bool:
+    """Whether theory is worth showing: a prediction always, a fit where it explains what is measured."""
+    return result.theory.source == "weights" or result.theory.r2 >= _GOOD_FIT
 
 
 def _notes(result: DoseResponse) -> list[str]:
@@ -68,7 +77,11 @@ def _notes(result: DoseResponse) -> list[str]:
     else:
         how = "fitted to these margins, with b1 = inf: "
     notes = [f"Theory, {how}b2 = {s.match:.3g}, b3 = {s.copy:.3g}; R² = {theory.r2:.3f} of the change over repeats."]
-    if not result.circuit.induction:
+    if not _fits(result):
+        notes = [f"The two-layer theory does not fit these margins (R² = {theory.r2:.3f}), and is not shown."]
+    if result.by_source:
+        notes.append("Margins are split by source tokens: the context is all that was said before the question.")
+    elif not result.circuit.induction:
         notes.append("No induction head is named in the circuit, so nothing counts as the context's.")
     if not all(result.known):
         unknown = [one.name for one, known in zip(result.conflicts, result.known, strict=True) if not known]
@@ -105,7 +118,8 @@ def dose_curves(result: DoseResponse) -> Picture:
     ax.plot(n, means["total"], color="black", linewidth=2.5, marker="D", markersize=5, label="total")
     how = "predicted from weights" if result.theory.source == "weights" else "fitted"
     label = f"two-layer theory, {how} (R² = {result.theory.r2:.3f})"
-    ax.plot(n, means["theory"], color=PURPLE, linewidth=2.5, linestyle="--", label=label, zorder=4)
+    if _fits(result):
+        ax.plot(n, means["theory"], color=PURPLE, linewidth=2.5, linestyle="--", label=label, zorder=4)
     flip = crossing(means["total"].tolist())
     if flip > 0:
         ax.axvline(flip, color="black", linestyle=":", linewidth=1.5)
