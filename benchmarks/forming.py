@@ -1,7 +1,7 @@
 """What training reaches by default on bigram languages of many kinds: steps, seconds, and where each memory ends.
 
 Each row differs from the first in what its name says. Names of rows may be given, to run only those; results are kept
-row by row, so that a run that was stopped goes on.
+row by row, so that a run that was stopped goes on. Draws docs/forming.png.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import torch
 from common import RESULTS, write
 
 import hijack_lens as hl
+from hijack_lens.show.style import BLUE, ORANGE, Picture, frameless
 
 SEEDS = 10  # of the language on which counted steps at a rate of 1e-2 fail
 
@@ -162,9 +163,37 @@ def trained(
     }
 
 
+def draw(rows):
+    """Where each memory ended, row by row."""
+    first = "V 50, Dirichlet .3, 5 frequent, length 128, relative: seed"
+    names = [name.replace(first, "V 50, Dirichlet .3, seed") for name in rows]
+    picture, places = Picture(10.0, 0.22 * len(rows) + 1.2), range(len(rows))
+    left, right = picture.figure.subplots(1, 2, sharey=True)
+    colours = [ORANGE if "recipe" in name else BLUE for name in names]
+    keys = ("in_context_accuracy", "best_possible", "without_order", "bigram_excess_nats")
+    column = {key: [row[key] for row in rows.values()] for key in keys}
+    left.scatter(column["in_context_accuracy"], places, c=colours, s=22, zorder=3, label="reached")
+    left.scatter(column["best_possible"], places, marker="|", c="black", label="best possible")
+    left.scatter(column["without_order"], places, marker="x", s=16, c="#999999", label="without order")
+    left.axvline(0.97, color="black", linestyle=":", linewidth=1)
+    left.set_yticks(places, names, fontsize=8)
+    left.invert_yaxis()
+    left.set_xlabel("in-context accuracy (dotted: 0.97)")
+    left.legend(loc="lower left", fontsize=8)
+    right.scatter(column["bigram_excess_nats"], places, c=colours, s=22)
+    right.axvline(0.05, color="black", linestyle=":", linewidth=1)
+    right.set_xscale("log")
+    right.set_xlabel("loss above the true bigrams', in nats (dotted: 0.05)")
+    for ax in (left, right):
+        ax.grid(axis="y", linewidth=0.3)
+        frameless(ax)
+    picture.save(Path(__file__).parents[1] / "docs" / "forming.png")
+
+
 stored = RESULTS / "forming.json"
 rows = json.loads(stored.read_text())["rows"] if stored.exists() else {}
 for name in sys.argv[1:] or ROWS:
     if name not in rows or sys.argv[1:]:
         rows[name] = trained(**ROWS[name])
         write("forming", {"languages": "dirichlet, seed 99", "rows": {row: rows[row] for row in ROWS if row in rows}})
+draw(rows)
