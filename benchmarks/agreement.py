@@ -12,7 +12,7 @@ from common import write
 from hijack_lens import attribute_sources, explain
 from hijack_lens.language import RELATIONS
 from hijack_lens.language.facts import fact_prompts
-from hijack_lens.models.loading import load_model
+from hijack_lens.models import load_model
 
 FACTS, SEED, OTHERS, DOSES = 20, 5, 4, 8
 

@@ -13,7 +13,7 @@ from common import write
 from hijack_lens import Fact, find_carriers, hooks
 from hijack_lens.language import RELATIONS
 from hijack_lens.language.facts import fact_prompts
-from hijack_lens.models.loading import load_model
+from hijack_lens.models import load_model
 
 STRENGTHS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0)
 TRIED = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)

@@ -460,10 +460,13 @@ test_types_are_refused = refused(
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_table_of_a_large_vocabulary_is_refused():
+def test_of_a_large_vocabulary_the_prompts_own_tokens_are_asked_for_unless_all_are():
     model = hooked(d_vocab=20_000)
+    own = context_memory(model, torch.tensor([3, 1, 2, 3]), INDUCTION, position=-2)
+    assert own.query_tokens == (1, 2, 3)
+    assert own.values.shape == (3, 20_000)
     with pytest.raises(ValueError, match="query_tokens and answers must be fewer: 20000 by 20000 tokens take"):
-        context_memory(model, torch.tensor([1, 2, 3]), INDUCTION)
+        context_memory(model, torch.tensor([1, 2, 3]), INDUCTION, query_tokens=range(20_000))
     few = context_memory(model, torch.tensor([1, 2, 3]), INDUCTION, query_tokens=[19_999], answers=[5, 7])
     assert few.values.shape == (1, 2)
     assert HEADS[2] == few.head

@@ -130,7 +130,8 @@ def memory_conflict(
         model: a HookedTransformer or TransformerBridge of any depth.
         prompt: a single prompt: text, tokens or a `HijackPrompt`. What comes after the position does not matter.
         position: where the token is replaced; negative ones count from the end.
-        query_tokens: tokens to put there, by id or text; by default the whole vocabulary.
+        query_tokens: tokens to put there, by id or text; by default the whole vocabulary, or, where that is too large
+            for a table, the prompt's own tokens.
         answers: outputs whose logits to give; by default all.
         circuit: the roles of the components; by default `model.circuit`.
 

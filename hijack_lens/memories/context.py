@@ -125,7 +125,8 @@ def context_memory(
         head: the head to read: a `Component`, its place ("L1H0"), or a role that just one head plays; by default the
             circuit's induction head.
         position: where it is read; negative ones count from the end.
-        query_tokens: tokens to put there, by id or text; by default the whole vocabulary.
+        query_tokens: tokens to put there, by id or text; by default the whole vocabulary, or, where that is too large
+            for a table, the prompt's own tokens.
         answers: outputs whose logits to give; by default all.
         circuit: the roles of the components; by default `model.circuit`, if there is one.
 

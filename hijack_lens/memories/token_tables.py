@@ -140,6 +140,8 @@ def token_tables(model: Any, prompt: object, position: int, query_tokens: Tokens
     length = ids.shape[1]
     at = check_position("position", position, length, length - 1)
     rows, columns = token_ids(model, "query_tokens", query_tokens), token_ids(model, "answers", answers, output=True)
+    if query_tokens is None and len(rows) * (len(columns) + at + 1) > _MOST_CELLS:
+        rows = ids[0, : at + 1].unique().cpu()
     n_cells = len(rows) * (len(columns) + at + 1)
     if n_cells > _MOST_CELLS:
         raise ValueError(
