@@ -571,6 +571,7 @@ ONE_HEAD = hl.Circuit(induction=(INDUCTION,))
 ANALYSES = {
     "attribute": lambda model, a, b: hl.attribute(model, a, answers=[1, 2]).values,
     "attribute_scores": lambda model, a, b: hl.attribute_scores(model, a[0], "L1H0").values,
+    "attribute_sources": lambda model, a, b: hl.attribute_sources(model, a, [1, 2], carriers=1).values,
     "context_memory": lambda model, a, b: hl.context_memory(model, a[0], "L1H0").attention,
     "shapley": lambda model, a, b: hl.shapley(model, a, METRIC, ["L0H0", "L1H0"]).values,
     "patch_sweep": lambda model, a, b: hooks.patch_sweep(model, a, b, METRIC).values,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from bridges_for_tests import BOOTED, booted, modern, scattered
 from hypothesis import given
-from models_for_tests import close, handwritten, hooked, prompts
+from models_for_tests import close, handwritten, hooked, native, prompts
 from plain_network import run
 from refusals import refused
 from test_attribution_deep import deep_models, many
@@ -227,6 +227,15 @@ def test_bridges_against_gradients_of_hugging_faces_own_frozen_run(family):
     for row in range(2):
         close(by_source(result[row])[0], embed[row], atol=1e-5 * size)
     assert result.completeness_error <= 1e-6 * size
+
+
+@pytest.mark.parametrize("norm", [None, "LN", "RMS"])
+def test_a_native_bridge_is_its_twin(norm):
+    bridge, twin = native(norm)
+    tokens = prompts(2, 6)
+    found, expected = (attribute_sources(model, tokens, [1, 2], carriers=2) for model in (bridge, twin))
+    close(found.values, expected.values, atol=1e-5 if norm == "RMS" else 1e-9)  # this bridge's norm is in float32
+    close(found.links, expected.links, atol=1e-5 if norm == "RMS" else 1e-9)
 
 
 def test_factors_of_the_residual_stream_and_the_logits_are_followed_or_refused():

@@ -29,6 +29,7 @@ MODELS = {
 ANALYSES = {
     "attribute": lambda model: hl.attribute(model, CLEAN[0], circuit=TWO, answers=[1, 2]).values,
     "attribute_scores": lambda model: hl.attribute_scores(model, CLEAN[0], HEADS[2]).values,
+    "attribute_sources": lambda model: hl.attribute_sources(model, CLEAN[0], [1, 2], carriers=1).values,
     "shapley": lambda model: hl.shapley(model, CLEAN, METRIC, TWO).values,
     "explain": lambda model: torch.tensor(hl.explain(model, CLEAN[0], 1, 2, circuit=TWO).total),
     "find_circuit": lambda model: hl.find_circuit(model, n_prompts=8).evidence.induction.score,
@@ -172,11 +173,12 @@ def lora():
 
 
 READERS = {
-    "path_sweep": r"blocks.1.attn.q, a Linear, does not compute what its W_Q says: merge adapters",
-    "edge_attribution": r"blocks.1.attn.q, a Linear, does not compute",
+    "path_sweep": r"blocks.\d.attn.[qo], a Linear, does not compute what its W_[QO] says: merge adapters",
+    "edge_attribution": r"blocks.\d.attn.[qo], a Linear, does not compute",
     "context_memory": r"blocks.1.attn.o, a Linear, does not compute",
     "attribute": "does not compute|misses the logits|reads cannot be split",
     "memory_neurons": "is not the sum of its neurons",
+    "attribute_sources": r"blocks.0.attn.v, a Linear, does not compute",
 }
 
 

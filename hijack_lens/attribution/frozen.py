@@ -21,6 +21,7 @@ from hijack_lens.hooked import HookedTransformer
 from hijack_lens.hooks.edges import norms_of_heads, norms_of_mlp, read_stream
 from hijack_lens.hooks.intervention import Intervention, logits_of
 from hijack_lens.models.linear_maps import LinearNorm, linear_norm
+from hijack_lens.models.readable import check_readable
 
 Readings = Float[Tensor, "batch answer pos d_model"]
 """What each answer's logit reads of the residual stream at each position."""
@@ -139,6 +140,9 @@ class FrozenModel:
         kept: dict[str, Tensor] = {}
         with torch.no_grad(), Intervention(model, look=list(_looks(model, kept))):
             logits = logits_of(model, tokens)[:, list(queries)].clone()
+        for layer in range(model.cfg.n_layers):
+            has_mlp = f"blocks.{layer}.mlp.hook_pre" in kept
+            check_readable(model, layer, "attn.W_V", "attn.W_O", *(("mlp.W_in", "mlp.W_out") if has_mlp else ()))
         found = []
         for row, query in enumerate(queries):
             cut = {name: _cut(name, activation, query + 1) for name, activation in kept.items()}
