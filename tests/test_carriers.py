@@ -115,6 +115,18 @@ def as_tokens(model, text):
     return torch.tensor([model.tokenizer.convert_tokens_to_ids(text)])
 
 
+def check_cache(model):
+    """Skips where TransformerLens itself does not attend to what is in the cache, as 4.3 with transformers 5.24."""
+    seen = []
+    with (
+        torch.no_grad(),
+        hooks.Intervention(model, look=[("blocks.0.attn.hook_pattern", lambda x, hook: seen.append(x))]),
+    ):
+        model.generate(prompts(1, 5), max_new_tokens=2, do_sample=False, stop_at_eos=False, verbose=False)
+    if seen[-1].shape[-1] == 1:
+        pytest.skip("this TransformerLens's bridges lose the cache of this transformers: what is generated is wrong")
+
+
 @pytest.mark.parametrize("family", ["HookedTransformer", "Llama"])
 def test_with_a_key_value_cache_each_new_token_is_steered_as_the_last(family):
     if family == "Llama":
@@ -124,6 +136,7 @@ def test_with_a_key_value_cache_each_new_token_is_steered_as_the_last(family):
         model, tokens = handwritten(7), prompts(1, 5)
         assert model.language.d_vocab == language.d_vocab
     heads = (Component(1, "head", 0), Component(0, "head", 0))
+    check_cache(model)
     carriers = _carriers(heads, 5.0)
     options = {"max_new_tokens": 4, "do_sample": False, "stop_at_eos": False, "verbose": False, "return_type": "tokens"}
     with torch.no_grad():
@@ -141,6 +154,7 @@ def test_with_a_key_value_cache_each_new_token_is_steered_as_the_last(family):
 
 def test_a_cache_that_was_filled_before_is_refused():
     model = BOOTED["Llama"]()
+    check_cache(model)
     tokens = prompts(1, 5, d_vocab=13)
     with torch.no_grad():
         cache = model.original_model(tokens, use_cache=True).past_key_values
