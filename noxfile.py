@@ -48,7 +48,8 @@ def tl_4(session: nox.Session) -> None:
 @nox.session(python="3.10", venv_backend="uv")
 def lowest(session: nox.Session) -> None:
     """The tests with exactly the lowest versions that pyproject.toml declares, on the lowest Python."""
-    extras = (PROJECT["optional-dependencies"][extra] for extra in ("distributed", "parquet", "slurm", "test"))
+    named = ("distributed", "parquet", "slurm", "smollm2", "test")
+    extras = (PROJECT["optional-dependencies"][extra] for extra in named)
     declared = sum(extras, PROJECT["dependencies"])
     lowest = [re.sub(r">=([^,;]+)[^;]*", r"==\1", requirement) for requirement in declared if ">=" in requirement]
     # PyTorch 2.6 compiles with setuptools, which it declares from Python 3.12 on only.

@@ -113,7 +113,10 @@ def _converted(file: Path) -> Path:
     if folder.is_dir():
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import import_utils
 
+    # Python 3.10 does not know which distribution the package gguf is of, from which transformers reads its version.
+    getattr(import_utils, "PACKAGE_DISTRIBUTION_MAPPING", {}).setdefault("gguf", ["gguf"])
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
     try:
