@@ -2,14 +2,23 @@
 
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import hijack_lens as hl
 
 
 def modules():
     return [found.name for found in pkgutil.walk_packages(hl.__path__, "hijack_lens.")]
+
+
+def test_every_room_is_packaged():
+    root = Path(__file__).parents[1]
+    listed = re.search(r"^packages = \[(.*?)^\]", (root / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    rooms = {f"hijack_lens.{found.parent.name}" for found in (root / "hijack_lens").glob("*/__init__.py")}
+    assert set(re.findall(r'"([\w.]+)"', listed[1])) == rooms | {"hijack_lens", "hijack_lens.hooks"}
 
 
 def test_no_public_name_hides_a_module():
