@@ -14,6 +14,7 @@ from hijack_lens.core.checks import check_choice, check_number, check_type, show
 from hijack_lens.core.hook_points import position_index, sites, without_hooks
 from hijack_lens.core.inputs import Components, components_of, indices
 from hijack_lens.core.spans import is_text, token_runs
+from hijack_lens.core.tables import widened
 from hijack_lens.hooked import HookedTransformer
 from hijack_lens.hooks.intervention import HookFunction, Intervention
 from hijack_lens.models.linear_maps import rounding
@@ -40,8 +41,9 @@ def scale(
         components: as for `ablate`; heads only, where there is a `source`.
         factor: 0 switches off, 1 changes nothing.
         source: the source tokens: a text or several, found wherever their tokens stand in a run, with or without a
-            space before; positions in the run's prompt; or a mask [batch, pos] of its tokens. When text is generated
-            with a key-value cache, they are those of the prompt: what is generated does not count.
+            space before (so the pieces of a longer word may be, too); positions in the run's prompt; or a mask [batch,
+            pos] of its tokens. When text is generated with a key-value cache, they are those of the prompt: what is
+            generated does not count.
         positions: where the components write; by default, at the last token of each forward pass. `None` is all.
 
     Raises:
@@ -133,9 +135,9 @@ class _Sources:
         """Where the stream is a token's embedding, whatever its position."""
         if self.added is None:
             return (stream == token).all(-1)
-        added = self.added.to(stream)
-        nearest = torch.cdist(stream - token, added, compute_mode="donot_use_mm_for_euclid_dist").min(-1).values
-        return nearest <= rounding(stream.dtype) * (token.norm() + added.norm(dim=-1).max())
+        wide, one, added = (widened(x) for x in (stream, token, self.added.to(stream)))
+        nearest = torch.cdist(wide - one, added, compute_mode="donot_use_mm_for_euclid_dist").min(-1).values
+        return nearest <= rounding(stream.dtype) * (one.norm() + added.norm(dim=-1).max())
 
     def among(self, n_keys: int, device: torch.device) -> Bool[Tensor, "batch key"]:
         """Which keys of this pass are source tokens, those of earlier passes included."""

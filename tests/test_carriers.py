@@ -109,6 +109,19 @@ def test_text_is_found_in_each_prompt_and_others_stay_to_the_bit(family):
             assert not torch.equal(model(tokens)[1], plain[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_text_is_found_in_half_precision(dtype):
+    model, tokens = handwritten(7, dtype=dtype), torch.tensor([[1, 2, 3, 1]])
+    with torch.no_grad():
+        plain = model(tokens)
+        with hooks.scale(model, "L1H0", 0.3, source=[1]):
+            expected = model(tokens)
+        for token, logits in ((2, expected), (5, plain)):
+            with hooks.scale(model, "L1H0", 0.3, source=model.language.tokens[token]):
+                assert torch.equal(model(tokens), logits)
+    assert not torch.equal(expected, plain)
+
+
 def as_tokens(model, text):
     if isinstance(text, str):
         return model.to_tokens(text)

@@ -30,6 +30,32 @@ def test_it_reads_text_as_its_own_tokenizer_does(model):
     assert chat.source_texts().count("<|im_start|>") == 3  # system, user, assistant; none twice
 
 
+@pytest.mark.parametrize(
+    ("prompt", "context", "expected"),
+    [
+        ("The fox ate it. Then pi is 3.14 and it is", None, " fox ate it."),
+        ("The 🦊 ate it. Then pi is 3.14 and it is", None, " 🦊 ate it."),
+        ("The 🦊 lives in Ouagadougou. It lives in", "Ouagadougou", " Ouagadougou"),
+        ("So the 🦊 is in 北京 café. Then it is", "北京", " 北京"),
+        ("So one two one two one. Then it is", "one two one", " one two one two one"),
+    ],
+)
+def test_parts_of_prompts_are_found_whatever_their_characters_are_cut_into(prompt, context, expected, model):
+    result = attribute_sources(model, prompt, [" Paris", " Rome"], context=context)
+    assert model.tokenizer.decode(result.tokens[list(result.context)]) == expected
+
+
+def test_both_answers_are_compared_as_the_contexts_is_written_there(model):
+    prompts = [f"The capital of {x} is Rome. So the capital of {x} is" for x in ("France", "Spain", "Japan", "Poland")]
+    found = []
+    for rome, paris in (("Rome", "Paris"), (" Rome", "Paris"), ("Rome", " Paris"), (" Rome", " Paris")):
+        try:
+            found.append(hl.find_carriers(model, prompts, [rome] * 4, [paris] * 4).flow)
+        except ValueError as error:  # so few prompts may single out no head; then all say so alike
+            found.append(str(error))
+    assert all(torch.equal(one, found[0]) if isinstance(one, torch.Tensor) else one == found[0] for one in found)
+
+
 @pytest.mark.parametrize("prompt", MARGINS)
 def test_shares_of_source_tokens_are_those_of_another_implementation(prompt, model):
     result = attribute_sources(model, prompt, [" London", " Paris"])

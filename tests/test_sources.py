@@ -259,6 +259,15 @@ def test_factors_of_the_residual_stream_and_the_logits_are_followed_or_refused()
         attribute_sources(booted(scattered(GraniteForCausalLM(config))), tokens[0], [2, 9])
 
 
+def test_a_logit_cap_that_is_reached_is_no_loss():
+    model, tokens = hooked("LN", output_logits_soft_cap=2.0, dtype=torch.float32), prompts(1, 5)[0]
+    with torch.no_grad():
+        model.unembed.W_U *= 20
+    result = attribute_sources(model, tokens, [1, 2])
+    assert float(result.logits.abs().max()) == 2.0
+    assert result.completeness_error < 1e-5
+
+
 def test_a_position_within_the_prompt_is_the_prompt_up_to_there():
     model, tokens = hooked("LN", n_layers=3), prompts(2, 7)
     within = attribute_sources(model, tokens, [1, 2], position=3, context=[0, 2], carriers=2)
@@ -398,6 +407,15 @@ test_bad_input_is_refused = refused(
         "carriers must be at least 0": lambda: attribute_sources(hooked(), prompts(1, 4)[0], [1, 2], carriers=-1),
         "carriers must be attention heads": lambda: attribute_sources(
             hooked(), prompts(1, 4)[0], [1, 2], carriers="L0MLP"
+        ),
+        "context must hold at least one text or position, got none": lambda: attribute_sources(
+            hooked(), prompts(1, 4)[0], [1, 2], context=[]
+        ),
+        "context must lie before the position 2 that is asked for, and after its first token, got 'b'": lambda: (
+            attribute_sources(BOOTED["Llama"](), torch.tensor([0, 2, 12]), ["a", "b"], context="b")
+        ),
+        "model attends to later positions": lambda: attribute_sources(
+            hooked("LN", attention_dir="bidirectional"), prompts(1, 4)[0], [1, 2]
         ),
         "a norm inside the MLP": lambda: attribute_sources(
             hooked("LN", "gelu", 3, act_fn="solu_ln"), prompts(1, 4)[0], [1, 2]

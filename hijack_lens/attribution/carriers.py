@@ -18,6 +18,7 @@ from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.core.inputs import model_tokens
 from hijack_lens.core.spans import token_runs
 from hijack_lens.core.statistics import chance
+from hijack_lens.core.texts import decoded
 from hijack_lens.hooks.intervention import logits_of
 from hijack_lens.hooks.scaling import scale
 from hijack_lens.language.facts import Fact
@@ -140,20 +141,25 @@ def _case(model: Any, text: Any, context: Any, weights: Any, name: str) -> _Case
         raise ValueError(f"{name} must be a single prompt, got a batch of {len(tokens)}")
     ids = tokens[0].tolist()
     said = torch.zeros(len(ids), dtype=torch.bool)
-    first: dict[str, int] = {}
-    runs = {"context": token_runs(model, context, "context"), "weights": token_runs(model, weights, "weights")}
-    for run in runs["context"]:
+    last: tuple[int, list[int]] | None = None
+    for run in token_runs(model, context, "context"):
         for start in range(1, len(ids) - len(run)):
             if ids[start : start + len(run)] == run:
                 said[start : start + len(run)] = True
-                first["context"] = run[0]
-    if "context" not in first:
+                last = max((start, run), last or (0, run))
+    if last is None:
         raise ValueError(f"{name} must hold the context's answer {shown(context)} before its last token")
-    spaced = runs["context"].index(next(run for run in runs["context"] if run[0] == first["context"]))
-    pair = first["context"], runs["weights"][min(spaced, len(runs["weights"]) - 1)][0]
+    # The weights' answer is spelled as the context's was last, with a space before it or without.
+    runs = token_runs(model, weights, "weights")
+    alike = [run for run in runs if _is_spaced(model, run) == _is_spaced(model, last[1])]
+    pair = last[1][0], (alike or runs)[0][0]
     if pair[0] == pair[1]:
         raise ValueError(f"{name}: the answers {shown(context)} and {shown(weights)} begin with the same token")
     return _Case(tokens[0], said.to(tokens.device), pair)
+
+
+def _is_spaced(model: Any, run: Sequence[int]) -> bool:
+    return decoded(model.tokenizer, run[:1])[0].startswith(" ")
 
 
 def _groups(cases: Sequence[_Case]) -> list[list[_Case]]:

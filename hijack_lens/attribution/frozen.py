@@ -112,7 +112,7 @@ class FrozenModel:
         start: the residual stream that the first block reads.
         blocks: each block's heads, its MLP if there is one, and whether the MLP reads what attention reads.
         final: the last norm.
-        caps: what a cap of the logits multiplies each by.
+        last: the residual stream that the last norm reads.
         logits: of the position, as the model gives them.
     """
 
@@ -121,7 +121,7 @@ class FrozenModel:
     blocks: tuple[tuple[FrozenAttention, LinearMLP | None], ...]
     parallel: bool
     final: LinearNorm
-    caps: Float[Tensor, "batch d_vocab"] | None
+    last: Float[Tensor, "batch 1 d_model"]
     logits: Float[Tensor, "batch d_vocab"]
 
     @property
@@ -150,8 +150,8 @@ class FrozenModel:
             last = cut[f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"][:, -1:]
             final = linear_norm(getattr(model, "ln_final", None), last)
             parallel = bool(getattr(model.cfg, "parallel_attn_mlp", False))
-            start, caps = cut["blocks.0.hook_resid_pre"], _caps(model, logits[:, row])
-            found.append(cls(model, start, blocks, parallel, final, caps, logits[:, row]))
+            start = cut["blocks.0.hook_resid_pre"]
+            found.append(cls(model, start, blocks, parallel, final, last, logits[:, row]))
         return found
 
     def back(self, answers: Int[Tensor, "answer"]) -> "Traced":
@@ -203,7 +203,10 @@ class FrozenModel:
     def _unembedded(self, answers: Int[Tensor, "answer"]) -> tuple[Readings, Tensor]:
         """How the answers' logits read the last stream at the query; and what the biases add."""
         W_U, b_U = self.model.W_U[:, answers].T, self.model.b_U[answers]
-        caps = self.logits.new_ones(len(self.logits), 1) if self.caps is None else self.caps[:, answers]
+        caps = self.logits.new_ones(len(self.logits), 1)
+        if getattr(self.model.cfg, "output_logits_soft_cap", None) not in (None, -1.0, 0.0):
+            before = self.final(self.last)[:, 0] @ W_U.T + b_U
+            caps = torch.where(before == 0, 1.0, self.logits[:, answers] / before)
         g = (caps[..., None] * W_U)[:, :, None]
         biases = caps[..., None] * b_U[:, None] + _constant(self.final.b, g)
         return _transposed(self.final, g, slice(None)), biases
@@ -238,15 +241,6 @@ def _constant(bias: Tensor | None, g: Tensor) -> Tensor:
 def _cut(name: str, activation: Tensor, length: int) -> Tensor:
     """An activation at the first positions alone."""
     return activation[:, :, :length, :length] if name.endswith("hook_pattern") else activation[:, :length]
-
-
-def _caps(model: Any, logits: Float[Tensor, "batch d_vocab"]) -> Tensor | None:
-    """What a cap of the logits has multiplied each by; `None` if there is no cap."""
-    cap = getattr(model.cfg, "output_logits_soft_cap", None)
-    if cap in (None, -1.0, 0.0):
-        return None
-    before = cap * (logits.double() / cap).atanh().to(logits)
-    return torch.where(before == 0, 1.0, logits / before)
 
 
 def _looks(model: Any, kept: dict[str, Tensor]) -> Iterator[tuple[str, Callable]]:

@@ -135,6 +135,8 @@ def attribution_of_runs(
 
 def check_linear(model: Any) -> None:
     """Checks that no part of the model is of a kind that stays nonlinear with patterns, scales and gates held."""
+    if getattr(model.cfg, "attention_dir", "causal") != "causal":
+        raise NotAdditiveError("model attends to later positions (cfg.attention_dir), which attribution does not cover")
     if getattr(model.cfg, "num_experts", None):
         raise NotAdditiveError("model has mixtures of experts (cfg.num_experts), which attribution does not cover")
     if str(model.cfg.act_fn).endswith("_ln"):
@@ -152,6 +154,9 @@ def parts_of(model: Any, ids: Int[Tensor, "pos"], query: int, context: Span) -> 
         at = [i for i in before_last_sentence(model, ids[: query + 1]) if i < query]
     if context is None or is_text(context):
         at = [i for i in at if i < query and not (sink and i == 0)]
+    if context is not None and not at:
+        first = ", and after its first token" if sink else ""
+        raise ValueError(f"context must lie before the position {query} that is asked for{first}, got {shown(context)}")
     if at and at[-1] >= query:
         raise ValueError(f"context must lie before the position {query} that is asked for, got {shown(context)}")
     return parts_with(at, query, sink)

@@ -15,10 +15,9 @@ from hijack_lens.core.checks import check_fields, shown
 from hijack_lens.core.circuit import Component, Margin
 from hijack_lens.core.hook_points import all_components
 from hijack_lens.core.inputs import prompt_texts
-from hijack_lens.core.spans import Span
+from hijack_lens.core.spans import Span, joiner
 from hijack_lens.core.tables import Drawn, widened
 from hijack_lens.core.texts import decoded, known_ids, n_outputs, outputs_are_tokens, token_id
-from hijack_lens.explanation.of_circuit import joiner
 from hijack_lens.hooks.intervention import logits_of
 
 _NAMED, _CUT, _OTHERS = 2, 1, 2
@@ -88,8 +87,8 @@ class AnswerExplanation(Drawn):
 
     @property
     def total(self) -> float:
-        """The margin."""
-        return float(self.margin.total)
+        """The margin of the model's own logits."""
+        return _margin_of(self.attribution)
 
     @property
     def winner(self) -> str:
@@ -169,7 +168,7 @@ def explain_answer(
     first = int(logits.argmax())
     said = torch.tensor([*pair, first])
     c, g, best = prompt_texts(model, said) if outputs_are_tokens(model) else tuple(map(str, said.tolist()))
-    asked = _Asked(model, ids, answers, attribution.context, attribution, float(attribution.margin().total))
+    asked = _Asked(model, ids, answers, attribution.context, attribution, _margin_of(attribution))
     return AnswerExplanation(
         model,
         ids,
@@ -181,6 +180,11 @@ def explain_answer(
         texts=prompt_texts(model, ids),
         first=best,
     )
+
+
+def _margin_of(attribution: SourceAttribution) -> float:
+    first, second = attribution.logits.tolist()
+    return first - second
 
 
 def _likeliest(ways: tuple[Answer, ...], logits: Tensor) -> Answer:

