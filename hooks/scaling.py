@@ -11,7 +11,7 @@ from torch import Tensor
 from hijack_lens.core.analysis import as_written
 from hijack_lens.core.carriers import Carriers
 from hijack_lens.core.checks import check_choice, check_number, check_type, shown
-from hijack_lens.core.hook_points import position_index, sites, without_hooks
+from hijack_lens.core.hook_points import check_hook_points, position_index, sites, without_hooks
 from hijack_lens.core.inputs import Components, components_of, indices
 from hijack_lens.core.spans import is_text, token_runs
 from hijack_lens.core.tables import widened
@@ -63,13 +63,16 @@ def scale(
 
             return hook_fn
 
-        return Intervention(model, [(site.name, scaled(site)) for site in sites(model, chosen)])
+        whole = sites(model, chosen)
+        check_hook_points(model, [site.name for site in whole])
+        return Intervention(model, [(site.name, scaled(site)) for site in whole])
 
     look = _Sources(model, source)
     heads: dict[str, list[int]] = {}
     for site in sites(model, chosen, "pattern"):
         assert site.head is not None
         heads.setdefault(site.name, []).append(site.head)
+    check_hook_points(model, heads)
 
     def turned(name: str) -> HookFunction:
         def hook_fn(pattern: Tensor, hook: Any) -> Tensor | None:

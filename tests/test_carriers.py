@@ -285,6 +285,7 @@ test_bad_input_is_refused = refused(
             BOOTED["Llama"](), ["a one b"] * 4, ["one"] * 4, ["one"] * 4
         ),
         "factor must be a finite number >= 0": lambda: hooks.scale(hooked(), "L0H0", -1.0),
+        "components: 'hook_nowhere' is not a hook point": lambda: hooks.scale(hooked(), "hook_nowhere", 2.0),
         "components must be attention heads": lambda: hooks.scale(hooked(), "L0MLP", 2.0, source=[1]),
         "source is text, but the model has no tokenizer": lambda: hooks.scale(hooked(), "L0H0", 2.0, source="a"),
         "source must be words that the model's tokenizer knows, got 'zebra'": lambda: hooks.scale(
