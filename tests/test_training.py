@@ -302,6 +302,12 @@ def test_evaluation_lengths_include_the_training_length():
         short(eval_lengths=(2,))
 
 
+def test_arrays_among_the_evaluation_lengths_are_refused_by_name(unchecked):
+    for lengths, message in (([np.arange(3)], "must include 1"), ([np.arange(3), 1], "must be an int")):
+        with pytest.raises((TypeError, ValueError), match=f"eval_lengths {message}"):
+            short(eval_lengths=lengths)
+
+
 def test_triggers_may_be_texts_or_a_single_token(unchecked):
     language = hl.BigramLanguage.from_text("to be or not to be that is the question")
     model = build(language=language)

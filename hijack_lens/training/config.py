@@ -108,7 +108,7 @@ class TrainConfig:
             self._set(field.name, plain_scalar(getattr(self, field.name)))
         if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers, got {shown(self.betas)}")
-        if 1 not in self.eval_lengths:
+        if not any(as_int(length) == 1 for length in self.eval_lengths):  # `in` would compare arrays
             raise ValueError(f"eval_lengths must include 1, the training length itself, got {shown(self.eval_lengths)}")
         if not self.triggers and self.n_triggers is None:
             raise ValueError("give either triggers or n_triggers, got () and None")
