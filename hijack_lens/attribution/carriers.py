@@ -13,7 +13,7 @@ from hijack_lens.attribution.frozen import FrozenModel
 from hijack_lens.core.analysis import analysis
 from hijack_lens.core.carriers import TRIED_AT, Carriers
 from hijack_lens.core.checks import Seed, as_generator, check_count, check_list, shown
-from hijack_lens.core.circuit import Component
+from hijack_lens.core.circuit import Component, heads_at
 from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.core.inputs import model_tokens
 from hijack_lens.core.spans import token_runs
@@ -78,7 +78,7 @@ def find_carriers(
                 f"prompts single out no head: the largest mean flow is {float(mean.max()):.3g}, and chance reaches "
                 f"{level:.3g}; give more prompts, or such whose context is followed more often"
             )
-        ranked = [Component(i // mean.shape[1], "head", i % mean.shape[1]) for i in above]
+        ranked = heads_at(above, mean.shape[1])
         counts = tuple(count for count in _COUNTS if count <= len(ranked))
         groups = _groups(cases)
         by_count = []

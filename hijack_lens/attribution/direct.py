@@ -15,10 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hijack_lens.attribution.logit_attribution import Path, Source
-from hijack_lens.attribution.terms import gate
+from hijack_lens.attribution.terms import biases_after_gate, gates_of, is_gated
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import all_components, rows_at_once
-from hijack_lens.hooked import HookedTransformer
 from hijack_lens.hooks.edges import changes_attn_out, embeddings, precedes, read_stream
 from hijack_lens.hooks.intervention import Intervention, logits_of
 from hijack_lens.models.linear_maps import Readout, linear_norm, rounding
@@ -137,7 +136,7 @@ class _Run:
                 continue
             wanted["reads", component] = (read_stream(model, component)[0], at if component.kind == "mlp" else ...)
             if component.kind == "mlp":
-                linear = "hook_pre_linear" if _is_gated(model) else "hook_pre"
+                linear = "hook_pre_linear" if is_gated(model) else "hook_pre"
                 for what, leaf in (("pre", "hook_pre"), ("linear", linear), ("post", "hook_post")):
                     wanted[what, component] = (f"{block}.mlp.{leaf}", at)
             for sender in _senders(model, circuit, component):
@@ -219,9 +218,7 @@ class _Run:
         mlp, stream = self.model.blocks[component.layer].mlp, self.kept["reads", component]
         pre, linear, post = (self.kept[what, component] for what in ("pre", "linear", "post"))
         norm = linear_norm(read_stream(self.model, component)[1], stream)
-        gated = _is_gated(self.model)
-        # A HookedTransformer's gated MLP adds its b_in after the gate.
-        late = gated and isinstance(self.model, HookedTransformer)
+        late = biases_after_gate(self.model)
         read = norm(stream) @ mlp.W_in
         _check_reads(component, read if late or mlp.b_in is None else read + mlp.b_in, linear)
         out = self.kept["out", component]
@@ -231,12 +228,7 @@ class _Run:
                 f"what {component} writes cannot be split: it is not its neurons times its W_out. A hook on the model "
                 "changes it, or the model has parts that attribution does not know"
             )
-        if late:
-            gates = mlp.act_fn(pre)
-        elif gated:
-            gates = torch.where(linear == 0, 0.0, post / linear)
-        else:
-            gates = gate(mlp, pre, post)
+        gates = gates_of(self.model, mlp, pre, linear, post)
         return readout.before_mlp(gates[:, 0], mlp.W_in, mlp.W_out).before(norm)
 
     def _embedding(self, source: str, readout: Readout) -> Float[Tensor, "batch source answer"]:
@@ -286,10 +278,6 @@ def _is_split(model: Any, circuit: Circuit, component: Component) -> bool:
     mlp = model.blocks[component.layer].mlp
     has_weights = all(isinstance(getattr(mlp, name, None), Tensor) for name in ("W_in", "W_out"))
     return has_weights and not str(model.cfg.act_fn).endswith("_ln")
-
-
-def _is_gated(model: Any) -> bool:
-    return bool(getattr(model.cfg, "gated_mlp", False))
 
 
 def _check_reads(component: Component, expected: Tensor, actual: Tensor) -> None:

@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.attribution.terms import gate
+from hijack_lens.attribution.terms import biases_after_gate, gates_of, is_gated
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.hook_points import all_components
-from hijack_lens.hooked import HookedTransformer
 from hijack_lens.hooks.edges import norms_of_heads, norms_of_mlp, read_stream
 from hijack_lens.hooks.intervention import Intervention, logits_of
 from hijack_lens.models.linear_maps import LinearNorm, linear_norm
@@ -250,7 +249,6 @@ def _looks(model: Any, kept: dict[str, Tensor]) -> Iterator[tuple[str, Callable]
     def keep(activation: Tensor, hook: Any, name: str) -> None:
         kept[name] = activation.detach().clone()
 
-    gated = bool(getattr(model.cfg, "gated_mlp", False))
     names = [last]
     for component in all_components(model):
         at = f"blocks.{component.layer}"
@@ -258,7 +256,7 @@ def _looks(model: Any, kept: dict[str, Tensor]) -> Iterator[tuple[str, Callable]
             names += [f"{at}.hook_resid_pre", f"{at}.attn.hook_pattern", f"{at}.attn.hook_v"]
         elif component.kind == "mlp":
             names += [read_stream(model, component)[0], f"{at}.mlp.hook_pre", f"{at}.mlp.hook_post"]
-            names += [f"{at}.mlp.hook_pre_linear"] * gated
+            names += [f"{at}.mlp.hook_pre_linear"] * is_gated(model)
     for name in dict.fromkeys(names):
         yield name, partial(keep, name=name)
 
@@ -293,21 +291,15 @@ def _mlp(model: Any, layer: int, kept: dict[str, Tensor], factor: float) -> Line
     block, at = model.blocks[layer], f"blocks.{layer}"
     if f"{at}.mlp.hook_pre" not in kept:
         return None
-    mlp, gated = block.mlp, bool(getattr(model.cfg, "gated_mlp", False))
+    mlp = block.mlp
     pre, post = kept[f"{at}.mlp.hook_pre"], kept[f"{at}.mlp.hook_post"]
-    late = gated and isinstance(model, HookedTransformer)
-    if late:
-        gates = mlp.act_fn(pre)
-    elif gated:
-        linear = kept[f"{at}.mlp.hook_pre_linear"]
-        gates = torch.where(linear == 0, 0.0, post / linear)
-    else:
-        gates = gate(mlp, pre, post)
+    linear = kept.get(f"{at}.mlp.hook_pre_linear", pre)
     stream = read_stream(model, Component(layer, "mlp"))[0]
     before, after = norms_of_mlp(model, layer)
-    wrote = post @ mlp.W_out + (0.0 if mlp.b_out is None else mlp.b_out)
+    if after is not None:
+        wrote = post @ mlp.W_out + (0.0 if mlp.b_out is None else mlp.b_out)
     return LinearMLP(
-        gates=gates,
+        gates=gates_of(model, mlp, pre, linear, post),
         W_in=mlp.W_in,
         W_out=mlp.W_out,
         b_in=mlp.b_in,
@@ -315,5 +307,5 @@ def _mlp(model: Any, layer: int, kept: dict[str, Tensor], factor: float) -> Line
         ln=linear_norm(before, kept[stream]),
         after=LinearNorm() if after is None else linear_norm(after, wrote),
         factor=factor,
-        late=late,
+        late=biases_after_gate(model),
     )

@@ -14,7 +14,7 @@ from hijack_lens.attribution.logit_attribution import Memory, Path
 from hijack_lens.attribution.source_attribution import SourceAttribution
 from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import as_int, check_count, check_position, shown
-from hijack_lens.core.circuit import Component
+from hijack_lens.core.circuit import Component, heads_at
 from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.core.inputs import Tokens, components_of, is_single, model_tokens, token_ids
 from hijack_lens.core.spans import Span, before_last_sentence, is_text, positions_of
@@ -154,11 +154,9 @@ def parts_of(model: Any, ids: Int[Tensor, "pos"], query: int, context: Span) -> 
         at = [i for i in before_last_sentence(model, ids[: query + 1]) if i < query]
     if context is None or is_text(context):
         at = [i for i in at if i < query and not (sink and i == 0)]
-    if context is not None and not at:
-        first = ", and after its first token" if sink else ""
+    if context is not None and not (at and at[-1] < query):
+        first = ", and after its first token" if sink and is_text(context) else ""
         raise ValueError(f"context must lie before the position {query} that is asked for{first}, got {shown(context)}")
-    if at and at[-1] >= query:
-        raise ValueError(f"context must lie before the position {query} that is asked for, got {shown(context)}")
     return parts_with(at, query, sink)
 
 
@@ -176,7 +174,7 @@ def _largest(links: Float[Tensor, "batch layer head pos answer"], count: int) ->
     wanted = links[..., 0] - links[..., 1] if links.shape[-1] > 1 else links[..., 0]
     size = wanted[..., 1:-1].sum(-1).abs().mean(0)
     best = size.flatten().topk(min(count, size.numel())).indices.tolist()
-    return tuple(Component(i // size.shape[1], "head", i % size.shape[1]) for i in best)
+    return tuple(heads_at(best, size.shape[1]))
 
 
 def _by_path(

@@ -19,6 +19,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from hijack_lens.hooked import HookedTransformer
 from hijack_lens.models.linear_maps import LinearNorm, linear_norm
 
 
@@ -127,6 +128,25 @@ class FrozenBlock:
 def gate(mlp: Any, pre: Float[Tensor, "*rows d_mlp"], post: Float[Tensor, "*rows d_mlp"]) -> Tensor:
     """An MLP's activation as gate(pre) * pre."""
     return torch.where(pre == 0, _slope_at_zero(mlp), post / pre)
+
+
+def gates_of(
+    model: Any, mlp: Any, pre: Float[Tensor, "*rows d_mlp"], linear: Tensor, post: Float[Tensor, "*rows d_mlp"]
+) -> Tensor:
+    """What multiplies the MLP's linear pre-activations; `linear` are these in a gated MLP, and else `pre`."""
+    if biases_after_gate(model):
+        return mlp.act_fn(pre)
+    return torch.where(linear == 0, 0.0, post / linear) if is_gated(model) else gate(mlp, pre, post)
+
+
+def is_gated(model: Any) -> bool:
+    """Whether a model's MLPs multiply two readings of their input."""
+    return bool(getattr(model.cfg, "gated_mlp", False))
+
+
+def biases_after_gate(model: Any) -> bool:
+    """Whether MLPs add their b_in after the gate, as a HookedTransformer's gated ones do."""
+    return is_gated(model) and isinstance(model, HookedTransformer)
 
 
 def _slope_at_zero(mlp: Any) -> float:

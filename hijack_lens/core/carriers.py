@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hijack_lens.core.checks import check_fields, check_shapes
-from hijack_lens.core.circuit import Component
+from hijack_lens.core.circuit import Component, heads_at
 from hijack_lens.core.files import Saved
 from hijack_lens.core.statistics import student_quantile
 from hijack_lens.core.tables import Drawn
@@ -48,7 +48,7 @@ class Carriers(Saved, Drawn):
         mean, spread = self.flow.mean(0).flatten(), self.flow.std(0).flatten()
         reach = student_quantile(n_prompts - 1) / n_prompts**0.5
         order = mean.argsort(descending=True).tolist()
-        heads = [Component(i // n_heads, "head", i % n_heads) for i in order]
+        heads = heads_at(order, n_heads)
         return pd.DataFrame(
             {
                 "head": [str(head) for head in heads],

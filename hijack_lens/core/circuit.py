@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -47,6 +47,11 @@ class Component:
         if found is None:
             return None
         return cls(int(found[1]), "head", int(found[2])) if found[2] else cls(int(found[1]), "mlp")
+
+
+def heads_at(indices: Iterable[int], n_heads: int) -> list[Component]:
+    """The heads that are so far along a flattened table [layer, head]."""
+    return [Component(index // n_heads, "head", index % n_heads) for index in indices]
 
 
 ROLE_NAMES = {"previous_token": "previous-token head", "induction": "induction head", "bigram": "bigram memory"}

@@ -12,7 +12,7 @@ from hijack_lens.attribution.frozen import FrozenModel
 from hijack_lens.attribution.source_attribution import SourceAttribution
 from hijack_lens.attribution.sources import attribution_of_runs, check_linear, parts_of
 from hijack_lens.core.checks import check_fields, shown
-from hijack_lens.core.circuit import Component, Margin
+from hijack_lens.core.circuit import Margin, heads_at
 from hijack_lens.core.hook_points import all_components
 from hijack_lens.core.inputs import prompt_texts
 from hijack_lens.core.spans import Span, joiner
@@ -219,12 +219,12 @@ class _Asked:
         if not inside or not outputs_are_tokens(self.model):
             return []
         others = _others(self.model, logits, [self.answers[0][0], self.answers[1][0]])
+        if not others:
+            return []
         changed = self.ids.repeat(len(others), 1)
         for row, other in zip(changed, others, strict=True):
             for span in inside:
                 row[span.start] = other
-        if not len(others):
-            return []
         where = torch.tensor([span.start for span in inside])
         shares = self.attribution.by_source()["context"][where].sum(0)
         text = prompt_texts(self.model, torch.tensor(answer))[0]
@@ -239,7 +239,7 @@ class _Asked:
         brought = self.attribution.links[..., 0] - self.attribution.links[..., 1]
         inside = brought[..., list(self.context)].sum(-1)
         best = inside.abs().flatten().topk(min(_CUT, inside.numel())).indices.tolist()
-        heads = [Component(i // inside.shape[1], "head", i % inside.shape[1]) for i in best]
+        heads = heads_at(best, inside.shape[1])
         every = [head for head in all_components(self.model) if head.kind == "head"]
         found = [self._without("attention to the context cut, all heads", every, float(inside.sum()))]
         for head in heads:
@@ -248,9 +248,7 @@ class _Asked:
         return found
 
     def _without(self, what: str, heads: Any, share: float) -> Check:
-        with hooks.scale(
-            self.model, heads if heads != "all" else _all_heads(self.model), 0.0, source=list(self.context)
-        ):
+        with hooks.scale(self.model, heads, 0.0, source=list(self.context)):
             return Check(what, share, self.total - float(self._margins(self.ids[None])[0]))
 
     def doses(self) -> dict[int, float]:
