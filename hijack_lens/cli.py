@@ -16,7 +16,7 @@ import hijack_lens as hl
 from hijack_lens.core.checks import check_path, shown
 from hijack_lens.core.circuit import ROLE_NAMES
 from hijack_lens.core.files import check_target
-from hijack_lens.core.inputs import single_prompt
+from hijack_lens.core.inputs import own_circuit, single_prompt
 from hijack_lens.core.memory import check_memory
 from hijack_lens.core.tables import Report, Table
 from hijack_lens.core.texts import decoded, spaced_instead, token_id
@@ -320,7 +320,7 @@ def _explain_answers(
     tokens = single_prompt(model, prompt, "--prompt")[0]
     found: dict[str, Any] = {"model": str(name), "prompt": prompt}
     intro: list[str | Text] = [Text("prompt  ", style="bold").append(prompt, style="dim")]
-    circuit = hl.find_circuit(model, seed=seed) if find_circuit else getattr(model, "circuit", None)
+    circuit = hl.find_circuit(model, seed=seed) if find_circuit else own_circuit(model)
     if circuit is None:
         for option, given in (("--answer", answer), ("--foil", foil)):
             spelled_ways(model, option, given)

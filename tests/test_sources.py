@@ -310,6 +310,7 @@ def test_memories_share_the_logits_by_where_they_entered():
     assert list(labels) == ["context", "first token", "query", "biases"]
     close(labels["first token"][0], embed[0])
     assert not labels["first token"][1:].any()
+    close(result.by_token(), embed)
 
 
 def test_without_text_the_context_is_all_but_the_first_token_and_the_query():

@@ -49,6 +49,11 @@ class SourceAttribution(LogitAttribution):
             raise ValueError("context is for one prompt; index the batch first")
         return tuple((self.parts == 0).nonzero().flatten().tolist())
 
+    def by_token(self) -> Float[Tensor, "*batch source answer"]:
+        """What each token's embedding wrote into the logits, by all routes: all but the biases."""
+        embedded = [index for index, path in enumerate(self.paths) if path.source == "embed"]
+        return self.values[..., embedded, :, :].sum(-3)
+
     def by_head(self, k: int = 10) -> pd.DataFrame:
         """The k heads that brought most of the margin from positions other than the first and the answer's own.
 

@@ -123,13 +123,14 @@ def indices(name: str, given: Any, size: int | None = None, limit: str = "") -> 
 def circuit_of(model: Any, circuit: Any = None, otherwise: Callable[[], Circuit] = Circuit) -> Circuit:
     """The given circuit, else the model's own, else what `otherwise` returns: by default, an empty circuit."""
     if circuit is None:
-        circuit = _own_circuit(model) or otherwise()
+        circuit = own_circuit(model) or otherwise()
     check_type("circuit", circuit, Circuit)
     sites(model, [component for _, component in circuit], name="circuit")
     return circuit
 
 
-def _own_circuit(model: Any) -> Circuit | None:
+def own_circuit(model: Any) -> Circuit | None:
+    """The circuit that a model brings, if it does."""
     circuit = getattr(model, "circuit", None)
     return circuit if isinstance(circuit, Circuit) else None
 
@@ -175,7 +176,7 @@ def players_of(
         points: whether any other text is taken as the name of a hook point.
     """
     check_model(model)
-    circuit = circuit or _own_circuit(model) or Circuit()
+    circuit = circuit or own_circuit(model) or Circuit()
     found = _players(model, circuit if components is None else components, circuit, name, kind, points)
     if not found:
         wanted = (
@@ -206,7 +207,7 @@ def one_component(model: Any, given: Any, name: str, others: Sequence[str] = (),
     if not isinstance(given, (Component, str, tuple, list)) or (isinstance(given, str) and not _is_name(given)):
         error = ValueError if isinstance(given, str) else TypeError
         raise error(f"{name} must be {', '.join([*map(repr, others), _ONE])}; got {shown(given)}")
-    found = _parts(_players(model, given, circuit or _own_circuit(model) or Circuit(), name, None, False))
+    found = _parts(_players(model, given, circuit or own_circuit(model) or Circuit(), name, None, False))
     if len(found) != 1:
         what = "head" if name == "head" else "component"
         raise ValueError(f"{name} must be one {what}, got {len(found)}: {', '.join(map(str, found))}")

@@ -6,7 +6,7 @@ from typing import Any
 from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import as_int, check_list, shown
 from hijack_lens.core.circuit import Circuit
-from hijack_lens.core.inputs import circuit_of, model_tokens, token_ids
+from hijack_lens.core.inputs import circuit_of, model_tokens, own_circuit, token_ids
 from hijack_lens.core.spans import Span
 from hijack_lens.explanation.of_answer import explain_answer, spelled_ways
 from hijack_lens.explanation.of_circuit import explained, of_hijack_prompt
@@ -58,7 +58,7 @@ def explain(
     texts = prompt if isinstance(prompt, list) and all(isinstance(text, str) for text in prompt) else []
     prompts = [row for one in (texts or [prompt]) for row in model_tokens(model, one)]
     sides = zip(_one_each("answer", answer, len(prompts)), _one_each("foil", foil, len(prompts)), strict=True)
-    if circuit is None and getattr(model, "circuit", None) is None:
+    if circuit is None and own_circuit(model) is None:
         asked = [(spelled_ways(model, "answer", a), spelled_ways(model, "foil", b)) for a, b in sides]
         found: list[Any] = [
             explain_answer(model, ids, *pair, context) for ids, pair in zip(prompts, asked, strict=True)

@@ -20,7 +20,7 @@ from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import check_count, check_fields, check_list
 from hijack_lens.core.circuit import Circuit, Margin, Strengths
 from hijack_lens.core.files import Saved
-from hijack_lens.core.inputs import circuit_of
+from hijack_lens.core.inputs import circuit_of, own_circuit
 from hijack_lens.core.tables import Drawn
 from hijack_lens.language.facts import Bigram, Fact, FactPrompts, fact_prompts
 from hijack_lens.models.transformer import BigramTransformer
@@ -258,10 +258,10 @@ def dose_response(
 ) -> DoseResponse:
     """Measures `logit[context's answer] - logit[weights' answer]` as the context repeats its answer 0, 1, 2, ... times.
 
-    `attribute` splits every margin into context, weights and rest. Prompts grow with every repeat (their lengths are
-    part of the result). The two-layer theory is evaluated for prompts of the same lengths. For a `BigramTransformer`,
-    it uses the strengths that `fit_strengths` reads off the weights. For all other models, and where none can be read,
-    it uses effective strengths fitted to the margins themselves.
+    `attribute`, or without a circuit `attribute_sources`, splits every margin by memory. Prompts grow with every repeat
+    (their lengths are part of the result). The two-layer theory is evaluated for prompts of the same lengths. For a
+    `BigramTransformer`, it uses the strengths that `fit_strengths` reads off the weights. For all other models, and
+    where none can be read, it uses effective strengths fitted to the margins themselves.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -281,7 +281,7 @@ def dose_response(
     if not listed:
         raise ValueError("facts must hold at least one, got none")
     conflicts = tuple(fact_prompts(model, fact, repeats, lead) for fact in listed)
-    by_sources = circuit is None and getattr(model, "circuit", None) is None
+    by_sources = circuit is None and own_circuit(model) is None
     circuit = circuit_of(model, circuit)
 
     shape = (len(conflicts), repeats + 1)

@@ -88,8 +88,8 @@ def answer_picture(found: AnswerExplanation) -> Picture:
     """What each token wrote into the margin, what the largest heads brought, and the margin by dose."""
     attribution = found.attribution
     a, b = attribution.pair()
-    embedded = [index for index, path in enumerate(attribution.paths) if path.source == "embed"]
-    shares = (attribution.values[embedded].sum(0)[:, a] - attribution.values[embedded].sum(0)[:, b]).double().cpu()
+    wrote = attribution.by_token().double().cpu()
+    shares = wrote[:, a] - wrote[:, b]
     texts = attribution.source_texts()
     kept = sorted(shares.abs().topk(min(_TOKENS, len(shares))).indices.tolist())
     heads = attribution.by_head(_HEADS)

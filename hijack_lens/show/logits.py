@@ -106,8 +106,7 @@ def shaded_prompt(result: LogitAttribution, *compared: int) -> str:
     up, orange down.
     """
     if isinstance(result, SourceAttribution):
-        embedded = [index for index, path in enumerate(result.paths) if path.source == "embed"]
-        pull, way = _difference(result.values[embedded].sum(0)[:, list(compared)]), "by all routes"
+        pull, way = _difference(result.by_token()[:, list(compared)]), "by all routes"
     else:
         pull, way = _difference(result.by_source()["context"][:, list(compared)]), "through the induction head"
     widest = float(pull.abs().max()) or 1.0
