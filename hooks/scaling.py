@@ -51,7 +51,7 @@ def scale(
             tokenizer does not know; and for positions or a mask that do not fit the run.
     """
     model = as_written(model)
-    check_number("factor", factor)
+    factor = check_number("factor", factor)
     where = None if positions is None else indices("positions", positions)
     kind: Any = None if source is None else "head"
     chosen = components_of(model, components, name="components", kind=kind, points=source is None)

@@ -1,5 +1,7 @@
 """What heads read of the context's answer: turned up and down, and the heads found that carry it."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from bridges_for_tests import BOOTED
@@ -28,7 +30,7 @@ def turned_by_hand(model, tokens, heads, factor, keys, queries):
         for head in heads:
             if head.layer == layer:
                 brought = torch.einsum("bqs,bse->bqe", pattern[:, head.head][:, :, keys], v[:, keys, head.head])
-                changed[:, queries, head.head] += (factor - 1) * brought[:, queries]
+                changed[:, queries, head.head] += (float(factor) - 1) * brought[:, queries]
         return changed
 
     fwd_hooks = []
@@ -44,7 +46,7 @@ def turned_by_hand(model, tokens, heads, factor, keys, queries):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("factor", [0.0, 3.0])
+@pytest.mark.parametrize("factor", [0.0, Fraction(3)])
 def test_what_heads_bring_from_some_tokens_is_multiplied_and_nothing_else(family, factor):
     model = FAMILIES[family]()
     tokens = prompts(2, 6, d_vocab=7)

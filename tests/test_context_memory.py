@@ -452,6 +452,7 @@ test_types_are_refused = refused(
         "head must be a Component, .* got 0.5": of(head=0.5),
         "circuit must be a Circuit, got 'induction'": of(circuit="induction"),
         "position must be a position .an int., got 1.5": of(position=1.5),
+        r"tokens must be a Tensor \[source\], got tensor\(1\)": wrong(of(), tokens=torch.tensor(1)),
         "query_tokens must be a list of tokens, each a text or an id, got 0.5": of(query_tokens=0.5),
         "query_tokens must be tokens, each a text or an id, got None": against(query_tokens=[None]),
         "answers must be a list of tokens, each a text or an id, got <object": of(answers=object()),

@@ -129,8 +129,11 @@ def test_what_it_cannot_explain_is_refused_with_the_reason(unchecked):
     prompt = prompt_for(model)
     with pytest.raises(TypeError, match="model must be a BigramTransformer, got HookedTransformer"):
         hl.explain(hooked(), prompt)
-    with pytest.raises(ValueError, match=r"prompt must be a single prompt of shape \[pos\], got tensor"):
+    with pytest.raises(TypeError, match=r"prompt must be a HijackPrompt or Tensor \[pos\], got tensor"):
         dataclasses.replace(hl.explain(model, prompt), prompt=prompts())
+    several = hl.hijack_prompt(model.language, 0, 1, 2, 12, n_prompts=2, seed=0)
+    with pytest.raises(ValueError, match="prompt must be a single prompt, got HijackPrompt"):
+        dataclasses.replace(hl.explain(model, prompt), prompt=several)
     with pytest.raises(TypeError, match="total must be a float, got 'large'"):
         dataclasses.replace(hl.explain(model, prompt), total="large")
     with pytest.raises(TypeError, match="prompt must be a HijackPrompt, got Tensor"):

@@ -181,7 +181,6 @@ test_other_models_are_refused = refused(
         "prompt's tokens are 41; the tables have 40": lambda: theory.min_repeats(
             LANGUAGE, Q, C, G, read_tables(learned("absolute")), lead=40
         ),
-        "offset and neurons must be .* got .*7.* and .*7": lambda: changed(offset=torch.zeros(7)),
         "tables of the language's 4 tokens, got those of 7": lambda: theory.attention(
             [0, 1], hl.BigramLanguage.dirichlet(4, seed=0), read_tables(learned())
         ),
@@ -201,6 +200,7 @@ test_what_is_missing_is_named = refused(
     TypeError,
     {
         "model must be a BigramTransformer, got HookedTransformer": lambda: read_tables(hooked()),
+        r"offset must be a Tensor \[row offset\], got tensor\(\[0": lambda: changed(offset=torch.zeros(7)),
         "activation must be a 'relu' or 'linear', got 'gelu'": lambda: changed(activation="gelu"),
         "phase_boundary needs language=, trigger= and in_context=": lambda: theory.phase_boundary(
             [1], read_tables(learned()), lead=1

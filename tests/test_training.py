@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -514,8 +515,14 @@ def test_numbers_of_numpy_and_torch_are_plain_ones_in_configs_and_survive_checkp
     whole |= {"eval_sequences": 4, "checkpoint_every": 6}
     parts = {"lr": 0.25, "final_lr": 0.5, "momentum": 0.5, "weight_decay": 0.0}
     plain = short(**parts, betas=(0.5, 0.75), compile=False)
-    for of in (np.int64, np.uint16, torch.tensor, np.array):
-        floats = torch.tensor if of is torch.tensor else np.float32
+    kinds = [
+        (np.int64, np.float32),
+        (np.uint16, np.float32),
+        (torch.tensor,) * 2,
+        (np.array, np.float32),
+        (int, Fraction),
+    ]
+    for of, floats in kinds:
         config = hl.TrainConfig(
             triggers=[of(token) for token in TRIGGERS],
             eval_lengths=(of(1), of(2)),

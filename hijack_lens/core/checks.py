@@ -65,7 +65,9 @@ def as_int(value: object) -> int | None:
 
 
 def plain_scalar(value: Any) -> Any:
-    """A NumPy or PyTorch scalar as Python's own; anything else as it is."""
+    """A NumPy or PyTorch scalar as Python's own, a fraction as a float; anything else as it is."""
+    if isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral):
+        return float(value)
     return value.item() if isinstance(value, (np.generic, np.ndarray, Tensor)) and value.ndim == 0 else value
 
 
@@ -303,7 +305,10 @@ def check_shapes(result: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def check_fields(result: Any) -> None:
-    """The fields of a dataclass are of the kinds that their annotations say; shapes and dtypes are not looked at."""
+    """The fields of a dataclass are of the kinds that their annotations say, tensors with as many axes as these name.
+
+    How long the axes are, and dtypes, are not looked at.
+    """
     hints = _hints(type(result))
     for one in fields(result):
         if not _fits(value := getattr(result, one.name), hints[one.name]):
@@ -319,7 +324,9 @@ def _described(hint: Any) -> str:
         return " or ".join(map(_described, inside))
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, inside))
-    name = "Tensor" if hasattr(hint, "dim_str") else getattr(hint, "__name__", str(hint)).replace("NoneType", "None")
+    if hasattr(hint, "dim_str"):
+        return f"Tensor [{hint.dim_str}]"
+    name = getattr(hint, "__name__", str(hint)).replace("NoneType", "None")
     return f"{name} of {' and '.join(dict.fromkeys(map(_described, inside)))}" if get_origin(hint) is tuple else name
 
 
@@ -330,7 +337,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return isinstance(value, (str, int, type(None))) and value in inside
     if hasattr(hint, "dim_str"):
-        return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+        axes = hint.dim_str.split()
+        fits = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+        return fits and (value.ndim == len(axes) or any(axis == "..." or axis.startswith("*") for axis in axes))
     if origin is tuple and isinstance(value, tuple):
         kinds = inside[:1] * len(value) if inside[-1] is Ellipsis else inside
         return len(kinds) == len(value) and all(map(_fits, value, kinds))

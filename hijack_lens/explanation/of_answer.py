@@ -77,8 +77,6 @@ class AnswerExplanation(Drawn):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.prompt.ndim != 1:
-            raise ValueError(f"prompt must be a single prompt of shape [pos], got {shown(self.prompt)}")
 
     @property
     def margin(self) -> Margin:

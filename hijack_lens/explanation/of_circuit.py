@@ -62,8 +62,8 @@ class Explanation(Drawn):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if (self.prompt.tokens if isinstance(self.prompt, HijackPrompt) else self.prompt).ndim != 1:
-            raise ValueError(f"prompt must be a single prompt of shape [pos], got {shown(self.prompt)}")
+        if isinstance(self.prompt, HijackPrompt) and self.prompt.tokens.ndim != 1:
+            raise ValueError(f"prompt must be a single prompt, got {shown(self.prompt)}")
 
     @property
     def margin(self) -> Margin:

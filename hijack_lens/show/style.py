@@ -48,10 +48,11 @@ class Picture:
     def __init__(self, width: float, height: float):
         from hijack_lens.show.figure import LiteralFigure
 
-        for name, inches in (("width", width), ("height", height)):
-            if check_number(name, inches, positive=True) > _INCHES:
+        size = check_number("width", width, positive=True), check_number("height", height, positive=True)
+        for name, inches in zip(("width", "height"), size, strict=True):
+            if inches > _INCHES:
                 raise ValueError(f"{name} must be at most {_INCHES} inches, got {shown(inches)}")
-        self.figure = LiteralFigure(figsize=(width, height), layout="constrained")
+        self.figure = LiteralFigure(figsize=size, layout="constrained")
 
     def __repr__(self) -> str:
         return f"Picture({'; '.join(ax.get_xlabel() for ax in self.figure.axes if ax.get_xlabel())})"

@@ -88,11 +88,6 @@ class Tables:
     def __post_init__(self) -> None:
         check_fields(self)
         check_number("bigram", self.bigram, positive=True)
-        if self.offset.ndim != 2 or self.neurons.ndim != 2:
-            found = tuple(self.offset.shape), tuple(self.neurons.shape)
-            raise ValueError(
-                "offset and neurons must be [row, offset] and [neuron, d_vocab], got {} and {}".format(*found)
-            )
         rows, out = len(self.offset), sum(self.neurons.shape)
         if rows < self.d_vocab:
             raise ValueError(f"offset must have a row for each of {self.d_vocab} tokens, got {rows}")

@@ -19,14 +19,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from hypothesis import strategies as st
 from tqdm import tqdm
 
+from hijack_lens.hooks import Intervention
 from tests.fuzz import hostile, values
 from tests.fuzz.surface import Parameter, Target, commands, targets
 
 BAD = list(hostile.ALL)
 SECONDS, GIB, LONGEST = 10, 2, 500
+_TOKENS = torch.tensor([[1, 2, 3, 1, 2, 0]])
 
 
 class TooSlow(BaseException):
@@ -175,7 +178,10 @@ def make(call: Call) -> Outcome:
         with limited(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             if hasattr(call.target.function, "dispatch"):  # chosen by the type of a positional argument
                 own, arguments = list(arguments.values()), {}
-            call.target.function(*own, **arguments)
+            returned = call.target.function(*own, **arguments)
+            if isinstance(returned, Intervention):  # whose functions meet their arguments in a run
+                with returned:
+                    returned.model(_TOKENS)
         outcome = Outcome(call, "returned")
     except TooSlow as error:
         return Outcome(call, "slow", "", judged(call, error).where)
