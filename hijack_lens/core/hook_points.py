@@ -200,7 +200,7 @@ class Site:
         if value.shape[1:] != view.shape[1:] or value.shape[0] not in (1, view.shape[0]):
             raise ValueError(
                 f"the source or reference for {self.name!r} has shape {tuple(value.shape)}, the run "
-                f"{tuple(view.shape)}: their prompts must be equally long, and of one batch size unless it is one prompt"
+                f"{tuple(view.shape)}: prompts must be equally long, and of one batch size unless it is one prompt"
             )
         value = value.to(view).expand_as(view)
         if positions is None:
