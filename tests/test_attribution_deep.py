@@ -455,6 +455,9 @@ test_answers_that_are_no_tokens_are_refused = refused(
     TypeError,
     {
         "answers must be a list of tokens, each a text or an id, got 1.5": lambda: attribute(DEEP, [1], answers=1.5),
+        "answers must be tokens, each a text .* for each prompt, got tensor.1.5": lambda: attribute(
+            DEEP, [1], answers=torch.tensor(1.5)
+        ),
         "answers must be tokens, each a text or an id, got 1.5": lambda: attribute(DEEP, [1], answers=[1.5, 2]),
         "answers must be tokens, each a text or an id, got True": lambda: attribute(DEEP, [1], answers=[True, 2]),
     },

@@ -172,8 +172,8 @@ def test_a_deep_model_without_a_circuit_is_said_to_have_none(capsys, monkeypatch
         "\n", " "
     )
     parts = hl.explain(model, "France's capital is", " Rome", " Paris", circuit=hl.Circuit()).margin
-    said = "Neither memory decides, but the rest of the model: " in out
-    assert said == (float(parts.rest * parts.total) > 0 and abs(float(parts.rest)) >= abs(float(parts.weights)))
+    others_decide = float(parts.rest * parts.total) > 0 and abs(float(parts.rest)) >= abs(float(parts.weights))
+    assert ("By source tokens" in out) == others_decide
     page = Path("hijack-lens-report.html").read_text(encoding="utf-8")
     assert "Where the heads that wrote most look; the circuit names none" in page
 

@@ -263,3 +263,41 @@ def test_without_paths_there_are_verdict_and_ablations_and_the_reason(name, tmp_
         _ = explanation.margin
     with pytest.raises(ValueError, match=reason):
         hl.attribute(model, tokens, answers=[1, 2])
+
+
+def test_of_a_deep_model_roles_are_held_at_means_and_the_verdict_goes_by_source_tokens():
+    model, tokens = hooked("LN", n_layers=3), prompts(1, 6)[0]
+    circuit = hl.Circuit(induction=(hl.Component(2, "head", 0),), bigram=(hl.Component(0, "mlp"),))
+    orders = torch.rand(8, 5, generator=torch.Generator().manual_seed(0)).argsort(1)
+    others = torch.cat([tokens[:1].expand(8, 1), tokens[1:][orders]], 1)
+    cache = model.run_with_cache(others)[1]
+
+    def held(x, hook):
+        x = x.clone()
+        if hook.name.endswith("hook_z"):
+            x[:, :, 0] = cache[hook.name][:, :, 0].mean(0)
+        else:
+            x[:] = cache[hook.name].mean(0)
+        return x
+
+    seen = set()
+    for answer, foil in ((1, 2), (2, 1), (3, 5), (5, 3), (4, 6), (6, 4)):
+        found = hl.explain(model, tokens, answer, foil, circuit=circuit)
+        for role, name in (("induction head", "blocks.2.attn.hook_z"), ("bigram memory", "blocks.0.hook_mlp_out")):
+            without = model.run_with_hooks(tokens[None], fwd_hooks=[(name, held)])[0, -1].detach()
+            assert found.ablated[role] == pytest.approx(float(without[answer] - without[foil]), abs=1e-9)
+            intact = model(tokens[None])[0, -1].detach().softmax(-1)
+            worse = float(-(intact * without.log_softmax(-1)).sum()) > torch.tensor(7.0).log()
+            assert (role in found.broken) == worse
+        by_source = hl.attribute_sources(model, tokens, [answer, foil]).margin()
+        rest, total = float(found.margin.rest), float(found.margin.total)
+        left_to_others = rest * total > 0 and abs(rest) >= abs(total - rest)
+        assert (found.by_source is not None) == left_to_others
+        if left_to_others:
+            seen.add(found.verdict.split(":")[0])
+            close(found.by_source.context, by_source.context)
+            assert f"the context gave {float(by_source.context):+.2f}, the weights" in found.verdict
+            assert not found.verdict.startswith("Neither")
+            assert found.winner == ("context" if total > 0 else "weights")
+    assert seen
+    assert "set to its mean" in str(found)

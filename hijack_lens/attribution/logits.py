@@ -12,7 +12,7 @@ from hijack_lens.attribution.direct import check_additive, check_complete, check
 from hijack_lens.attribution.logit_attribution import LogitAttribution, Path, Source
 from hijack_lens.attribution.terms import FirstBlock, FrozenBlock, LastBlock, Local, SummedBlock, Unembedding
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import as_int, shown
+from hijack_lens.core.checks import as_int, check_list, shown
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import all_components
 from hijack_lens.core.inputs import Tokens, circuit_of, is_single, model_tokens, token_ids
@@ -138,7 +138,7 @@ def _own_answers(model: Any, answers: Any, n_prompts: int) -> Int[Tensor, "promp
         or not isinstance(answers, Sequence | Tensor | np.ndarray)
     ):
         return None
-    rows: list[Any] = list(answers)
+    rows = check_list("answers", answers, "tokens, each a text or an id, or a list of them for each prompt")
     if not any(isinstance(row, Iterable) and not isinstance(row, str) and getattr(row, "ndim", 1) for row in rows):
         return None
     if len(rows) != n_prompts:

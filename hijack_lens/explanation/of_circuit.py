@@ -1,16 +1,18 @@
 """What a circuit makes of a prompt: the verdict, attribution to its paths, ablations and the theory's prediction."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hijack_lens import hooks, theory
 from hijack_lens.attribution.direct import NotAdditiveError
 from hijack_lens.attribution.logit_attribution import LogitAttribution
 from hijack_lens.attribution.logits import attribute
+from hijack_lens.attribution.sources import attribute_sources
 from hijack_lens.core.checks import check_fields, shown
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Margin
 from hijack_lens.core.inputs import circuit_of, model_tokens, prompt_texts
@@ -36,7 +38,9 @@ class Explanation(Drawn):
         prompt: the prompt; token ids if it was not a `HijackPrompt`.
         attribution: the attribution of the last position's logits; `None` where they are no sum over paths.
         circuit: the roles of the model's components.
-        ablated: the margin with each role of the circuit zero-ablated, by the role's label.
+        ablated: the margin with each role of the circuit ablated, by the role's label: zero-ablated in a
+            model of up to two layers; in deeper ones, which zeros would break, set to its mean over the prompt's tokens
+            in random orders (the first token stays the first).
         total: the margin.
         names: the texts of the two candidates, with white space made visible.
         texts: those of the prompt's tokens.
@@ -45,6 +49,10 @@ class Explanation(Drawn):
         theory: the margin by theory: in closed form if the model was written by hand, with positions; by tables, which
             `training.read_tables` reads off its weights, if it was trained; `None` where these cannot be had.
         flip: the smallest number of repeats at which the context wins at the prompt's length; `None` likewise.
+        by_source: the margin by where its terms entered, as `attribute_sources` has it, where the paths that the
+            circuit does not name outweigh those that it names; else `None`.
+        broken: the roles without which the model predicts its own intact predictions worse than a uniform guess would:
+            their margins in `ablated` say little. Not asked of models of up to two layers.
     """
 
     model: Any
@@ -59,6 +67,13 @@ class Explanation(Drawn):
     not_split: str | None = None
     theory: Margin | None = None
     flip: Flip | None = None
+    by_source: Margin | None = None
+    broken: tuple[str, ...] = ()
+
+    @property
+    def deep(self) -> bool:
+        """Whether components were ablated by means, not by zeros."""
+        return is_deep(self.model)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -99,12 +114,16 @@ class Explanation(Drawn):
         if self.attribution is None:
             sentence = f"After {q} the model prefers {preferred} to {other}, by {abs(total):.2f} logits"
             return f"{sentence}; which memory wrote that is not split: {self.not_split}.{aside}"
-        context, weights, rest, _ = map(float, self.margin.parts.values())
-        if rest * total > 0 and abs(rest) >= abs(context + weights):
-            said = "Neither memory decides, but the rest of the model"
-        elif context * total > 0 and weights * total > 0:
+        context, weights, _, _ = map(float, (self.by_source or self.margin).parts.values())
+        if self.by_source is not None:
+            own = self.margin
+            aside = (
+                f" By source tokens, the context gave {context:+.2f}, the weights {weights:+.2f}; of this, the "
+                f"circuit's own paths carry {own.context:+.2f} and {own.weights:+.2f}.{aside}"
+            )
+        if context * total > 0 and weights * total > 0:
             said = "Both memories agree"
-        elif not self.circuit.induction:
+        elif not self.circuit.induction and self.by_source is None:
             said = "The weights decide"
         elif total > 0:
             said = "The context hijacks the weights" if context > 0 else "The weights speak for the context's candidate"
@@ -130,17 +149,20 @@ def explained(
         not_split = str(error)
     said = torch.tensor([*pair, first])
     c, g, best = prompt_texts(model, said) if outputs_are_tokens(model) else map(str, said.tolist())
+    ablated, broken = _ablated(model, ids[None], circuit, pair, logits)
     return Explanation(
         model,
         prompt,
         attribution,
         circuit,
-        ablated=_ablated(model, ids[None], circuit, pair),
+        ablated=ablated,
         total=float(logits[pair[0]] - logits[pair[1]]),
         names=(c, g),
         texts=prompt_texts(model, ids),
         first=best,
         not_split=not_split,
+        by_source=None if attribution is None else _by_source(model, ids, pair, attribution.margin()),
+        broken=broken,
         **theory_says,
     )
 
@@ -173,12 +195,41 @@ def _setting(model: BigramTransformer) -> theory.Setting | theory.Tables | None:
         return None
 
 
-def _ablated(model: Any, tokens: Int[Tensor, "1 pos"], circuit: Circuit, pair: list[int]) -> dict[str, float]:
-    """The margin with each role ablated in turn, for the roles that have components."""
-    found = {}
+def _by_source(model: Any, ids: Int[Tensor, "pos"], pair: list[int], paths: Margin) -> Margin | None:
+    """The margin by where its terms entered, where the circuit's paths leave most of it to others."""
+    rest, total = float(paths.rest), float(paths.total)
+    if rest * total <= 0 or abs(rest) < abs(float(paths.context) + float(paths.weights)):
+        return None
+    try:
+        return attribute_sources(model, ids, pair).margin(*pair)
+    except NotAdditiveError:
+        return None
+
+
+def is_deep(model: Any) -> bool:
+    """Whether a model has so many layers that the later ones cannot do with zeros from an earlier one."""
+    return model.cfg.n_layers > 2
+
+
+_ORDERS = 8
+
+
+def _ablated(
+    model: Any, tokens: Int[Tensor, "1 pos"], circuit: Circuit, pair: list[int], logits: Float[Tensor, "d_vocab"]
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """The margin with each role that has components ablated in turn; and those without which predictions break down."""
+    how: dict[str, Any] = {}
+    if deep := is_deep(model):
+        generator = torch.Generator().manual_seed(0)
+        order = torch.rand(_ORDERS, tokens.shape[1] - 1, generator=generator).argsort(1).to(tokens.device)
+        how = {"how": "mean", "reference": torch.cat([tokens[:, :1].expand(_ORDERS, 1), tokens[0, 1:][order]], 1)}
+    intact, found, broken = logits.softmax(-1), {}, []
     for role in ROLE_NAMES:
         if components := getattr(circuit, role):
-            with hooks.ablate(model, components):
-                logits = logits_of(model, tokens)[0, -1]
-            found[circuit.role_label(role)] = float(logits[pair[0]]) - float(logits[pair[1]])
-    return found
+            with hooks.ablate(model, components, **how):
+                without = widened(logits_of(model, tokens)[0, -1])
+            label = circuit.role_label(role)
+            found[label] = float(without[pair[0]]) - float(without[pair[1]])
+            if deep and float(-(intact * without.log_softmax(-1)).sum()) > math.log(len(without)):
+                broken.append(label)
+    return found, tuple(broken)

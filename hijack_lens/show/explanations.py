@@ -26,6 +26,10 @@ def explanation_report(explanation: Explanation) -> Report:
     notes += _half_a_model(explanation)
     if explanation.ablated:
         tables.append(ablation_table(explanation))
+        notes += [
+            f"Without its {role}, the model predicts worse than a uniform guess would: that margin says little."
+            for role in explanation.broken
+        ]
     else:
         notes.append(_NOTHING_NAMED)
     if explanation.flip is not None:
@@ -55,8 +59,9 @@ def ablation_table(explanation: Explanation) -> Table:
     c, g = map(repr, explanation.names)
     total = explanation.total
     rows = [(name, f"{value:+.3f}", f"{value - total:+.3f}") for name, value in explanation.ablated.items()]
-    title = f"margin, logit {c} - logit {g}, with a component switched off"
-    return Table(("switched off", "margin", "change"), rows, title=title)
+    off = "set to its mean over other orders of the prompt's tokens" if explanation.deep else "switched off"
+    title = f"margin, logit {c} - logit {g}, with a component {off}"
+    return Table(("set to its mean" if explanation.deep else "switched off", "margin", "change"), rows, title=title)
 
 
 def theory_table(explanation: Explanation) -> Table:
