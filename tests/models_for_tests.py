@@ -87,6 +87,20 @@ def hooked(norm=None, act="gelu", n_layers=2, seed=0, dtype=torch.float64, **con
     return model
 
 
+def with_sink(n_layers=3):
+    """The same, with an embedding of the first position that its last block's heads all look for."""
+    model = hooked(n_layers=n_layers)
+    attn = model.blocks[n_layers - 1].attn
+    with torch.no_grad():
+        attn.b_Q.fill_(0.0)
+        attn.b_Q[:, 0] = 6.0
+        model.W_pos[0] = 0.0
+        model.W_pos[0, 0] = 20.0
+        attn.W_K[:, 0] = 0.0
+        attn.W_K[:, 0, 0] = 1.0
+    return model
+
+
 def with_factor(factor=2.0, **options):
     """The same, its logits multiplied after the unembedding, as in Cohere's and Granite's models."""
     model = hooked("LN", **options)

@@ -11,7 +11,7 @@ import torch
 from bridges_for_tests import BOOTED, hooked_twin, modern
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models_for_tests import CIRCUIT, HEADS, MLPS, close, handwritten, hooked, native, perturbed, prompts
+from models_for_tests import CIRCUIT, HEADS, MLPS, close, handwritten, hooked, native, perturbed, prompts, with_sink
 from plain_families import plain_of_hooked
 from refusals import refused
 from strategies import seeds
@@ -340,6 +340,23 @@ def test_what_all_keys_share_is_no_part_of_log_odds():
     biases = result.key_terms.index("biases")
     assert float(result.values[:, :, biases].abs().min()) > 1e-4
     close(result.log_odds(3).values[:, biases], torch.zeros(len(result.query_terms), dtype=torch.float64))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_sink_is_set_apart_unless_it_is_asked_for():
+    result = attribute_scores(with_sink(), prompts(1, 6)[0], hl.Component(2, "head", 1))
+    assert result.sink == 0
+    assert float(result.attention[0]) > 0.5
+    inner = [1, 2, 3, 4, 5]
+    assert result.top_key == inner[int(result.scores[1:].argmax())]
+    odds = result.log_odds()
+    assert odds.against == tuple(key for key in inner if key != result.top_key)
+    close(odds.values, result.log_odds(result.top_key, odds.against).values)
+    assert result.log_odds(0).against == tuple(inner)
+    assert "against all other keys but 0" in " ".join(str(result).split())
+    alone = attribute_scores(with_sink(), prompts(1, 6)[0], hl.Component(2, "head", 1), key=0)
+    assert alone.top_key == 0
+    assert attribute_scores(with_sink(2), prompts(1, 6)[0], hl.Component(1, "head", 1)).sink is None
 
 
 def test_the_induction_head_and_the_last_position_are_the_defaults():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from browser_for_tests import Opened
+from models_for_tests import prompts, with_sink
 from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
@@ -117,6 +118,45 @@ def test_the_attention_view_holds_the_models_own_patterns(explanation):
     torch.testing.assert_close(torch.tensor(one["attention"]), cache["pattern", 0][0, 0], atol=6e-5, rtol=0)
     torch.testing.assert_close(torch.tensor(two["attention"]), cache["pattern", 1][0, 0], atol=6e-5, rtol=0)
     assert one["tokens"] == [prompt.language.display(int(token)) for token in prompt.tokens]
+
+
+def test_a_first_token_that_deep_heads_look_at_by_default_is_set_apart():
+    model, tokens = with_sink(), prompts(1, 6)[0]
+    patterns = model.run_with_cache(tokens[None])[1]["pattern", 2][0].detach()
+    heads = [hl.Component(2, "head", head) for head in range(2)]
+    view = show.attention(model, tokens, heads)
+    for (_, props), panel, pattern in zip(props_of(view), view.panels, patterns, strict=True):
+        assert float(pattern[1:, 0].mean()) > 0.5
+        inner = pattern[1:, 1:]
+        torch.testing.assert_close(torch.tensor(props["attention"]).double(), inner, atol=6e-5, rtol=0)
+        assert props["maxValue"] == -props["minValue"] == float(inner.max())
+        assert props["tokens"] == [str(int(token)) for token in tokens[1:]]
+        assert f"the first token, left out, gets {float(pattern[1:, 0].mean()):.0%}" in panel.title
+    whole = show.attention(model, tokens, heads, first_token=True)
+    torch.testing.assert_close(
+        torch.tensor(props_of(whole)[0][1]["attention"]).double(), patterns[0], atol=6e-5, rtol=0
+    )
+    assert whole.panels[0].title == "L2H0"
+    shallow = show.attention(with_sink(n_layers=2), tokens, hl.Component(1, "head", 0))
+    assert len(props_of(shallow)[0][1]["tokens"]) == 6
+
+
+@pytest.mark.browser
+def test_panels_are_equally_wide_however_many(explanation, browser, tmp_path):
+    view = show.attention(explanation.model, explanation.prompt)
+    for n_panels, width in ((1, 1000), (2, 1000), (3, 1000), (3, 420)):
+        page = tmp_path / f"{n_panels}-{width}.html"
+        some = show.views.View((view.panels * 2)[:n_panels], view.caption)
+        page.write_text(f"<!DOCTYPE html><meta charset=utf-8><body>{some._repr_html_()}</body>")
+        opened = Opened(browser, page)
+        opened.page.set_viewport_size({"width": width, "height": 900})
+        opened.page.wait_for_timeout(300)
+        widths = opened.page.evaluate(
+            "[...document.querySelectorAll('.hijack-lens-view > div > div')].map(e => e.getBoundingClientRect().width)"
+        )
+        assert len(widths) == n_panels
+        assert max(widths) - min(widths) < 1
+        assert max(widths) <= width
 
 
 def test_the_token_view_adds_up_to_the_margin(explanation):

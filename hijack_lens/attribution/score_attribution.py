@@ -149,6 +149,9 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
         key_terms: the keys' terms, along the third.
         texts: the prompt's tokens, with white space visible.
         circuit: names components by their roles.
+        sink: where the head looks if it looks for nothing: the first position, if it is among the keys, the model has
+            more than two layers and the head gives it more than half of its attention; else `None`. Among several keys
+            it is never the `top_key`, nor by default a competitor.
     """
 
     values: Float[Tensor, "key query_term key_term"]
@@ -161,6 +164,7 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
     key_terms: tuple[ScoreTerm, ...]
     texts: tuple[str, ...]
     circuit: Circuit = Circuit()  # noqa: RUF009 (frozen)
+    sink: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -181,8 +185,9 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
 
     @property
     def top_key(self) -> int:
-        """The position in `keys` that gets the most attention."""
-        return self.keys[int(self.scores.argmax())]
+        """The position in `keys`, the `sink` apart, that gets the most attention."""
+        others = [index for index, key in enumerate(self.keys) if key != self.sink]
+        return self.keys[others[int(self.scores[others].argmax())] if others else 0]
 
     def cell(self, query_term: ScoreTerm, key_term: ScoreTerm | tuple[Component, ...]) -> Float[Tensor, "key"]:
         """What one pair of paths adds to each key's score.
@@ -203,8 +208,9 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
         A part of the score that all keys share cancels here, as it does in the softmax.
 
         Args:
-            key: a position in `keys`; by default the one that gets the most attention.
-            against: a competitor or several; by default every other key up to the query.
+            key: a position in `keys`; by default the `top_key`.
+            against: a competitor or several; by default every other key up to the query but the `sink`; if there are
+                none, the sink.
 
         Raises:
             TypeError, ValueError: for positions that are not among `keys`.
@@ -215,6 +221,7 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
             if missing:
                 raise ValueError(f"against must be given, since this attribution lacks the keys {missing}")
             others = tuple(other for other in self.keys if other != own)
+            others = tuple(other for other in others if other != self.sink) or others
         else:
             listed = [against] if as_int(against) is not None else check_list("against", against, "positions")
             others = tuple(self.position(other, "against") for other in listed)

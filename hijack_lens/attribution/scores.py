@@ -19,7 +19,7 @@ from hijack_lens.attribution.score_attribution import ScoreAttribution, ScoreTer
 from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import as_int, check_list, check_position, shown
 from hijack_lens.core.circuit import Circuit, Component
-from hijack_lens.core.hook_points import Site, all_components
+from hijack_lens.core.hook_points import SINK, Site, all_components, is_deep
 from hijack_lens.core.inputs import circuit_of, one_head, prompt_texts, single_prompt
 from hijack_lens.core.tables import widened
 from hijack_lens.hooked import HookedTransformer
@@ -246,18 +246,19 @@ def attribute_scores(
     axes = "query_term d_head, key_term key d_head -> key query_term key_term"
     values = (einsum(q[:, 0], k, axes) / block.scale).contiguous()
 
-    scores = every[list(keys)]
+    scores, attention = every[list(keys)], run[f"{_at(chosen)}.hook_pattern"][0, index, at]
     _check_values(model, chosen, values, scores, keys)
     return ScoreAttribution(
         values=widened(values),
         scores=widened(scores),
-        attention=widened(run[f"{_at(chosen)}.hook_pattern"][0, index, at, list(keys)]),
+        attention=widened(attention[list(keys)]),
         head=chosen,
         query=at,
         keys=keys,
         query_terms=tuple(terms),
         key_terms=key_terms,
         texts=prompt_texts(model, ids[0]),
+        sink=0 if 0 in keys and is_deep(model) and float(attention[0]) > SINK else None,
         circuit=circuit,
     )
 

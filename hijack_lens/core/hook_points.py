@@ -48,6 +48,19 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model must be a HookedTransformer or TransformerBridge, got {shown(model)}")
 
 
+def is_deep(model: Any) -> bool:
+    """Whether a model has so many layers that later ones rely on what earlier ones write whatever the prompt.
+
+    Zeros in place of an MLP's output break such a model; and its heads look at the first token where they look for
+    nothing.
+    """
+    return bool(model.cfg.n_layers > 2)
+
+
+SINK = 0.5
+"""Attention, beyond which a first token is taken for such a one."""
+
+
 _known: ContextVar[dict[int, Mapping[str, Any]] | None] = ContextVar(
     "hook points of models under analysis", default=None
 )

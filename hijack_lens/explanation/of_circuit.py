@@ -15,6 +15,7 @@ from hijack_lens.attribution.logits import attribute
 from hijack_lens.attribution.sources import attribute_sources
 from hijack_lens.core.checks import check_fields, shown
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Margin
+from hijack_lens.core.hook_points import is_deep
 from hijack_lens.core.inputs import circuit_of, model_tokens, prompt_texts
 from hijack_lens.core.spans import joiner
 from hijack_lens.core.tables import Drawn, widened
@@ -204,11 +205,6 @@ def _by_source(model: Any, ids: Int[Tensor, "pos"], pair: list[int], paths: Marg
         return attribute_sources(model, ids, pair).margin(*pair)
     except NotAdditiveError:
         return None
-
-
-def is_deep(model: Any) -> bool:
-    """Whether a model has so many layers that the later ones cannot do with zeros from an earlier one."""
-    return model.cfg.n_layers > 2
 
 
 _ORDERS = 8

@@ -20,9 +20,10 @@ _MAPS_PER_ROW = 3
 
 @report_of.register
 def score_report(result: ScoreAttribution) -> Report:
-    """The cells that matter most for the key that gets the most attention."""
+    """The cells that matter most for the key that gets the most attention, a sink apart."""
     shape = ", ".join(f"{axis}={size}" for axis, size in zip(result.axes, result.values.shape, strict=True))
-    columns = ("score", "log-odds against all other keys") if _has_odds(result) else ("score",)
+    apart = "" if result.sink is None else f" but {result.sink}"
+    columns = ("score", f"log-odds against all other keys{apart}") if _has_odds(result) else ("score",)
     query, key = (f"{at} {result.texts[at]!r}" for at in (result.query, result.top_key))
     rows = _rows(result)
     return Report(
@@ -66,7 +67,7 @@ def score_maps(result: ScoreAttribution, key: int | Iterable[int] | None = None)
 
     Args:
         result: what to show.
-        key: a position among its keys, or several; by default the one that gets the most attention.
+        key: a position among its keys, or several; by default the one that gets the most attention, a sink apart.
     """
     listed = [result.top_key] if key is None else list(key) if isinstance(key, Iterable) else [key]
     if not listed:

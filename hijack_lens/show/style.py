@@ -155,7 +155,7 @@ def heatmap(
         columns: the columns' names.
         centre: the value that is drawn white.
         spread: how far the colours reach on either side of `centre`; by default, to the value furthest from it.
-        attention: use a scale of blues from 0 to 1 instead.
+        attention: use a scale of blues instead, from 0 to 1, or to `spread`.
         decimals: the fewest decimals for values written into the cells; none if the spread is 100 or more.
         texts: texts to write into the cells instead.
         named: the largest number of rows, and of columns, to name.
@@ -187,8 +187,8 @@ def heatmap(
         lines = [check_texts("texts", line) for line in check_list("texts", texts, "a list of texts for each row")]
         if len(lines) != len(image) or any(len(line) != image.shape[1] for line in lines):
             raise ValueError(f"texts must have the image's shape {image.shape}, got {shown(texts)}")
-    spread = spread_of(image, centre) if spread is None else spread
-    low, high = (0.0, 1.0) if attention else (centre - spread, centre + spread)
+    most, spread = (1.0, spread_of(image, centre)) if spread is None else (spread, spread)
+    low, high = (0.0, most) if attention else (centre - spread, centre + spread)
     colours = matplotlib.colormaps["Blues" if attention else _DIVERGING].with_extremes(bad=_ABSENT)
     drawn = ax.imshow(image, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     rotation = font.pop("rotation", 0)

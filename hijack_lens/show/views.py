@@ -18,6 +18,7 @@ from hijack_lens.attribution.logit_attribution import LogitAttribution
 from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import check_fields, check_number, check_texts, check_type, shown
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit
+from hijack_lens.core.hook_points import SINK, is_deep
 from hijack_lens.core.inputs import Components, circuit_of, components_of, prompt_texts, single_prompt
 from hijack_lens.hooks.intervention import record
 from hijack_lens.show.logits import shaded_prompt
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _PATHS_SHOWN = 24
 _TOKENS_NAMED = 48
+_FONT = {"fontsize": 7, "family": "monospace"}
 
 
 @cache
@@ -94,11 +96,12 @@ class View:
             props = json.dumps(panel.props, allow_nan=False).replace("<", r"\u003c")
             calls.append(f'lens.render("{name}", lens.{panel.element}, {props});')
             title = f'<div style="text-align:center;font-weight:600">{escape(panel.title)}</div>' if panel.title else ""
-            boxes.append(f'<div style="flex:1 1 400px;min-width:0">{title}<div id="{name}">{panel.still}</div></div>')
+            boxes.append(f'<div style="min-width:0;padding-left:1em">{title}<div id="{name}">{panel.still}</div></div>')
         return (
             '<figure class="hijack-lens-view" style="max-width:1000px;margin:1em 0">'
             f'<figcaption style="font-size:90%">{escape(self.caption)}</figcaption>'
-            f'<div style="display:flex;flex-wrap:wrap;gap:1em;margin-top:0.5em">{"".join(boxes)}</div></figure>'
+            '<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:1em;'
+            f'margin-top:0.5em">{"".join(boxes)}</div></figure>'
             f"<script>(function () {{ {before} const lens = window.CircuitsVis || CircuitsVis; {''.join(calls)} }})();"
             "</script>"
         )
@@ -106,9 +109,18 @@ class View:
 
 @analysis
 def attention(
-    model: Any, prompt: "HijackPrompt | str | Tensor", heads: Components | None = None, circuit: Circuit | None = None
+    model: Any,
+    prompt: "HijackPrompt | str | Tensor",
+    heads: Components | None = None,
+    circuit: Circuit | None = None,
+    *,
+    first_token: bool | None = None,
 ) -> View:
     """Attention patterns of heads on one prompt.
+
+    Heads of deep models look at the first token where they look for nothing. Where it gets more than half of a
+    head's attention in a model of more than two layers, it is left out, its share is written above the pattern, and
+    colours reach to the largest of the rest.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -116,33 +128,44 @@ def attention(
         heads: a `Component`, its place ("L1H0") or a role of the circuit ("induction"); several of these, or a mapping
             to them; a `Circuit`; or "all". By default the circuit's previous-token and induction heads.
         circuit: by which heads are called; by default `model.circuit`, if there is one.
+        first_token: whether to show the first token; by default, as said above.
 
     Raises:
         TypeError, ValueError: for prompts the model cannot take, batches, and heads that it lacks.
     """
+    if first_token is not None:
+        check_type("first_token", first_token, bool)
     patterns = attention_patterns(model, prompt, heads, circuit)
     texts = list(prompt_texts(model, single_prompt(model, prompt)[0]))
-    panels = [
-        Panel(
-            "AttentionPattern",
-            {
-                "attention": _rounded(pattern, 4),
-                "tokens": texts,
-                "maxValue": 1.0,
-                "minValue": -1.0,
-                "positiveColor": COLOURS["context"],
-                "maskUpperTri": True,
-                "showAxisLabels": True,
-            },
-            name,
-            _png(attention_maps({name: pattern}, texts, width=5.0)),
-        )
-        for name, pattern in patterns.items()
-    ]
+    panels = [_pattern_panel(name, pattern, texts, is_deep(model), first_token) for name, pattern in patterns.items()]
     return View(
         tuple(panels),
-        "Attention patterns, from 0 (white) to 1 (blue): each row is a destination token, which attends, each column a "
-        "source token, which is attended to. Hover over a cell for its number.",
+        "Attention patterns, from 0 (white) to 1, or to what is said (blue): each row is a destination token, which "
+        "attends, each column a source token, which is attended to. Hover over a cell for its number.",
+    )
+
+
+def _pattern_panel(
+    name: str, pattern: Float[Tensor, "query key"], texts: list[str], deep: bool, first_token: bool | None
+) -> Panel:
+    share, most = float(pattern[1:, 0].mean()), 1.0
+    if len(texts) > 2 and (deep and share > SINK if first_token is None else not first_token):
+        pattern, texts = pattern[1:, 1:], texts[1:]
+        most = float(pattern.max()) or 1.0
+        name = f"{name}, up to {most:.2f}; the first token, left out, gets {share:.0%}"
+    return Panel(
+        "AttentionPattern",
+        {
+            "attention": _rounded(pattern, 4),
+            "tokens": texts,
+            "maxValue": most,
+            "minValue": -most,
+            "positiveColor": COLOURS["context"],
+            "maskUpperTri": True,
+            "showAxisLabels": True,
+        },
+        name,
+        _png(attention_maps({name: pattern}, texts, width=5.0, most=most)),
     )
 
 
@@ -164,13 +187,16 @@ def attention_patterns(
     return patterns
 
 
-def attention_maps(patterns: dict[str, Float[Tensor, "query key"]], tokens: list[str], width: float = 9.0) -> Picture:
+def attention_maps(
+    patterns: dict[str, Float[Tensor, "query key"]], tokens: list[str], width: float = 9.0, most: float = 1.0
+) -> Picture:
     """Attention patterns side by side, one heat map per head.
 
     Args:
         patterns: by the head's name.
         tokens: texts of the positions.
         width: the picture's width, in inches.
+        most: the attention that is drawn darkest.
     """
     check_type("patterns", patterns, Mapping)
     if not patterns:
@@ -179,11 +205,11 @@ def attention_maps(patterns: dict[str, Float[Tensor, "query key"]], tokens: list
     for name, pattern in patterns.items():
         if not isinstance(pattern, Tensor) or tuple(pattern.shape) != (len(texts),) * 2:
             raise ValueError(f"patterns[{shown(name)}] must be a tensor [{len(texts)}, {len(texts)}] for these tokens")
-    width = check_number("width", width, positive=True)
+    width, most = check_number("width", width, positive=True), check_number("most", most, positive=True)
     picture = Picture(width, width / len(patterns) + 0.6)
     axes = picture.figure.subplots(1, len(patterns), squeeze=False)[0]
     for ax, (name, pattern) in zip(axes, patterns.items(), strict=True):
-        drawn = heatmap(ax, pattern, texts, texts, attention=True, named=_TOKENS_NAMED, fontsize=7, family="monospace")
+        drawn = heatmap(ax, pattern, texts, texts, spread=most, attention=True, named=_TOKENS_NAMED, **_FONT)
         ax.set_aspect("equal")
         ax.set_title(name)
         ax.set_xlabel("source token (attended to)")
