@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _PATHS_SHOWN = 24
 _TOKENS_NAMED = 48
-_FONT = {"fontsize": 7, "family": "monospace"}
 
 
 @cache
@@ -152,7 +151,7 @@ def _pattern_panel(
     if len(texts) > 2 and (deep and share > SINK if first_token is None else not first_token):
         pattern, texts = pattern[1:, 1:], texts[1:]
         most = float(pattern.max()) or 1.0
-        name = f"{name}, up to {most:.2f}; the first token, left out, gets {share:.0%}"
+        name = f"{name}, up to {most:.2f}; the first token, left out, gets {share:.0%} (0 is the second)"
     return Panel(
         "AttentionPattern",
         {
@@ -209,7 +208,9 @@ def attention_maps(
     picture = Picture(width, width / len(patterns) + 0.6)
     axes = picture.figure.subplots(1, len(patterns), squeeze=False)[0]
     for ax, (name, pattern) in zip(axes, patterns.items(), strict=True):
-        drawn = heatmap(ax, pattern, texts, texts, spread=most, attention=True, named=_TOKENS_NAMED, **_FONT)
+        drawn = heatmap(
+            ax, pattern, texts, texts, spread=most, attention=True, named=_TOKENS_NAMED, fontsize=7, family="monospace"
+        )
         ax.set_aspect("equal")
         ax.set_title(name)
         ax.set_xlabel("source token (attended to)")
