@@ -10,6 +10,7 @@ from hijack_lens.core.analysis import as_written
 from hijack_lens.core.checks import Seed, as_generator, fixed_seed
 from hijack_lens.core.hook_points import Part, Site, check_hook_points, sites
 from hijack_lens.core.inputs import Components, components_of, indices
+from hijack_lens.core.texts import texts_begin
 from hijack_lens.hooks.intervention import HookFunction, Intervention, check_reference, draw_rows, read_source, stand_in
 
 
@@ -21,6 +22,8 @@ def ablate(
     positions: int | Iterable[int] | None = None,
     part: Part = "output",
     seed: Seed = 0,
+    *,
+    prepend_bos: bool | None = None,
 ) -> Intervention:
     """Switches components off: a context manager, whose `fwd_hooks` can also be given to `run_with_hooks`.
 
@@ -39,6 +42,7 @@ def ablate(
             forward pass: with a key-value cache, only the new ones.
         part: "output", or a head's attention "pattern".
         seed: the seed of the draws for "resample".
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Raises:
         TypeError, ValueError: for components that the model lacks or whose edits it would ignore, and where
@@ -52,7 +56,8 @@ def ablate(
         return stand_in(how, stored, draw_rows(how, len(stored), len(current), as_generator(of_every_run)))
 
     source = None if how == "zero" else ("reference", reference)
-    return _overwriting(model, components, part, positions, source, value)
+    with texts_begin(prepend_bos):
+        return _overwriting(model, components, part, positions, source, value)
 
 
 def patch(
@@ -61,6 +66,8 @@ def patch(
     source: object,
     positions: int | Iterable[int] | None = None,
     part: Part = "output",
+    *,
+    prepend_bos: bool | None = None,
 ) -> Intervention:
     """Activation patching: a context manager, whose `fwd_hooks` can also be given to `run_with_hooks`.
 
@@ -72,14 +79,16 @@ def patch(
         positions: which positions to patch; by default all. Negative ones count from the end. They refer to
             the tokens of one forward pass: with a key-value cache, only the new ones.
         part: "output", or a head's attention "pattern".
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Raises:
         TypeError, ValueError: for components that the model lacks or whose edits it would ignore, and for a
             cache that lacks them.
     """
-    return _overwriting(
-        as_written(model), components, part, positions, ("source", source), lambda current, stored: stored
-    )
+    with texts_begin(prepend_bos):
+        return _overwriting(
+            as_written(model), components, part, positions, ("source", source), lambda current, stored: stored
+        )
 
 
 def _overwriting(

@@ -46,6 +46,7 @@ def path_sweep(
     *,
     circuit: Circuit | None = None,
     via: Via | Iterable[Via] = VIAS,
+    prepend_bos: bool | None = None,
 ) -> PathSweep:
     """Path patching of every edge among some components, one at a time: from embeddings, heads and MLPs to each input
     of every later head and MLP, and to the unembedding.
@@ -64,6 +65,7 @@ def path_sweep(
         circuit: the roles that name the components; by default those of a `Circuit` given as `components`, else
             `model.circuit`, if there is one.
         via: which inputs of receivers to patch; by default all.
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Raises:
         TypeError, ValueError: for components that the model lacks, edges that no hook point reaches alone, prompts
@@ -122,6 +124,7 @@ def edge_attribution(
     circuit: Circuit | None = None,
     via: Via | Iterable[Via] = VIAS,
     steps: int = 1,
+    prepend_bos: bool | None = None,
 ) -> PathSweep:
     """`path_sweep` to first order, for every edge at once: edge attribution patching, with integrated gradients.
 
@@ -148,6 +151,7 @@ def edge_attribution(
         circuit: the roles that name the components.
         via: which inputs of receivers to score.
         steps: the number of runs over which the derivative is averaged.
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Raises:
         TypeError, ValueError: as for `path_sweep`, and for a metric without a derivative.

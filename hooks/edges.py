@@ -14,6 +14,7 @@ from hijack_lens.core.checks import check_choice, check_type, shown
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import Site, check_hook_points, points_of, position_index, sites, without_hooks
 from hijack_lens.core.inputs import indices, one_component
+from hijack_lens.core.texts import texts_begin
 from hijack_lens.hooked import HookedTransformer
 from hijack_lens.hooks.intervention import HookFunction, Intervention, read_source
 from hijack_lens.models.linear_maps import normed, rounding
@@ -163,6 +164,8 @@ def patch_path(
     via: Via,
     source: object = None,
     positions: int | Iterable[int] | None = None,
+    *,
+    prepend_bos: bool | None = None,
 ) -> Intervention:
     """Replaces what `sender` writes into one input of `receiver`, along the residual stream alone.
 
@@ -178,6 +181,7 @@ def patch_path(
         source: where the sender's output comes from: a cache, or prompts to run once, now; `None` cuts the
             edge, as if the sender wrote zeros there.
         positions: which positions of the receiver's input change; by default all.
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Raises:
         TypeError, ValueError: for an edge that the model does not have, or that no hook point reaches alone.
@@ -189,7 +193,8 @@ def patch_path(
     check_edge(model, source_of, target_of, via)
     where = None if positions is None else indices("positions", positions)
     site = sender_site(model, source_of)
-    stored = None if source is None else read_source(model, source, [site.name], "source")[site.name]
+    with texts_begin(prepend_bos):
+        stored = None if source is None else read_source(model, source, [site.name], "source")[site.name]
     # The message's change on its way: from the sender to the stream, and from there to the receiver's inputs.
     sent: list[Tensor] = []
     arriving: dict[str, tuple[Tensor, Tensor]] = {}

@@ -53,6 +53,7 @@ def patch_sweep(
     units: Which = None,
     method: Method = "auto",
     memory_gb: float = 0.25,
+    prepend_bos: bool | None = None,
 ) -> Sweep:
     """Activation patching of every activation, layer and position, one at a time: exactly what TransformerLens's
     `patching.get_act_patch_*` functions compute in a loop.
@@ -75,6 +76,7 @@ def patch_sweep(
             checked against a run of the model); "forward" runs the whole model on batches of patches. "auto" takes
             "incremental" where it works and the model has no hooks, else "forward".
         memory_gb: roughly how much memory the patched runs may take at a time.
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Raises:
         TypeError, ValueError: for what the model lacks or would ignore, prompts that do not match, and a metric that
@@ -102,6 +104,7 @@ def ablate_sweep(
     seed: Seed = 0,
     method: Method = "auto",
     memory_gb: float = 0.25,
+    prepend_bos: bool | None = None,
 ) -> Sweep:
     """Ablates every activation, layer and position, one at a time.
 
@@ -119,6 +122,7 @@ def ablate_sweep(
         seed: the seed of the draws for "resample".
         method: how to compute it.
         memory_gb: how much memory to use.
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Raises:
         TypeError, ValueError: as for `patch_sweep`, and where `reference` is missing, unused or of another length.
@@ -155,6 +159,7 @@ def attribution_patch(
     layers: Which = None,
     units: Which = None,
     steps: int = 1,
+    prepend_bos: bool | None = None,
 ) -> Sweep:
     """`patch_sweep` to first order: (source − base) · ∂metric/∂activation, for every patch at once.
 
@@ -176,6 +181,7 @@ def attribution_patch(
         units: which heads or neurons.
         steps: the number of runs to average the derivative over; above 1, for a metric that is flat at the base run.
             Their embeddings go from the base run's towards the source run's in equal steps (as in arXiv 2403.17806).
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Raises:
         TypeError, ValueError: as for `patch_sweep`, and for a metric without a derivative.

@@ -1,6 +1,7 @@
 """From a user's text to token ids, on both families of models: never padded, never unknown, never a mere piece."""
 
 import functools
+import inspect
 import tempfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from models_for_tests import close, hooked, native, prompts
 from transformers import AutoTokenizer
 
 import hijack_lens as hl
-from hijack_lens import hooks, metrics
+from hijack_lens import core, hooks, metrics, show
 from hijack_lens.models.loading import load_model
 
 SHORT, LONG = "Rome is", "Rome is Paris and Rome is"
@@ -223,3 +224,77 @@ def test_ids_in_any_container_are_the_same_prompt():
             tuple(map(tuple, ids.tolist())),
         ):
             close(hl.attribute(model, given, answers=[1, 2]).values, expected)
+
+
+def _patched(intervention):
+    """What the last logits are under an intervention."""
+    with torch.no_grad(), intervention:
+        return intervention.model(torch.tensor([[1, 2, 3, 4]]))[0, -1]
+
+
+# Everything that takes texts, as a function of (lists of) texts or tokens and `prepend_bos`.
+BEGIN = {
+    "attribute": lambda m, p, **o: hl.attribute(m, p, answers=[5, 6], **o).values,
+    "attribute_sources": lambda m, p, **o: hl.attribute_sources(m, p, [5, 6], context=[1], **o).values,
+    "attribute_scores": lambda m, p, **o: hl.attribute_scores(m, p, "L1H0", **o).values,
+    "shapley": lambda m, p, **o: hl.shapley(m, p, DIFF, **o).values,
+    "shapley's reference": lambda m, p, **o: hl.shapley(m, p, DIFF, how="patch", reference=p, **o).values,
+    "explain": lambda m, p, **o: torch.tensor(hl.explain(m, p, 5, 6, **o).total),
+    "context_memory": lambda m, p, **o: hl.context_memory(m, p, answers=[5, 6], **o).attention,
+    "memory_conflict": lambda m, p, **o: hl.memory_conflict(m, p, query_tokens=[3, 4], answers=[5, 6], **o).logits,
+    "patch_sweep": lambda m, p, **o: hooks.patch_sweep(m, p, p, DIFF, "attn_out", **o).clean,
+    "ablate_sweep": lambda m, p, **o: hooks.ablate_sweep(m, p, DIFF, "attn_out", **o).values,
+    "attribution_patch": lambda m, p, **o: hooks.attribution_patch(m, p, p, DIFF, "attn_out", **o).clean,
+    "path_sweep": lambda m, p, **o: hooks.path_sweep(m, p, p, DIFF, ["L0H0", "L1H0"], **o).clean,
+    "edge_attribution": lambda m, p, **o: hooks.edge_attribution(m, p, p, DIFF, ["L0H0", "L1H0"], **o).clean,
+    "attention": lambda m, p, **o: torch.tensor(show.attention(m, p, "L0H0", **o).panels[0].props["attention"]),
+}
+
+
+@FAMILIES
+@pytest.mark.parametrize("name", BEGIN)
+def test_texts_begin_as_they_are_asked_to(family, name, unchecked):
+    model = model_of(family)
+    for begins in (True, False):
+        tokens = model.to_tokens(LONG, prepend_bos=begins)[0]
+        assert (int(tokens[0]) == model.tokenizer.bos_token_id) == begins
+        close(BEGIN[name](model, LONG, prepend_bos=begins), BEGIN[name](model, tokens))
+    assert core.texts.text_ids(model, LONG, "prompt") == model.to_tokens(LONG)[0].tolist()
+    with pytest.raises(TypeError, match="prepend_bos must be a bool, got 'yes'"):
+        BEGIN[name](model, LONG, prepend_bos="yes")
+
+
+@FAMILIES
+def test_the_activations_that_interventions_write_are_of_texts_that_begin_as_asked(family):
+    model = model_of(family)
+    for begins in (True, False):
+        text = next(text for text in (" Rome" * n for n in range(1, 9)) if len(ids(model, text, begins)) == 4)
+        tokens = torch.tensor([ids(model, text, begins)])
+        for intervene in (
+            lambda source, **o: hooks.patch(model, "L0H0", source, **o),
+            lambda source, **o: hooks.ablate(model, "L0H0", "mean", source, **o),
+            lambda source, **o: hooks.patch_path(model, "L0H0", "L1H0", "q", source, **o),
+        ):
+            close(_patched(intervene(text, prepend_bos=begins)), _patched(intervene(tokens)))
+
+
+def ids(model, text, begins):
+    return model.to_tokens(text, prepend_bos=begins)[0].tolist()
+
+
+def test_whatever_takes_text_takes_how_it_begins():
+    takers = [getattr(hl, name) for name in hl.__all__] + [getattr(hooks, name) for name in hooks.__all__]
+    takers += [show.attention]
+    found = set()
+    for function in takers:
+        names = set(inspect.signature(function).parameters) if inspect.isfunction(function) else set()
+        if "model" in names and names & {"prompt", "prompts", "clean", "facts", "reference", "source"}:
+            found.add(function.__name__)
+            assert ("prepend_bos" in names) == (function not in (hooks.scale, hooks.steer)), function
+    assert len(found) > 15
+
+
+def test_a_tokenizer_without_a_begin_token_cannot_prepend_it():
+    model = hl.associative_transformer(hl.BigramLanguage.from_text("a b a b"))
+    with pytest.raises(ValueError, match=r"prepend_bos must not be True: the .* has no token that begins a text"):
+        hl.attribute(model, "a b", prepend_bos=True)

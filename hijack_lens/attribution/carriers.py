@@ -39,6 +39,7 @@ def find_carriers(
     *,
     repeats: int = 1,
     seed: Seed = 0,
+    prepend_bos: bool | None = None,
 ) -> Carriers:
     """Finds the heads that carry the context's answer to where it is asked for, and how far to turn them.
 
@@ -56,6 +57,7 @@ def find_carriers(
         weights: for texts, the answer that the weights hold for each. Of both answers, the first tokens are compared.
         repeats: how often each fact's context says its answer.
         seed: of the draws by which chance is estimated.
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Raises:
         TypeError, ValueError: for fewer prompts, prompts without the context's answer, answers that begin with the same

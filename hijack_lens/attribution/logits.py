@@ -37,6 +37,7 @@ def attribute(
     *,
     circuit: Circuit | None = None,
     answers: Tokens | Sequence[Tokens] | Int[Tensor, "prompt answer"] = None,
+    prepend_bos: bool | None = None,
 ) -> LogitAttribution:
     """Attributes the logits at a position to the paths that wrote them, by source position.
 
@@ -61,6 +62,7 @@ def attribute(
         answers: the outputs whose logits to attribute, one or several, by id or text (read as by `logit_diff`), in this
             order; by default all of them, or for deep models the prompt's candidates, else (for one prompt) the ten
             with the largest logits. For a batch, they may be one list per prompt, all equally long.
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Returns:
         A `LogitAttribution`; with a batch axis if `prompt` has one.

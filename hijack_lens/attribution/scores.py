@@ -181,6 +181,7 @@ def attribute_scores(
     key: int | Iterable[int] | None = None,
     *,
     circuit: Circuit | None = None,
+    prepend_bos: bool | None = None,
 ) -> ScoreAttribution:
     """Splits a head's attention scores at a query position over (query path, key path): why it looked where it did.
 
@@ -204,6 +205,7 @@ def attribute_scores(
         key: the position or positions attended to, none of them after `query`; by default all that the head is free to
             attend to, which a sliding window limits.
         circuit: the roles of the components, by which terms are named; by default `model.circuit`, if there is one.
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Raises:
         TypeError, ValueError: for prompts, heads and positions that the model does not have; for more than 2^27

@@ -199,6 +199,7 @@ def shapley(
     interactions: bool = True,
     seed: Seed = 0,
     memory_gb: float = 0.25,
+    prepend_bos: bool | None = None,
 ) -> ShapleyValues:
     """Divides a metric among components: each one's Shapley value, and each pair's interaction.
 
@@ -238,6 +239,7 @@ def shapley(
             A pair is scored on about n_samples · 2 / n samples, and not at all (NaN) on fewer than 10.
         seed: the seed for draws and orders.
         memory_gb: roughly how much memory the runs of one pass may take.
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Raises:
         TypeError, ValueError: for what the model lacks or would ignore, players that overlap, a `reference` that is

@@ -37,6 +37,7 @@ def attribute_sources(
     position: int = -1,
     context: Span = None,
     carriers: Any = 0,
+    prepend_bos: bool | None = None,
 ) -> SourceAttribution:
     """Attributes logits to the source tokens that wrote them, in a model of any depth, exactly.
 
@@ -67,6 +68,7 @@ def attribute_sources(
         carriers: heads whose share is split by source token as well: how many (those that bring most of the difference
             between the first two answers from positions after the first), or which, as for `hooks.ablate`. Each takes
             up to another pass per answer.
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Returns:
         A `SourceAttribution`; with a batch axis if `prompt` has one.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hijack_lens.core.hook_points import check_model, every_module, forget_points, points_kept
+from hijack_lens.core.texts import texts_begin
 
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
@@ -27,8 +28,9 @@ _under_way: ContextVar[_UnderWay | None] = ContextVar("the analysis under way", 
 def analysis(analyse: Callable[Concatenate[Any, Given], Found]) -> Callable[Concatenate[Any, Given], Found]:
     """Has a function of a model, its first argument, see the model in one state, whatever state the user's is in.
 
-    While it runs, dropout is off, compiled graphs are not used, and no gradients are recorded. Afterwards every
-    training flag is as it was, even if Ctrl-C breaks into the restoring itself.
+    While it runs, dropout is off, compiled graphs are not used, and no gradients are recorded; and all texts that it
+    reads begin as its `prepend_bos`, if it takes one, says. Afterwards every training flag is as it was, even if Ctrl-C
+    breaks into the restoring itself.
 
     Raises:
         TypeError, ValueError: for what is no model, and for a model with weights that are not finite.
@@ -38,6 +40,7 @@ def analysis(analyse: Callable[Concatenate[Any, Given], Found]) -> Callable[Conc
     def analyse_as_written(model: Any, *args: Given.args, **kwargs: Given.kwargs) -> Found:
         model = as_written(model)
         check_model(model)
+        prepend_bos: Any = kwargs.get("prepend_bos")
         outer = _under_way.get()
         checked = () if outer is None else outer.models
         if id(model) not in checked:
@@ -52,7 +55,7 @@ def analysis(analyse: Callable[Concatenate[Any, Given], Found]) -> Callable[Conc
                 hold_eager(ours)
                 for module in flagged:
                     module.training = False
-                with torch.inference_mode(False), torch.no_grad(), points_kept():
+                with torch.inference_mode(False), torch.no_grad(), points_kept(), texts_begin(prepend_bos):
                     return analyse(model, *args, **kwargs)
             finally:
                 restore()

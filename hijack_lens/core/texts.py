@@ -1,14 +1,30 @@
 """From text to token ids and back: whole prompts, and single tokens, as a model's tokenizer reads them."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import as_int, check_text, shown
+from hijack_lens.core.checks import as_int, check_text, check_type, shown
 from hijack_lens.core.tables import visible
+
+_begins: ContextVar[bool | None] = ContextVar("whether texts begin with the begin token", default=None)
+
+
+@contextmanager
+def texts_begin(prepend_bos: bool | None) -> Iterator[None]:
+    """As long as the context lasts, texts begin with the tokenizer's begin token, or do not; `None` changes nothing."""
+    if prepend_bos is not None:
+        check_type("prepend_bos", prepend_bos, bool)
+    token = _begins.set(_begins.get() if prepend_bos is None else prepend_bos)
+    try:
+        yield
+    finally:
+        _begins.reset(token)
 
 
 def text_ids(model: Any, text: str, name: str) -> list[int]:
@@ -21,8 +37,12 @@ def text_ids(model: Any, text: str, name: str) -> list[int]:
         raise ValueError(
             f"{name} must be of words that the model's tokenizer knows, which lacks {', '.join(map(repr, unknown)):.80}"
         )
+    prepend_bos = _begins.get()
+    if prepend_bos and getattr(model.tokenizer, "bos_token", None) is None:
+        raise ValueError("prepend_bos must not be True: the model's tokenizer has no token that begins a text")
+    asked = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
     try:
-        ids = model.to_tokens(text, truncate=False)[0].tolist()
+        ids = model.to_tokens(text, truncate=False, **asked)[0].tolist()
     except ValueError as error:  # a model's own, of what it calls its input
         said = str(error)
         raise ValueError(f"{name}{said.removeprefix('input')}" if said.startswith("input ") else said) from error

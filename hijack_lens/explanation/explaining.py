@@ -22,6 +22,7 @@ def explain(
     *,
     circuit: Circuit | None = None,
     context: Span = None,
+    prepend_bos: bool | None = None,
 ) -> Any:
     """Explains what a model predicts at the end of a prompt that puts its two memories in conflict.
 
@@ -36,6 +37,7 @@ def explain(
         foil: with a text or tokens, what the weights suggest; likewise.
         circuit: the roles of the components. A `BigramTransformer` has its own; other models need none.
         context: without a circuit, which part of the prompt is the context, as for `attribute_sources`.
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Returns:
         For models with a circuit, their own or given, an `Explanation` by its paths; where the logits are no sum over

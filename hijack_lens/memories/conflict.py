@@ -117,6 +117,7 @@ def memory_conflict(
     query_tokens: Tokens = None,
     answers: Tokens = None,
     circuit: Circuit | None = None,
+    prepend_bos: bool | None = None,
 ) -> MemoryConflict:
     """What the context and the weights would say at a position, for every token that could stand there; and who wins.
 
@@ -134,6 +135,7 @@ def memory_conflict(
             for a table, the prompt's own tokens.
         answers: outputs whose logits to give; by default all.
         circuit: the roles of the components; by default `model.circuit`.
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Raises:
         TypeError, ValueError: as for `attribute`, for a circuit without induction heads, and for tables of more than

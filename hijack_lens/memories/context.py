@@ -104,6 +104,7 @@ def context_memory(
     query_tokens: Tokens = None,
     answers: Tokens = None,
     circuit: Circuit | None = None,
+    prepend_bos: bool | None = None,
 ) -> ContextMemory:
     """The associative memory that a head makes of a context, as a table from query token to logits.
 
@@ -129,6 +130,7 @@ def context_memory(
             for a table, the prompt's own tokens.
         answers: outputs whose logits to give; by default all.
         circuit: the roles of the components; by default `model.circuit`, if there is one.
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Raises:
         TypeError, ValueError: for prompts, heads, positions and tokens that the model does not have; for tables of more

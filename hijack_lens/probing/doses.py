@@ -255,6 +255,7 @@ def dose_response(
     *,
     lead: str | Sequence[int] = "",
     circuit: Circuit | None = None,
+    prepend_bos: bool | None = None,
 ) -> DoseResponse:
     """Measures `logit[context's answer] - logit[weights' answer]` as the context repeats its answer 0, 1, 2, ... times.
 
@@ -270,6 +271,7 @@ def dose_response(
         lead: neutral text before every prompt, or tokens for `Bigram`s.
         circuit: the roles of the components; by default the model's own circuit. Without one, margins are split by
             source tokens, as by `attribute_sources`: the context is all that was said before the question.
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Raises:
         TypeError, ValueError: for facts and prompts that `fact_prompts` rejects, and models that `attribute` (without a

@@ -114,6 +114,7 @@ def attention(
     circuit: Circuit | None = None,
     *,
     first_token: bool | None = None,
+    prepend_bos: bool | None = None,
 ) -> View:
     """Attention patterns of heads on one prompt.
 
@@ -128,6 +129,7 @@ def attention(
             to them; a `Circuit`; or "all". By default the circuit's previous-token and induction heads.
         circuit: by which heads are called; by default `model.circuit`, if there is one.
         first_token: whether to show the first token; by default, as said above.
+        prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Raises:
         TypeError, ValueError: for prompts the model cannot take, batches, and heads that it lacks.
