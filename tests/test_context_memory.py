@@ -189,6 +189,7 @@ CONFLICTS = {
         hooked("RMS", n_layers=3, n_key_value_heads=1, positional_embedding_type="rotary", rotary_dim=4),
         dataclasses.replace(CIRCUIT, bigram=(MLPS[1], hl.Component(2, "mlp"))),
     ),
+    "more answers than the stream has dimensions": lambda: (hooked("LN", n_layers=4, d_vocab=19), CIRCUIT),
     **{family: functools.partial(lambda boot: (boot(), CIRCUIT), boot) for family, boot in BOOTED.items()},
 }
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.attribution.logit_attribution import Path, Source
+from hijack_lens.attribution.logit_attribution import MEMORIES, Memory, Path, Source
 from hijack_lens.attribution.terms import biases_after_gate, gates_of, is_gated
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.hook_points import all_components, rows_at_once
@@ -89,12 +89,35 @@ def direct_paths(
         run = _Run.of(model, rows, query, circuit)
         if answers is None:
             answers = run.logits[0].topk(min(_DEFAULT_ANSWERS, run.logits.shape[-1])).indices
-        values = run.values(answers)
+        values = run.values(model.W_U[:, answers], model.b_U[answers])
         for path, value in values.items():
             found.setdefault(path, []).append(value)
         of_answers.append(run.logits[:, answers])
     assert answers is not None
     return {path: torch.cat(value) for path, value in found.items()}, torch.cat(of_answers), answers
+
+
+def direct_memories(
+    model: Any, tokens: Int[Tensor, "batch pos"], query: int, circuit: Circuit, answers: Int[Tensor, "answer"]
+) -> tuple[dict[Memory, Float[Tensor, "batch answer"]], Float[Tensor, "batch answer"]]:
+    """The same summed over paths and sources, by memory; and the logits that these sum to.
+
+    For many answers, what paths write is summed as vectors of the stream, and unembedded once.
+    """
+    check_additive(model)
+    check_heads_add(model)
+    run = _Run.of(model, tokens, query, circuit)
+    W_U, b_U = model.W_U[:, answers], model.b_U[answers]
+    written = run.values(torch.eye(len(W_U), dtype=W_U.dtype, device=W_U.device), W_U.new_zeros(len(W_U)))
+    vectors = {path: value.sum(1) for path, value in written.items()}
+    stream, logits = run.kept["stream", None][:, 0], run.logits[:, answers]
+    check_complete(vectors.values(), linear_norm(getattr(model, "ln_final", None), stream)(stream))
+    check_unembedded(model, stream, logits, answers)
+    found = {memory: W_U.new_zeros(len(tokens), len(W_U)) for memory in MEMORIES}
+    for path, vector in vectors.items():
+        found[path.memory] = found[path.memory] + vector
+    by_memory = {memory: vector @ W_U for memory, vector in found.items()}
+    return {**by_memory, "weights": by_memory["weights"] + b_U}, logits
 
 
 @dataclass(frozen=True)
@@ -154,9 +177,11 @@ class _Run:
             logits = logits_of(model, tokens)[:, query].clone()
         return cls(model, circuit, query, logits, kept)
 
-    def values(self, answers: Int[Tensor, "answer"]) -> dict[Path, Float[Tensor, "batch source answer"]]:
-        """What each path wrote into the answers' logits."""
-        model, W_U = self.model, self.model.W_U[:, answers]
+    def values(
+        self, W_U: Float[Tensor, "d_model answer"], b_U: Float[Tensor, "answer"]
+    ) -> dict[Path, Float[Tensor, "batch source answer"]]:
+        """What each path wrote into the answers' logits, by their columns of the unembedding."""
+        model = self.model
         stream, at = self.kept["stream", None], slice(self.query, self.query + 1)
         final = linear_norm(getattr(model, "ln_final", None), stream)
         readout = Readout(W_U, stream.new_ones(stream.shape[:2]), at).before(final)
@@ -167,7 +192,7 @@ class _Run:
 
         for source in _sources(model):
             put(source, (), self._embedding(source, readout))
-        bias = model.b_U[answers] if final.b is None else model.b_U[answers] + final.b @ W_U
+        bias = b_U if final.b is None else b_U + final.b @ W_U
         biases = bias.expand(len(stream), 1, -1)
         heads: dict[int, Tensor] = {}
         for component in all_components(model):

@@ -80,7 +80,7 @@ def attribute(
     where: int | Literal["all"] = "all" if number is None else number % length
     candidates = (prompt.in_context, prompt.global_candidate) if isinstance(prompt, HijackPrompt) else None
 
-    too_deep = _beyond_whole_paths(model)
+    too_deep = beyond_whole_paths(model)
     asked = candidates if answers is None and too_deep is not None else answers
     own = _own_answers(model, asked, len(ids))
     chosen = None if asked is None else token_ids(model, "answers", asked, output=True) if own is None else own.unique()
@@ -236,7 +236,7 @@ def _names(model: Any) -> list[str]:
     return names
 
 
-def _beyond_whole_paths(model: Any) -> str | None:
+def beyond_whole_paths(model: Any) -> str | None:
     """Why a model's paths are not all followed, or `None`: it is deep, or not linear in the ways that `terms` knows."""
     cfg = model.cfg
     if cfg.n_layers > 2:

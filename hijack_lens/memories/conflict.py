@@ -9,13 +9,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hijack_lens.attribution.logits import attribute
+from hijack_lens.attribution.direct import direct_memories
+from hijack_lens.attribution.logits import attribute, beyond_whole_paths
 from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import check_fields, check_shapes
 from hijack_lens.core.circuit import Circuit, Margin
 from hijack_lens.core.files import Saved
+from hijack_lens.core.hook_points import all_components
 from hijack_lens.core.inputs import Tokens, circuit_of
-from hijack_lens.core.tables import Drawn
+from hijack_lens.core.tables import Drawn, widened
 from hijack_lens.memories.token_tables import TokenTables, replaced, token_tables
 
 Winner = Literal["context", "weights", "both", "neither"]
@@ -146,13 +148,20 @@ def memory_conflict(
     if not circuit.induction:
         raise ValueError(f"circuit must name an induction head, through which the context speaks; got {circuit}")
     prompts, parts = replaced(tables.tokens, tables.query_tokens), []
+    answers = torch.tensor(tables.answers, device=prompts.device)
+    summed_first = beyond_whole_paths(model) is not None and len(answers) > model.cfg.d_model
     done, rows_at_once = 0, 1
     with tqdm(total=len(prompts), disable=None, delay=1, unit="query", desc="memory_conflict") as bar:
         while done < len(prompts):
             rows = prompts[done : done + rows_at_once]
-            result = attribute(model, rows, circuit=circuit, answers=tables.answers)
-            parts.append(torch.stack([*result.by_memory().values(), result.logits]))
-            rows_at_once = max(1, _CELLS * len(rows) // result.values.numel())
+            if summed_first:
+                by_memory, logits = direct_memories(model, rows, len(tables.tokens) - 1, circuit, answers)
+                n_cells = len(rows) * tables.tokens.numel() * len(all_components(model)) * model.cfg.d_model
+            else:
+                result = attribute(model, rows, circuit=circuit, answers=tables.answers)
+                by_memory, logits, n_cells = result.by_memory(), result.logits, result.values.numel()
+            parts.append(widened(torch.stack([*by_memory.values(), logits])))
+            rows_at_once = max(1, _CELLS * len(rows) // n_cells)
             done += len(rows)
             bar.update(len(rows))
     context, weights, rest, logits = torch.cat(parts, 1)
