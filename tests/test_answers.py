@@ -8,7 +8,7 @@ from models_for_tests import hooked, prompts
 from refusals import refused
 
 import hijack_lens as hl
-from hijack_lens import AnswerExplanation, attribute_sources
+from hijack_lens import AnswerExplanation, attribute_sources, hooks
 from hijack_lens.models.loading import load_model
 
 TEXT = "one two three nine four two three"
@@ -75,6 +75,54 @@ def test_shares_are_attributed_and_changes_are_measured(family, unchecked):
     for dose, expected in ((0, [*tokens[:2], *tokens[5:]]), (2, [*tokens[:5], *tokens[2:]])):
         assert said.doses[dose] == pytest.approx(margin(model, torch.stack(expected), pair), abs=exact * 100)
     assert said.doses[1] == said.total
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_contrasts_difference_is_attributed_and_its_carriers_are_patched(family, unchecked):
+    model, tokens, pair = FAMILIES[family](), prompts(1, 8)[0], [5, 1]
+    other = torch.cat([tokens[:3], (tokens[3:4] + 3) % 7, tokens[4:]])
+    said = hl.explain(model, tokens, *pair, context=[2, 3, 4], contrast=other)
+    exact = 1e-4 if family in ("Gemma 2", "Llama") else 1e-9  # these compute norms in float32
+    total = margin(model, tokens, pair)
+    assert said.contrast.total == pytest.approx(margin(model, other, pair), abs=exact)
+    own, theirs = (attribute_sources(model, x, pair, context=[2, 3, 4]).margin(*pair) for x in (tokens, other))
+    assert float(said.contrast.margin.context) == pytest.approx(float(own.context - theirs.context), abs=exact)
+    assert float(said.contrast.margin.weights) == pytest.approx(float(own.weights - theirs.weights), abs=exact)
+    assert float(said.contrast.margin.total) == pytest.approx(total - said.contrast.total, abs=exact)
+    cache = model.run_with_cache(other[None])[1]
+
+    def patched(head):
+        def edit(z, hook):
+            z = z.clone()
+            z[:, -1, head.head] = cache[f"blocks.{head.layer}.attn.hook_z"][:, -1, head.head]
+            return z
+
+        return total - margin(model, tokens, pair, fwd_hooks=[(f"blocks.{head.layer}.attn.hook_z", edit)])
+
+    n_heads = model.cfg.n_layers * model.cfg.n_heads
+    first_order = -hooks.attribution_patch(
+        model, tokens, other, hl.logit_diff(*pair), "z", positions=-1, direction="noise"
+    ).effect.squeeze()
+    assert len(said.contrast.carriers) == min(4, n_heads)
+    for carrier in said.contrast.carriers:
+        head = hl.Component.of(carrier.what)
+        assert carrier.measured == pytest.approx(patched(head), abs=exact)
+        assert carrier.attributed == pytest.approx(float(first_order[head.layer, head.head]), abs=exact)
+    largest = max(said.contrast.carriers, key=lambda carrier: abs(carrier.measured))
+    assert f"most is carried by {largest.what} ({largest.measured:+.2f})" in said.verdict
+    assert "margin loses, patched" in str(said)
+    same = hl.explain(model, tokens, *pair, context=[2, 3, 4], contrast=tokens)
+    assert {carrier.measured for carrier in same.contrast.carriers} == {0.0}
+
+
+def test_each_prompt_of_several_has_its_own_contrast(unchecked):
+    bridge, texts = BOOTED["GPT-2"](), [TEXT, "five six a b five"]
+    others = [TEXT.replace("nine", "five"), "five four a b five"]
+    found = hl.explain(bridge, texts, ["two", "six"], "a", context=[1, 2], contrast=others)
+    for one, text, answer, other in zip(found, texts, ("two", "six"), others, strict=True):
+        alone = hl.explain(bridge, text, answer, "a", context=[1, 2], contrast=other)
+        assert one.verdict == alone.verdict
+        assert one.contrast.prompt.tolist() == bridge.to_tokens(other)[0].tolist()
 
 
 def test_the_contexts_answer_is_exchanged_for_the_likeliest_other_words(unchecked):
@@ -176,6 +224,15 @@ test_bad_input_is_refused = refused(
     ValueError,
     {
         "context does not go with a circuit": lambda: hl.explain(hooked(), prompts(1, 4)[0], 1, 2, context=[1]),
+        "contrast does not go with a circuit": lambda: hl.explain(
+            hooked(), prompts(1, 4)[0], 1, 2, contrast=prompts(1, 4)[0]
+        ),
+        "contrast must have as many tokens as its prompt, .*, got": lambda: hl.explain(
+            BOOTED["Llama"](), TEXT, "two", "a", contrast="one two"
+        ),
+        "contrast must be as many prompts as prompt, 1, got 2": lambda: hl.explain(
+            BOOTED["Llama"](), TEXT, "two", "a", contrast=["one two", "a b"]
+        ),
         "answer and foil must begin with different tokens": lambda: hl.explain(
             BOOTED["Llama"](), TEXT, "two three", "two four"
         ),

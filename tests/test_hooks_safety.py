@@ -458,6 +458,7 @@ def test_bad_input_is_named_with_what_it_was_and_what_it_should_be(case, uncheck
         (lambda m: patch(m, MLPS[0], prompts(2, 4)), "equally long"),
         (lambda m: ablate(m, FIRST, positions=[0, 5]), "positions holds 5; the run has 5 tokens"),
         (lambda m: ablate(m, FIRST, positions=-6), "positions holds -6; the run has 5 tokens"),
+        (lambda m: ablate(m, FIRST, positions=10**5000), "positions holds <int>; the run has 5 tokens"),
         (lambda m: patch_path(m, FIRST, LAST, "q", positions=7), "positions holds 7"),
     ],
 )

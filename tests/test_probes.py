@@ -517,3 +517,5 @@ def test_gradient_steps_learn_each_memory_by_its_own_step(global_rng_untouched):
         assert recalls["start"][f"{memory}_recall"] < 0.2, memory
     assert recalls["copy"]["match_recall"] < 0.2
     assert recalls["match"]["previous_token_recall"] < 0.2
+    with pytest.raises(ValueError, match="n_sequences must be fewer: 1000000000 of length 16 are over 1,073,741,824"):
+        hl.training.gradient_steps(language, length=16, n_sequences=10**9)

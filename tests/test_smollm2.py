@@ -78,6 +78,11 @@ def test_it_is_explained_in_one_call(model):
     said = hl.explain(model, SAID + QUESTION, "London", "Paris")
     assert said.names == ("␣London", "␣Paris")
     assert said.winner == "weights"
+    # Its first token is the statement's, with which it is left out and said again.
+    tokens = [model.to_single_token(word) for word in (" London", " Paris")]
+    for dose, margin in said.doses.items():
+        logits = model(SAID * dose + QUESTION)[0, -1].detach()
+        assert margin == pytest.approx(float(logits[tokens[0]] - logits[tokens[1]]), abs=1e-4)
     assert said.doses[2] > 0  # said twice, it wins
     assert said.verdict.startswith("The weights win: '␣Paris' over '␣London' by 1.75 logits; the context gave +0.56")
 

@@ -228,7 +228,7 @@ def position_index(positions: Sequence[int], length: int) -> Tensor:
     """Positions counted from the front; negative ones count from the end."""
     for position in positions:
         if not -length <= position < length:
-            raise ValueError(f"positions holds {position}; the run has {length} tokens")
+            raise ValueError(f"positions holds {shown(position)}; the run has {length} tokens")
     return torch.tensor([position % length for position in positions], dtype=torch.long)
 
 

@@ -3,6 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
+from jaxtyping import Int
+from torch import Tensor
+
 from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import as_int, check_list, shown
 from hijack_lens.core.circuit import Circuit
@@ -22,6 +25,7 @@ def explain(
     *,
     circuit: Circuit | None = None,
     context: Span = None,
+    contrast: object = None,
     prepend_bos: bool | None = None,
 ) -> Any:
     """Explains what a model predicts at the end of a prompt that puts its two memories in conflict.
@@ -37,6 +41,8 @@ def explain(
         foil: with a text or tokens, what the weights suggest; likewise.
         circuit: the roles of the components. A `BigramTransformer` has its own; other models need none.
         context: without a circuit, which part of the prompt is the context, as for `attribute_sources`.
+        contrast: without a circuit, a second prompt of as many tokens (the context's answer exchanged, say), or one for
+            each: what sets the margins apart is attributed to memories, and to heads, each confirmed by patching.
         prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Returns:
@@ -48,7 +54,7 @@ def explain(
         TypeError, ValueError: for other models and prompts, and for answers that are not tokens.
     """
     if isinstance(prompt, HijackPrompt):
-        for name, given in (("answer", answer), ("foil", foil), ("context", context)):
+        for name, given in (("answer", answer), ("foil", foil), ("context", context), ("contrast", contrast)):
             if given is not None:
                 raise ValueError(f"{name} comes with a HijackPrompt, got {name}={shown(given)}")
         if prompt.tokens.ndim == 1:
@@ -57,22 +63,32 @@ def explain(
         return [of_hijack_prompt(model, replace(prompt, tokens=a, corrupted=b), circuit) for a, b in pairs]
     if answer is None or foil is None:
         raise TypeError(f"prompt must be a HijackPrompt, got {type(prompt).__name__}; others need answer= and foil=")
-    texts = prompt if isinstance(prompt, list) and all(isinstance(text, str) for text in prompt) else []
-    prompts = [row for one in (texts or [prompt]) for row in model_tokens(model, one)]
+    texts, prompts = _each(model, prompt, "prompt")
+    contrasts: list[Any] = [None] * len(prompts) if contrast is None else _each(model, contrast, "contrast")[1]
+    if len(contrasts) != len(prompts):
+        raise ValueError(f"contrast must be as many prompts as prompt, {len(prompts)}, got {len(contrasts)}")
     sides = zip(_one_each("answer", answer, len(prompts)), _one_each("foil", foil, len(prompts)), strict=True)
     if circuit is None and own_circuit(model) is None:
         asked = [(spelled_ways(model, "answer", a), spelled_ways(model, "foil", b)) for a, b in sides]
         found: list[Any] = [
-            explain_answer(model, ids, *pair, context) for ids, pair in zip(prompts, asked, strict=True)
+            explain_answer(model, ids, *pair, context, other)
+            for ids, pair, other in zip(prompts, asked, contrasts, strict=True)
         ]
     else:
-        if context is not None:
-            raise ValueError(f"context does not go with a circuit, got {shown(context)}")
+        for name, given in (("context", context), ("contrast", contrast)):
+            if given is not None:
+                raise ValueError(f"{name} does not go with a circuit, got {shown(given)}")
         pairs_of_ids = [token_ids(model, "answer and foil", list(pair), 2, output=True).tolist() for pair in sides]
         roles = circuit_of(model, circuit)
         found = [explained(model, ids, ids, pair, roles) for ids, pair in zip(prompts, pairs_of_ids, strict=True)]
     # One prompt's tokens often have a batch axis, since that is what models take.
     return found if texts or len(found) > 1 else found[0]
+
+
+def _each(model: Any, prompt: Any, name: str) -> tuple[list[str], list[Int[Tensor, "pos"]]]:
+    """The texts, if it is a list of them, and every prompt's tokens."""
+    texts = prompt if isinstance(prompt, list) and all(isinstance(text, str) for text in prompt) else []
+    return texts, [row for one in (texts or [prompt]) for row in model_tokens(model, one, name)]
 
 
 def _one_each(name: str, given: Any, n_prompts: int) -> list[Any]:

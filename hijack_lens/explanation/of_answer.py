@@ -19,8 +19,9 @@ from hijack_lens.core.spans import Span, joiner
 from hijack_lens.core.tables import Drawn, widened
 from hijack_lens.core.texts import decoded, known_ids, n_outputs, outputs_are_tokens, token_id
 from hijack_lens.hooks.intervention import logits_of
+from hijack_lens.metrics import logit_diff
 
-_NAMED, _CUT, _OTHERS = 2, 1, 2
+_NAMED, _CUT, _OTHERS, _CARRIERS = 2, 1, 2, 4
 _PARTS_BY = 0.5
 """A share and a measured change part if they differ by more than this, in logits, and than this fraction of either."""
 
@@ -46,6 +47,25 @@ class Check:
         return gap > _PARTS_BY and gap > _PARTS_BY * max(abs(self.attributed), abs(self.measured))
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """A second prompt, and what the margin of the first has over its own.
+
+    Attributes:
+        prompt: its tokens, as many as the first prompt's.
+        total: its margin.
+        margin: the first prompt's margin less its own, by memory: the difference of two exact attributions, each with
+            its own run's patterns, scales and gates.
+        carriers: heads that carry the difference to the last position: to first order there ("attributed"), beside what
+            the margin loses when the head has the second prompt's output there ("measured").
+    """
+
+    prompt: Int[Tensor, "pos"]
+    total: float
+    margin: Margin
+    carriers: tuple[Check, ...]
+
+
 @dataclass(frozen=True, repr=False)
 class AnswerExplanation(Drawn):
     """Which memory wrote a language model's preference for one answer over another, and the evidence for it.
@@ -63,6 +83,7 @@ class AnswerExplanation(Drawn):
         whole: the texts of the whole answers, where one has several tokens, each with its log-probability.
         texts: those of the prompt's tokens.
         first: that of the token with the largest logit.
+        contrast: how it differs from a second prompt, if one was given.
     """
 
     model: Any
@@ -74,6 +95,7 @@ class AnswerExplanation(Drawn):
     whole: dict[str, float]
     texts: tuple[str, ...]
     first: str
+    contrast: Contrast | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -117,6 +139,15 @@ class AnswerExplanation(Drawn):
             without, twice = self.doses[0], self.doses[2]
             wins = "it wins" if twice > 0 else "it loses"
             sentences.append(f"Without the context the margin is {without:+.2f}; said twice, {wins} ({twice:+.2f}).")
+        if self.contrast is not None:
+            theirs, difference = self.contrast, self.contrast.margin
+            largest = sorted(theirs.carriers, key=lambda check: -abs(check.measured))[:_NAMED]
+            carried = ", ".join(f"{check.what} ({check.measured:+.2f})" for check in largest)
+            sentences.append(
+                f"The contrast's margin is {theirs.total:+.2f}; the difference, {self.total - theirs.total:+.2f}, is "
+                f"{difference.context:+.2f} by the context and {difference.weights:+.2f} by the weights; most is "
+                f"carried by {carried}."
+            )
         apart = [check.what for check in self.checks if check.parts]
         if apart:
             sentences.append(
@@ -150,10 +181,17 @@ def spelled_ways(model: Any, name: str, given: Any) -> tuple[Answer, ...]:
 
 
 def explain_answer(
-    model: Any, ids: Int[Tensor, "pos"], answer: tuple[Answer, ...], foil: tuple[Answer, ...], context: Span
+    model: Any,
+    ids: Int[Tensor, "pos"],
+    answer: tuple[Answer, ...],
+    foil: tuple[Answer, ...],
+    context: Span,
+    contrast: Int[Tensor, "pos"] | None = None,
 ) -> AnswerExplanation:
     """The explanation of one prompt; of the ways to spell an answer, the one that the model finds likelier there."""
     check_linear(model)
+    if contrast is not None and len(contrast) != len(ids):
+        raise ValueError(f"contrast must have as many tokens as its prompt, {len(ids)}, got {len(contrast)}")
     parts = parts_of(model, ids, len(ids) - 1, context)[None]
     run = FrozenModel.of(model, ids[None])
     logits = widened(run.logits[0])
@@ -177,6 +215,7 @@ def explain_answer(
         whole=asked.whole() if max(map(len, answers)) > 1 else {},
         texts=prompt_texts(model, ids),
         first=best,
+        contrast=None if contrast is None else asked.against(contrast, parts),
     )
 
 
@@ -249,18 +288,49 @@ class _Asked:
         with hooks.scale(self.model, heads, 0.0, source=list(self.context)):
             return Check(what, share, self.total - float(self._margins(self.ids[None])[0]))
 
+    def against(self, contrast: Int[Tensor, "pos"], parts: Int[Tensor, "1 source"]) -> Contrast:
+        """What sets the prompt apart from another, and the heads that carry it to the answer's position."""
+        pair = self.answers[0][0], self.answers[1][0]
+        run = FrozenModel.of(self.model, contrast[None])
+        chosen = torch.tensor(pair, device=contrast.device)
+        other = attribution_of_runs(self.model, contrast[None], [run], chosen, parts)[0]
+        own, theirs = self.attribution.margin(), other.margin()
+        screened = hooks.attribution_patch(
+            self.model, self.ids, contrast, logit_diff(*pair), "z", positions=-1, direction="noise"
+        )
+        first_order = -screened.effect[0, :, 0]  # [layer, head]
+        best = first_order.abs().flatten().topk(min(_CARRIERS, first_order.numel())).indices.tolist()
+        carriers = []
+        for head in heads_at(best, first_order.shape[1]):
+            with hooks.patch(self.model, head, contrast, positions=-1):
+                lost = self.total - float(self._margins(self.ids[None])[0])
+            carriers.append(Check(str(head), float(first_order[head.layer, head.head]), lost))
+        difference = Margin(own.context - theirs.context, own.weights - theirs.weights, own.rest - theirs.rest)
+        return Contrast(contrast, _margin_of(other), difference, tuple(carriers))
+
     def doses(self) -> dict[int, float]:
         """The margin without the context, with it, and with it said twice, where it is one stretch of the prompt."""
         if not self.context or self.context != tuple(range(self.context[0], self.context[-1] + 1)):
             return {}
-        start, end = self.context[0], self.context[-1] + 1
         found = {1: self.total}
         for dose in (0, 2):
-            parts = [self.ids[:start], *[self.ids[start:end]] * dose, self.ids[end:]]
-            tokens = torch.cat(parts)[None]
+            tokens = self._said(dose)[None]
             if tokens.shape[1] <= self.model.cfg.n_ctx:
                 found[dose] = float(self._margins(tokens)[0])
         return dict(sorted(found.items()))
+
+    def _said(self, dose: int) -> Int[Tensor, "said"]:
+        """The prompt with its context said so many times."""
+        start, end = self.context[0], self.context[-1] + 1
+        tokenizer: Any = getattr(self.model, "tokenizer", None)
+        if start == 1 and tokenizer is not None and int(self.ids[0]) != getattr(tokenizer, "bos_token_id", None):
+            # The first token is the sink, but the context's as well: its text is said, spaced as the rest is.
+            said, asked = ("".join(decoded(tokenizer, ids.tolist())) for ids in (self.ids[:end], self.ids[end:]))
+            rest = asked.lstrip()
+            gap = asked[: len(asked) - len(rest)]
+            if known_ids(self.model, f"{said}{gap}{rest}") == self.ids.tolist():
+                return torch.tensor(known_ids(self.model, gap.join([*[said] * dose, rest])), device=self.ids.device)
+        return torch.cat([self.ids[:start], *[self.ids[start:end]] * dose, self.ids[end:]])
 
     def whole(self) -> dict[str, float]:
         """The log-probability of each whole answer, each token given those before it."""

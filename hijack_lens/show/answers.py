@@ -56,6 +56,14 @@ def check_table(found: AnswerExplanation) -> Table:
     return Table(columns, rows, "lrrl", "attribution beside interventions")
 
 
+def contrast_table(found: AnswerExplanation) -> Table:
+    """The heads that carry the difference from the contrast to the answer's position."""
+    assert found.contrast is not None
+    rows = [(check.what, f"{check.attributed:+.3f}", f"{check.measured:+.3f}") for check in found.contrast.carriers]
+    title = f"what heads carry of the difference from the contrast, {found.total - found.contrast.total:+.3f}"
+    return Table(("head", "to first order", "margin loses, patched"), rows, "lrr", title)
+
+
 def dose_table(found: AnswerExplanation) -> Table:
     """The margin by how often the context is said."""
     rows = [(f"{dose} times", f"{value:+.3f}") for dose, value in found.doses.items()]
@@ -64,7 +72,8 @@ def dose_table(found: AnswerExplanation) -> Table:
 
 def _tables(found: AnswerExplanation) -> list[Table]:
     checks = [check_table(found)] if found.checks else []
-    return [share_table(found), *checks, *([dose_table(found)] if found.doses else [])]
+    contrast = [] if found.contrast is None else [contrast_table(found)]
+    return [share_table(found), *checks, *contrast, *([dose_table(found)] if found.doses else [])]
 
 
 @html_of.register

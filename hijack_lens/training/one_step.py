@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from tqdm.auto import trange
 
 from hijack_lens.core.checks import Seed, check_count, check_list, check_number, check_type, fixed_seed, shown
 from hijack_lens.language.bigrams import BigramLanguage
@@ -12,6 +13,9 @@ from hijack_lens.training.recall import Scores, memory_recall
 
 STEPS = {"copy": "blocks.1.attn.W_V", "match": "blocks.1.attn.W_K", "previous_token": "blocks.0.attn.W_K"}
 """Which matrix each step learns: the induction head's W_OV, its keys, and the previous-token head's keys."""
+
+_MOST_TOKENS = 2**30
+"""Of one step, which can be neither resumed nor saved in between: hours."""
 
 
 @torch.inference_mode(False)
@@ -57,6 +61,10 @@ def gradient_steps(
     norms = [check_number("step_norms", norm) for norm in check_list("step_norms", step_norms, "three numbers")]
     if len(norms) != len(STEPS):
         raise ValueError(f"step_norms must be three numbers, got {shown(step_norms)}")
+    if n_sequences * length > _MOST_TOKENS:
+        raise ValueError(
+            f"n_sequences must be fewer: {shown(n_sequences)} of length {length} are over {_MOST_TOKENS:,} tokens"
+        )
     seed = fixed_seed(seed)
     model = trainable_transformer(
         language,
@@ -76,7 +84,7 @@ def gradient_steps(
             parameter.requires_grad_(other == name)
         weight = model.get_parameter(name)
         gradient = torch.zeros_like(weight)
-        for first in range(0, n_sequences, batch_size):
+        for first in trange(0, n_sequences, batch_size, desc=f"gradient step: {memory}", delay=1, disable=None):
             count = min(batch_size, n_sequences - first)
             sequences = language.sample(count, length, n_triggers=n_triggers, seed=generator)
             known = sequences.predictable.clone()
