@@ -115,6 +115,23 @@ def test_a_contrasts_difference_is_attributed_and_its_carriers_are_patched(famil
     assert {carrier.measured for carrier in same.contrast.carriers} == {0.0}
 
 
+def test_further_candidates_are_split_by_memory_and_change_nothing_else(unchecked):
+    for family in ("GPT-2", "Llama"):
+        bridge = BOOTED[family]()
+        alone = hl.explain(bridge, TEXT, "nine", "a", context="nine four")
+        said = hl.explain(bridge, TEXT, "nine", "a", context="nine four", candidates=["five", 3])
+        assert said.verdict == alone.verdict
+        assert [check.what for check in said.checks] == [check.what for check in alone.checks]
+        five = bridge.to_single_token("five")
+        assert said.attribution.answers == (*alone.attribution.answers, five, 3)
+        split = attribute_sources(bridge, TEXT, list(said.attribution.answers), context="nine four").by_memory()
+        torch.testing.assert_close(said.attribution.by_memory()["context"], split["context"])
+        logits = bridge(TEXT)[0, -1].detach()
+        torch.testing.assert_close(said.attribution.logits.to(logits), logits[list(said.attribution.answers)])
+        assert "the candidates' logits, by memory" in str(said)
+        assert "candidates' logits" not in str(alone)
+
+
 def test_each_prompt_of_several_has_its_own_contrast(unchecked):
     bridge, texts = BOOTED["GPT-2"](), [TEXT, "five six a b five"]
     others = [TEXT.replace("nine", "five"), "five four a b five"]
@@ -226,6 +243,13 @@ test_bad_input_is_refused = refused(
         "context does not go with a circuit": lambda: hl.explain(hooked(), prompts(1, 4)[0], 1, 2, context=[1]),
         "contrast does not go with a circuit": lambda: hl.explain(
             hooked(), prompts(1, 4)[0], 1, 2, contrast=prompts(1, 4)[0]
+        ),
+        "candidates does not go with a circuit": lambda: hl.explain(hooked(), prompts(1, 4)[0], 1, 2, candidates=[3]),
+        "candidates must begin with tokens other than answer and foil, each its own, got": lambda: hl.explain(
+            BOOTED["Llama"](), TEXT, "two", "a", candidates=["a"]
+        ),
+        "candidates holds 'zebra', which is not": lambda: hl.explain(
+            BOOTED["Llama"](), TEXT, "two", "a", candidates=["zebra"]
         ),
         "contrast must have as many tokens as its prompt, .*, got": lambda: hl.explain(
             BOOTED["Llama"](), TEXT, "two", "a", contrast="one two"

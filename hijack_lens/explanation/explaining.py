@@ -26,6 +26,7 @@ def explain(
     circuit: Circuit | None = None,
     context: Span = None,
     contrast: object = None,
+    candidates: Any = None,
     prepend_bos: bool | None = None,
 ) -> Any:
     """Explains what a model predicts at the end of a prompt that puts its two memories in conflict.
@@ -43,6 +44,7 @@ def explain(
         context: without a circuit, which part of the prompt is the context, as for `attribute_sources`.
         contrast: without a circuit, a second prompt of as many tokens (the context's answer exchanged, say), or one for
             each: what sets the margins apart is attributed to memories, and to heads, each confirmed by patching.
+        candidates: without a circuit, further answers, as texts or token ids, whose logits are split by memory as well.
         prepend_bos: whether texts begin with the tokenizer's begin token; by default as the model's `to_tokens` does.
 
     Returns:
@@ -53,8 +55,9 @@ def explain(
     Raises:
         TypeError, ValueError: for other models and prompts, and for answers that are not tokens.
     """
+    without_circuit = (("contrast", contrast), ("candidates", candidates))
     if isinstance(prompt, HijackPrompt):
-        for name, given in (("answer", answer), ("foil", foil), ("context", context), ("contrast", contrast)):
+        for name, given in (("answer", answer), ("foil", foil), ("context", context), *without_circuit):
             if given is not None:
                 raise ValueError(f"{name} comes with a HijackPrompt, got {name}={shown(given)}")
         if prompt.tokens.ndim == 1:
@@ -70,12 +73,14 @@ def explain(
     sides = zip(_one_each("answer", answer, len(prompts)), _one_each("foil", foil, len(prompts)), strict=True)
     if circuit is None and own_circuit(model) is None:
         asked = [(spelled_ways(model, "answer", a), spelled_ways(model, "foil", b)) for a, b in sides]
+        listed = [] if candidates is None else check_list("candidates", candidates, "a list of answers")
+        further = [spelled_ways(model, "candidates", one) for one in listed]
         found: list[Any] = [
-            explain_answer(model, ids, *pair, context, other)
+            explain_answer(model, ids, *pair, context, other, further)
             for ids, pair, other in zip(prompts, asked, contrasts, strict=True)
         ]
     else:
-        for name, given in (("context", context), ("contrast", contrast)):
+        for name, given in (("context", context), *without_circuit):
             if given is not None:
                 raise ValueError(f"{name} does not go with a circuit, got {shown(given)}")
         pairs_of_ids = [token_ids(model, "answer and foil", list(pair), 2, output=True).tolist() for pair in sides]

@@ -1,5 +1,6 @@
 """Which memory wrote an answer of a language model: by source tokens, checked by interventions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,7 +77,8 @@ class AnswerExplanation(Drawn):
     Attributes:
         model: the model that was explained.
         prompt: the tokens that were run.
-        attribution: of the last position's logits, by source token.
+        attribution: of the last position's logits, by source token: of answer and foil, and of other candidates after
+            these, if any were asked for.
         checks: attributed shares beside the effects of interventions.
         doses: the margin with the context left out (0), as it is (1), and said twice (2); empty without a context.
         names: the texts of the first tokens of answer and foil, with white space made visible.
@@ -187,6 +189,7 @@ def explain_answer(
     foil: tuple[Answer, ...],
     context: Span,
     contrast: Int[Tensor, "pos"] | None = None,
+    candidates: Sequence[tuple[Answer, ...]] = (),
 ) -> AnswerExplanation:
     """The explanation of one prompt; of the ways to spell an answer, the one that the model finds likelier there."""
     check_linear(model)
@@ -199,7 +202,10 @@ def explain_answer(
     pair = answers[0][0], answers[1][0]
     if pair[0] == pair[1]:
         raise ValueError(f"answer and foil must begin with different tokens, got {answers[0]} and {answers[1]}")
-    chosen = torch.tensor(pair, device=ids.device)
+    others = [_likeliest(ways, logits)[0] for ways in candidates]
+    if len({*pair, *others}) < 2 + len(others):
+        raise ValueError(f"candidates must begin with tokens other than answer and foil, each its own, got {others}")
+    chosen = torch.tensor([*pair, *others], device=ids.device)
     attribution = replace(attribution_of_runs(model, ids[None], [run], chosen, parts)[0], joiner=joiner(model, ids))
     first = int(logits.argmax())
     said = torch.tensor([*pair, first])
@@ -220,7 +226,7 @@ def explain_answer(
 
 
 def _margin_of(attribution: SourceAttribution) -> float:
-    first, second = attribution.logits.tolist()
+    first, second = attribution.logits[:2].tolist()
     return first - second
 
 

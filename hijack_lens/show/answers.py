@@ -56,6 +56,17 @@ def check_table(found: AnswerExplanation) -> Table:
     return Table(columns, rows, "lrrl", "attribution beside interventions")
 
 
+def candidate_table(found: AnswerExplanation) -> Table:
+    """Each candidate's logit, by memory."""
+    attribution, by_memory = found.attribution, found.attribution.by_memory()
+    columns = by_memory["context"].tolist(), by_memory["weights"].tolist(), attribution.logits.tolist()
+    rows = [
+        (attribution.token_text(index), *(f"{value:+.3f}" for value in values))
+        for index, values in enumerate(zip(*columns, strict=True))
+    ]
+    return Table(("candidate", "context", "weights", "logit"), rows, "lrrr", "the candidates' logits, by memory")
+
+
 def contrast_table(found: AnswerExplanation) -> Table:
     """The heads that carry the difference from the contrast to the answer's position."""
     assert found.contrast is not None
@@ -73,7 +84,8 @@ def dose_table(found: AnswerExplanation) -> Table:
 def _tables(found: AnswerExplanation) -> list[Table]:
     checks = [check_table(found)] if found.checks else []
     contrast = [] if found.contrast is None else [contrast_table(found)]
-    return [share_table(found), *checks, *contrast, *([dose_table(found)] if found.doses else [])]
+    candidates = [candidate_table(found)] if found.attribution.logits.shape[-1] > 2 else []
+    return [share_table(found), *candidates, *checks, *contrast, *([dose_table(found)] if found.doses else [])]
 
 
 @html_of.register
