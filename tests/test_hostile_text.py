@@ -1,6 +1,7 @@
 """Text that breaks pages and pictures elsewhere: markup, mathematics, halves of characters, marks of byte order."""
 
 import tempfile
+import unicodedata
 import warnings
 
 import matplotlib.ticker
@@ -8,6 +9,7 @@ import pytest
 import torch
 from bridges_for_tests import scattered
 from browser_for_tests import Opened
+from matplotlib import font_manager
 from matplotlib.mathtext import MathTextParser
 from models_for_tests import hooked
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -68,6 +70,27 @@ def test_no_label_of_any_picture_is_parsed_as_mathematics(model, explanation, no
     powers = [label.get_text() for label in ax.get_yticklabels()]
     assert {"10⁻³", "10⁰", "10³"} <= set(powers)
     assert [label.get_text() for label in other.get_xticklabels()] == [said, "$b$"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_characters_of_any_script_are_drawn_or_written_as_escapes(tmp_path):
+    own, other = (
+        set(font_manager.get_font(font_manager.findfont(name)).get_charmap()) for name in ("DejaVu Sans", "STIXGeneral")
+    )
+    foreign = next(chr(code) for code in sorted(other - own) if unicodedata.category(chr(code)) == "Sm")
+    # Nobody sees a NUL or a joiner, private characters mean what each font likes, and some characters are in no font.
+    escapes = {"a\x00b": "a\\x00b", "x\u200dy": "x\\u200dy", "\ue0d2": "\\ue0d2", "\U000e0fff": "\\U000e0fff"}
+    seen = [foreign, "é", "שלום", "مرحبا", "$\\{"]
+    texts = [*seen, *escapes]
+    picture = show.attention_maps({texts[5]: torch.eye(len(texts))}, texts)
+    for suffix in ("png", "svg", "pdf"):
+        picture.save(tmp_path / f"picture.{suffix}")
+    ax = picture.figure.axes[0]
+    for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
+        assert [label.get_text() for label in labels] == [*seen, *escapes.values()]
+    assert ax.get_title() == "a\\x00b"
+    assert "STIXGeneral" in ax.get_xticklabels()[0].get_fontfamily()
+    assert "STIXGeneral" not in ax.get_xticklabels()[1].get_fontfamily()
 
 
 @pytest.mark.browser

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _PATHS_SHOWN = 24
 _TOKENS_NAMED = 48
+_LETTERS_PER_INCH = 8
 
 
 @cache
@@ -209,10 +210,10 @@ def attention_maps(
     width, most = check_number("width", width, positive=True), check_number("most", most, positive=True)
     picture = Picture(width, width / len(patterns) + 0.6)
     axes = picture.figure.subplots(1, len(patterns), squeeze=False)[0]
+    crowded = min(len(texts), _TOKENS_NAMED) * max(map(len, texts)) > _LETTERS_PER_INCH * width / len(patterns)
+    font: dict[str, Any] = {"fontsize": 7, "family": "monospace", "rotation": 90 if crowded else 0}
     for ax, (name, pattern) in zip(axes, patterns.items(), strict=True):
-        drawn = heatmap(
-            ax, pattern, texts, texts, spread=most, attention=True, named=_TOKENS_NAMED, fontsize=7, family="monospace"
-        )
+        drawn = heatmap(ax, pattern, texts, texts, spread=most, attention=True, named=_TOKENS_NAMED, **font)
         ax.set_aspect("equal")
         ax.set_title(name)
         ax.set_xlabel("source token (attended to)")
