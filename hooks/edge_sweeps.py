@@ -14,11 +14,14 @@ from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import check_choice, check_list, shown
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.inputs import Components, circuit_of, components_of
+from hijack_lens.core.memory import memory_budget
 from hijack_lens.core.tables import widened
+from hijack_lens.hooks.edge_runs import EdgeRuns
 from hijack_lens.hooks.edges import (
     VIAS,
     Edge,
     Receiver,
+    Sender,
     Via,
     check_receiver,
     check_sender,
@@ -29,6 +32,7 @@ from hijack_lens.hooks.edges import (
     read_weights,
     sender_site,
 )
+from hijack_lens.hooks.incremental_runs import IncrementalRuns, Method, checked_runs, open_for
 from hijack_lens.hooks.intervention import logits_of, record
 from hijack_lens.hooks.patched_runs import Direction, GradientRuns, MetricLike, PromptPair, check_steps
 from hijack_lens.hooks.sweep_results import PathSweep
@@ -46,12 +50,14 @@ def path_sweep(
     *,
     circuit: Circuit | None = None,
     via: Via | Iterable[Via] = VIAS,
+    method: Method = "auto",
+    memory_gb: float = 0.25,
 ) -> PathSweep:
     """Path patching of every edge among some components, one at a time: from embeddings, heads and MLPs to each input
     of every later head and MLP, and to the unembedding.
 
     The message along the patched edge is the other run's; everything else that reads the sender sees its output in the
-    run itself. Each edge costs one forward pass.
+    run itself.
 
     Args:
         model: a HookedTransformer or TransformerBridge. Hooks on it take part in all runs.
@@ -64,35 +70,50 @@ def path_sweep(
         circuit: the roles that name the components; by default those of a `Circuit` given as `components`, else
             `model.circuit`, if there is one.
         via: which inputs of receivers to patch; by default all.
+        method: "incremental" computes the receivers and what comes after them, many edges at a time, on models whose
+            parts are known (it is first checked against a run of the model); "forward" runs the whole model once per
+            edge. "auto" takes "incremental" where it works and the model has no hooks, else "forward".
+        memory_gb: roughly how much memory the patched runs may take at a time.
 
     Raises:
-        TypeError, ValueError: for components that the model lacks, edges that no hook point reaches alone, prompts
-            that do not match, and a metric that gives no number.
+        TypeError, ValueError: for components that the model lacks, prompts that do not match, and a metric that gives
+            no number; for edges that no hook point reaches alone, where whole runs are needed; with
+            method="incremental", for a model that cannot be run this way.
     """
+    memory = memory_budget(memory_gb)
     pair = PromptPair.of(model, clean, corrupted, metric, direction)
-    edges, circuit = _edges(model, components, circuit, via)
-    names = dict.fromkeys(sender_site(model, edge.sender).name for edge in edges)
-    source_logits, source = record(model, pair.source, list(names))
-    base_logits = logits_of(model, pair.base)
+    opened, why_not = open_for(model, method)
+    edges, circuit = _edges(model, components, circuit, via, from_parts=opened is not None)
+    sites = {sender: sender_site(model, sender) for sender in dict.fromkeys(edge.sender for edge in edges)}
+    names = list(dict.fromkeys(site.name for site in sites.values()))
+    source_logits, source = record(model, pair.source, names)
+    of_parts = [] if opened is None else IncrementalRuns.names(opened)
+    base_logits, run = record(model, pair.base, list(dict.fromkeys([*names, *of_parts])))
     reader = pair.reader(model, base_logits, source_logits)
     base = reader(base_logits)
-    values = []
-    for edge in tqdm(edges, disable=None, unit="edge"):
-        with patch_path(model, edge.sender, edge.receiver, edge.via, source):
-            values.append(reader(logits_of(model, pair.base)))
-    return PathSweep(
-        widened(base_logits.new_empty(())).new_tensor(values),
-        edges,
-        reader.name,
-        base,
-        reader(source_logits),
-        direction,
-        "forward",
-        circuit,
-    )
+    runs = checked_runs(model, method, opened, why_not, run, base_logits, reader)
+
+    def message(sender: Sender) -> Tensor:
+        at = sites[sender]
+        return into_stream(model, sender, at.read(source[at.name]) - at.read(run[at.name]))
+
+    values = widened(base_logits.new_empty(())).new_full((len(edges),), base)
+    with tqdm(total=len(edges), disable=None, unit="edge") as bar:
+        if runs is not None:
+            for places, found in EdgeRuns(runs, message).values(edges, memory):
+                values[places] = found
+                bar.update(len(places))
+        else:
+            _check_ends(model, edges)  # again, since hook points must reach them now
+            for place, edge in enumerate(edges):
+                with patch_path(model, edge.sender, edge.receiver, edge.via, source):
+                    values[place] = reader(logits_of(model, pair.base))
+                bar.update()
+    of_source, by = reader(source_logits), "forward" if runs is None else "incremental"
+    return PathSweep(values, edges, reader.name, base, of_source, direction, by, circuit)
 
 
-def _edges(model: Any, components: Any, circuit: Any, via: Any) -> tuple[tuple[Edge, ...], Circuit]:
+def _edges(model: Any, components: Any, circuit: Any, via: Any, from_parts: bool) -> tuple[tuple[Edge, ...], Circuit]:
     """The edges that a user's arguments name, checked to be patchable; and the circuit that names their ends."""
     names = circuit_of(model, components if circuit is None and isinstance(components, Circuit) else circuit)
     expected = f"one or several of {', '.join(map(repr, VIAS))}"
@@ -102,12 +123,20 @@ def _edges(model: Any, components: Any, circuit: Any, via: Any) -> tuple[tuple[E
     edges = edges_among(model, components_of(model, components, names), inputs)
     if not edges:
         raise ValueError(f"via={shown(via)}: the components have no such inputs")
-    # Each end once: a deep model has far more edges than ends.
-    for sender in dict.fromkeys(edge.sender for edge in edges):
-        check_sender(model, sender)
-    for receiver, into in dict.fromkeys((edge.receiver, edge.via) for edge in edges):
-        check_receiver(model, receiver, into)
+    _check_ends(model, edges, from_parts)
     return edges, names
+
+
+def _check_ends(model: Any, edges: Sequence[Edge], from_parts: bool = False) -> None:
+    """Checks senders and receivers, those that a block computes alike only once."""
+
+    def alike(end: Sender | Receiver) -> object:
+        return end if isinstance(end, str) else (end.layer, end.kind)
+
+    for sender in {alike(edge.sender): edge.sender for edge in reversed(edges)}.values():
+        check_sender(model, sender)
+    for receiver, into in {(alike(e.receiver), e.via): (e.receiver, e.via) for e in reversed(edges)}.values():
+        check_receiver(model, receiver, into, from_parts)
 
 
 @analysis
@@ -154,7 +183,7 @@ def edge_attribution(
     """
     check_steps(steps)
     pair = PromptPair.of(model, clean, corrupted, metric, direction)
-    edges, circuit = _edges(model, components, circuit, via)
+    edges, circuit = _edges(model, components, circuit, via, from_parts=False)
     sites = {edge.sender: sender_site(model, edge.sender) for edge in edges}
     runs = GradientRuns(model, pair, [site.name for site in sites.values()])
     changes = torch.stack(

@@ -2,22 +2,42 @@
 
 A patch at position p changes nothing before p and nothing below its layer. If the metric reads a single position, the
 last block is needed only there. So for a patch in layer 0 of a two-layer model, block 1 needs one new key, one new
-value and one new attention row: a sweep over all positions costs about one forward pass.
+value and one new attention row: a sweep over all positions costs about one forward pass. In deep models, runs that are
+patched at about the same position go up through the blocks together, each from its own layer on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hijack_lens.core.checks import check_choice
+from hijack_lens.core.hook_points import is_hooked
 from hijack_lens.hooks.patched_runs import BoundMetric
-from hijack_lens.hooks.sweep_plan import Patches, hook_name
-from hijack_lens.models.opened import Block, OpenModel
+from hijack_lens.hooks.sweep_plan import Job, Patches, hook_name
+from hijack_lens.models.opened import Block, OpenModel, UnknownArchitectureError, check_plain, open_model
+
+Method = Literal["auto", "incremental", "forward"]
+"""How a sweep is run: on what a patch can change, through the whole model, or the first where it works."""
 
 Rows = Float[Tensor, "patch batch pos d_model"]
+
+
+def open_for(model: Any, method: Method) -> tuple[OpenModel | None, str | None]:
+    """The parts of a model whose runs can be incremental, or why they cannot; neither for "forward"."""
+    check_choice("method", method, ("auto", "incremental", "forward"))
+    if is_hooked(model):
+        return None, "there are hooks on the model"
+    if method == "forward":
+        return None, None
+    try:
+        check_plain(model)
+        return open_model(model), None
+    except UnknownArchitectureError as error:
+        return None, str(error)
 
 
 @dataclass(frozen=True)
@@ -43,7 +63,7 @@ class _Layer:
 
 
 @dataclass(frozen=True)
-class _Changed:
+class Changed:
     """The residual stream that enters a block in patched runs, where it differs from the unpatched run's.
 
     Attributes:
@@ -139,43 +159,56 @@ class IncrementalRuns:
             return (patches.positions == only).any(-1)  # no later attention reads any other position
         return (patches.positions <= only).any(-1)
 
-    def chunks(self, activation: str, layer: int, patches: Patches, memory: float) -> list[Int[Tensor, "chunk"]]:
-        """Indices of patches, sorted by position, in groups that fit into `memory` bytes."""
-        order = patches.positions[:, 0].argsort(stable=True)
-        last = len(self.layers) - 1
-        entered = layer if activation in ("resid_pre", "k", "v") else layer + 1
-        alone = patches.positions.shape[1] == 1 and entered >= last and self.reader.only is not None
+    def values(
+        self, jobs: Sequence[Job], memory: float
+    ) -> Iterator[tuple[Int[Tensor, "patch"], Float[Tensor, "patch"]]]:
+        """The metric under each patch of all jobs, in parts that fit into `memory` bytes, with their places."""
+        for parts in self._together(jobs, memory):
+            yield torch.cat([part.places for part in parts]), self.finish([self._changed(part) for part in parts])
+
+    def _together(self, jobs: Sequence[Job], memory: float) -> Iterator[list[Job]]:
+        """Parts of jobs to be run at once: patched at about the same position, or read where they were patched."""
+        last, only = len(self.layers) - 1, self.reader.only
+        rows = [(job, row) for job in range(len(jobs)) for row in range(len(jobs[job].patches))]
+        starts = []
+        for job in jobs:
+            entered = job.layer if job.activation in ("resid_pre", "k", "v") else job.layer + 1
+            one = job.patches.positions.shape[1] == 1
+            ends = only is not None and ((one and entered >= last) or entered > last)
+            first = job.patches.positions[:, 0]
+            starts += [self.length - 1] * len(first) if ends else first.tolist()
+        order = sorted(range(len(rows)), key=starts.__getitem__)
+        while order:
+            start = starts[order[0]]
+            n_tokens = self.length - start
+            most = max(1, int(memory // self.bytes_of(n_tokens)))
+            # What starts a little later goes along: a batch of few rows takes longer per row.
+            near = [index for index in order[:most] if starts[index] <= start + n_tokens // 8]
+            order = order[len(near) :]
+            by_job: dict[int, list[int]] = {}
+            for index in near:
+                job, row = rows[index]
+                by_job.setdefault(job, []).append(row)
+            yield [jobs[job][torch.tensor(chosen)] for job, chosen in by_job.items()]
+
+    def bytes_of(self, n_tokens: int) -> int:
+        """Roughly how much memory one patched run takes, if so many positions of each prompt are run again."""
         batch, _, d_model = self.layers[0].resid_pre.shape
         block = self.layers[0].block
         wide = 8 * d_model + 3 * len(block.b_Q) * self.length + 4 * block.b_Q.numel()
         if block.W_out is not None:
             wide += 3 * len(block.W_out)
-        d_vocab = self.logits.shape[-1]
-        bytes_each = self.logits.element_size() * batch
-        starts = patches.positions[order, 0].tolist()
-        groups, first = [], 0
-        while first < len(patches):
-            tokens = 1 if alone else self.length - starts[first]
-            of_vocab = 2 * d_vocab * (1 if self.reader.only is not None else self.length)
-            size = max(1, int(memory // (bytes_each * (tokens * wide + of_vocab))))
-            groups.append(order[first : first + size])
-            first += size
-        return groups
+        of_vocab = 2 * self.logits.shape[-1] * (1 if self.reader.only is not None else self.length)
+        return self.logits.element_size() * batch * (n_tokens * wide + of_vocab)
 
-    def values(
-        self, activation: str, layer: int, patches: Patches, source: Float[Tensor, "batch pos ..."]
-    ) -> Float[Tensor, "patch"]:
-        """The metric under each patch; arguments as for `ForwardRuns.values`."""
-        source, patches = source[:, : self.length], patches.to(self.positions.device)
+    def _changed(self, job: Job) -> Changed:
+        source, patches = job.source[:, : self.length], job.patches.to(self.positions.device)
         if patches.positions.shape[1] > 1:  # all positions; those after the metric's do not matter
             patches = Patches(patches.positions[:, : self.length], patches.units)
-        if activation in ("k", "v"):
-            changed = self._from_keys_or_values(activation, layer, patches, source)
-        else:
-            changed = self._from_stream(activation, layer, patches, source)
-        return self._finish(changed)
+        build = self._from_keys_or_values if job.activation in ("k", "v") else self._from_stream
+        return build(job.activation, job.layer, patches, source)
 
-    def _from_stream(self, activation: str, layer: int, patches: Patches, source: Tensor) -> _Changed:
+    def _from_stream(self, activation: str, layer: int, patches: Patches, source: Tensor) -> Changed:
         """A patch whose effect, up to the end of its block, stays at its own position."""
         here, block = self.layers[layer], self.layers[layer].block
 
@@ -206,7 +239,7 @@ class IncrementalRuns:
             mlp_out = take(here.mlp_out) if block.parallel else block.mlp_out(resid_pre, attn_out)
             x = resid_pre + attn_out + mlp_out
         at = patches.positions[:, 0] if patches.positions.shape[1] == 1 else None
-        return _Changed(entered, x, at=at)
+        return Changed(entered, x, at=at)
 
     def _z(self, activation: str, here: _Layer, source: Tensor) -> Float[Tensor, "batch pos head d_head"]:
         """Every head's output with its q, pattern or z patched."""
@@ -231,11 +264,10 @@ class IncrementalRuns:
             attn_out[rows] += delta[:, patches.positions[rows], head].movedim(0, 1) @ here.block.W_O[head]
         return attn_out
 
-    def _from_keys_or_values(self, activation: str, layer: int, patches: Patches, source: Tensor) -> _Changed:
+    def _from_keys_or_values(self, activation: str, layer: int, patches: Patches, source: Tensor) -> Changed:
         """A patch that all later queries of its heads can see."""
         here, block = self.layers[layer], self.layers[layer].block
-        last_only = layer == len(self.layers) - 1 and self.reader.only is not None
-        start = self.length - 1 if last_only else int(patches.positions.min())
+        start = self.read_from(layer, int(patches.positions.min()))
         at = self.positions[start:]
         assert patches.units is not None
         attn_out = here.attn_out[:, start:].repeat(len(patches), 1, 1, 1)
@@ -252,36 +284,60 @@ class IncrementalRuns:
             scores = group.scores(q, changed if activation == "k" else k, at, self.positions)
             z = group.mixed(group.pattern(scores), changed if activation == "v" else v)
             attn_out[rows] += (z - here.z[:, start:, heads]).flatten(-2) @ block.W_O[heads].flatten(0, 1)
+        return self.after_attention(layer, attn_out, start)
+
+    def read_from(self, layer: int, start: int) -> int:
+        """From which position on a block's output is needed, if its input changes from `start` on."""
+        return self.length - 1 if layer == len(self.layers) - 1 and self.reader.only is not None else start
+
+    def after_attention(self, layer: int, attn_out: Rows, start: int) -> Changed:
+        """What attention writes in patched runs from `start` on, taken through the block's MLP."""
+        here, block = self.layers[layer], self.layers[layer].block
         resid_pre = here.resid_pre[:, start:].expand_as(attn_out)
         mlp_out = here.mlp_out[:, start:] if block.parallel else block.mlp_out(resid_pre, attn_out)
-        return _Changed(layer + 1, resid_pre + attn_out + mlp_out, start)
+        return Changed(layer + 1, resid_pre + attn_out + mlp_out, start)
 
-    def _finish(self, changed: _Changed) -> Float[Tensor, "patch"]:
-        """The rest of the runs, and the metric."""
+    def finish(self, entering: Sequence[Changed]) -> Float[Tensor, "patch"]:
+        """The rest of the runs, each from the block that its changed stream enters, and the metric."""
         n_layers, only = len(self.layers), self.reader.only
-        if changed.at is not None and only is not None and changed.layer == n_layers - 1:
-            changed = self._last_block_at_a_point(changed)
-        elif changed.at is not None and not (only is not None and changed.layer == n_layers):
-            changed = self._spread(changed)
-        x = changed.x
-        for layer in range(changed.layer, n_layers):
-            x = self._through(layer, x, changed.start, last_only=only is not None and layer == n_layers - 1)
+        entering = [self._at_a_point(changed) for changed in entering]
+        starts = [self._start(changed) for changed in entering if changed.layer < n_layers or only is None]
+        start = min(starts, default=self.length - 1)
+        rows = torch.arange(sum(len(changed.x) for changed in entering), device=self.positions.device)
+        by_entry = rows.split([len(changed.x) for changed in entering])
+        x, order = [], []
+        for layer in range(min(changed.layer for changed in entering), n_layers + 1):
+            for changed, places in zip(entering, by_entry, strict=True):
+                if changed.layer == layer:
+                    x.append(self._spread(changed, start))
+                    order.append(places)
+            if layer < n_layers:
+                x = [self._through(layer, torch.cat(x), start, last_only=only is not None and layer == n_layers - 1)]
+        after, given = torch.cat(x), torch.cat(order).argsort()
         if only is not None:
-            return self.reader.each_at(self.opened.logits(x[:, :, -1]))
-        before = self.logits[:, : changed.start].expand(len(x), -1, -1, -1)
-        return self.reader.each(torch.cat([before, self.opened.logits(x)], 2))
+            return self.reader.each_at(self.opened.logits(after[:, :, -1]))[given]
+        before = self.logits[:, :start].expand(len(after), -1, -1, -1)
+        return self.reader.each(torch.cat([before, self.opened.logits(after)], 2)[given])
 
-    def _spread(self, changed: _Changed) -> _Changed:
-        """Streams that each change at one position, written out in full from the earliest of these positions on."""
-        assert changed.at is not None
-        start = int(changed.at.min())
-        stream = (
-            self.layers[changed.layer].resid_pre if changed.layer < len(self.layers) else self.layers[-1].resid_post
-        )
+    @staticmethod
+    def _start(changed: Changed) -> int:
+        """The first position that is changed in any of the runs."""
+        return changed.start if changed.at is None else int(changed.at.min())
+
+    def _spread(self, changed: Changed, start: int) -> Rows:
+        """The changed streams, written out in full from `start` on; after the last block, only where they are read."""
+        after_last = changed.layer == len(self.layers)
+        if after_last and self.reader.only is not None:
+            return changed.x[:, :, -1:]
+        if changed.at is None and changed.start == start:
+            return changed.x
+        stream = self.layers[-1].resid_post if after_last else self.layers[changed.layer].resid_pre
         x = stream[:, start:].repeat(len(changed.x), 1, 1, 1)
-        rows = torch.arange(len(x), device=x.device)
-        x[rows, :, changed.at - start] = changed.x[:, :, 0]
-        return _Changed(changed.layer, x, start)
+        if changed.at is None:
+            x[:, :, changed.start - start :] = changed.x
+        else:
+            x[torch.arange(len(x), device=x.device), :, changed.at - start] = changed.x[:, :, 0]
+        return x
 
     def _through(self, layer: int, x: Rows, start: int, last_only: bool) -> Float[Tensor, "patch batch wanted d_model"]:
         """A block's output for a stream that differs from `start` on: from there on, or at the last position only."""
@@ -298,7 +354,12 @@ class IncrementalRuns:
         attn_out = block.attn_out(z)
         return x + attn_out + block.mlp_out(x, attn_out)
 
-    def _last_block_at_a_point(self, changed: _Changed) -> _Changed:
+    def _at_a_point(self, changed: Changed) -> Changed:
+        """Streams that change at a point before the last block, if the metric reads one position: those after it."""
+        at_a_point = changed.at is not None and changed.layer == len(self.layers) - 1
+        return self._last_block_at_a_point(changed) if at_a_point and self.reader.only is not None else changed
+
+    def _last_block_at_a_point(self, changed: Changed) -> Changed:
         """The last block at its last position, where each patch changes one key, one value, and perhaps the query."""
         here, block, at = self.layers[-1], self.layers[-1].block, changed.at
         assert at is not None
@@ -318,7 +379,41 @@ class IncrementalRuns:
         weight = pattern.gather(-1, column.expand_as(one))
         z = block.mixed(pattern, here.v) + block.mixed(weight, v - here.v[:, at].movedim(0, 1)[:, :, None])
         attn_out = block.attn_out(z[:, :, 0])
-        return _Changed(len(self.layers), (resid + attn_out + block.mlp_out(resid, attn_out))[:, :, None])
+        return Changed(len(self.layers), (resid + attn_out + block.mlp_out(resid, attn_out))[:, :, None])
+
+
+def checked_runs(
+    model: Any,
+    method: Method,
+    opened: OpenModel | None,
+    why_not: str | None,
+    run: Mapping[str, Tensor],
+    logits: Tensor,
+    reader: BoundMetric,
+) -> IncrementalRuns | None:
+    """Incremental runs that compute what the model does; `None` where they do not.
+
+    Args:
+        model: the model.
+        method: how the sweep is to be run.
+        opened: what `open_for` gave,
+        why_not: and its reason.
+        run: arguments of `IncrementalRuns`, as
+        logits: are these,
+        reader: and this.
+
+    Raises:
+        ValueError: where they do not, with method="incremental".
+    """
+    if opened is not None:
+        runs = IncrementalRuns(opened, run, logits, reader)
+        differs = runs.mismatch()
+        if differs is None:
+            return runs
+        why_not = f"{differs} would not be what the model computes"
+    if method == "incremental":
+        raise ValueError(f"method='incremental' cannot run this {type(model).__name__}: {why_not}")
+    return None
 
 
 def _agree(ours: Tensor, theirs: Tensor) -> bool:

@@ -174,7 +174,7 @@ class PathSweep(PatchEffects, Saved, Drawn):
         base: the metric on the unpatched run.
         source: the metric on the run that the messages come from.
         direction: "denoise" (clean messages, corrupted run) or "noise" (corrupted messages, clean run).
-        method: "forward" for patched runs of the model, "gradient" for an estimate.
+        method: "incremental" or "forward" for patched runs, as in a `Sweep`; "gradient" for an estimate.
         circuit: names components by their roles.
     """
 
@@ -184,7 +184,7 @@ class PathSweep(PatchEffects, Saved, Drawn):
     base: float
     source: float
     direction: Literal["denoise", "noise"]
-    method: Literal["forward", "gradient"]
+    method: Literal["incremental", "forward", "gradient"]
     circuit: Circuit = Circuit()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
 from hijack_lens.hooks import ablate, ablate_sweep, attribution_patch, patch_sweep
-from hijack_lens.hooks import sweeps as api
+from hijack_lens.hooks import incremental_runs as api
 from hijack_lens.hooks.incremental_runs import IncrementalRuns
 from hijack_lens.hooks.patched_runs import ForwardRuns
 

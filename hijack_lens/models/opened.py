@@ -90,16 +90,23 @@ class Block:
 
     def group(self, index: int) -> "Block":
         """The block with only one key-value head and the query heads that read it."""
-        heads = slice(index * self.n_groups, (index + 1) * self.n_groups)
-        one, d_head = slice(index, index + 1), self.b_Q.shape[1]
+        return self._only(slice(index * self.n_groups, (index + 1) * self.n_groups), index)
+
+    def one(self, head: int) -> "Block":
+        """The block with only one query head and the key-value head that it reads."""
+        return self._only(slice(head, head + 1), head // self.n_groups)
+
+    def _only(self, heads: slice, kv_head: int) -> "Block":
+        shared, d_head = slice(kv_head, kv_head + 1), self.b_Q.shape[1]
+        queries, keys = (slice(part.start * d_head, part.stop * d_head) for part in (heads, shared))
         return replace(
             self,
-            W_Q=self.W_Q[heads.start * d_head : heads.stop * d_head],
+            W_Q=self.W_Q[queries],
             b_Q=self.b_Q[heads],
-            W_K=self.W_K[index * d_head : (index + 1) * d_head],
-            b_K=self.b_K[one],
-            W_V=self.W_V[index * d_head : (index + 1) * d_head],
-            b_V=self.b_V[one],
+            W_K=self.W_K[keys],
+            b_K=self.b_K[shared],
+            W_V=self.W_V[keys],
+            b_V=self.b_V[shared],
             W_O=self.W_O[heads],
             W_R=None if self.W_R is None else self.W_R[heads],
         )
