@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hijack_lens.core.circuit import Component
 from hijack_lens.hooks.edges import Edge, Sender
-from hijack_lens.hooks.incremental_runs import Changed, IncrementalRuns
+from hijack_lens.hooks.incremental_runs import IncrementalRuns
+from hijack_lens.hooks.recorded_run import Changed
 
 Message = Float[Tensor, "batch pos d_model"]
 

@@ -7,7 +7,6 @@ patched at about the same position go up through the blocks together, each from 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,14 +15,14 @@ from torch import Tensor
 
 from hijack_lens.core.checks import check_choice
 from hijack_lens.core.hook_points import is_hooked
+from hijack_lens.hooks.intervention import record
 from hijack_lens.hooks.patched_runs import BoundMetric
+from hijack_lens.hooks.recorded_run import Changed, Layer, RecordedRun
 from hijack_lens.hooks.sweep_plan import Job, Patches, hook_name
-from hijack_lens.models.opened import Block, OpenModel, UnknownArchitectureError, check_plain, open_model
+from hijack_lens.models.opened import OpenModel, UnknownArchitectureError, check_plain, open_model
 
 Method = Literal["auto", "incremental", "forward"]
 """How a sweep is run: on what a patch can change, through the whole model, or the first where it works."""
-
-Rows = Float[Tensor, "patch batch pos d_model"]
 
 
 def open_for(model: Any, method: Method) -> tuple[OpenModel | None, str | None]:
@@ -40,46 +39,17 @@ def open_for(model: Any, method: Method) -> tuple[OpenModel | None, str | None]:
         return None, str(error)
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A block and its activations in the unpatched run. Rotary embeddings are already applied to queries and keys."""
-
-    block: Block
-    resid_pre: Float[Tensor, "batch pos d_model"]
-    attn_out: Float[Tensor, "batch pos d_model"]
-    mlp_out: Float[Tensor, "batch pos d_model"]
-    q: Float[Tensor, "batch pos head d_head"]
-    k: Float[Tensor, "batch pos kv_head d_head"]
-    v: Float[Tensor, "batch pos kv_head d_head"]
-    z: Float[Tensor, "batch pos head d_head"]
-
-    @property
-    def resid_mid(self) -> Float[Tensor, "batch pos d_model"]:
-        return self.resid_pre + self.attn_out
-
-    @property
-    def resid_post(self) -> Float[Tensor, "batch pos d_model"]:
-        return self.resid_mid + self.mlp_out
+def taken_apart(model: Any, tokens: Int[Tensor, "batch pos"]) -> RecordedRun | None:
+    """A run of the model on `tokens` that others can go on from; `None` for a model whose parts are not known."""
+    opened, _ = open_for(model, "auto")
+    if opened is None:
+        return None
+    logits, run = record(model, tokens, RecordedRun.names(opened))
+    recorded = RecordedRun(opened, run, logits, tokens.shape[1])
+    return None if recorded.mismatch() else recorded
 
 
-@dataclass(frozen=True)
-class Changed:
-    """The residual stream that enters a block in patched runs, where it differs from the unpatched run's.
-
-    Attributes:
-        layer: the layer of the block entered; the number of layers for the final stream.
-        x: the stream at the positions from `start` on; or, given `at`, at one position per patch.
-        start: the first position of `x`.
-        at: the position of each patch.
-    """
-
-    layer: int
-    x: Rows
-    start: int = 0
-    at: Int[Tensor, "patch"] | None = None
-
-
-class IncrementalRuns:
+class IncrementalRuns(RecordedRun):
     """Patched runs of a model, computed from its parts.
 
     Args:
@@ -92,63 +62,9 @@ class IncrementalRuns:
     name: Literal["incremental"] = "incremental"
 
     def __init__(self, opened: OpenModel, run: Mapping[str, Tensor], logits: Tensor, reader: BoundMetric):
-        self.opened = opened
         self.reader = reader
-        self.run = run
-        self.logits = logits
         # If the metric reads one position, nothing after it can affect the metric.
-        self.length = logits.shape[1] if reader.only is None else reader.only + 1
-        self.positions = torch.arange(self.length, device=logits.device)
-        self.layers = [self._layer(index, block) for index, block in enumerate(opened.blocks)]
-
-    @staticmethod
-    def names(opened: OpenModel) -> list[str]:
-        """The hook points whose activations the unpatched run must have recorded."""
-        return [
-            hook_name(activation, layer)
-            for layer, block in enumerate(opened.blocks)
-            for activation in ("resid_pre", "q", "k", "v", "z", "attn_out", *(("mlp_out",) if block.mlp else ()))
-        ]
-
-    def _layer(self, index: int, block: Block) -> _Layer:
-        def recorded(activation: str) -> Tensor:
-            return self.run[hook_name(activation, index)][:, : self.length]
-
-        attn_out = recorded("attn_out")
-        return _Layer(
-            block,
-            recorded("resid_pre"),
-            attn_out,
-            recorded("mlp_out") if block.mlp else torch.zeros_like(attn_out),
-            block.turned(recorded("q"), self.positions),
-            block.turned(recorded("k"), self.positions),
-            recorded("v"),
-            recorded("z"),
-        )
-
-    def mismatch(self) -> str | None:
-        """The first result at the last position that the parts fail to reproduce; `None` if they reproduce all."""
-        last = self.length - 1
-        for index, layer in enumerate(self.layers):
-            block, here = layer.block, layer.resid_pre[:, last:]
-            normed, at = block.normed(here), self.positions[last:]
-            pattern = block.pattern(block.scores(layer.q[:, last:], layer.k, at, self.positions))
-            after = self.layers[index + 1].resid_pre if index + 1 < len(self.layers) else None
-            pairs = {
-                "q": (block.q(normed, at), layer.q[:, last:]),
-                "k": (block.k(normed, at), layer.k[:, last:]),
-                "v": (block.v(normed), layer.v[:, last:]),
-                "z": (block.mixed(pattern, layer.v), layer.z[:, last:]),
-                "attn_out": (block.attn_out(layer.z[:, last:]), layer.attn_out[:, last:]),
-                "mlp_out": (block.mlp_out(here, layer.attn_out[:, last:]), layer.mlp_out[:, last:]),
-            }
-            if after is not None:
-                pairs["resid_post"] = (layer.resid_post[:, last:], after[:, last:])
-            for part, (ours, theirs) in pairs.items():
-                if not _agree(ours, theirs):
-                    return f"the {part} of layer {index}"
-        final = self.opened.logits(self.layers[-1].resid_post[:, last])
-        return None if _agree(final, self.logits[:, last]) else "the logits"
+        super().__init__(opened, run, logits, logits.shape[1] if reader.only is None else reader.only + 1)
 
     def reaches(self, activation: str, layer: int, patches: Patches) -> Tensor:
         """Which patches can change the metric."""
@@ -192,14 +108,10 @@ class IncrementalRuns:
             yield [jobs[job][torch.tensor(chosen)] for job, chosen in by_job.items()]
 
     def bytes_of(self, n_tokens: int) -> int:
-        """Roughly how much memory one patched run takes, if so many positions of each prompt are run again."""
-        batch, _, d_model = self.layers[0].resid_pre.shape
-        block = self.layers[0].block
-        wide = 8 * d_model + 3 * len(block.b_Q) * self.length + 4 * block.b_Q.numel()
-        if block.W_out is not None:
-            wide += 3 * len(block.W_out)
-        of_vocab = 2 * self.logits.shape[-1] * (1 if self.reader.only is not None else self.length)
-        return self.logits.element_size() * batch * (n_tokens * wide + of_vocab)
+        """With the logits that the metric reads."""
+        n_read = 1 if self.reader.only is not None else self.length
+        d_vocab = self.logits.shape[-1]
+        return super().bytes_of(n_tokens) + 2 * self.logits.element_size() * len(self.logits) * n_read * d_vocab
 
     def _changed(self, job: Job) -> Changed:
         source, patches = job.source[:, : self.length], job.patches.to(self.positions.device)
@@ -241,7 +153,7 @@ class IncrementalRuns:
         at = patches.positions[:, 0] if patches.positions.shape[1] == 1 else None
         return Changed(entered, x, at=at)
 
-    def _z(self, activation: str, here: _Layer, source: Tensor) -> Float[Tensor, "batch pos head d_head"]:
+    def _z(self, activation: str, here: Layer, source: Tensor) -> Float[Tensor, "batch pos head d_head"]:
         """Every head's output with its q, pattern or z patched."""
         if activation == "z":
             return source
@@ -254,7 +166,7 @@ class IncrementalRuns:
 
     @staticmethod
     def _of_heads(
-        here: _Layer, patches: Patches, delta: Float[Tensor, "batch pos head d_head"]
+        here: Layer, patches: Patches, delta: Float[Tensor, "batch pos head d_head"]
     ) -> Float[Tensor, "patch batch place d_model"]:
         """What attention adds to the stream when the output of each patch's head changes by `delta`."""
         assert patches.units is not None
@@ -290,69 +202,20 @@ class IncrementalRuns:
         """From which position on a block's output is needed, if its input changes from `start` on."""
         return self.length - 1 if layer == len(self.layers) - 1 and self.reader.only is not None else start
 
-    def after_attention(self, layer: int, attn_out: Rows, start: int) -> Changed:
-        """What attention writes in patched runs from `start` on, taken through the block's MLP."""
-        here, block = self.layers[layer], self.layers[layer].block
-        resid_pre = here.resid_pre[:, start:].expand_as(attn_out)
-        mlp_out = here.mlp_out[:, start:] if block.parallel else block.mlp_out(resid_pre, attn_out)
-        return Changed(layer + 1, resid_pre + attn_out + mlp_out, start)
-
     def finish(self, entering: Sequence[Changed]) -> Float[Tensor, "patch"]:
         """The rest of the runs, each from the block that its changed stream enters, and the metric."""
-        n_layers, only = len(self.layers), self.reader.only
+        only = self.reader.only
         entering = [self._at_a_point(changed) for changed in entering]
-        starts = [self._start(changed) for changed in entering if changed.layer < n_layers or only is None]
+        starts = [
+            changed.start if changed.at is None else int(changed.at.min())
+            for changed in entering
+            if changed.layer < len(self.layers) or only is None
+        ]
         start = min(starts, default=self.length - 1)
-        rows = torch.arange(sum(len(changed.x) for changed in entering), device=self.positions.device)
-        by_entry = rows.split([len(changed.x) for changed in entering])
-        x, order = [], []
-        for layer in range(min(changed.layer for changed in entering), n_layers + 1):
-            for changed, places in zip(entering, by_entry, strict=True):
-                if changed.layer == layer:
-                    x.append(self._spread(changed, start))
-                    order.append(places)
-            if layer < n_layers:
-                x = [self._through(layer, torch.cat(x), start, last_only=only is not None and layer == n_layers - 1)]
-        after, given = torch.cat(x), torch.cat(order).argsort()
+        after = self.opened.logits(self.finals(entering, start, last_only=only is not None))
         if only is not None:
-            return self.reader.each_at(self.opened.logits(after[:, :, -1]))[given]
-        before = self.logits[:, :start].expand(len(after), -1, -1, -1)
-        return self.reader.each(torch.cat([before, self.opened.logits(after)], 2)[given])
-
-    @staticmethod
-    def _start(changed: Changed) -> int:
-        """The first position that is changed in any of the runs."""
-        return changed.start if changed.at is None else int(changed.at.min())
-
-    def _spread(self, changed: Changed, start: int) -> Rows:
-        """The changed streams, written out in full from `start` on; after the last block, only where they are read."""
-        after_last = changed.layer == len(self.layers)
-        if after_last and self.reader.only is not None:
-            return changed.x[:, :, -1:]
-        if changed.at is None and changed.start == start:
-            return changed.x
-        stream = self.layers[-1].resid_post if after_last else self.layers[changed.layer].resid_pre
-        x = stream[:, start:].repeat(len(changed.x), 1, 1, 1)
-        if changed.at is None:
-            x[:, :, changed.start - start :] = changed.x
-        else:
-            x[torch.arange(len(x), device=x.device), :, changed.at - start] = changed.x[:, :, 0]
-        return x
-
-    def _through(self, layer: int, x: Rows, start: int, last_only: bool) -> Float[Tensor, "patch batch wanted d_model"]:
-        """A block's output for a stream that differs from `start` on: from there on, or at the last position only."""
-        here, block = self.layers[layer], self.layers[layer].block
-        normed, positions = block.normed(x), self.positions[start:]
-        k, v = block.k(normed, positions), block.v(normed)
-        if last_only:
-            x, normed = x[:, :, -1:], normed[:, :, -1:]
-        at = positions[-1:] if last_only else positions
-        q = block.q(normed, at)
-        before = block.scores(q, here.k[:, :start], at, self.positions[:start])
-        pattern = block.pattern(torch.cat([before, block.scores(q, k, at, positions)], -1))
-        z = block.mixed(pattern[..., :start], here.v[:, :start]) + block.mixed(pattern[..., start:], v)
-        attn_out = block.attn_out(z)
-        return x + attn_out + block.mlp_out(x, attn_out)
+            return self.reader.each_at(after[:, :, -1])
+        return self.reader.each(torch.cat([self.logits[:, :start].expand(len(after), -1, -1, -1), after], 2))
 
     def _at_a_point(self, changed: Changed) -> Changed:
         """Streams that change at a point before the last block, if the metric reads one position: those after it."""
@@ -414,8 +277,3 @@ def checked_runs(
     if method == "incremental":
         raise ValueError(f"method='incremental' cannot run this {type(model).__name__}: {why_not}")
     return None
-
-
-def _agree(ours: Tensor, theirs: Tensor) -> bool:
-    tolerance = torch.finfo(theirs.dtype).eps ** 0.7  # 1.4e-5 in float32, 1e-11 in float64
-    return bool((ours - theirs).abs().max() <= tolerance * (1e-6 + theirs.abs().max()))

@@ -1,6 +1,7 @@
 """Path patching sweeps against the network in plain torch, edge by edge."""
 
 import contextlib
+import math
 from functools import partial
 
 import pandas as pd
@@ -180,6 +181,59 @@ def test_heads_that_share_keys_and_values_are_patched_one_by_one(unchecked):
             expected.append(float(METRIC(own(CORRUPTED))))
     close(sweep.values, torch.tensor(expected, dtype=torch.float64), atol=2e-6)  # the bridge rounds to float32 halfway
     assert all(any(abs(x) > 0.01 for x in _effects(sweep, via)) for via in "qkv")
+
+
+def test_gradients_choose_which_edges_are_run_and_a_sample_bounds_what_was_missed(unchecked):
+    model = hooked("LN", n_layers=3)
+    every = path_sweep(model, CLEAN, CORRUPTED, METRIC, "all", via=("q", "k", "unembed"))
+    chosen = path_sweep(model, CLEAN, CORRUPTED, METRIC, "all", via=("q", "k", "unembed"), exact=10, sample=15, seed=3)
+    estimate = hooks.edge_attribution(model, CLEAN, CORRUPTED, METRIC, "all", via=("q", "k", "unembed"))
+    largest = set(estimate.effect.abs().argsort(descending=True)[:10].tolist())
+    exact, estimated = (dict(zip(one.edges, one.values.tolist(), strict=True)) for one in (every, estimate))
+    assert chosen.edges == tuple(edge for place, edge in enumerate(every.edges) if place in largest)
+    screen = chosen.screen
+    assert screen.n_edges == len(every.edges)
+    assert len(set(screen.drawn)) == 15
+    assert not set(screen.drawn) & set(chosen.edges)
+    for edges, values, truth_of in (
+        (chosen.edges, chosen.values, exact),
+        (screen.drawn, screen.values, exact),
+        (chosen.edges, screen.estimates, estimated),
+    ):
+        close(values, torch.tensor([truth_of[edge] for edge in edges], dtype=torch.float64))
+    again, other = (
+        path_sweep(model, CLEAN, CORRUPTED, METRIC, "all", via=("q", "k", "unembed"), exact=10, sample=15, seed=seed)
+        for seed in (3, 4)
+    )
+    assert again.screen.drawn == screen.drawn != other.screen.drawn
+
+    size = float((screen.values - chosen.base).abs().median())
+    left = [abs(exact[edge] - every.base) > size for edge in every.edges if edge not in chosen.edges]
+    seen = sum(abs(value - chosen.base) > size for value in screen.values.tolist())
+    assert sum(left) <= chosen.missed(size) == brute_bound(seen, 15, len(left))
+    assert chosen.missed(float(every.effect.abs().max())) == brute_bound(0, 15, len(left)) > 0
+    assert every.missed(0) == path_sweep(model, CLEAN, CORRUPTED, METRIC, "all", exact=1000).missed(0.0) == 0
+    assert f"Of the {len(left)} others, 15 drawn at random have effects of at most" in repr(chosen)
+
+
+def brute_bound(seen, drawn, population):
+    """By counting draws: the most of a kind with which so few of it are drawn in 5% of draws or more."""
+    fits = []
+    for kind in range(population + 1):
+        few = sum(math.comb(kind, k) * math.comb(population - kind, drawn - k) for k in range(seen + 1))
+        fits.append(few / math.comb(population, drawn) >= 0.05)
+    return max(kind for kind, fit in enumerate(fits) if fit)
+
+
+def test_a_sweep_of_chosen_edges_is_saved_with_what_is_known_of_the_others(tmp_path, unchecked):
+    sweep = path_sweep(hooked("LN"), CLEAN, CORRUPTED, METRIC, "all", exact=5, sample=200)
+    assert len(sweep.screen.drawn) == 61 - 5
+    sweep.save(tmp_path / "s.safetensors")
+    loaded = hooks.PathSweep.load(tmp_path / "s.safetensors")
+    assert torch.equal(loaded.screen.values, sweep.screen.values)
+    assert torch.equal(loaded.screen.estimates, sweep.screen.estimates)
+    assert (loaded.screen.drawn, loaded.screen.n_edges) == (sweep.screen.drawn, 61)
+    assert loaded.missed(0.1) == int(((sweep.screen.values - sweep.base).abs() > 0.1).sum())
 
 
 def _effects(sweep, via):
@@ -431,6 +485,9 @@ test_wrong_values = refused(
         "method='incremental' cannot run this HookedTransformer: there are hooks on the model": lambda: sweep_of(
             with_hook(), CLEAN, CORRUPTED, method="incremental"
         ),
+        "exact must be at least 1, got 0": lambda: sweep_of(hooked(), CLEAN, CORRUPTED, exact=0),
+        "sample must be at least 1, got 0": lambda: sweep_of(hooked(), CLEAN, CORRUPTED, exact=1, sample=0),
+        "size must be a finite number >= 0, got -1": lambda: sweep_of(hooked(), CLEAN, CORRUPTED).missed(-1),
         "method must be one of 'auto', 'incremental', 'forward', got 'fast'": lambda: sweep_of(
             hooked(), CLEAN, CORRUPTED, method="fast"
         ),

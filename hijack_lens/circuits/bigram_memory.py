@@ -1,6 +1,7 @@
 """How much of a model's context-free prediction each MLP carries."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,16 +11,29 @@ from torch import Tensor
 
 from hijack_lens.circuits.evidence import MIN_INFORMATION, MIN_SHARE, MLPEvidence
 from hijack_lens.core.hook_points import rows_at_once
+from hijack_lens.core.statistics import student_quantile
 from hijack_lens.core.tables import widened
-from hijack_lens.hooks.intervention import Intervention, logits_of
+from hijack_lens.hooks.incremental_runs import taken_apart
+from hijack_lens.hooks.intervention import Intervention, logits_of, record
+from hijack_lens.hooks.recorded_run import Changed
 
 _N_TOKENS = 32
 _N_CONTEXTS = 8
+_N_SCRAMBLED = 2
+"""Contexts in which outputs are scrambled."""
+
 _N_SCRAMBLES = 499
 """So many that a random model's MLP exceeds all of them in 1 of 500 cases."""
 
+_ENOUGH, _CONFIDENCE = 20, 1 - 4e-4
+"""After so many scrambles, those to come are predicted: an effect that lies above their interval needs no more. It is
+exceeded in 1 of 5000 cases, a tenth of what all scrambles allow."""
+
 _MOST_AT_ONCE = 32
 """Scrambles per run: most models without a bigram memory are recognised after the first few."""
+
+_MEMORY = 2**26
+"""Bytes for the scrambles that are computed at once."""
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -34,29 +48,45 @@ def bigram_evidence(
 ) -> MLPEvidence:
     """Measures every MLP's share, and scrambles those whose share is large enough; calls `tick` after every run."""
     n_layers = model.cfg.n_layers
-    contexts = _Contexts(model, vocabulary, first, max_length, generator, tick)
+    contexts = _Contexts.draw(model, vocabulary, first, max_length, generator, tick)
     with_mlp = [] if getattr(model.cfg, "attn_only", False) else range(n_layers)
     mlps = {layer: f"blocks.{layer}.hook_mlp_out" for layer in with_mlp}
     heads = [f"blocks.{layer}.hook_attn_out" for layer in range(n_layers)]
-    means = contexts.means([*mlps.values(), *heads])
+    means, few = contexts.means([*mlps.values(), *heads]), contexts.some(_N_SCRAMBLED)
 
     intact = contexts.predict({})
     information = told(intact, intact)
     off = {name: _constant(mean) for name, mean in means.items()}
     direct = contexts.predict(off)
     share, effect, null = (torch.full((n_layers,), torch.nan, dtype=torch.float64) for _ in range(3))
+    draws = torch.zeros(n_layers, dtype=torch.long)
     for layer, name in mlps.items():
-        without = contexts.predict({name: off[name]})
+        without = contexts.without(layer, means[name])
         lost = 1 - told(intact, without) / information if information > 0 else 0.0
         share[layer] = min(max(lost, 0.0), 1.0)
         if information >= MIN_INFORMATION and share[layer] >= MIN_SHARE:
-            effect[layer], null[layer] = moved(intact, without), 0.0
-            for scrambled in contexts.scrambled(name, means[name]):
-                null[layer] = max(float(null[layer]), moved(scrambled, without))
-                if null[layer] >= effect[layer]:
+            without = few.without(layer, means[name])
+            effect[layer] = moved(few.predict({}), without)
+            drawn: list[float] = []
+            for scrambled in few.scrambled(layer, means[name]):
+                drawn.append(moved(scrambled, without))
+                if _settled(float(effect[layer]), drawn):
                     break
+            null[layer], draws[layer] = max(drawn), len(drawn)
     left = told(intact, direct) / information if information > 0 else 0.0
-    return MLPEvidence(information, share, min(max(left, 0.0), 1.0), effect, null)
+    return MLPEvidence(information, share, min(max(left, 0.0), 1.0), effect, null, draws)
+
+
+def _settled(effect: float, drawn: list[float]) -> bool:
+    """Whether more scrambles would not change what these say about an effect."""
+    count = len(drawn)
+    if drawn[-1] >= effect:
+        return True
+    if count < _ENOUGH or min(drawn) == 0:
+        return False
+    logs = [math.log(one) for one in drawn]  # of a norm: closer to a normal variable
+    reach = student_quantile(count - 1, _CONFIDENCE) * math.sqrt(1 + 1 / count)
+    return math.log(effect) > statistics.mean(logs) + reach * statistics.stdev(logs)
 
 
 def told(p: Float[Tensor, "token d_vocab"], q: Float[Tensor, "token d_vocab"]) -> float:
@@ -85,55 +115,84 @@ class _Contexts:
     def __init__(
         self,
         model: Any,
-        vocabulary: Tensor,
+        prompts: Int[Tensor, "context pos"],
+        order: Int[Tensor, "context place"],
+        generator: torch.Generator,
+        tick: Callable[[], object],
+    ):
+        self.model, self.prompts, self.order = model, prompts, order
+        self.generator, self.tick = generator, tick
+        self.run = taken_apart(model, prompts)
+
+    @classmethod
+    def draw(
+        cls,
+        model: Any,
+        vocabulary: Int[Tensor, "token"],
         first: int | None,
         max_length: int,
         generator: torch.Generator,
         tick: Callable[[], object],
-    ):
-        self.model, self.generator, self.tick = model, generator, tick
+    ) -> "_Contexts":
+        """Tokens of the vocabulary in random orders, after a first token."""
         n_tokens = min(_N_TOKENS, len(vocabulary) - 1, max_length - 1)
         drawn = vocabulary[torch.randperm(len(vocabulary), generator=generator)[: n_tokens + 1]]
         opening = torch.full((_N_CONTEXTS, 1), int(drawn[-1]) if first is None else first)
         order = torch.rand(_N_CONTEXTS, n_tokens, generator=generator).argsort(1)
-        self.prompts = torch.cat([opening, drawn[order]], 1).to(model.cfg.device)
-        self.order = order.to(model.cfg.device)
+        prompts = torch.cat([opening, drawn[order]], 1)
+        return cls(model, prompts.to(model.cfg.device), order.to(model.cfg.device), generator, tick)
+
+    def some(self, count: int) -> "_Contexts":
+        """The first of these contexts."""
+        return _Contexts(self.model, self.prompts[:count], self.order[:count], self.generator, self.tick)
 
     def means(self, names: list[str]) -> dict[str, Float[Tensor, "d_model"]]:
         """The mean output over tokens and contexts."""
-        found: dict[str, Tensor] = {}
-
-        def keep(name: str) -> Callable[..., None]:
-            def read(activation: Tensor, hook: Any) -> None:
-                found[name] = activation[:, 1:].float().mean((0, 1))
-
-            return read
-
-        with Intervention(self.model, look=[(name, keep(name)) for name in names]):
-            self.model(self.prompts)
+        _, found = record(self.model, self.prompts, names)
         self.tick()
-        return found
+        return {name: activation[:, 1:].float().mean((0, 1)) for name, activation in found.items()}
 
     def predict(self, edits: Mapping[str, Edit]) -> Float[Tensor, "token d_vocab"]:
         """Log-probabilities after each token, averaged over contexts, with some outputs edited."""
         return self._run(self.prompts, edits)[0]
 
-    def scrambled(self, name: str, mean: Float[Tensor, "d_model"]) -> Iterator[Float[Tensor, "token d_vocab"]]:
+    def without(self, layer: int, mean: Float[Tensor, "d_model"]) -> Float[Tensor, "token d_vocab"]:
+        """Predictions with an MLP's output the same for all tokens."""
+        return self._with_mlp(layer, 1, _constant(mean))[0]
+
+    def scrambled(self, layer: int, mean: Float[Tensor, "d_model"]) -> Iterator[Float[Tensor, "token d_vocab"]]:
         """Predictions with the token-specific part of an output turned in random directions of the residual stream."""
-        d_model, device = len(mean), mean.device
-        at_once = max(1, min(rows_at_once(self.model, self.prompts.shape[1]) // _N_CONTEXTS, _MOST_AT_ONCE))
+        d_model, device, length = len(mean), mean.device, self.prompts.shape[1]
+        fit = (
+            rows_at_once(self.model, length) // len(self.order)
+            if self.run is None
+            else _MEMORY // self.run.bytes_of(length)
+        )
+        at_once = max(1, min(fit, _MOST_AT_ONCE))
         for done in range(0, _N_SCRAMBLES, at_once):
             count = min(at_once, _N_SCRAMBLES - done)
             shuffle = torch.rand(count, d_model, generator=self.generator).argsort(1).to(device)
             sign = (torch.randint(2, (count, d_model), generator=self.generator) * 2 - 1).to(device)
-            rows = torch.arange(count, device=device).repeat_interleave(_N_CONTEXTS)
+            rows = torch.arange(count, device=device).repeat_interleave(len(self.order))
             at, flip = shuffle[rows, None], sign[rows, None]
 
             def turn(activation: Tensor, at: Tensor = at, flip: Tensor = flip) -> Tensor:
                 specific = activation - mean
                 return mean + flip * specific.gather(-1, at.expand_as(specific))
 
-            yield from self._run(self.prompts.repeat(count, 1), {name: turn})
+            yield from self._with_mlp(layer, count, turn)
+
+    def _with_mlp(self, layer: int, count: int, edit: Edit) -> list[Float[Tensor, "token d_vocab"]]:
+        """Predictions of `count` runs with an MLP's output edited, of which only what comes after it is computed."""
+        if self.run is None:
+            return self._run(self.prompts.repeat(count, 1), {f"blocks.{layer}.hook_mlp_out": edit})
+        here = self.run.layers[layer]
+        edited = edit(here.mlp_out.repeat(count, 1, 1)).to(here.mlp_out).unflatten(0, (count, -1))
+        final = self.run.finals([Changed(layer + 1, here.resid_mid + edited)], 0, last_only=False)
+        self.tick()
+        # The mean over contexts may be taken before the unembedding, which is affine.
+        normed = self._by_token(self.run.opened.normed(final[:, :, 1:])).mean(1)
+        return list(widened(self.run.opened.unembedded(normed)).log_softmax(-1))
 
     def _run(self, prompts: Tensor, edits: Mapping[str, Edit]) -> list[Float[Tensor, "token d_vocab"]]:
         def hook_fn(edit: Edit) -> Callable[..., Tensor]:
@@ -142,8 +201,12 @@ class _Contexts:
         with Intervention(self.model, edit=[(name, hook_fn(edit)) for name, edit in edits.items()]):
             logits = logits_of(self.model, prompts)[:, 1:]
         self.tick()
-        log_probs = widened(logits).log_softmax(-1)
-        # Back from each context's order to the tokens' own.
-        where = self.order.argsort(1)[None, :, :, None].expand(-1, -1, -1, logits.shape[-1])
-        grouped = log_probs.unflatten(0, (-1, _N_CONTEXTS))
-        return list(grouped.gather(2, where.expand(len(grouped), -1, -1, -1)).mean(1).log_softmax(-1))
+        grouped = widened(logits).log_softmax(-1).unflatten(0, (-1, len(self.order)))
+        return list(self._by_token(grouped).mean(1).log_softmax(-1))
+
+    def _by_token(
+        self, values: Float[Tensor, "run context place features"]
+    ) -> Float[Tensor, "run context token features"]:
+        """Values in the tokens' own order, from each context's."""
+        where = self.order.argsort(1)[None, :, :, None].expand(len(values), -1, -1, values.shape[-1])
+        return values.gather(2, where)
