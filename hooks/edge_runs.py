@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.core.circuit import Component
-from hijack_lens.hooks.edges import Edge, Sender
+from hijack_lens.hooks.edges import Edge, Sender, Via
 from hijack_lens.hooks.incremental_runs import IncrementalRuns
 from hijack_lens.hooks.recorded_run import Changed
 
@@ -64,26 +63,21 @@ class EdgeRuns:
         stacked = torch.stack(list(changes.values()))
         # Before the first token that differs, no message does.
         start = int(stacked.any(-1).any(0).any(0).nonzero()[0])
-        groups: dict[tuple[int, int], dict[tuple[int | None, str], list[int]]] = {}
+        groups: dict[tuple[int, bool], dict[tuple[int, Via], list[int]]] = {}
         for place, edge in enumerate(edges):
-            head = edge.receiver.head if isinstance(edge.receiver, Component) else None
+            head = 0 if isinstance(edge.receiver, str) else edge.receiver.head or 0
             groups.setdefault(self._height(edge), {}).setdefault((head, edge.via), []).append(place)
         entering, order = [], []
         for (layer, _), inputs in groups.items():
             senders = {
-                one: stacked.new_tensor([row[edges[place].sender] for place in places], dtype=torch.long)
+                one: torch.tensor([row[edges[place].sender] for place in places], device=stacked.device)
                 for one, places in inputs.items()
             }
-            if (None, "unembed") in senders:
-                entering.append(
-                    Changed(
-                        layer,
-                        self.runs.layers[-1].resid_post[:, start:] + stacked[:, :, start:][senders[None, "unembed"]],
-                        start,
-                    )
-                )
-            elif (None, "mlp_in") in senders:
-                entering.append(self._into_mlp(layer, stacked[senders[None, "mlp_in"]], start))
+            if (0, "unembed") in senders:
+                x = self.runs.layers[-1].resid_post[:, start:] + stacked[senders[0, "unembed"]][:, :, start:]
+                entering.append(Changed(layer, x, start))
+            elif (0, "mlp_in") in senders:
+                entering.append(self._into_mlp(layer, stacked[senders[0, "mlp_in"]], start))
             else:
                 entering.append(self._into_heads(layer, senders, stacked, start))
             order += [place for places in inputs.values() for place in places]
@@ -98,7 +92,7 @@ class EdgeRuns:
     def _into_heads(
         self,
         layer: int,
-        senders: Mapping[tuple[int, str], Int[Tensor, "edge"]],
+        senders: Mapping[tuple[int, Via], Int[Tensor, "edge"]],
         changes: Float[Tensor, "sender batch pos d_model"],
         start: int,
     ) -> Changed:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import einsum
@@ -90,7 +90,8 @@ def path_sweep(
     Raises:
         TypeError, ValueError: for components that the model lacks, prompts that do not match, and a metric that gives
             no number; for edges that no hook point reaches alone, where whole runs are needed; with
-            method="incremental", for a model that cannot be run this way.
+            method="incremental", for a model that cannot be run this way; with `exact`, for a metric without a
+            derivative.
     """
     memory, generator = memory_budget(memory_gb), as_generator(seed)
     exact = None if exact is None else check_count("exact", exact, minimum=1)
@@ -130,7 +131,8 @@ def path_sweep(
                 with patch_path(model, edge.sender, edge.receiver, edge.via, source):
                     values[place] = reader(logits_of(model, pair.base))
                 bar.update()
-    of_source, by = reader(source_logits), "forward" if runs is None else "incremental"
+    of_source = reader(source_logits)
+    by: Literal["incremental", "forward"] = "forward" if runs is None else "incremental"
     screen = None if estimates is None else EdgeScreen(n_edges, estimates, edges[chosen:], values[chosen:])
     return PathSweep(values[:chosen], edges[:chosen], reader.name, base, of_source, direction, by, names, screen)
 
@@ -155,7 +157,8 @@ def _check_ends(model: Any, edges: Sequence[Edge], from_parts: bool = False) -> 
     def alike(end: Sender | Receiver) -> object:
         return end if isinstance(end, str) else (end.layer, end.kind)
 
-    senders, receivers = {}, {}
+    senders: dict[object, Sender] = {}
+    receivers: dict[object, Edge] = {}
     for edge in edges:
         senders.setdefault(alike(edge.sender), edge.sender)
         receivers.setdefault((alike(edge.receiver), edge.via), edge)

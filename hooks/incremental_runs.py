@@ -86,7 +86,7 @@ class IncrementalRuns(RecordedRun):
         """Parts of jobs to be run at once: patched at about the same position, or read where they were patched."""
         last, only = len(self.layers) - 1, self.reader.only
         rows = [(job, row) for job in range(len(jobs)) for row in range(len(jobs[job].patches))]
-        starts = []
+        starts: list[int] = []
         for job in jobs:
             entered = job.layer if job.activation in ("resid_pre", "k", "v") else job.layer + 1
             one = job.patches.positions.shape[1] == 1
@@ -103,9 +103,9 @@ class IncrementalRuns(RecordedRun):
             order = order[len(near) :]
             by_job: dict[int, list[int]] = {}
             for index in near:
-                job, row = rows[index]
-                by_job.setdefault(job, []).append(row)
-            yield [jobs[job][torch.tensor(chosen)] for job, chosen in by_job.items()]
+                which, row = rows[index]
+                by_job.setdefault(which, []).append(row)
+            yield [jobs[which][torch.tensor(chosen)] for which, chosen in by_job.items()]
 
     def bytes_of(self, n_tokens: int) -> int:
         """With the logits that the metric reads."""

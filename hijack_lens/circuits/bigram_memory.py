@@ -19,9 +19,6 @@ from hijack_lens.hooks.recorded_run import Changed
 
 _N_TOKENS = 32
 _N_CONTEXTS = 8
-_N_SCRAMBLED = 2
-"""Contexts in which outputs are scrambled."""
-
 _N_SCRAMBLES = 499
 """So many that a random model's MLP exceeds all of them in 1 of 500 cases."""
 
@@ -48,11 +45,11 @@ def bigram_evidence(
 ) -> MLPEvidence:
     """Measures every MLP's share, and scrambles those whose share is large enough; calls `tick` after every run."""
     n_layers = model.cfg.n_layers
-    contexts = _Contexts.draw(model, vocabulary, first, max_length, generator, tick)
+    contexts = _Contexts(model, vocabulary, first, max_length, generator, tick)
     with_mlp = [] if getattr(model.cfg, "attn_only", False) else range(n_layers)
     mlps = {layer: f"blocks.{layer}.hook_mlp_out" for layer in with_mlp}
     heads = [f"blocks.{layer}.hook_attn_out" for layer in range(n_layers)]
-    means, few = contexts.means([*mlps.values(), *heads]), contexts.some(_N_SCRAMBLED)
+    means = contexts.means([*mlps.values(), *heads])
 
     intact = contexts.predict({})
     information = told(intact, intact)
@@ -65,10 +62,9 @@ def bigram_evidence(
         lost = 1 - told(intact, without) / information if information > 0 else 0.0
         share[layer] = min(max(lost, 0.0), 1.0)
         if information >= MIN_INFORMATION and share[layer] >= MIN_SHARE:
-            without = few.without(layer, means[name])
-            effect[layer] = moved(few.predict({}), without)
+            effect[layer] = moved(intact, without)
             drawn: list[float] = []
-            for scrambled in few.scrambled(layer, means[name]):
+            for scrambled in contexts.scrambled(layer, means[name]):
                 drawn.append(moved(scrambled, without))
                 if _settled(float(effect[layer]), drawn):
                     break
@@ -115,36 +111,20 @@ class _Contexts:
     def __init__(
         self,
         model: Any,
-        prompts: Int[Tensor, "context pos"],
-        order: Int[Tensor, "context place"],
-        generator: torch.Generator,
-        tick: Callable[[], object],
-    ):
-        self.model, self.prompts, self.order = model, prompts, order
-        self.generator, self.tick = generator, tick
-        self.run = taken_apart(model, prompts)
-
-    @classmethod
-    def draw(
-        cls,
-        model: Any,
-        vocabulary: Int[Tensor, "token"],
+        vocabulary: Tensor,
         first: int | None,
         max_length: int,
         generator: torch.Generator,
         tick: Callable[[], object],
-    ) -> "_Contexts":
-        """Tokens of the vocabulary in random orders, after a first token."""
+    ):
+        self.model, self.generator, self.tick = model, generator, tick
         n_tokens = min(_N_TOKENS, len(vocabulary) - 1, max_length - 1)
         drawn = vocabulary[torch.randperm(len(vocabulary), generator=generator)[: n_tokens + 1]]
         opening = torch.full((_N_CONTEXTS, 1), int(drawn[-1]) if first is None else first)
         order = torch.rand(_N_CONTEXTS, n_tokens, generator=generator).argsort(1)
-        prompts = torch.cat([opening, drawn[order]], 1)
-        return cls(model, prompts.to(model.cfg.device), order.to(model.cfg.device), generator, tick)
-
-    def some(self, count: int) -> "_Contexts":
-        """The first of these contexts."""
-        return _Contexts(self.model, self.prompts[:count], self.order[:count], self.generator, self.tick)
+        self.prompts = torch.cat([opening, drawn[order]], 1).to(model.cfg.device)
+        self.order = order.to(model.cfg.device)
+        self.run = taken_apart(model, self.prompts)
 
     def means(self, names: list[str]) -> dict[str, Float[Tensor, "d_model"]]:
         """The mean output over tokens and contexts."""
@@ -164,7 +144,7 @@ class _Contexts:
         """Predictions with the token-specific part of an output turned in random directions of the residual stream."""
         d_model, device, length = len(mean), mean.device, self.prompts.shape[1]
         fit = (
-            rows_at_once(self.model, length) // len(self.order)
+            rows_at_once(self.model, length) // _N_CONTEXTS
             if self.run is None
             else _MEMORY // self.run.bytes_of(length)
         )
@@ -173,7 +153,7 @@ class _Contexts:
             count = min(at_once, _N_SCRAMBLES - done)
             shuffle = torch.rand(count, d_model, generator=self.generator).argsort(1).to(device)
             sign = (torch.randint(2, (count, d_model), generator=self.generator) * 2 - 1).to(device)
-            rows = torch.arange(count, device=device).repeat_interleave(len(self.order))
+            rows = torch.arange(count, device=device).repeat_interleave(_N_CONTEXTS)
             at, flip = shuffle[rows, None], sign[rows, None]
 
             def turn(activation: Tensor, at: Tensor = at, flip: Tensor = flip) -> Tensor:
@@ -201,7 +181,7 @@ class _Contexts:
         with Intervention(self.model, edit=[(name, hook_fn(edit)) for name, edit in edits.items()]):
             logits = logits_of(self.model, prompts)[:, 1:]
         self.tick()
-        grouped = widened(logits).log_softmax(-1).unflatten(0, (-1, len(self.order)))
+        grouped = widened(logits).log_softmax(-1).unflatten(0, (-1, _N_CONTEXTS))
         return list(self._by_token(grouped).mean(1).log_softmax(-1))
 
     def _by_token(

@@ -204,13 +204,18 @@ class AblationEffects:
 
 
 def ablation_effects(
-    model: Any, prompts: Repeats, candidates: Sequence[Component], tick: Callable[[], object]
+    model: Any,
+    prompts: Repeats,
+    candidates: Sequence[Component],
+    tick: Callable[[], object],
+    measured: Sequence[Component] | None = None,
 ) -> AblationEffects:
-    """Ablates candidates one by one, and all but one."""
+    """Ablates candidates one by one, and all but one; by default each of them, else those to be measured."""
     every = tuple(candidates)
-    alone = [tuple(other for other in every if other != head) for head in every]
-    intact, none, *rest = _log_probs(model, prompts, [(), every, *((head,) for head in every), *alone], tick)
-    without, with_it = (torch.stack(part, 1) for part in (rest[: len(every)], rest[len(every) :]))
+    each = every if measured is None else tuple(measured)
+    alone = [tuple(other for other in every if other != head) for head in each]
+    intact, none, *rest = _log_probs(model, prompts, [(), every, *((head,) for head in each), *alone], tick)
+    without, with_it = (torch.stack(part, 1) for part in (rest[: len(each)], rest[len(each) :]))
     return AblationEffects(intact[:, None] - without, with_it - none[:, None], intact - none)
 
 
