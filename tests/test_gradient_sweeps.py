@@ -508,6 +508,7 @@ test_a_wrong_type_is_refused = refused(
     },
 )
 
+
 def with_hook(model):
     model.add_hook("hook_embed", lambda activation, hook: None)
     return model
