@@ -5,12 +5,13 @@ from hijack_lens.hooks.edge_sweeps import edge_attribution, path_sweep
 from hijack_lens.hooks.edges import Edge, patch_path
 from hijack_lens.hooks.intervention import Intervention
 from hijack_lens.hooks.scaling import scale, steer
-from hijack_lens.hooks.sweep_results import Comparison, PathSweep, Sweep
+from hijack_lens.hooks.sweep_results import Comparison, EdgeScreen, PathSweep, Sweep
 from hijack_lens.hooks.sweeps import ablate_sweep, attribution_patch, patch_sweep
 
 __all__ = [
     "Comparison",
     "Edge",
+    "EdgeScreen",
     "Intervention",
     "PathSweep",
     "Sweep",

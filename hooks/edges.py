@@ -102,15 +102,19 @@ def check_edge(model: Any, sender: Sender, receiver: Receiver, via: Via) -> None
     check_receiver(model, receiver, via)
 
 
-def check_receiver(model: Any, receiver: Receiver, via: Via) -> None:
-    """Checks that hook points reach this input of a receiver alone, and that its weights can be read."""
+def check_receiver(model: Any, receiver: Receiver, via: Via, from_parts: bool = False) -> None:
+    """Checks that hook points reach this input of a receiver alone, and that its weights can be read.
+
+    Computed `from_parts`, it needs no hook points of its own, which keys and values that heads share do not have.
+    """
     if isinstance(receiver, str):
         return
     if _norms_after_only(model, receiver.layer):
         raise ValueError(f"receiver {receiver}: this model's blocks norm what they write, not what they read")
-    if via in ("k", "v"):
-        _check_own_keys(model, via)
-    read_weights(model, receiver, via)
+    if not (from_parts and reads_shared(model, via)):
+        if via in ("k", "v"):
+            _check_own_keys(model, via)
+        read_weights(model, receiver, via)
     check_readable(model, receiver.layer, *(f"{part}.{weight}" for part, weight in _leaves(model, via).values()))
 
 
@@ -280,10 +284,17 @@ def _starts_from_embeddings(model: Any) -> bool:
     return bool((sum(shown) - start).abs().max() <= rounding(start.dtype) * start.abs().max())
 
 
+def reads_shared(model: Any, via: str) -> bool:
+    """Whether heads share this input's hook point (grouped-query attention)."""
+    cfg = model.cfg
+    if via not in ("k", "v") or getattr(cfg, "n_key_value_heads", None) in (None, cfg.n_heads):
+        return False
+    return not (isinstance(model, HookedTransformer) and cfg.ungroup_grouped_query_attention)
+
+
 def _check_own_keys(model: Any, via: str) -> None:
     """Checks that every head has keys and values of its own."""
-    cfg = model.cfg
-    if getattr(cfg, "n_key_value_heads", None) in (None, cfg.n_heads):
+    if not reads_shared(model, via):
         return
     shared = f"via={via!r}: this model's heads share keys and values (grouped-query attention)"
     if not isinstance(model, HookedTransformer):
@@ -291,8 +302,7 @@ def _check_own_keys(model: Any, via: str) -> None:
             f"{shared}, and a TransformerBridge has no hook point that holds one head's own: patch other inputs, or "
             "use a HookedTransformer after set_ungroup_grouped_query_attention(True)"
         )
-    if not cfg.ungroup_grouped_query_attention:
-        raise ValueError(f"{shared}; model.set_ungroup_grouped_query_attention(True) gives every head its own")
+    raise ValueError(f"{shared}; model.set_ungroup_grouped_query_attention(True) gives every head its own")
 
 
 def _is_parallel(model: Any) -> bool:

@@ -1,6 +1,6 @@
 """Patched runs as whole forward passes, many in a batch; runs to differentiate; and reading the metric off both."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +13,7 @@ from hijack_lens.core.checks import check_choice, check_count, shown
 from hijack_lens.core.inputs import model_tokens
 from hijack_lens.core.tables import widened
 from hijack_lens.hooks.intervention import HookFunction, Intervention, keeping, logits_of, record
-from hijack_lens.hooks.sweep_plan import Patches, hook_name
+from hijack_lens.hooks.sweep_plan import Job, Patches, hook_name
 from hijack_lens.metrics import Logits, Metric
 
 MetricLike = Metric | Callable[[Tensor], Any]
@@ -133,17 +133,19 @@ class ForwardRuns:
         """Which patches can change the metric; here, none is ruled out."""
         return torch.ones(len(patches), dtype=torch.bool)
 
-    def chunks(self, activation: str, layer: int, patches: Patches, memory: float) -> list[Int[Tensor, "chunk"]]:
-        """Indices of patches, in groups that fit into `memory` bytes."""
-        if not len(patches):
-            return []
-        size = runs_at_once(self.model, self.tokens, memory) if self.together else 1
-        return list(torch.arange(len(patches)).split(size))
-
     def values(
+        self, jobs: Sequence[Job], memory: float
+    ) -> Iterator[tuple[Int[Tensor, "patch"], Float[Tensor, "patch"]]]:
+        """The metric under each patch of all jobs, in parts that fit into `memory` bytes, with their places."""
+        size = runs_at_once(self.model, self.tokens, memory) if self.together else 1
+        for job in jobs:
+            for rows in torch.arange(len(job.patches)).split(size):
+                part = job[rows]
+                yield part.places, self._values(part.activation, part.layer, part.patches, part.source)
+
+    def _values(
         self, activation: str, layer: int, patches: Patches, source: Float[Tensor, "batch pos ..."]
     ) -> Float[Tensor, "patch"]:
-        """The metric under each patch."""
         count = len(patches)
 
         def write(current: Tensor, hook: Any) -> Tensor:

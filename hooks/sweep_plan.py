@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from einops import reduce
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hijack_lens.core.checks import shown
@@ -116,6 +116,28 @@ class Patches:
     def to(self, device: torch.device) -> "Patches":
         """The same patches on another device."""
         return Patches(self.positions.to(device), None if self.units is None else self.units.to(device))
+
+
+@dataclass(frozen=True)
+class Job:
+    """Patches at one hook point that can change the metric.
+
+    Attributes:
+        activation: what is patched.
+        layer: in which block.
+        patches: where.
+        source: what is written there.
+        places: where each patch's value belongs, among those of all jobs.
+    """
+
+    activation: str
+    layer: int
+    patches: Patches
+    source: Float[Tensor, "batch pos ..."]
+    places: Int[Tensor, "patch"]
+
+    def __getitem__(self, rows: Int[Tensor, "row"]) -> "Job":
+        return Job(self.activation, self.layer, self.patches[rows], self.source, self.places[rows])
 
 
 def make_plan(

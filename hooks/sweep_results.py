@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.core.checks import check_fields, check_position, check_shapes, check_type, shown
+from hijack_lens.core.checks import check_fields, check_number, check_position, check_shapes, check_type, shown
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.files import Saved
+from hijack_lens.core.statistics import most_in_population
 from hijack_lens.core.tables import Drawn, Shown, tidy
 from hijack_lens.hooks.edges import Edge, name_of
 
@@ -163,6 +164,27 @@ class Sweep(PatchEffects, Saved, Drawn):
         return self.texts[self.positions.index(position)]
 
 
+@dataclass(frozen=True)
+class EdgeScreen:
+    """How the edges of a sweep were chosen among more, and what a random sample says of the others.
+
+    Attributes:
+        n_edges: all edges; those with the largest effects, estimated by gradients, were chosen.
+        estimates: the estimated metric with each of the chosen edges' messages replaced.
+        drawn: edges drawn at random from those that were not chosen.
+        values: the metric with the message of each of these replaced, by actual runs.
+    """
+
+    n_edges: int
+    estimates: Float[Tensor, "edge"]
+    drawn: tuple[Edge, ...]
+    values: Float[Tensor, "drawn"]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_shapes(self, {"values": (len(self.drawn),)})
+
+
 @dataclass(frozen=True, repr=False)
 class PathSweep(PatchEffects, Saved, Drawn):
     """A metric with each edge patched, one at a time.
@@ -174,8 +196,9 @@ class PathSweep(PatchEffects, Saved, Drawn):
         base: the metric on the unpatched run.
         source: the metric on the run that the messages come from.
         direction: "denoise" (clean messages, corrupted run) or "noise" (corrupted messages, clean run).
-        method: "forward" for patched runs of the model, "gradient" for an estimate.
+        method: "incremental" or "forward" for patched runs, as in a `Sweep`; "gradient" for an estimate.
         circuit: names components by their roles.
+        screen: how the edges were chosen among more, if they were.
     """
 
     values: Float[Tensor, "edge"]
@@ -184,12 +207,27 @@ class PathSweep(PatchEffects, Saved, Drawn):
     base: float
     source: float
     direction: Literal["denoise", "noise"]
-    method: Literal["forward", "gradient"]
+    method: Literal["incremental", "forward", "gradient"]
     circuit: Circuit = Circuit()  # noqa: RUF009 (frozen)
+    screen: EdgeScreen | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_shapes(self, {"values": (len(self.edges),)})
+
+    def missed(self, size: float) -> int:
+        """At most how many of the edges not chosen change the metric by more than `size`, with 95% confidence.
+
+        An exact bound from the random sample of them (hypergeometric); 0 where every edge was run.
+
+        Raises:
+            TypeError, ValueError: for a size that is no number from 0 on.
+        """
+        size = check_number("size", size)
+        if self.screen is None:
+            return 0
+        beyond = (self.screen.values - self.base).abs() > size
+        return most_in_population(int(beyond.sum()), len(beyond), self.screen.n_edges - len(self.edges))
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per edge: sender, receiver and via, `value` and `effect`; and `normalised`, where it is defined."""

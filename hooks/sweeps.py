@@ -11,13 +11,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import Seed, as_generator, check_choice
+from hijack_lens.core.checks import Seed, as_generator
 from hijack_lens.core.hook_points import is_hooked
 from hijack_lens.core.inputs import model_tokens
 from hijack_lens.core.memory import memory_budget
 from hijack_lens.core.tables import widened
 from hijack_lens.core.texts import decoded
-from hijack_lens.hooks.incremental_runs import IncrementalRuns
+from hijack_lens.hooks.incremental_runs import IncrementalRuns, Method, checked_runs, open_for
 from hijack_lens.hooks.intervention import check_reference, draw_rows, read_source, record, stand_in
 from hijack_lens.hooks.patched_runs import (
     BoundMetric,
@@ -30,12 +30,10 @@ from hijack_lens.hooks.patched_runs import (
     check_metric,
     check_steps,
 )
-from hijack_lens.hooks.sweep_plan import STREAM, Plan, hook_name, make_plan
+from hijack_lens.hooks.sweep_plan import STREAM, Job, Plan, hook_name, make_plan
 from hijack_lens.hooks.sweep_results import Sweep
-from hijack_lens.models.opened import UnknownArchitectureError, check_plain, open_model
 from hijack_lens.models.readable import UnreadableWeightsError, check_readable
 
-Method = Literal["auto", "incremental", "forward"]
 Which = int | Iterable[int] | None
 
 
@@ -226,53 +224,44 @@ def _sweep(
     source_logits: Tensor | None,
 ) -> Sweep:
     """What patching and ablation share. `source` is what is written, `None` for zeros; `bound` takes base logits."""
-    check_choice("method", method, ("auto", "incremental", "forward"))
     memory = memory_budget(memory_gb)
-    hooked = is_hooked(model)
-    why_not = "there are hooks on the model" if hooked else None
-    opened = None
-    if why_not is None and method != "forward":
+    opened, why_not = open_for(model, method)
+    if opened is not None:
         try:
-            check_plain(model)
             for layer in plan.layers if "post" in plan.activations else ():
                 check_readable(model, layer, "mlp.W_out")
-            opened = open_model(model)
-        except (UnknownArchitectureError, UnreadableWeightsError) as error:
-            why_not = str(error)
+        except UnreadableWeightsError as error:
+            opened, why_not = None, str(error)
     names = [hook_name(*point) for point in plan.points]
     base_logits, base = record(
         model, tokens, list(dict.fromkeys(names + ([] if opened is None else IncrementalRuns.names(opened))))
     )
     reader = bound(base_logits)
     unpatched = reader(base_logits)
-    runs: ForwardRuns | IncrementalRuns = ForwardRuns(model, tokens, reader, together=not hooked)
-    if opened is not None:
-        incremental = IncrementalRuns(opened, base, base_logits, reader)
-        differs = incremental.mismatch()
-        if differs is None:
-            runs = incremental
-        else:
-            why_not = f"{differs} would not be what the model computes"
-    if method == "incremental" and why_not is not None:
-        raise ValueError(f"method='incremental' cannot run this {type(model).__name__}: {why_not}")
+    incremental = checked_runs(model, method, opened, why_not, base, base_logits, reader)
+    runs = incremental or ForwardRuns(model, tokens, reader, together=not is_hooked(model))
 
     values = widened(base_logits.new_empty(())).new_full(plan.shape, unpatched)
     patches = plan.patches(tokens.shape[1])
-    with tqdm(total=len(plan.points) * len(patches), disable=None, unit="patch") as bar:
-        for (activation, layer), into in zip(plan.points, values.view(len(plan.points), -1), strict=True):
-            name = hook_name(activation, layer)
-            current = by_position(activation, base[name])
-            written = torch.zeros_like(current) if source is None else by_position(activation, source[name])
-            there = plan.there(activation).repeat(len(into) // len(plan.units or (0,)))
-            into[~there.to(into.device)] = torch.nan
-            places = there.nonzero()[:, 0]
-            reached = runs.reaches(activation, layer, patches[places])
-            # Writing what is there already changes nothing.
-            live = places[reached & patches[places].pick((current != written).any(0)).cpu()]
-            bar.update(len(patches) - len(live))
-            for chosen in runs.chunks(activation, layer, patches[live], memory):
-                into[live[chosen]] = runs.values(activation, layer, patches[live[chosen]], written)
-                bar.update(len(chosen))
+    jobs = []
+    places = torch.arange(values.numel()).view(len(plan.points), -1)
+    for (activation, layer), into, place in zip(plan.points, values.view(places.shape), places, strict=True):
+        current = by_position(activation, base[hook_name(activation, layer)])
+        written = current.new_zeros(()).expand_as(current)
+        if source is not None:
+            written = by_position(activation, source[hook_name(activation, layer)])
+        there = plan.there(activation).repeat(len(into) // len(plan.units or (0,)))
+        into[~there.to(into.device)] = torch.nan
+        rows = there.nonzero()[:, 0]
+        reached = runs.reaches(activation, layer, patches[rows])
+        # Writing what is there already changes nothing.
+        rows = rows[reached & patches[rows].pick((current != written).any(0)).cpu()]
+        if len(rows):
+            jobs.append(Job(activation, layer, patches[rows], written, place[rows]))
+    with tqdm(total=sum(len(job.patches) for job in jobs), disable=None, unit="patch") as bar:
+        for place, found in runs.values(jobs, memory):
+            values.view(-1)[place] = found
+            bar.update(len(place))
     of_source = None if source_logits is None else reader(source_logits)
     measured = {"base": unpatched, "source": of_source, "direction": direction, "method": runs.name}
     return _labelled(model, tokens, plan, values, reader, **measured)

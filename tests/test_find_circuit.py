@@ -3,6 +3,7 @@
 import functools
 import math
 import pickle
+from dataclasses import replace
 
 import matplotlib
 import pytest
@@ -177,6 +178,55 @@ def test_runs_in_parts_give_the_same(monkeypatch):
         close(getattr(parts, role).score, getattr(whole, role).score, atol=1e-6)
     close(parts.bigram.share, whole.bigram.share, atol=1e-9)
     assert parts.gain == pytest.approx(whole.gain, abs=1e-9)
+
+
+@pytest.mark.parametrize("norm", [None, "LN"])
+def test_whole_runs_of_a_model_with_hooks_give_the_same(norm):
+    """Without hooks, runs with parts switched off go on from one recorded run."""
+    model = hooked(norm, n_layers=3, d_vocab=20, n_ctx=20)
+    ours = hl.find_circuit(model).evidence
+    model.add_hook("hook_embed", lambda activation, hook: None)
+    whole = hl.find_circuit(model).evidence
+    assert ours.circuit == whole.circuit
+    assert ours.bigram.draws.tolist() == whole.bigram.draws.tolist()
+    for name in ("share", "effect", "null"):
+        close(getattr(ours.bigram, name).nan_to_num(), getattr(whole.bigram, name).nan_to_num(), atol=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    prompts = draw_repeats(torch.arange(20), None, None, 5, 6, generator)
+    every = [head(layer, index) for layer in range(3) for index in (0, 1)]
+    found = ablation_effects(model, prompts, every, lambda: None, [head(0, 1), head(2, 0)])
+    model.reset_hooks()
+    again = ablation_effects(model, prompts, every, lambda: None)
+    for part in ("lost", "regained"):
+        close(getattr(found, part), getattr(again, part)[:, [1, 4]])
+    close(found.lost_together, again.lost_together)
+
+
+def test_drawing_stops_where_more_would_change_nothing():
+    circuit = hl.find_circuit(handwritten(20, n_ctx=32))
+    strong = circuit.evidence.bigram
+    assert circuit == TWO_LAYERS
+    assert 20 <= int(strong.draws[1]) < 499
+    assert float(strong.effect[1]) > float(strong.null[1]) > 0
+    assert not strong.draws[strong.effect.isnan()].any()
+    random = hl.find_circuit(hooked(None, n_layers=3)).evidence.bigram
+    assert bool((random.null >= random.effect).all())
+    assert bool((random.draws < 20).all())
+
+
+def test_heads_near_what_their_effect_must_exceed_are_called_undecided(found):
+    evidence = found[1].evidence
+    heads = evidence.induction
+    assert heads.undecided == []
+    assert "undecided" not in evidence.verdict("induction")
+    effect = torch.maximum(heads.lost, heads.regained)
+    near = replace(heads, effect_null=float(effect[3, 0]) + 0.4 * float(heads.error[3, 0]))
+    assert head(3, 0) in near.undecided
+    assert all(abs(float(effect[3, h.head]) - near.effect_null) < float(heads.error[3, h.head]) for h in near.undecided)
+    said = replace(evidence, induction=near).verdict("induction")
+    interval = f"L3H0 ({float(effect[3, 0]):.2f} ± {float(heads.error[3, 0]):.2f} nats; null {near.effect_null:.2f})"
+    assert said.startswith("induction head: L3H0")
+    assert interval in said.split("; undecided: ")[1]
 
 
 def test_what_predictions_tell_is_mutual_information_and_never_more_for_other_predictions():

@@ -1,5 +1,6 @@
 """Attribution patching: it is the derivative that it claims to be, and its error is what `compare` says."""
 
+import copy
 import functools
 import itertools
 import signal
@@ -215,16 +216,20 @@ def edge_derivatives(plain, edges, steps):
     return total
 
 
-def inputs_of(name):
-    """Those that edges reach alone."""
-    shared = "Llama" in name or "grouped" in name
-    return ("q", "mlp_in", "unembed") if shared else ("q", "k", "v", "mlp_in", "unembed")
+def with_own_keys(weights, n_heads):
+    """A block in which every head has a copy of the keys and values that it shares."""
+    names = [f"attn.{kind}_{via}" for kind in "Wb" for via in "KV"]
+    return weights | {
+        name: weights[name].repeat_interleave(n_heads // len(weights[name]), 0) for name in names if name in weights
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_edge_is_the_derivative_by_the_message_it_delivers(name, unchecked):
     model, plain, atol = family(name)
-    via = inputs_of(name)
+    plain = copy.copy(plain)
+    plain.layers = [with_own_keys(weights, plain.n_heads) for weights in plain.layers]
+    via = ("q", "k", "v", "mlp_in", "unembed")
     for steps in (1, 3):
         sweep = hooks.edge_attribution(model, CLEAN, CORRUPTED, METRIC, "all", via=via, steps=steps)
         expected = edge_derivatives(plain, sweep.edges, steps)
@@ -249,7 +254,7 @@ def test_the_two_layer_model_with_relative_positions_too(unchecked):
     assert float(sweep.effect.abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if inputs_of(name)[1] == "k"])
+@pytest.mark.parametrize("name", MODELS)
 def test_the_edges_out_of_a_component_add_up_to_its_own_attribution(name, unchecked):
     model, _, atol = family(name)
     edges = hooks.edge_attribution(model, CLEAN, CORRUPTED, METRIC, "all", steps=3)
@@ -503,6 +508,12 @@ test_a_wrong_type_is_refused = refused(
     },
 )
 
+
+def with_hook(model):
+    model.add_hook("hook_embed", lambda activation, hook: None)
+    return model
+
+
 test_a_wrong_value_is_refused = refused(
     ValueError,
     {
@@ -520,7 +531,7 @@ test_a_wrong_value_is_refused = refused(
             native()[0], CLEAN, CORRUPTED, METRIC, "resid_mid"
         ),
         "via='k': this model's heads share keys": lambda: hooks.edge_attribution(
-            hooked_twin(BOOTED["Llama"]()), CLEAN, CORRUPTED, METRIC, "all"
+            with_hook(hooked_twin(BOOTED["Llama"]())), CLEAN, CORRUPTED, METRIC, "all"
         ),
         "the components have no such inputs": lambda: hooks.edge_attribution(
             hooked(), CLEAN, CORRUPTED, METRIC, MLPS[0], via="q"

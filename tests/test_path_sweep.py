@@ -1,14 +1,15 @@
 """Path patching sweeps against the network in plain torch, edge by edge."""
 
 import contextlib
+import math
 from functools import partial
 
 import pandas as pd
 import plain_network
 import pytest
 import torch
-from bridges_for_tests import gpt2_like, llama_like
-from models_for_tests import CIRCUIT, HEADS, MLPS, close, hooked, perturbed, prompts
+from bridges_for_tests import gpt2_like, hooked_twin, llama_like, neox_like
+from models_for_tests import CIRCUIT, HEADS, MLPS, close, hooked, native, perturbed, prompts
 from refusals import refused
 
 import hijack_lens as hl
@@ -85,7 +86,8 @@ def test_the_circuit_is_the_models_own_unless_another_is_given(unchecked):
     alone = path_sweep(model, CLEAN, CORRUPTED, METRIC, MLPS[0])
     assert {edge.receiver for edge in alone.edges} == {MLPS[0], "unembed"}
     for sweep in (own, alone):
-        assert all(value == full[edge] for edge, value in zip(*_pair(sweep), strict=True))
+        for edge, value in zip(*_pair(sweep), strict=True):
+            close(value, full[edge], atol=1e-12)  # in a batch of other size
     some = path_sweep(model, CLEAN, CORRUPTED, METRIC, via=("k", "unembed"))
     assert some.edges == tuple(edge for edge in own.edges if edge.via in ("k", "unembed"))
     assert {edge.via for edge in path_sweep(model, CLEAN, CORRUPTED, METRIC, via="v").edges} == {"v"}
@@ -155,10 +157,113 @@ def test_it_sweeps_bridges(unchecked):
             close(value, float(METRIC(gpt2(CORRUPTED).detach())))
     llama = llama_like()
     with pytest.raises(ValueError, match=r"grouped-query.*patch other inputs"):
-        path_sweep(llama, CLEAN, CORRUPTED, METRIC, some)
-    sweep = path_sweep(llama, CLEAN, CORRUPTED, METRIC, some, via=("q", "mlp_in", "unembed"))
+        path_sweep(llama, CLEAN, CORRUPTED, METRIC, some, method="forward")
+    sweep = path_sweep(llama, CLEAN, CORRUPTED, METRIC, some, via=("q", "mlp_in", "unembed"), method="forward")
     assert {edge.via for edge in sweep.edges} == {"q", "mlp_in", "unembed"}
     assert "pos_embed" not in {edge.sender for edge in sweep.edges}  # turned, not added
+
+
+@torch.no_grad()
+def test_heads_that_share_keys_and_values_are_patched_one_by_one(unchecked):
+    """As in the model that gives every head its own, run whole with hooks."""
+    llama, own = llama_like(), hooked_twin(llama_like())
+    own.set_ungroup_grouped_query_attention(True)
+    metrics = METRIC, hl.logit_diff(3, 4, position=2), of_all_positions
+    for metric in metrics[1:]:
+        sweep = path_sweep(hooked_twin(llama), CLEAN, CORRUPTED, metric, "all")
+        assert sweep.method == "incremental"
+        close(sweep.values, path_sweep(own, CLEAN, CORRUPTED, metric, "all", method="forward").values)
+    sweep = path_sweep(llama, CLEAN, CORRUPTED, METRIC, "all")
+    assert {edge.via for edge in sweep.edges} == {"q", "k", "v", "mlp_in", "unembed"}
+    expected = []
+    for edge in sweep.edges:
+        with hooks.patch_path(own, edge.sender, edge.receiver, edge.via, CLEAN):
+            expected.append(float(METRIC(own(CORRUPTED))))
+    close(sweep.values, torch.tensor(expected, dtype=torch.float64), atol=2e-6)  # the bridge rounds to float32 halfway
+    assert all(any(abs(x) > 0.01 for x in _effects(sweep, via)) for via in "qkv")
+
+
+def test_gradients_choose_which_edges_are_run_and_a_sample_bounds_what_was_missed(unchecked):
+    model = hooked("LN", n_layers=3)
+    every = path_sweep(model, CLEAN, CORRUPTED, METRIC, "all", via=("q", "k", "unembed"))
+    chosen = path_sweep(model, CLEAN, CORRUPTED, METRIC, "all", via=("q", "k", "unembed"), exact=10, sample=15, seed=3)
+    estimate = hooks.edge_attribution(model, CLEAN, CORRUPTED, METRIC, "all", via=("q", "k", "unembed"))
+    largest = set(estimate.effect.abs().argsort(descending=True)[:10].tolist())
+    exact, estimated = (dict(zip(one.edges, one.values.tolist(), strict=True)) for one in (every, estimate))
+    assert chosen.edges == tuple(edge for place, edge in enumerate(every.edges) if place in largest)
+    screen = chosen.screen
+    assert screen.n_edges == len(every.edges)
+    assert len(set(screen.drawn)) == 15
+    assert not set(screen.drawn) & set(chosen.edges)
+    for edges, values, truth_of in (
+        (chosen.edges, chosen.values, exact),
+        (screen.drawn, screen.values, exact),
+        (chosen.edges, screen.estimates, estimated),
+    ):
+        close(values, torch.tensor([truth_of[edge] for edge in edges], dtype=torch.float64))
+    again, other = (
+        path_sweep(model, CLEAN, CORRUPTED, METRIC, "all", via=("q", "k", "unembed"), exact=10, sample=15, seed=seed)
+        for seed in (3, 4)
+    )
+    assert again.screen.drawn == screen.drawn != other.screen.drawn
+
+    size = float((screen.values - chosen.base).abs().median())
+    left = [abs(exact[edge] - every.base) > size for edge in every.edges if edge not in chosen.edges]
+    seen = sum(abs(value - chosen.base) > size for value in screen.values.tolist())
+    assert sum(left) <= chosen.missed(size) == brute_bound(seen, 15, len(left))
+    assert chosen.missed(float(every.effect.abs().max())) == brute_bound(0, 15, len(left)) > 0
+    assert every.missed(0) == path_sweep(model, CLEAN, CORRUPTED, METRIC, "all", exact=1000).missed(0.0) == 0
+    assert f"Of the {len(left)} others, 15 drawn at random have effects of at most" in repr(chosen)
+
+
+def brute_bound(seen, drawn, population):
+    """By counting draws: the most of a kind with which so few of it are drawn in 5% of draws or more."""
+    fits = []
+    for kind in range(population + 1):
+        few = sum(math.comb(kind, k) * math.comb(population - kind, drawn - k) for k in range(seen + 1))
+        fits.append(few / math.comb(population, drawn) >= 0.05)
+    return max(kind for kind, fit in enumerate(fits) if fit)
+
+
+def test_a_sweep_of_chosen_edges_is_saved_with_what_is_known_of_the_others(tmp_path, unchecked):
+    sweep = path_sweep(hooked("LN"), CLEAN, CORRUPTED, METRIC, "all", exact=5, sample=200)
+    assert len(sweep.screen.drawn) == 61 - 5
+    sweep.save(tmp_path / "s.safetensors")
+    loaded = hooks.PathSweep.load(tmp_path / "s.safetensors")
+    assert torch.equal(loaded.screen.values, sweep.screen.values)
+    assert torch.equal(loaded.screen.estimates, sweep.screen.estimates)
+    assert (loaded.screen.drawn, loaded.screen.n_edges) == (sweep.screen.drawn, 61)
+    assert loaded.missed(0.1) == int(((sweep.screen.values - sweep.base).abs() > 0.1).sum())
+
+
+def _effects(sweep, via):
+    return [value for edge, value in zip(sweep.edges, sweep.effect.tolist(), strict=True) if edge.via == via]
+
+
+def of_all_positions(logits):
+    return logits[:, :, 3].mean() - logits[:, 1, 2].mean()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: hooked("LN", n_layers=3),
+        lambda: hooked("LN", parallel_attn_mlp=True, positional_embedding_type="rotary", rotary_dim=4),
+        lambda: hooked(attn_only=True),
+        lambda: perturbed(),
+        neox_like,
+        lambda: native("LN")[0],
+    ],
+    ids=["three layers", "parallel, rotary", "no MLPs", "relative positions", "GPT-NeoX", "native bridge"],
+)
+def test_what_is_computed_from_parts_is_what_whole_runs_give(build, unchecked):
+    model, same_start = build(), torch.cat([CORRUPTED[:, :2], CLEAN[:, 2:]], 1)
+    for metric, memory in ((METRIC, 0.25), (hl.logit_diff(1, 2, position=3), 1e-9), (of_all_positions, 1e-5)):
+        ours = path_sweep(model, same_start, CORRUPTED, metric, "all", memory_gb=memory)
+        whole = path_sweep(model, same_start, CORRUPTED, metric, "all", method="forward")
+        assert (ours.method, whole.method) == ("incremental", "forward")
+        close(ours.values, whole.values, atol=1e-9)
+        assert float(whole.effect.abs().max()) > 0.01
 
 
 def test_an_mlp_less_model_has_no_mlp_edges(unchecked):
@@ -297,7 +402,7 @@ def test_saved_and_loaded_it_is_the_same(sweep, tmp_path, unchecked):
     loaded = hooks.PathSweep.load(tmp_path / "s.safetensors")
     assert torch.equal(loaded.values, sweep.values)
     assert (loaded.edges, loaded.circuit, loaded.metric) == (sweep.edges, sweep.circuit, sweep.metric)
-    assert loaded.method == sweep.method == "forward"
+    assert loaded.method == sweep.method == "incremental"
     assert (loaded.base, loaded.source, loaded.direction) == (sweep.base, sweep.source, sweep.direction)
     pd.testing.assert_frame_equal(loaded.to_pandas(), sweep.to_pandas())
     (tmp_path / "t.safetensors").write_bytes(b"nonsense")
@@ -313,6 +418,12 @@ def test_values_must_fit_the_edges(unchecked):
 def without_circuit():
     model = hooked()
     del model.circuit
+    return model
+
+
+def with_hook():
+    model = hooked()
+    model.add_hook("hook_embed", lambda activation, hook: None)
     return model
 
 
@@ -369,7 +480,16 @@ test_wrong_values = refused(
             hooked(), CLEAN, CORRUPTED, hl.logit_diff(1, 2, position=9)
         ),
         "grouped-query.*set_ungroup_grouped_query_attention": lambda: sweep_of(
-            hooked(n_key_value_heads=1), CLEAN, CORRUPTED
+            hooked(n_key_value_heads=1), CLEAN, CORRUPTED, method="forward"
+        ),
+        "method='incremental' cannot run this HookedTransformer: there are hooks on the model": lambda: sweep_of(
+            with_hook(), CLEAN, CORRUPTED, method="incremental"
+        ),
+        "exact must be at least 1, got 0": lambda: sweep_of(hooked(), CLEAN, CORRUPTED, exact=0),
+        "sample must be at least 1, got 0": lambda: sweep_of(hooked(), CLEAN, CORRUPTED, exact=1, sample=0),
+        "size must be a finite number >= 0, got -1": lambda: sweep_of(hooked(), CLEAN, CORRUPTED).missed(-1),
+        "method must be one of 'auto', 'incremental', 'forward', got 'fast'": lambda: sweep_of(
+            hooked(), CLEAN, CORRUPTED, method="fast"
         ),
     },
 )

@@ -23,7 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
 from hijack_lens.hooks import ablate, ablate_sweep, attribution_patch, patch_sweep
-from hijack_lens.hooks import sweeps as api
+from hijack_lens.hooks import incremental_runs as api
 from hijack_lens.hooks.incremental_runs import IncrementalRuns
 from hijack_lens.hooks.patched_runs import ForwardRuns
 
@@ -785,7 +785,7 @@ def test_models_whose_difference_is_hard_to_see_are_swept_right_too(name):
 
 
 class Sizes:
-    """How many patches each call of a method was given."""
+    """How many patches were run at once."""
 
     def __init__(self, monkeypatch):
         self.seen = []
@@ -793,9 +793,10 @@ class Sizes:
             monkeypatch.setattr(kind, "values", self.watched(kind.values))
 
     def watched(self, method):
-        def values(runs, component, layer, patches, source):
-            self.seen.append(len(patches))
-            return method(runs, component, layer, patches, source)
+        def values(runs, jobs, memory):
+            for places, found in method(runs, jobs, memory):
+                self.seen.append(len(places))
+                yield places, found
 
         return values
 

@@ -1,6 +1,7 @@
 """How much of a model's context-free prediction each MLP carries."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,16 +11,26 @@ from torch import Tensor
 
 from hijack_lens.circuits.evidence import MIN_INFORMATION, MIN_SHARE, MLPEvidence
 from hijack_lens.core.hook_points import rows_at_once
+from hijack_lens.core.statistics import student_quantile
 from hijack_lens.core.tables import widened
-from hijack_lens.hooks.intervention import Intervention, logits_of
+from hijack_lens.hooks.incremental_runs import taken_apart
+from hijack_lens.hooks.intervention import Intervention, logits_of, record
+from hijack_lens.hooks.recorded_run import Changed
 
 _N_TOKENS = 32
 _N_CONTEXTS = 8
 _N_SCRAMBLES = 499
 """So many that a random model's MLP exceeds all of them in 1 of 500 cases."""
 
+_ENOUGH, _CONFIDENCE = 20, 1 - 4e-4
+"""After so many scrambles, those to come are predicted: an effect that lies above their interval needs no more. It is
+exceeded in 1 of 5000 cases, a tenth of what all scrambles allow."""
+
 _MOST_AT_ONCE = 32
 """Scrambles per run: most models without a bigram memory are recognised after the first few."""
+
+_MEMORY = 2**26
+"""Bytes for the scrambles that are computed at once."""
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -45,18 +56,33 @@ def bigram_evidence(
     off = {name: _constant(mean) for name, mean in means.items()}
     direct = contexts.predict(off)
     share, effect, null = (torch.full((n_layers,), torch.nan, dtype=torch.float64) for _ in range(3))
+    draws = torch.zeros(n_layers, dtype=torch.long)
     for layer, name in mlps.items():
-        without = contexts.predict({name: off[name]})
+        without = contexts.without(layer, means[name])
         lost = 1 - told(intact, without) / information if information > 0 else 0.0
         share[layer] = min(max(lost, 0.0), 1.0)
         if information >= MIN_INFORMATION and share[layer] >= MIN_SHARE:
-            effect[layer], null[layer] = moved(intact, without), 0.0
-            for scrambled in contexts.scrambled(name, means[name]):
-                null[layer] = max(float(null[layer]), moved(scrambled, without))
-                if null[layer] >= effect[layer]:
+            effect[layer] = moved(intact, without)
+            drawn: list[float] = []
+            for scrambled in contexts.scrambled(layer, means[name]):
+                drawn.append(moved(scrambled, without))
+                if _settled(float(effect[layer]), drawn):
                     break
+            null[layer], draws[layer] = max(drawn), len(drawn)
     left = told(intact, direct) / information if information > 0 else 0.0
-    return MLPEvidence(information, share, min(max(left, 0.0), 1.0), effect, null)
+    return MLPEvidence(information, share, min(max(left, 0.0), 1.0), effect, null, draws)
+
+
+def _settled(effect: float, drawn: list[float]) -> bool:
+    """Whether more scrambles would not change what these say about an effect."""
+    count = len(drawn)
+    if drawn[-1] >= effect:
+        return True
+    if count < _ENOUGH or min(drawn) == 0:
+        return False
+    logs = [math.log(one) for one in drawn]  # of a norm: closer to a normal variable
+    reach = student_quantile(count - 1, _CONFIDENCE) * math.sqrt(1 + 1 / count)
+    return math.log(effect) > statistics.mean(logs) + reach * statistics.stdev(logs)
 
 
 def told(p: Float[Tensor, "token d_vocab"], q: Float[Tensor, "token d_vocab"]) -> float:
@@ -98,30 +124,31 @@ class _Contexts:
         order = torch.rand(_N_CONTEXTS, n_tokens, generator=generator).argsort(1)
         self.prompts = torch.cat([opening, drawn[order]], 1).to(model.cfg.device)
         self.order = order.to(model.cfg.device)
+        self.run = taken_apart(model, self.prompts)
 
     def means(self, names: list[str]) -> dict[str, Float[Tensor, "d_model"]]:
         """The mean output over tokens and contexts."""
-        found: dict[str, Tensor] = {}
-
-        def keep(name: str) -> Callable[..., None]:
-            def read(activation: Tensor, hook: Any) -> None:
-                found[name] = activation[:, 1:].float().mean((0, 1))
-
-            return read
-
-        with Intervention(self.model, look=[(name, keep(name)) for name in names]):
-            self.model(self.prompts)
+        _, found = record(self.model, self.prompts, names)
         self.tick()
-        return found
+        return {name: activation[:, 1:].float().mean((0, 1)) for name, activation in found.items()}
 
     def predict(self, edits: Mapping[str, Edit]) -> Float[Tensor, "token d_vocab"]:
         """Log-probabilities after each token, averaged over contexts, with some outputs edited."""
         return self._run(self.prompts, edits)[0]
 
-    def scrambled(self, name: str, mean: Float[Tensor, "d_model"]) -> Iterator[Float[Tensor, "token d_vocab"]]:
+    def without(self, layer: int, mean: Float[Tensor, "d_model"]) -> Float[Tensor, "token d_vocab"]:
+        """Predictions with an MLP's output the same for all tokens."""
+        return self._with_mlp(layer, 1, _constant(mean))[0]
+
+    def scrambled(self, layer: int, mean: Float[Tensor, "d_model"]) -> Iterator[Float[Tensor, "token d_vocab"]]:
         """Predictions with the token-specific part of an output turned in random directions of the residual stream."""
-        d_model, device = len(mean), mean.device
-        at_once = max(1, min(rows_at_once(self.model, self.prompts.shape[1]) // _N_CONTEXTS, _MOST_AT_ONCE))
+        d_model, device, length = len(mean), mean.device, self.prompts.shape[1]
+        fit = (
+            rows_at_once(self.model, length) // _N_CONTEXTS
+            if self.run is None
+            else _MEMORY // self.run.bytes_of(length)
+        )
+        at_once = max(1, min(fit, _MOST_AT_ONCE))
         for done in range(0, _N_SCRAMBLES, at_once):
             count = min(at_once, _N_SCRAMBLES - done)
             shuffle = torch.rand(count, d_model, generator=self.generator).argsort(1).to(device)
@@ -133,7 +160,19 @@ class _Contexts:
                 specific = activation - mean
                 return mean + flip * specific.gather(-1, at.expand_as(specific))
 
-            yield from self._run(self.prompts.repeat(count, 1), {name: turn})
+            yield from self._with_mlp(layer, count, turn)
+
+    def _with_mlp(self, layer: int, count: int, edit: Edit) -> list[Float[Tensor, "token d_vocab"]]:
+        """Predictions of `count` runs with an MLP's output edited, of which only what comes after it is computed."""
+        if self.run is None:
+            return self._run(self.prompts.repeat(count, 1), {f"blocks.{layer}.hook_mlp_out": edit})
+        here = self.run.layers[layer]
+        edited = edit(here.mlp_out.repeat(count, 1, 1)).to(here.mlp_out).unflatten(0, (count, -1))
+        final = self.run.finals([Changed(layer + 1, here.resid_mid + edited)], 0, last_only=False)
+        self.tick()
+        # The mean over contexts may be taken before the unembedding, which is affine.
+        normed = self._by_token(self.run.opened.normed(final[:, :, 1:])).mean(1)
+        return list(widened(self.run.opened.unembedded(normed)).log_softmax(-1))
 
     def _run(self, prompts: Tensor, edits: Mapping[str, Edit]) -> list[Float[Tensor, "token d_vocab"]]:
         def hook_fn(edit: Edit) -> Callable[..., Tensor]:
@@ -142,8 +181,12 @@ class _Contexts:
         with Intervention(self.model, edit=[(name, hook_fn(edit)) for name, edit in edits.items()]):
             logits = logits_of(self.model, prompts)[:, 1:]
         self.tick()
-        log_probs = widened(logits).log_softmax(-1)
-        # Back from each context's order to the tokens' own.
-        where = self.order.argsort(1)[None, :, :, None].expand(-1, -1, -1, logits.shape[-1])
-        grouped = log_probs.unflatten(0, (-1, _N_CONTEXTS))
-        return list(grouped.gather(2, where.expand(len(grouped), -1, -1, -1)).mean(1).log_softmax(-1))
+        grouped = widened(logits).log_softmax(-1).unflatten(0, (-1, _N_CONTEXTS))
+        return list(self._by_token(grouped).mean(1).log_softmax(-1))
+
+    def _by_token(
+        self, values: Float[Tensor, "run context place features"]
+    ) -> Float[Tensor, "run context token features"]:
+        """Values in the tokens' own order, from each context's."""
+        where = self.order.argsort(1)[None, :, :, None].expand(len(values), -1, -1, values.shape[-1])
+        return values.gather(2, where)

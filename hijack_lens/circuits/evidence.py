@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hijack_lens.core.checks import check_choice, check_fields
@@ -17,7 +17,7 @@ MIN_ATTENTION = 0.1
 very large weights, some head reaches 0.05. For previous-token heads, above what attending to all alike would give."""
 
 N_SCREENED = 8
-"""Prompts on which the heads that attention rules out are switched off."""
+"""Prompts on which heads are switched off; on the others, only those candidates that these leave open."""
 
 MIN_GAIN = 0.05
 """Nats: a model with a lower in-context gain has no induction circuit."""
@@ -44,6 +44,7 @@ class HeadEvidence:
         lost: nats of in-context gain lost when only this head is switched off.
         regained: nats regained when all the role's candidates are switched off and then this head is switched on
             again; heads that back one another up show here.
+        error: half the 95% interval of the larger of these two (Student's, over prompts).
         effect_null: what one of these two must exceed.
         lost_together: nats lost when all the role's candidates are switched off.
     """
@@ -52,6 +53,7 @@ class HeadEvidence:
     null: Float[Tensor, "layer head"]
     lost: Float[Tensor, "layer head"]
     regained: Float[Tensor, "layer head"]
+    error: Float[Tensor, "layer head"]
     effect_null: float
     lost_together: float
 
@@ -59,6 +61,12 @@ class HeadEvidence:
     def candidates(self) -> list[Component]:
         """Heads whose effect was measured."""
         return [Component(layer, "head", head) for layer, head in (~self.lost.isnan()).nonzero().tolist()]
+
+    @property
+    def undecided(self) -> list[Component]:
+        """Candidates whose effect is not clearly above or below what it must exceed: other prompts may differ."""
+        near = (torch.maximum(self.lost, self.regained) - self.effect_null).abs() < self.error
+        return [head for head in self.candidates if near[head.layer, head.head]]
 
     @property
     def best(self) -> Component:
@@ -82,7 +90,10 @@ class MLPEvidence:
         effect: root mean square, in logits, of how the MLP's output changes the log-probabilities, without changes that
             all v or all predicted tokens share. NaN: not measured, since the share had ruled the MLP out.
         null: what the effect must exceed: the largest effect of the same output over 499 random draws that shuffle the
-            residual stream's coordinates and flip their signs. Drawing stops at the first that is as large.
+            residual stream's coordinates and flip their signs. Drawing stops at the first that is as large; and after
+            20, once the effect lies above what they let expect of others in all but 1 of 5000 cases, if logarithms of
+            effects are normal.
+        draws: how many were drawn.
     """
 
     information: float
@@ -90,6 +101,7 @@ class MLPEvidence:
     direct_share: float
     effect: Float[Tensor, "layer"]
     null: Float[Tensor, "layer"]
+    draws: Int[Tensor, "layer"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,7 +120,7 @@ class CircuitEvidence(Drawn):
             does. NaN: not measured, since it does, or since its layer's such heads together lose too little, or since
             there is no gain.
         others_null: what that must exceed.
-        n_prompts: prompts scored; as many other prompts were used for ablation.
+        n_prompts: prompts scored; as many others were used for ablation where the first 8 of them left it open.
         period: tokens that each prompt repeats.
     """
 
@@ -143,8 +155,11 @@ class CircuitEvidence(Drawn):
         check_choice("role", role, ROLE_NAMES)
         named = getattr(self.circuit, role)
         if named:
-            return f"{ROLE_NAMES[role]}: {', '.join(f'{part} ({self._why(role, part)})' for part in named)}"
-        return f"no {ROLE_NAMES[role]}: {self._why_no_mlp() if role == 'bigram' else self._why_no_head(role)}"
+            said = f"{ROLE_NAMES[role]}: {', '.join(f'{part} ({self._why(role, part)})' for part in named)}"
+        else:
+            said = f"no {ROLE_NAMES[role]}: {self._why_no_mlp() if role == 'bigram' else self._why_no_head(role)}"
+        unsure = [] if role == "bigram" else [self._interval(role, part) for part in getattr(self, role).undecided]
+        return f"{said}; undecided: {', '.join(unsure)}" if unsure else said
 
     @property
     def verdicts(self) -> str:
@@ -201,6 +216,11 @@ class CircuitEvidence(Drawn):
         lost, regained = (float(values[at]) / self.gain for values in (heads.lost, heads.regained))
         back = f", {regained:.0%} back with it alone" if len(heads.candidates) > 1 else ""
         return f"attention {float(heads.score[at]):.2f}; {lost:.0%} of the in-context gain lost without it{back}"
+
+    def _interval(self, role: str, part: Component) -> str:
+        heads, at = getattr(self, role), (part.layer, part.head)
+        effect, error = max(float(heads.lost[at]), float(heads.regained[at])), float(heads.error[at])
+        return f"{part} ({effect:.2f} ± {error:.2f} nats; null {heads.effect_null:.2f})"
 
     def _why_no_head(self, role: str) -> str:
         heads = getattr(self, role)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from hijack_lens.circuits.evidence import (
     MLPEvidence,
 )
 from hijack_lens.circuits.heads import (
-    AblationEffects,
     Repeats,
     ablation_effects,
     draw_repeats,
@@ -33,7 +32,7 @@ from hijack_lens.core.checks import Seed, as_generator, check_count, shown
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.inputs import token_ids
 from hijack_lens.core.memory import check_memory
-from hijack_lens.core.statistics import chance
+from hijack_lens.core.statistics import chance, student_quantile
 from hijack_lens.core.texts import n_outputs, outputs_are_tokens
 
 _MIN_PERIOD = 3
@@ -72,7 +71,8 @@ def find_circuit(
         triggers: tokens whose successor is tested, as ids or texts; by default the model's own (`model.triggers`
             of a two-layer model), else all.
         vocabulary: tokens to draw prompts from; by default all but the tokenizer's special ones.
-        n_prompts: how many prompts are scored; as many others are used for ablation.
+        n_prompts: how many prompts are scored; as many others are used for ablation where the first 8 of them leave
+            it open whether a head's effect is large enough.
         period: how many tokens are repeated; fewer if the vocabulary or the model's context is too small.
         seed: for the prompts.
 
@@ -134,8 +134,7 @@ def find_circuit(
 
         def judge(role: str, score: Tensor) -> tuple[HeadEvidence, tuple[Component, ...]]:
             candidates = [Component(layer, "head", head) for layer, head in fits[role].nonzero().tolist()]
-            found = ablation_effects(model, held_out, candidates, bar.update) if candidates else None
-            return _judged(score, nulls[role], candidates, found, gain, generator)
+            return _judged(model, score, nulls[role], candidates, held_out, gain, generator, bar.update)
 
         induction, induction_heads = judge("induction", target)
         last = max((head.layer for head in induction_heads), default=0)
@@ -180,26 +179,58 @@ def _others(
 
 
 def _judged(
+    model: Any,
     score: Float[Tensor, "layer head"],
     null: Float[Tensor, "layer head"],
     candidates: list[Component],
-    found: AblationEffects | None,
+    prompts: Repeats,
     gain: float,
     generator: torch.Generator,
+    tick: Callable[[], object],
 ) -> tuple[HeadEvidence, tuple[Component, ...]]:
     """The evidence for a role, and the heads it names."""
-    lost, regained = torch.full_like(score, torch.nan), torch.full_like(score, torch.nan)
-    if found is None:
-        return HeadEvidence(score, null, lost, regained, torch.nan, torch.nan), ()
-    both = torch.stack([found.lost, found.regained], 1)
-    effect_null = max(MIN_EFFECT * gain, chance(both.flatten(1), generator))
+    lost, regained, error = (torch.full_like(score, torch.nan) for _ in range(3))
+    if not candidates:
+        return HeadEvidence(score, null, lost, regained, error, torch.nan, torch.nan), ()
+    found = ablation_effects(model, prompts[:N_SCREENED], candidates, tick)
+    effects = dict(zip(candidates, torch.stack([found.lost, found.regained], -1).unbind(1), strict=True))
+    together = found.lost_together
+
+    def level(heads: Iterable[Component]) -> float:
+        statistics = torch.stack([effects[head] for head in heads], 1).flatten(1)
+        return max(MIN_EFFECT * gain, chance(statistics, generator))
+
+    effect_null = level(candidates)
+    left, more = (
+        [head for head in candidates if _open(effects[head], MIN_EFFECT * gain, effect_null)],
+        prompts[N_SCREENED:],
+    )
+    if left and len(more.tokens):
+        rest = ablation_effects(model, more, candidates, tick, left)
+        for head, *pair in zip(left, rest.lost.T, rest.regained.T, strict=True):
+            effects[head] = torch.cat([effects[head], torch.stack(pair, -1)])
+        together = torch.cat([together, rest.lost_together])
+        effect_null = level(left)
     named = []
-    for head, (alone, back) in zip(candidates, both.mean(0).T.tolist(), strict=True):
-        lost[head.layer, head.head], regained[head.layer, head.head] = alone, back
+    for head, effect in effects.items():
+        (alone, back), at = effect.mean(0).tolist(), (head.layer, head.head)
+        lost[at], regained[at] = alone, back
+        error[at] = _reach(effect)[int(back > alone)]
         if max(alone, back) > effect_null:
             named.append(head)
-    evidence = HeadEvidence(score, null, lost, regained, effect_null, float(found.lost_together.mean()))
+    evidence = HeadEvidence(score, null, lost, regained, error, effect_null, float(together.mean()))
     return evidence, tuple(named)
+
+
+def _open(effect: Float[Tensor, "prompt statistic"], low: float, high: float) -> bool:
+    """Whether a head's effects may lie on either side of what one of them must exceed, which lies in between."""
+    mean, reach = effect.mean(0), _reach(effect)
+    return not (bool((mean - reach > high).any()) or bool((mean + reach < low).all()))
+
+
+def _reach(effect: Float[Tensor, "prompt statistic"]) -> Float[Tensor, "statistic"]:
+    """Half the 95% intervals of means over prompts."""
+    return student_quantile(len(effect) - 1) * effect.std(0) / len(effect) ** 0.5
 
 
 def _named_mlps(bigram: MLPEvidence) -> tuple[Component, ...]:

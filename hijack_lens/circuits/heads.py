@@ -13,7 +13,11 @@ from hijack_lens.core.circuit import Component
 from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.core.tables import widened
 from hijack_lens.hooks.ablate_and_patch import patch
+from hijack_lens.hooks.incremental_runs import taken_apart
 from hijack_lens.hooks.intervention import Intervention, logits_of, record
+
+_MEMORY = 2**28
+"""Bytes for the runs that are computed at once."""
 
 _TRIES = 8
 """Orders drawn per twin; the one that keeps the fewest pairs is used."""
@@ -169,8 +173,16 @@ class _AttentionProbe:
 
 def answer_log_prob(model: Any, tokens: Tensor, prompts: Repeats) -> Float[Tensor, "prompt"]:
     """The mean log-probability of each prompt's scored answers, in nats."""
-    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-    logits = logits_of(model, tokens)[rows, prompts.query]
+    return _of_answers(_at_queries(logits_of(model, tokens), prompts), prompts)
+
+
+def _at_queries(
+    values: Float[Tensor, "prompt pos features"], prompts: Repeats
+) -> Float[Tensor, "prompt pair features"]:
+    return values[torch.arange(len(values), device=values.device)[:, None], prompts.query]
+
+
+def _of_answers(logits: Float[Tensor, "prompt pair d_vocab"], prompts: Repeats) -> Float[Tensor, "prompt"]:
     logits = widened(logits)
     picked = logits.gather(-1, prompts.answer[..., None])[..., 0] - logits.logsumexp(-1)
     return prompts.mean(picked)
@@ -192,13 +204,18 @@ class AblationEffects:
 
 
 def ablation_effects(
-    model: Any, prompts: Repeats, candidates: Sequence[Component], tick: Callable[[], object]
+    model: Any,
+    prompts: Repeats,
+    candidates: Sequence[Component],
+    tick: Callable[[], object],
+    measured: Sequence[Component] | None = None,
 ) -> AblationEffects:
-    """Ablates candidates one by one, and all but one."""
+    """Ablates candidates one by one, and all but one; by default each of them, else those to be measured."""
     every = tuple(candidates)
-    alone = [tuple(other for other in every if other != head) for head in every]
-    intact, none, *rest = _log_probs(model, prompts, [(), every, *((head,) for head in every), *alone], tick)
-    without, with_it = (torch.stack(part, 1) for part in (rest[: len(every)], rest[len(every) :]))
+    each = every if measured is None else tuple(measured)
+    alone = [tuple(other for other in every if other != head) for head in each]
+    intact, none, *rest = _log_probs(model, prompts, [(), every, *((head,) for head in each), *alone], tick)
+    without, with_it = (torch.stack(part, 1) for part in (rest[: len(each)], rest[len(each) :]))
     return AblationEffects(intact[:, None] - without, with_it - none[:, None], intact - none)
 
 
@@ -218,14 +235,27 @@ def _log_probs(
     An ablated head writes what it writes on the prompt's twin, which has the same tokens in another order. So exactly
     what the head knew of the order is lost (resample ablation).
     """
-    names = [f"blocks.{layer}.attn.hook_z" for layer in sorted({head.layer for off in offs for head in off})]
+    layers = sorted({head.layer for off in offs for head in off})
+    names = {layer: f"blocks.{layer}.attn.hook_z" for layer in layers}
     step = rows_at_once(model, prompts.tokens.shape[1])
     found: dict[tuple[Component, ...], list[Tensor]] = {off: [] for off in offs}
     for start in range(0, len(prompts.tokens), step):
         part = prompts[start : start + step]
-        _, twins = record(model, part.twins, names)
-        for off, parts in found.items():
-            tick()
-            with patch(model, off, twins) if off else nullcontext():
-                parts.append(answer_log_prob(model, part.tokens, part))
+        run = taken_apart(model, part.tokens)
+        _, twins = record(model, part.twins, list(names.values()))
+        if run is None:
+            for off, parts in found.items():
+                tick()
+                with patch(model, off, twins) if off else nullcontext():
+                    parts.append(answer_log_prob(model, part.tokens, part))
+            continue
+        found[()].append(_of_answers(_at_queries(run.logits, part), part))
+        theirs = {layer: twins[name] for layer, name in names.items()}
+        groups = sorted(filter(None, found), key=lambda off: (len(off) > 1, off))  # those that begin alike together
+        at_once = max(1, _MEMORY // run.bytes_of(run.length))
+        for first in range(0, len(groups), at_once):
+            some = groups[first : first + at_once]
+            for off, stream in zip(some, run.with_heads_from(theirs, some), strict=True):
+                tick()
+                found[off].append(_of_answers(run.opened.logits(_at_queries(stream, part)), part))
     return [torch.cat(found[off]).double().cpu() for off in offs]

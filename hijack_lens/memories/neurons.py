@@ -1,6 +1,6 @@
 """An MLP read as a key-value memory, and views of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -105,6 +105,9 @@ class MemoryNeurons(NamedTokens, Saved, Drawn):
         return frame.rename(columns={"key_tokens": "key"})
 
 
+_DIRECTIONS = 8
+"""Along how many directions an MLP's output is checked."""
+
 _CELLS = 2**24
 """The most logits at once: 128 MiB in float64."""
 
@@ -172,32 +175,41 @@ def _keys(
     names = [f"blocks.{mlp.layer}.{leaf}" for leaf in ("mlp.hook_pre", "mlp.hook_post", "hook_mlp_out")]
     best: tuple[Tensor, ...] = ()
     n_on, done = torch.zeros_like(neurons), 0
+    every = len(neurons) == len(model.blocks[mlp.layer].mlp.W_out)
     for run in context_free(model, tokens, names, mlp.layer + 1):
         pre, post, out = (run[name] for name in names)
         _check_written(model, mlp, post, out)
-        pre, post = pre[:, neurons].T, post[:, neurons].T
+        pre, post = (x.T if every else x[:, neurons].T for x in (pre, post))
         n_on += (pre > 0).sum(1)
         ids = tokens[done : done + pre.shape[1]].to(neurons.device).expand(len(neurons), -1)
         done += pre.shape[1]
         # Those that make it write most; after them, those that come closest to turning it on.
         score = torch.where(post == 0, pre.clamp(max=0), post.abs())
-        new = (score, ids, pre, post)
-        joined = [torch.cat(pair, 1) for pair in zip(best, new, strict=True)] if best else list(new)
-        top = joined[0].topk(min(k, joined[0].shape[1]), dim=1).indices
-        best = tuple(x.gather(1, top) for x in joined)
+        new = _largest((score, ids, pre, post), k)
+        best = _largest([torch.cat(pair, 1) for pair in zip(best, new, strict=True)], k) if best else new
     return {"key_tokens": best[1], "pre": best[2], "post": best[3], "n_on": n_on}
+
+
+def _largest(columns: Sequence[Tensor], k: int) -> tuple[Tensor, ...]:
+    """The k places of each row that are largest in the first of these tables, in all of them."""
+    top = columns[0].topk(min(k, columns[0].shape[1]), dim=1).indices
+    return tuple(x.gather(1, top) for x in columns)
 
 
 def _check_written(
     model: Any, mlp: Component, post: Float[Tensor, "token d_mlp"], out: Float[Tensor, "token d_model"]
 ) -> None:
     module = model.blocks[mlp.layer].mlp
-    written = post @ module.W_out
+    # Along a few random directions, which no other output would agree in.
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(out.shape[-1], _DIRECTIONS, generator=generator, dtype=torch.float64).to(out)
+    of_neurons, seen = module.W_out @ directions, out @ directions
+    written = post @ of_neurons
     if getattr(module, "b_out", None) is not None:
-        written = written + module.b_out
+        written = written + module.b_out @ directions
     # Relative to a bound on the terms, since their sum may cancel.
-    scale = (post.abs() @ module.W_out.abs() + out.abs()).max()
-    if not bool((written - out).abs().max() <= tolerance(out.dtype) * scale):
+    scale = (post.abs() @ of_neurons.abs() + out.abs() @ directions.abs()).max()
+    if not bool((written - seen).abs().max() <= tolerance(out.dtype) * scale):
         raise ValueError(
             f"what {mlp} writes is not the sum of its neurons: hooks on the model change it, or it has parts that are "
             "not known here"

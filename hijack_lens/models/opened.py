@@ -90,16 +90,33 @@ class Block:
 
     def group(self, index: int) -> "Block":
         """The block with only one key-value head and the query heads that read it."""
-        heads = slice(index * self.n_groups, (index + 1) * self.n_groups)
-        one, d_head = slice(index, index + 1), self.b_Q.shape[1]
+        return self._only(slice(index * self.n_groups, (index + 1) * self.n_groups), index)
+
+    def one(self, head: int) -> "Block":
+        """The block with only one query head and the key-value head that it reads."""
+        return self._only(slice(head, head + 1), head // self.n_groups)
+
+    def ungrouped(self) -> "Block":
+        """The block with a key-value head for every query head: copies of those that are shared."""
+        n_kv_heads, every = len(self.b_K), self.n_groups
+
+        def copied(weight: Tensor) -> Tensor:
+            return weight.unflatten(0, (n_kv_heads, -1)).repeat_interleave(every, 0).flatten(0, 1)
+
+        b_K, b_V = (bias.repeat_interleave(every, 0) for bias in (self.b_K, self.b_V))
+        return replace(self, W_K=copied(self.W_K), b_K=b_K, W_V=copied(self.W_V), b_V=b_V)
+
+    def _only(self, heads: slice, kv_head: int) -> "Block":
+        shared, d_head = slice(kv_head, kv_head + 1), self.b_Q.shape[1]
+        queries, keys = (slice(part.start * d_head, part.stop * d_head) for part in (heads, shared))
         return replace(
             self,
-            W_Q=self.W_Q[heads.start * d_head : heads.stop * d_head],
+            W_Q=self.W_Q[queries],
             b_Q=self.b_Q[heads],
-            W_K=self.W_K[index * d_head : (index + 1) * d_head],
-            b_K=self.b_K[one],
-            W_V=self.W_V[index * d_head : (index + 1) * d_head],
-            b_V=self.b_V[one],
+            W_K=self.W_K[keys],
+            b_K=self.b_K[shared],
+            W_V=self.W_V[keys],
+            b_V=self.b_V[shared],
             W_O=self.W_O[heads],
             W_R=None if self.W_R is None else self.W_R[heads],
         )
@@ -180,15 +197,25 @@ class OpenModel:
 
     Attributes:
         blocks: in order.
-        unembed: final norm and unembedding.
+        ln_final: the final norm.
+        unembed: the unembedding, an affine map.
     """
 
     blocks: tuple[Block, ...]
+    ln_final: Pointwise
     unembed: Pointwise
+
+    def normed(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """The last block's residual stream as the unembedding reads it."""
+        return _pointwise(self.ln_final, x)
+
+    def unembedded(self, normed: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+        """Its logits."""
+        return _pointwise(self.unembed, normed)
 
     def logits(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         """Logits of the last block's residual stream."""
-        return _pointwise(self.unembed, x)
+        return self.unembedded(self.normed(x))
 
 
 def check_plain(model: Any) -> None:
@@ -214,11 +241,10 @@ def open_model(model: Any) -> OpenModel:
     hooked = isinstance(model, HookedTransformer)
     normed = cfg.normalization_type is not None if hooked else hasattr(model, "ln_final")
 
-    def unembed(x: Tensor) -> Tensor:
-        return model.unembed(model.ln_final(x) if normed else x)
-
     return OpenModel(
-        tuple((_hooked_block if hooked else _bridge_block)(model, block) for block in model.blocks), unembed
+        tuple((_hooked_block if hooked else _bridge_block)(model, block) for block in model.blocks),
+        model.ln_final if normed else torch.nn.Identity(),
+        model.unembed,
     )
 
 

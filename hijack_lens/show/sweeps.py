@@ -128,8 +128,20 @@ def path_report(sweep: PathSweep) -> Report:
     return Report(
         f"PathSweep(edge={len(sweep.edges)}); {runs}",
         tables=[table] if shown else [],
-        notes=[*filter(None, [_hidden(sizes, shown)])],
+        notes=[*filter(None, [_hidden(sizes, shown), _screened(sweep)])],
         figure=lambda: edge_map(sweep).svg(),
+    )
+
+
+def _screened(sweep: PathSweep) -> str:
+    if sweep.screen is None:
+        return ""
+    others, drawn = sweep.screen.n_edges - len(sweep.edges), sweep.screen.drawn
+    largest = float((sweep.screen.values - sweep.base).abs().max())
+    return (
+        f"Chosen by gradients among {sweep.screen.n_edges:,} edges. Of the {others:,} others, {len(drawn)} drawn at "
+        f"random have effects of at most {largest:.2g}; with 95% confidence, at most {sweep.missed(largest):,} have "
+        "larger ones."
     )
 
 
@@ -156,8 +168,9 @@ def edge_map(sweep: PathSweep) -> Picture:
     # The embedding comes first and reaches every input, in the model's order.
     inputs = list(dict.fromkeys((edge.receiver, edge.via) for edge in sweep.edges))
     image = np.full((len(senders), len(inputs)), np.nan)
+    row, column = ({end: place for place, end in enumerate(ends)} for ends in (senders, inputs))
     for edge, effect in zip(sweep.edges, sweep.effect.cpu().double().tolist(), strict=True):
-        image[senders.index(edge.sender), inputs.index((edge.receiver, edge.via))] = effect
+        image[row[edge.sender], column[edge.receiver, edge.via]] = effect
     picture = Picture(3.4 + min(0.55 * len(inputs), 14.0), 2.6 + min(0.38 * len(senders), 12.0))
     ax = picture.figure.add_subplot()
     drawn = heatmap(
