@@ -116,7 +116,7 @@ class RealTransformer(HookedTransformer):
         self.eval()  # it has nothing to switch off
 
     def input_to_embed(self, input: Any, *args: Any, **kwargs: Any) -> Any:
-        """The first residual stream, of vectors [batch, pos, d_in] or [pos, d_in], or of token ids.
+        """The first residual stream, of vectors [batch, pos, d_in] or of token ids.
 
         Raises:
             TypeError, ValueError: for anything else.
@@ -132,21 +132,18 @@ class RealTransformer(HookedTransformer):
         return residual, None, rest, None
 
     def checked(self, name: str, vectors: Any) -> Float[Tensor, "prompt pos d_in"]:
-        """Vectors that the model can read, with an axis of prompts, on its device and in its dtype.
+        """Vectors that the model can read, on its device and in its dtype.
 
         Raises:
             TypeError, ValueError: naming the argument, for anything else.
         """
         check_tensor(name, vectors, "vectors")
-        batch = vectors[None] if vectors.ndim == 2 else vectors
         d_in, n_ctx = self.cfg.d_vocab, self.cfg.n_ctx
-        if batch.ndim != 3 or batch.shape[2] != d_in or not batch.numel():
-            raise ValueError(
-                f"{name} must be vectors [pos, {d_in}] or [batch, pos, {d_in}], got shape {tuple(vectors.shape)}"
-            )
-        if batch.shape[1] > n_ctx:
-            raise ValueError(f"{name} is {batch.shape[1]} vectors long; the model takes at most n_ctx={n_ctx}")
-        return batch.to(self.W_E)
+        if vectors.ndim != 3 or vectors.shape[2] != d_in or not vectors.numel():
+            raise ValueError(f"{name} must be vectors [batch, pos, {d_in}], got shape {tuple(vectors.shape)}")
+        if vectors.shape[1] > n_ctx:
+            raise ValueError(f"{name} is {vectors.shape[1]} vectors long; the model takes at most n_ctx={n_ctx}")
+        return vectors.to(self.W_E)
 
     def reading(self, inputs: Inputs) -> tuple["RealTransformer", Int[Tensor, "prompt pos"]]:
         """The model with these inputs for its vocabulary, and their ids: what all analyses of this library take.
@@ -156,7 +153,7 @@ class RealTransformer(HookedTransformer):
         together and take their rows of the ids.
 
         Args:
-            inputs: vectors [prompt, pos, d_in], or [pos, d_in] for one prompt; token ids come back as they are.
+            inputs: vectors [prompt, pos, d_in]; token ids come back as they are.
 
         Raises:
             TypeError, ValueError: for inputs that the model cannot read.
