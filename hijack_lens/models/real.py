@@ -121,29 +121,14 @@ class RealTransformer(HookedTransformer):
         Raises:
             TypeError, ValueError: for anything else.
         """
-        if not (isinstance(input, Tensor) and input.is_floating_point()):
-            check_tokens("input", input, self.cfg.d_vocab, self.cfg.n_ctx)
+        vectors = check_inputs(self, "input", input)
+        if not vectors.is_floating_point():
             return super().input_to_embed(input, *args, **kwargs)
-        vectors = self.checked("input", input)
         if any(value is not None for value in (*args[2:], kwargs.get("attention_mask"), kwargs.get("past_kv_cache"))):
             raise ValueError("input must be token ids with an attention mask or a key-value cache, got vectors")
         places = torch.zeros(vectors.shape[:2], dtype=torch.long, device=vectors.device)  # only their shape is read
         residual, rest = self.get_residual(self.hook_embed(vectors @ self.W_E), 0, tokens=places)
         return residual, None, rest, None
-
-    def checked(self, name: str, vectors: Any) -> Float[Tensor, "prompt pos d_in"]:
-        """Vectors that the model can read, on its device and in its dtype.
-
-        Raises:
-            TypeError, ValueError: naming the argument, for anything else.
-        """
-        check_tensor(name, vectors, "vectors")
-        d_in, n_ctx = self.cfg.d_vocab, self.cfg.n_ctx
-        if vectors.ndim != 3 or vectors.shape[2] != d_in or not vectors.numel():
-            raise ValueError(f"{name} must be vectors [batch, pos, {d_in}], got shape {tuple(vectors.shape)}")
-        if vectors.shape[1] > n_ctx:
-            raise ValueError(f"{name} is {vectors.shape[1]} vectors long; the model takes at most n_ctx={n_ctx}")
-        return vectors.to(self.W_E)
 
     def reading(self, inputs: Inputs) -> tuple["RealTransformer", Int[Tensor, "prompt pos"]]:
         """The model with these inputs for its vocabulary, and their ids: what all analyses of this library take.
@@ -158,10 +143,9 @@ class RealTransformer(HookedTransformer):
         Raises:
             TypeError, ValueError: for inputs that the model cannot read.
         """
-        if not (isinstance(inputs, Tensor) and inputs.is_floating_point()):
-            ids = check_tokens("inputs", inputs, self.cfg.d_vocab, self.cfg.n_ctx)
-            return self, (ids if ids.ndim == 2 else ids[None]).to(self.W_E.device)
-        vectors = self.checked("inputs", inputs)
+        vectors = check_inputs(self, "inputs", inputs)
+        if not vectors.is_floating_point():
+            return self, vectors
         ids = torch.arange(vectors.shape[:2].numel(), device=vectors.device).view(vectors.shape[:2])
         model = copy.copy(self)
         model.cfg = copy.copy(self.cfg)
@@ -173,3 +157,22 @@ class RealTransformer(HookedTransformer):
         model.setup()
         model.eval()
         return model, ids
+
+
+def check_inputs(model: "RealTransformer", name: str, inputs: Any) -> Inputs:
+    """Inputs that the model can read, with an axis of prompts, on its device and, vectors, in its dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, for anything else.
+    """
+    if not (isinstance(inputs, Tensor) and inputs.is_floating_point()):
+        ids = check_tokens(name, inputs, model.cfg.d_vocab, model.cfg.n_ctx)
+        return (ids if ids.ndim == 2 else ids[None]).to(model.W_E.device)
+    vectors = inputs
+    check_tensor(name, vectors, "vectors")
+    d_in, n_ctx = model.cfg.d_vocab, model.cfg.n_ctx
+    if vectors.ndim != 3 or vectors.shape[2] != d_in or not vectors.numel():
+        raise ValueError(f"{name} must be vectors [batch, pos, {d_in}], got shape {tuple(vectors.shape)}")
+    if vectors.shape[1] > n_ctx:
+        raise ValueError(f"{name} is {vectors.shape[1]} vectors long; the model takes at most n_ctx={n_ctx}")
+    return vectors.to(model.W_E)

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.core.checks import Seed, as_generator, check_count, check_list, check_number, check_type
+from hijack_lens.core.checks import Seed, as_generator, check_count, check_list, check_number, check_type, fixed_seed
 from hijack_lens.core.hook_points import all_components
 from hijack_lens.hooks.ablate_and_patch import ablate
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.probes import decodability, move_latent
-from hijack_lens.tasks.task import Bar, Batch, Predictions, Schedule
+from hijack_lens.tasks.task import Bar, Batch, Predictions, Schedule, check_batch, check_fits, check_outputs
 from hijack_lens.training.data import mixed_seed
 
 _WATCHED = 1024
@@ -116,10 +116,12 @@ class AlgorithmSelection:
 
     def loss(self, outputs: Float[Tensor, "prompt pos d_out"], batch: Batch) -> Float[Tensor, ""]:
         """The mean squared difference from the noisy y."""
+        check_outputs(outputs, 1, batch)
         return (outputs[..., 0] - batch.targets)[batch.mask].square().mean()
 
     def predictions(self, outputs: Float[Tensor, "prompt pos d_out"]) -> Predictions:
         """The one number."""
+        check_outputs(outputs, 1)
         return outputs.double()
 
     def references(self, batch: Batch) -> dict[str, Predictions]:
@@ -127,7 +129,7 @@ class AlgorithmSelection:
 
         Also w x as the "context"'s answer, and 0, the prior's mean, as the "weights"'. All are 0 where a y stands.
         """
-        check_type("batch", batch, Batch)
+        check_batch(batch, ["noise", "weights"], self.d + 1)
         of_level, log_posterior = zip(*(self._at_level(batch, s) for s in self.noises), strict=True)
         ridges = torch.stack(of_level, -1)
         x = batch.inputs[:, ::2, : self.d].double()
@@ -168,7 +170,8 @@ class AlgorithmSelection:
 
     def watch(self, model: RealTransformer, seed: int) -> dict[str, float]:
         """The loss."""
-        batch = self.sample(_WATCHED, mixed_seed(seed, "watched", 0))
+        batch = self.sample(_WATCHED, mixed_seed(fixed_seed(seed), "watched", 0))
+        check_fits(model, batch)
         with torch.no_grad():
             return {"loss": float(self.loss(model(batch.inputs), batch))}
 
@@ -179,8 +182,8 @@ class AlgorithmSelection:
         at the last position. Moving the level to another one should shift predictions from one level's ridge to the
         other's: "shift" is the slope of the first shift on the second, over prompts.
         """
-        check_type("model", model, RealTransformer)
-        batch = self.sample(_MEASURED, mixed_seed(seed, "measured", 0))
+        batch = self.sample(_MEASURED, mixed_seed(fixed_seed(seed), "measured", 0))
+        check_fits(model, batch)
         with torch.no_grad():
             said = {**self.references(batch), "model": self.predictions(model(batch.inputs))}
         rows = list[tuple[str, str, float]]()

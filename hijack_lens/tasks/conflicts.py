@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hijack_lens.core.checks import check_count, check_list, check_number, check_shapes, check_type, fixed_seed
+from hijack_lens.core.checks import check_count, check_fields, check_list, check_number, check_shapes, fixed_seed
 from hijack_lens.core.files import Saved
 from hijack_lens.core.tables import Drawn, tidy
 from hijack_lens.models.real import RealTransformer
-from hijack_lens.tasks.task import Predictions, Task, check_task
+from hijack_lens.tasks.task import Predictions, Task, check_fits, check_task
 from hijack_lens.training.data import mixed_seed
 
 
@@ -35,6 +35,7 @@ class ContextShare(Saved, Drawn):
     bayes: Float[Tensor, "dose"]
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_shapes(self, dict.fromkeys(("share", "bayes"), (len(self.strengths),)))
 
     def to_pandas(self) -> pd.DataFrame:
@@ -62,13 +63,13 @@ def context_share(
         TypeError, ValueError: for what is no task, model, or strength.
     """
     check_task(task)
-    check_type("model", model, RealTransformer)
     n, seed = check_count("n", n, minimum=1), fixed_seed(seed)
     given = task.doses if strengths is None else check_list("strengths", strengths, "numbers")
     doses = tuple(check_number("strengths", one) for one in given)
     shares = list[tuple[float, float]]()
     for index, strength in enumerate(doses):
         batch = task.conflict(strength, n, mixed_seed(seed, "conflict", index))
+        check_fits(model, batch)
         answers = task.references(batch)
         with torch.no_grad():
             said = task.predictions(model(batch.inputs))

@@ -10,11 +10,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.core.checks import Seed, as_generator, check_count, check_number, check_type, fixed_seed, shown
+from hijack_lens.core.checks import (
+    Seed,
+    as_generator,
+    check_count,
+    check_number,
+    check_tokens,
+    check_type,
+    fixed_seed,
+    shown,
+)
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.probes import decodability, move_latent
-from hijack_lens.tasks.task import Bar, Batch, Predictions, Schedule
+from hijack_lens.tasks.task import Bar, Batch, Predictions, Schedule, check_batch, check_fits, check_outputs
 from hijack_lens.training.data import mixed_seed
 
 _WATCHED = 1024
@@ -141,14 +150,18 @@ class LatentConcepts:
 
     def loss(self, outputs: Float[Tensor, "prompt pos d_out"], batch: Batch) -> Float[Tensor, ""]:
         """The next token's cross-entropy, in nats."""
+        check_outputs(outputs, self.d_vocab, batch)
         return F.cross_entropy(outputs[batch.mask], batch.targets[batch.mask])
 
     def predictions(self, outputs: Float[Tensor, "prompt pos d_out"]) -> Predictions:
         """The next token's probabilities."""
+        check_outputs(outputs, self.d_vocab)
         return outputs.double().softmax(-1)
 
     def posterior(self, inputs: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos table"]:
         """The probability of each table, given the tokens up to each position; all tables are equally likely before."""
+        inputs = check_tokens("inputs", inputs, self.d_vocab)
+        inputs = inputs if inputs.ndim == 2 else inputs[None]
         steps = self.tables.log()[:, inputs[:, :-1], inputs[:, 1:]].movedim(0, -1)
         return F.pad(steps.cumsum(1), (0, 0, 1, 0)).softmax(-1)
 
@@ -157,7 +170,7 @@ class LatentConcepts:
 
         Of a conflict's prompts, the denying table's row as "context" and the other's as "weights", and no oracle.
         """
-        check_type("batch", batch, Batch)
+        check_batch(batch, ["table"], None, self.d_vocab)
         rows = self.tables[:, batch.inputs].movedim(0, -1)  # prompt, pos, next, table
         found = {
             "bayes": (rows * self.posterior(batch.inputs)[:, :, None]).sum(-1),
@@ -173,7 +186,8 @@ class LatentConcepts:
 
     def watch(self, model: RealTransformer, seed: int) -> dict[str, float]:
         """The loss, and how well the table is decoded after the second attention, at the last position."""
-        batch = self.sample(_WATCHED, mixed_seed(seed, "watched", 0))
+        batch = self.sample(_WATCHED, mixed_seed(fixed_seed(seed), "watched", 0))
+        check_fits(model, batch)
         with torch.no_grad():
             loss = float(self.loss(model(batch.inputs), batch))
         score = decodability(model, model, batch, "table", self._points[self._writes])["score"]
@@ -186,8 +200,8 @@ class LatentConcepts:
         posterior allows. KL is that of the model's last prediction from the row of the table moved to, as a fraction of
         what it is where nothing is moved, in nats under "unmoved KL".
         """
-        check_type("model", model, RealTransformer)
-        batch = self.sample(_MEASURED, mixed_seed(seed, "measured", 0))
+        batch = self.sample(_MEASURED, mixed_seed(fixed_seed(seed), "measured", 0))
+        check_fits(model, batch)
         untrained = self.model(mixed_seed(seed, "weights", 0))
         with torch.no_grad():
             said = {"model": self.predictions(model(batch.inputs)), **self.references(batch)}

@@ -13,7 +13,7 @@ from hijack_lens.core.checks import Seed, as_generator, check_choice, check_coun
 from hijack_lens.core.inputs import indices
 from hijack_lens.hooks.intervention import Intervention, logits_of, record
 from hijack_lens.models.real import RealTransformer
-from hijack_lens.tasks.task import Batch
+from hijack_lens.tasks.task import Batch, check_fits
 
 
 def decodability(
@@ -52,6 +52,8 @@ def decodability(
     """
     answers, points, where = _asked(model, batch, latent, points, positions)
     check_type("untrained", untrained, RealTransformer)
+    if vars(untrained.cfg) != vars(model.cfg):
+        raise ValueError("untrained must be the model before training, got one of another shape")
     check_choice("how", how, ("linear", "neighbours"))
     half = len(batch) // 2
     neighbours = check_count("neighbours", neighbours, minimum=1)
@@ -71,8 +73,8 @@ def decodability(
 
 def _asked(model: Any, batch: Any, latent: Any, points: Any, positions: Any) -> tuple[Any, list[str], list[int]]:
     """The latent's values, the hook points, and the positions from the front."""
-    check_type("model", model, RealTransformer)
     check_type("batch", batch, Batch)
+    check_fits(model, batch)
     if not isinstance(latent, str) or latent not in batch.latent:
         raise ValueError(f"latent must be one of {', '.join(batch.latent)}, got {shown(latent)}")
     if len(batch) < 4:
