@@ -69,7 +69,7 @@ class LatentConcepts:
     n_layers: int = 2
     n_heads: int = 4
     world: int = 0
-    schedule: Schedule = Schedule(1600, lr=8e-3, warmup=100, final_lr=0.02)  # noqa: RUF009 (frozen)
+    schedule: Schedule = Schedule(1600, lr=8e-3, warmup=100, final_lr=0.02, weight_decay=0.1)  # noqa: RUF009 (frozen)
 
     name: ClassVar[str] = "latent concepts"
     source: ClassVar[str] = "after Han et al., arXiv 2412.12276, sections 3 and 4: an analogue on tokens"
