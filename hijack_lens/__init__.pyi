@@ -1,6 +1,6 @@
 """The public names, each imported when it is first used; see `__init__.py`."""
 
-from . import grid, hooks, memories, metrics, probing, reproduction, show, theory, training
+from . import grid, hooks, memories, metrics, probing, reproduction, show, tasks, theory, training
 from .attribution import (
     LogitAttribution,
     LogOdds,
@@ -95,6 +95,7 @@ __all__ = [
     "reproduction",
     "shapley",
     "show",
+    "tasks",
     "theory",
     "train",
     "trainable_transformer",

@@ -195,7 +195,11 @@ def train(
 
 @app.command
 def reproduce(
-    *claims: str, out: Path = Path("hijack-lens-claims"), quick: bool = False, workers: int | None = None
+    *claims: str,
+    only: Literal["papers", "tasks"] | None = None,
+    out: Path = Path("hijack-lens-claims"),
+    quick: bool = False,
+    workers: int | None = None,
 ) -> None:
     """Test the papers' claims, and say which hold, how far, and where they fail.
 
@@ -203,6 +207,7 @@ def reproduce(
 
     Args:
         claims: Names of claims. [default: all]
+        only: "papers" for the claims on the two memories, "tasks" for those on other in-context learners.
         out: Folder for the results so far, and for the report on them as HTML and JSON.
         quick: Small settings for a first look, in a third of the time.
         workers: Processes to run claims in. [default: as many as there are cores]
@@ -210,8 +215,11 @@ def reproduce(
 
     from hijack_lens import reproduction
 
+    if only is not None and claims:
+        raise ValueError(f"--only must be left out where claims are named, got {only!r} and {', '.join(claims):.80}")
+    chosen = claims or (None if only is None else reproduction.claims_of(only))
     try:
-        done = reproduction.reproduce(out, quick, claims or None, workers)
+        done = reproduction.reproduce(out, quick, chosen, workers)
     except RuntimeError as error:  # from the workers; one in an experiment fails its claim instead
         _fail(str(error), code=1)
     found = done.to_pandas()

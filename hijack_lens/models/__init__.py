@@ -4,6 +4,7 @@ from hijack_lens.models.architecture import Architecture, RelativeAttention
 from hijack_lens.models.associative import associative_transformer
 from hijack_lens.models.formed import Formed
 from hijack_lens.models.loading import load_model
+from hijack_lens.models.real import RealTransformer
 from hijack_lens.models.trainable import trainable_transformer
 from hijack_lens.models.transformer import BigramTransformer
 
@@ -11,6 +12,7 @@ __all__ = [
     "Architecture",
     "BigramTransformer",
     "Formed",
+    "RealTransformer",
     "RelativeAttention",
     "associative_transformer",
     "load_model",

@@ -113,12 +113,13 @@ def trainable_transformer(
             if how is None and leaf == "w":
                 parameter.fill_(1.0)  # a norm's weight
             else:
-                _fill(parameter, leaf, how, generator)
+                fill(parameter, leaf, how, generator)
             parameter.requires_grad_(not frozen)
     return model
 
 
-def _fill(parameter: Tensor, leaf: str, how: Init | None, generator: torch.Generator) -> None:
+def fill(parameter: Tensor, leaf: str, how: Init | None, generator: torch.Generator) -> None:
+    """Initialises a parameter, by its short name where it is not said how."""
     if how is None:
         how = "zeros" if leaf.startswith("b") or leaf == "W_R" else "normal"
     if how == "identity" and parameter.ndim < 2:

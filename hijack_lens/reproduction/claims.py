@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -27,6 +27,8 @@ from hijack_lens.reproduction.denied_facts import facts
 from hijack_lens.reproduction.feed_forward_memory import feed_forward_memory
 from hijack_lens.reproduction.findings import Result
 from hijack_lens.reproduction.flip_window import flip_window
+from hijack_lens.reproduction.in_context_learners import Settings as OfTask
+from hijack_lens.reproduction.in_context_learners import in_context_learner
 from hijack_lens.reproduction.learning_order import learning_order
 from hijack_lens.reproduction.memory_order import memory_order
 from hijack_lens.reproduction.no_positions import no_positions
@@ -35,6 +37,7 @@ from hijack_lens.reproduction.phase_diagram import phase_diagram
 from hijack_lens.reproduction.positions_and_length import positions_and_length
 from hijack_lens.reproduction.stronger_memories import stronger_memories
 from hijack_lens.reproduction.winner_prediction import winner_prediction
+from hijack_lens.tasks import AlgorithmSelection, LatentConcepts, shortened
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,31 @@ def _claim(experiment: Callable[..., Result]) -> Claim:
     return Claim(module.STATEMENT, module.SOURCE, experiment, module.Settings(), module.QUICK)
 
 
+_TASKS = {
+    "latent-concepts": Claim(
+        "A model whose prompts each follow one of a few hidden bigram tables predicts as exact Bayes does; attention "
+        "writes which table it is, and the last MLP's weights hold the tables.",
+        LatentConcepts.source,
+        in_context_learner,
+        OfTask(LatentConcepts(), (5, 6, 7, 8, 9)),  # at 0 to 4, the schedule was found wanting
+        OfTask(shortened(LatentConcepts(length=20), 700), (0, 1, 2)),
+    ),
+    "algorithm-selection": Claim(
+        "A model that learns regression at several noise levels beats every single ridge: it selects by the prompt.",
+        AlgorithmSelection.source,
+        in_context_learner,
+        OfTask(AlgorithmSelection()),
+        OfTask(shortened(AlgorithmSelection(n_pairs=8, n_layers=2), 1500), (0, 1, 2)),
+    ),
+    "algorithm-selection-wide": Claim(
+        "It does so in more dimensions.",
+        AlgorithmSelection.source,
+        in_context_learner,
+        OfTask(AlgorithmSelection(d=5, n_pairs=20)),
+        OfTask(shortened(AlgorithmSelection(d=4, n_pairs=10, n_layers=2), 1500), (0, 1, 2)),
+    ),
+}
+
 CLAIMS: dict[str, Claim] = {
     "closed-form": _claim(closed_form),
     "phase-diagram": _claim(phase_diagram),
@@ -76,8 +104,17 @@ CLAIMS: dict[str, Claim] = {
     "data": _claim(data_matters),
     "winner-prediction": _claim(winner_prediction),
     "causal-agreement": _claim(causal_agreement),
+    **_TASKS,
 }
-"""The claims by name, in the order of the papers."""
+"""The claims by name: of the two papers that this library is about, in their order; then of other learners."""
+
+Group = Literal["papers", "tasks"]
+
+
+def claims_of(group: Group) -> list[str]:
+    """The names of the claims of the two papers, or of those on other in-context learners."""
+    check_choice("group", group, ("papers", "tasks"))
+    return [name for name in CLAIMS if (name in _TASKS) == (group == "tasks")]
 
 
 @dataclass(frozen=True, repr=False)

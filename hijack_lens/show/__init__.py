@@ -14,10 +14,12 @@ from hijack_lens.show import (  # noqa: F401
     memories,
     scores,
     sweeps,
+    tasks,
     weights,
 )
 from hijack_lens.show.explanations import margin_bars, write_report
 from hijack_lens.show.style import Picture, heatmap
+from hijack_lens.show.tasks import context_shares
 from hijack_lens.show.views import View, attention, attention_maps, token_paths
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "View",
     "attention",
     "attention_maps",
+    "context_shares",
     "heatmap",
     "html_of",
     "margin_bars",

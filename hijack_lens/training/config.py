@@ -180,7 +180,11 @@ class TrainConfig:
         step = check_count("step", step)
         if steps is None:
             steps = self.finishing(1) if isinstance(self.steps, str) else self.steps
-        steps = max(check_count("steps", steps), 1)
-        rising = min(1.0, (step + 1) / max(self.warmup, 1))
-        falling = 0.5 * (1 + math.cos(math.pi * step / steps))
-        return self.lr * rising * (self.final_lr + (1 - self.final_lr) * falling)
+        return scheduled_lr(step, check_count("steps", steps), self.lr, self.warmup, self.final_lr)
+
+
+def scheduled_lr(step: int, steps: int, lr: float, warmup: int, final_lr: float) -> float:
+    """The learning rate of a step: a linear warm-up to `lr`, times a cosine that falls to the fraction `final_lr`."""
+    rising = min(1.0, (step + 1) / max(warmup, 1))
+    falling = 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
+    return lr * rising * (final_lr + (1 - final_lr) * falling)

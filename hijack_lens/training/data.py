@@ -26,7 +26,12 @@ _MOST = 2**20
 
 def data_seed(config: TrainConfig, purpose: str, index: int) -> int:
     """A seed of its own for each use: mixed, so that neighbouring seeds and blocks share nothing."""
-    digest = hashlib.sha256(f"hijack-lens {config.seed} {purpose} {index}".encode()).digest()
+    return mixed_seed(config.seed, purpose, index)
+
+
+def mixed_seed(seed: object, purpose: str, index: int) -> int:
+    """A seed of its own for each use of a training's seed."""
+    digest = hashlib.sha256(f"hijack-lens {seed} {purpose} {index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 

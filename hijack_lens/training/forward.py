@@ -1,4 +1,4 @@
-"""A two-layer model's forward pass on the same parameters, without hook points: what the training loop runs.
+"""A model's forward pass on the same parameters, without hook points: what the training loop runs.
 
 Two identities save most of the matrix products of a hooked forward pass. The first layer's input depends on the token
 alone (unless positions are added to it), so its queries, keys and values are computed once per vocabulary entry and
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hijack_lens.models.architecture import RelativeAttention
 from hijack_lens.models.linear_maps import linear_norm
+from hijack_lens.models.real import Inputs, RealTransformer
 from hijack_lens.models.transformer import BigramTransformer
 
 Stream = Float[Tensor, "batch pos d_model"]
@@ -27,22 +28,22 @@ class PlainForward:
             embeddings) is left out.
     """
 
-    def __init__(self, model: BigramTransformer):
+    def __init__(self, model: BigramTransformer | RealTransformer):
         self.model = model
         mlps: list[Any] = [getattr(block, "mlp", None) for block in model.blocks]
         self._mlps = [None if mlp is None or _is_frozen_at_zero(mlp) else mlp for mlp in mlps]
         W_pos = None if model.positions == "rotary" else model.W_pos
         self._adds_positions = W_pos is not None and (W_pos.requires_grad or bool(W_pos.any()))
 
-    def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """Next-token logits at every position."""
-        model = self.model
-        x = F.embedding(tokens, model.W_E)
+    def __call__(self, tokens: Inputs) -> Float[Tensor, "batch pos d_vocab_out"]:
+        """The model's outputs at every position; of vectors, for models that read them."""
+        model, by_token = self.model, not tokens.is_floating_point() and not self._adds_positions
+        x = tokens @ model.W_E if tokens.is_floating_point() else F.embedding(tokens, model.W_E)
         if self._adds_positions:
             x = x + model.W_pos[: tokens.shape[1]]
         block: Any
         for layer, (block, mlp) in enumerate(zip(model.blocks, self._mlps, strict=True)):
-            if layer == 0 and not self._adds_positions:
+            if layer == 0 and by_token:
                 x = x + _attention_by_token(block.attn, _normed(block.ln1, model.W_E), tokens)
             else:
                 x = x + _attention(block.attn, _normed(block.ln1, x))
@@ -50,7 +51,7 @@ class PlainForward:
                 hidden = torch.addmm(mlp.b_in, _normed(block.ln2, x).flatten(0, 1), mlp.W_in)
                 x = x + torch.addmm(mlp.b_out, mlp.act_fn(hidden), mlp.W_out).view_as(x)
         final = _normed(getattr(model, "ln_final", None), x)
-        return torch.addmm(model.b_U, final.flatten(0, 1), model.W_U).unflatten(0, tokens.shape)
+        return torch.addmm(model.b_U, final.flatten(0, 1), model.W_U).unflatten(0, tokens.shape[:2])
 
 
 def _is_frozen_at_zero(mlp: Any) -> bool:

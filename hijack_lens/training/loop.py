@@ -1,20 +1,14 @@
-"""Training in many small steps, deterministic and resumable to the bit."""
+"""Training on a bigram language in many small steps, deterministic and resumable to the bit."""
 
 import os
-import signal
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from hijack_lens.core.files import locked, make_folder
 from hijack_lens.core.memory import check_memory
@@ -34,6 +28,7 @@ from hijack_lens.training.run import (
     restore_optimizer,
     write_checkpoint,
 )
+from hijack_lens.training.steps import run_course
 from hijack_lens.training.verdict import Judge
 
 
@@ -70,85 +65,93 @@ def train(
 def _train(
     model: BigramTransformer, language: BigramLanguage, config: TrainConfig, folder: Path | None, probed: HeldOut
 ) -> TrainingRun:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = _optimizer(parameters, config)
-    model.formed = None
-    step, rows, forming_steps = _resume(model, language, config, optimizer, folder)
-    model.strengths = None  # training is about to change them
-    if config.random_triggers:
-        model.triggers = None
-    else:
-        model.triggers = language.fixed_triggers(config.triggers, config.n_triggers).tolist()
-    model.n_ctx_train = config.length if model.positions == "absolute" else None
+    course = _BigramCourse(model, language, config, folder, probed)
+    elapsed = course.rows[-1]["seconds"] if course.rows else 0.0
+    return course.so_far(run_course(course, course.resumed_at, elapsed))
 
-    forward: Any = PlainForward(model)
-    if config.compile:
-        forward = torch.compile(forward)
-    device = model.W_E.device
-    sequences: SampledSequences | None = None
-    elapsed = rows[-1]["seconds"] if rows else 0.0
-    started = time.monotonic() - elapsed
-    phase = phase_at(config, language, model.positions, forming_steps)
-    judge = Judge(model, language, config)
-    seen, began = 0, time.monotonic()
 
-    def so_far() -> TrainingRun:
-        return TrainingRun(model, config, step, pd.DataFrame(rows), forming_steps)
+class _BigramCourse:
+    """A training on sequences of a bigram language: counted steps, or forming and finishing."""
 
-    def look() -> bool:
-        """Evaluates the model; whether forming may end."""
-        nonlocal rows
-        rows, formed = _evaluate(model, config, probed, judge, rows, step, time.monotonic() - started)
-        model.formed = formed
-        speed = seen / (time.monotonic() - began)
-        bar.set_postfix_str(f"loss {loss.item():.3f}, {formed.short}, {speed:,.0f} tokens/s")
-        return formed.accuracy >= judge.enough
+    def __init__(
+        self,
+        model: BigramTransformer,
+        language: BigramLanguage,
+        config: TrainConfig,
+        folder: Path | None,
+        probed: HeldOut,
+    ):
+        self.model, self.language, self.config, self.folder, self.probed = model, language, config, folder, probed
+        self.evaluate_every, self.checkpoint_every = config.evaluate_every, config.checkpoint_every
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = _optimizer(parameters, config)
+        model.formed = None
+        self.resumed_at, self.rows, self.forming_steps = _resume(model, language, config, self.optimizer, folder)
+        model.strengths = None  # training is about to change them
+        if config.random_triggers:
+            model.triggers = None
+        else:
+            model.triggers = language.fixed_triggers(config.triggers, config.n_triggers).tolist()
+        model.n_ctx_train = config.length if model.positions == "absolute" else None
 
-    most = last_step(config, language.d_vocab, forming_steps)
-    with _interruptible() as interrupted, tqdm(total=most, initial=step, disable=None, unit="step") as bar:
-        if step == 0:
-            rows, model.formed = _evaluate(model, config, probed, judge, rows, step, 0.0)
-        while step < phase.end:
-            block, index = divmod(step - phase.start, BLOCK)
-            if sequences is None or index == 0:
-                sequences = phase.sequences(language, block)
-            part = slice(index * phase.batch_size, (index + 1) * phase.batch_size)
-            for group in optimizer.param_groups:
-                group["lr"] = phase.lr_at(step)
-            tokens = sequences.tokens[part].to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                logits = forward(tokens)[:, :-1]
-            answers = tokens[:, 1:]
-            if config.loss == "predictable":
-                chosen = sequences.predictable[part][:, :-1].to(device)
-                logits, answers = logits[chosen], answers[chosen]
-            elif phase.jump:  # nothing tells where jumps come, and the bigrams must not learn them
-                chosen = ~sequences.jumped[part][:, :-1].to(device)
-                logits, answers = logits[chosen], answers[chosen]
-            loss = F.cross_entropy(
-                logits.flatten(0, -2).float() if config.bf16 else logits.flatten(0, -2), answers.flatten()
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step += 1
-            seen += tokens.numel()
+        self.forward: Any = PlainForward(model)
+        if config.compile:
+            self.forward = torch.compile(self.forward)
+        self.sequences: SampledSequences | None = None
+        self.phase = phase_at(config, language, model.positions, self.forming_steps)
+        self.judge = Judge(model, language, config)
+        self.loss: Tensor | None = None
+        self.enough = False  # for forming to end
 
-            looked = step % config.evaluate_every == 0
-            enough = looked and look()
-            if phase.forming and (step == phase.end or enough):
-                forming_steps, sequences = step, None
-                phase = phase_at(config, language, model.positions, forming_steps)
-                bar.total = phase.end
-            last = step == phase.end or bool(interrupted)
-            if last and not looked:
-                look()
-            bar.update()
-            if folder is not None and (step % config.checkpoint_every == 0 or last):
-                write_checkpoint(folder, so_far(), optimizer, language)
-            if interrupted:
-                break
-    return so_far()
+    @property
+    def end(self) -> int:
+        return last_step(self.config, self.language.d_vocab, self.forming_steps)
+
+    def take(self, step: int) -> int:
+        config, phase, device = self.config, self.phase, self.model.W_E.device
+        block, index = divmod(step - phase.start, BLOCK)
+        if self.sequences is None or index == 0:
+            self.sequences = phase.sequences(self.language, block)
+        part = slice(index * phase.batch_size, (index + 1) * phase.batch_size)
+        for group in self.optimizer.param_groups:
+            group["lr"] = phase.lr_at(step)
+        tokens = self.sequences.tokens[part].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            logits = self.forward(tokens)[:, :-1]
+        answers = tokens[:, 1:]
+        if config.loss == "predictable":
+            chosen = self.sequences.predictable[part][:, :-1].to(device)
+            logits, answers = logits[chosen], answers[chosen]
+        elif phase.jump:  # nothing tells where jumps come, and the bigrams must not learn them
+            chosen = ~self.sequences.jumped[part][:, :-1].to(device)
+            logits, answers = logits[chosen], answers[chosen]
+        self.loss = F.cross_entropy(
+            logits.flatten(0, -2).float() if config.bf16 else logits.flatten(0, -2), answers.flatten()
+        )
+        self.optimizer.zero_grad()
+        self.loss.backward()
+        self.optimizer.step()
+        self.enough = False
+        return tokens.numel()
+
+    def look(self, step: int, seconds: float) -> str:
+        self.rows, formed = _evaluate(self.model, self.config, self.probed, self.judge, self.rows, step, seconds)
+        self.model.formed = formed
+        self.enough = formed.accuracy >= self.judge.enough
+        return formed.short if self.loss is None else f"loss {self.loss.item():.3f}, {formed.short}"
+
+    def turn(self, step: int) -> None:
+        if self.phase.forming and (step == self.phase.end or self.enough):
+            self.forming_steps, self.sequences = step, None
+            self.phase = phase_at(self.config, self.language, self.model.positions, self.forming_steps)
+
+    def save(self, step: int) -> None:
+        if self.folder is not None:
+            write_checkpoint(self.folder, self.so_far(step), self.optimizer, self.language)
+
+    def so_far(self, step: int) -> TrainingRun:
+        """The run after so many steps."""
+        return TrainingRun(self.model, self.config, step, pd.DataFrame(self.rows), self.forming_steps)
 
 
 def _check(model: BigramTransformer, language: BigramLanguage, config: TrainConfig) -> None:
@@ -252,23 +255,3 @@ def _evaluate(
     for name in ("accuracy", "best", "shortcut", "order", "context", "weights"):
         rows.append({**at, "probe": f"formed_{name}", "value": float(getattr(formed, name))})
     return rows, formed
-
-
-@contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Records a Ctrl-C in the list, so that the current step can finish; a second one interrupts at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # other threads cannot handle signals
-        yield received
-        return
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGINT, before)

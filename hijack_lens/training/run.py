@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,25 +103,39 @@ def write_checkpoint(
     folder: Path, run: TrainingRun, optimizer: torch.optim.Optimizer, language: BigramLanguage
 ) -> None:
     """Writes everything needed to resume a run to `folder/checkpoint-STEP`, whole or not at all."""
-    target = folder / f"checkpoint-{run.step:08d}"
+    header = {
+        "config": asdict(run.config),
+        "step": run.step,
+        "language": fingerprint(language),
+        "forming_steps": run.forming_steps,
+        "table": run.table.to_dict(orient="list"),
+    }
+
+    def write(partial: Path) -> None:
+        run.model.save_pretrained(partial)
+        state = optimizer_state(optimizer)
+        write_safetensors(partial / "training.safetensors", _FORMAT, state or {"empty": torch.zeros(1)}, header)
+
+    keep_checkpoint(folder, run.step, write)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """An optimizer's state, as `restore_optimizer` takes it."""
+    return {
+        f"{index}.{name}": value
+        for index, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def keep_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> None:
+    """Has a checkpoint's files written to `folder/checkpoint-STEP`, whole or not at all, in place of older ones."""
+    target = folder / f"checkpoint-{step:08d}"
     partial = folder / f".{target.name}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        run.model.save_pretrained(partial)
-        state = {
-            f"{index}.{name}": value
-            for index, values in optimizer.state_dict()["state"].items()
-            for name, value in values.items()
-            if isinstance(value, torch.Tensor)
-        }
-        header = {
-            "config": asdict(run.config),
-            "step": run.step,
-            "language": fingerprint(language),
-            "forming_steps": run.forming_steps,
-            "table": run.table.to_dict(orient="list"),
-        }
-        write_safetensors(partial / "training.safetensors", _FORMAT, state or {"empty": torch.zeros(1)}, header)
+        write(partial)
         if not target.exists():
             os.rename(partial, target)
             sync(folder)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-ROOMS = ("", "hooks", "metrics", "theory", "training", "memories", "probing", "grid", "show", "reproduction")
+ROOMS = ("", "hooks", "metrics", "theory", "training", "memories", "probing", "tasks", "grid", "show", "reproduction")
 SPECIAL = ("__call__", "__getitem__", "__contains__")
 """Special methods that take arguments of the user's."""
 
@@ -39,7 +39,8 @@ class Target:
 
 def is_ours(thing: Any) -> bool:
     home = str(getattr(thing, "__module__", ""))
-    return home.startswith("hijack_lens") and not home.startswith("hijack_lens.hooked")  # TransformerLens's, or like it
+    ours = home.startswith("hijack_lens") and not home.startswith("hijack_lens.hooked")  # TransformerLens's, or like it
+    return ours and not getattr(thing, "_is_protocol", False)  # of which there are no instances
 
 
 def _target(name: str, function: Callable, owner: type | None = None, skip: int = 0) -> Target:

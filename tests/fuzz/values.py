@@ -74,6 +74,14 @@ def perturbed_language() -> hl.BigramLanguage:
     return hl.BigramLanguage.dirichlet(D_VOCAB, seed=0)
 
 
+@functools.cache
+def learners() -> list[Any]:
+    """Small tasks, of a few steps of training."""
+    schedule = hl.tasks.Schedule(2, batch_size=4, evaluate_every=2)
+    small: dict[str, Any] = {"d_model": 8, "n_heads": 2, "schedule": schedule}
+    return [hl.tasks.LatentConcepts(5, 2, 0.5, LENGTH, **small), hl.tasks.AlgorithmSelection(2, 3, **small)]
+
+
 CIRCUIT = hl.Circuit(previous_token=(hl.Component(0, "head", 0),), induction=(hl.Component(1, "head", 0),))
 
 BY_NAME: dict[str, Any] = {
@@ -99,6 +107,9 @@ BY_NAME: dict[str, Any] = {
     "ax": st.builds(lambda: matplotlib.figure.Figure().add_subplot()),
     "image": st.just(np.eye(3)),
     "result": st.deferred(lambda: st.sampled_from([one for kept in pool().values() for one in kept])),
+    "latent": st.sampled_from(["table", "noise", "weights"]),
+    "point": st.sampled_from(["hook_embed", "blocks.1.hook_resid_post"]),
+    "points": st.sampled_from(["hook_embed", ["blocks.0.hook_attn_out", "hook_embed"]]),
     "repo_id": st.none(),  # nothing is uploaded
 }
 SEEDS = st.one_of(st.integers(0, 2**64 - 1), st.builds(lambda s: torch.Generator().manual_seed(s), st.integers(0, 9)))
@@ -110,9 +121,11 @@ NOT_OMITTED_ABOVE = 32
 def valid(parameter: Parameter) -> st.SearchStrategy:
     """Arguments that the parameter is made for."""
     name, annotation = parameter.name, parameter.annotation
-    if name == "model":
+    if name == "model" and annotation is not hl.tasks.RealTransformer:
         ours = annotation is hl.BigramTransformer
         return st.sampled_from(pool()[annotation] if ours else list(models().values()))
+    if annotation in (hl.tasks.RealTransformer, hl.tasks.Task):
+        return st.sampled_from(pool()[annotation])
     if name in BY_NAME and not (name == "source" and annotation is not object):
         return BY_NAME[name]
     if name == "seed":
@@ -191,6 +204,11 @@ def fill_pool(seed: int) -> None:
     """Calls what returns a public class with valid arguments, until there are a few instances of each."""
     _POOL[hl.BigramTransformer] = [models()["handwritten"], models()["trainable"]]
     _POOL[hl.Component], _POOL[hl.Circuit] = [hl.Component(1, "head", 0), hl.Component(0, "mlp")], [CIRCUIT]
+    _POOL[hl.tasks.Task] = learners()
+    for one in learners():
+        _POOL[type(one)] = [one]
+        _POOL.setdefault(hl.tasks.RealTransformer, []).append(one.model(0))
+        _POOL.setdefault(hl.tasks.Batch, []).append(one.sample(8, 0))
     classes = {one.function for one in targets() if inspect.isclass(one.function)} - set(_POOL)
     # Functions first, constructors last: what a constructor is given need not fit together.
     makers = [one for one in targets() if one.returns in classes]

@@ -1,0 +1,394 @@
+"""In-context learners: their exact answers by brute force, their training, and how their models are opened."""
+
+import itertools
+import math
+import signal
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from models_for_tests import close
+from refusals import refused
+
+import hijack_lens as hl
+from hijack_lens import tasks
+from hijack_lens.tasks import (
+    AlgorithmSelection,
+    LatentConcepts,
+    RealTransformer,
+    Schedule,
+    algorithm_selection,
+    latent_concepts,
+)
+
+SHORT = Schedule(6, batch_size=4, evaluate_every=2, checkpoint_every=2, warmup=2)
+CONCEPTS = LatentConcepts(5, 3, 0.5, 7, d_model=16, n_heads=2, schedule=SHORT)
+REGRESSION = AlgorithmSelection(2, 4, d_model=16, n_layers=2, n_heads=2, schedule=SHORT)
+TASKS = [CONCEPTS, REGRESSION]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Looks and measures on few prompts."""
+    for module in (latent_concepts, algorithm_selection):
+        for name in ("_WATCHED", "_MEASURED", "_PROBED"):
+            monkeypatch.setattr(module, name, 64)
+
+
+# The protocol
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_prompts_depend_on_their_seed_alone_and_the_last_position_is_asked(task, global_rng_untouched):
+    assert isinstance(task, tasks.Task)
+    one, same, other = task.sample(6, 1), task.sample(6, 1), task.sample(6, 2)
+    assert torch.equal(one.inputs, same.inputs)
+    assert not torch.equal(one.inputs, other.inputs)
+    assert bool(one.mask[:, -1].all())
+    assert len(one[2:5]) == 3
+    for name, values in one.latent.items():
+        assert torch.equal(one[2:5].latent[name], values[2:5])
+    model = task.model(0)
+    for said in (task.predictions(model(one.inputs)), *task.references(one).values()):
+        assert said.shape == task.references(one)["bayes"].shape
+
+
+def test_a_task_in_another_world_has_other_tables_and_the_same_settings():
+    other = CONCEPTS.in_world(1)
+    assert not torch.equal(other.tables, CONCEPTS.tables)
+    assert replace(other, world=0) == CONCEPTS
+    close(other.tables.sum(-1), torch.ones(3, 5, dtype=torch.float64), atol=1e-12)
+
+
+# Exact answers
+
+
+def test_bayes_on_latent_concepts_is_the_sum_over_all_tables_by_hand():
+    batch = CONCEPTS.sample(4, 3)
+    found, tables = CONCEPTS.references(batch), CONCEPTS.tables.tolist()
+    for row, prompt in enumerate(batch.inputs.tolist()):
+        for t, token in enumerate(prompt):
+            likelihood = [math.prod(table[a][b] for a, b in itertools.pairwise(prompt[: t + 1])) for table in tables]
+            for following in range(5):
+                joint = sum(p * table[token][following] for p, table in zip(likelihood, tables, strict=True))
+                average = sum(table[token][following] for table in tables) / 3
+                own = tables[int(batch.latent["table"][row])][token][following]
+                for name, expected in (("bayes", joint / sum(likelihood)), ("average", average), ("oracle", own)):
+                    assert abs(float(found[name][row, t, following]) - expected) < 1e-12, name
+
+
+def test_prompts_follow_their_table_and_a_conflict_ends_with_steps_of_another():
+    task = LatentConcepts(6, 3, 0.1, 40)
+    transitions = torch.zeros(3, 6, 6, dtype=torch.float64)
+    batch = task.sample(3000, 0)
+    table = batch.latent["table"][:, None].expand(-1, 40)
+    transitions.index_put_((table, batch.inputs, batch.targets), torch.ones(()).double(), accumulate=True)
+    often = transitions.sum(-1) > 2000
+    assert bool(often.any())
+    close((transitions / transitions.sum(-1, keepdim=True))[often], task.tables[often], atol=0.05)
+
+    denied = task.conflict(5.0, 500, 0)
+    a, b = denied.latent["table"], denied.latent["denying"]
+    assert bool((a != b).all())
+    log_p = task.tables.log()[:, denied.inputs, denied.targets]
+    for own, steps in ((a, slice(0, 34)), (b, slice(34, 40))):  # five steps between positions, and the one asked
+        assert bool((log_p[own, torch.arange(500)][:, steps] > -20).all())
+    assert float(log_p[a, torch.arange(500)][:, 34:].mean()) < float(log_p[b, torch.arange(500)][:, 34:].mean()) - 2
+    said, last = task.references(denied), denied.inputs[:, -1]
+    close(said["context"][:, -1], task.tables[b, last], atol=0)
+    close(said["weights"][:, -1], task.tables[a, last], atol=0)
+
+
+def test_ridges_are_scikit_learns_and_bayes_weighs_them_by_numerical_integration():
+    from sklearn.linear_model import Ridge
+
+    for d in (1, 2):
+        task = AlgorithmSelection(d, 4)
+        batch = task.sample(5, 7)
+        found = {name: one[..., 0] for name, one in task.references(batch).items()}
+        for row in range(5):
+            x = batch.inputs[row, ::2, :d].double().numpy()
+            y = batch.inputs[row, 1::2, d].double().numpy()
+            for n in range(1, 5):
+                for level in task.noises:
+                    ridge = Ridge(alpha=d * level**2, fit_intercept=False).fit(x[:n], y[:n])
+                    expected = float(ridge.predict(x[n : n + 1])[0])
+                    assert abs(float(found[f"ridge {level:g}"][row, 2 * n]) - expected) < 1e-8
+                single = Ridge(alpha=task.single_penalty, fit_intercept=False).fit(x[:n], y[:n])
+                assert abs(float(found["single ridge"][row, 2 * n]) - float(single.predict(x[n : n + 1])[0])) < 1e-8
+                if d == 1:
+                    assert abs(float(found["bayes"][row, 2 * n]) - integrated(x, y, n, task.noises)) < 1e-8
+            assert float(found["bayes"][row, 0]) == 0
+
+
+def integrated(x, y, n, noises):
+    """The posterior mean of the next y, by the trapezoidal rule over w, which errs by nothing here."""
+    w = np.linspace(-9, 9, 60_001)[:, None]
+    weight, mean = 0.0, 0.0
+    for level in noises:
+        log_p = -(w[:, 0] ** 2) / 2 - (((y[:n] - w * x[:n, 0]) / level) ** 2).sum(1) / 2 - n * math.log(level)
+        p = np.exp(log_p)
+        weight += p.sum()
+        mean += (p * w[:, 0] * x[n, 0]).sum()
+    return float(mean / weight)
+
+
+def test_regression_prompts_hold_what_they_were_drawn_with():
+    task = AlgorithmSelection(3, 6, (0.2, 2.0))
+    batch = task.conflict(4.0, 4000, 0)
+    clean = (batch.inputs[:, ::2, :3].double() @ batch.latent["weights"][..., None])[..., 0]
+    close(task.references(batch)["context"][:, ::2, 0], clean, atol=1e-12)
+    noise = batch.targets[:, ::2].double() - clean
+    for index, level in enumerate(task.noises):
+        assert abs(float(noise[batch.latent["noise"] == index].std()) / level - 1) < 0.05
+    assert abs(float(batch.latent["weights"].std()) / (4 / 3**0.5) - 1) < 0.05
+    close(batch.inputs[:, 1::2, 3], batch.targets[:, :-2:2], atol=0)
+    assert float(batch.inputs[:, ::2, 3].abs().max()) == float(batch.inputs[:, 1::2, :3].abs().max()) == 0
+
+
+# Training
+
+
+def test_a_small_model_learns_its_task_and_bayes_is_better():
+    task = LatentConcepts(5, 2, 0.3, 12, d_model=32, n_heads=2, schedule=Schedule(250, 32, 8e-3, evaluate_every=125))
+    run = tasks.train(task, 3)
+    assert run.finished
+    batch = task.sample(500, 5)
+    losses = {
+        name: float(-said.gather(-1, batch.targets[..., None]).log().mean())
+        for name, said in {
+            "model": task.predictions(run.model(batch.inputs)).detach(),
+            **task.references(batch),
+        }.items()
+    }
+    assert losses["bayes"] < losses["model"] < losses["bayes"] + 0.1 < losses["average"]
+    close(run.model(batch.inputs), tasks.train(task, 3).model(batch.inputs), atol=0)
+    assert run.over_time().index.tolist() == [0, 125, 250]
+
+
+_at: list[object] = []
+
+
+@dataclass(frozen=True)
+class Stopped(LatentConcepts):
+    """Latent concepts that stop training when they are looked at, as `_at` says."""
+
+    def watch(self, model, seed):
+        if _at:
+            what = _at.pop(0)
+            if what is KeyboardInterrupt:
+                signal.raise_signal(signal.SIGINT)
+            elif what is not None:
+                raise what
+        return {"loss": float(model.W_E.detach().double().sum())}
+
+
+@pytest.mark.parametrize("what", [KeyboardInterrupt, OSError("killed")])
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights_to_the_bit(what, tmp_path):
+    task = Stopped(5, 3, 0.5, 7, d_model=16, n_heads=2, schedule=SHORT)
+    whole = tasks.train(task, 1)
+    _at[:] = [None, None, what]  # at step 4
+    if what is KeyboardInterrupt:
+        run = tasks.train(task, 1, tmp_path)
+        assert (run.step, run.finished) == (4, False)
+    else:
+        with pytest.raises(OSError, match="killed"):
+            tasks.train(task, 1, tmp_path)
+    assert not _at
+    for _ in range(2):  # the second time it is finished
+        run = tasks.train(task, 1, tmp_path)
+        assert run.step == 6
+        for ours, theirs in zip(run.model.parameters(), whole.model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        columns = ["step", "measure", "value"]
+        assert run.table[columns].to_numpy().tolist() == whole.table[columns].to_numpy().tolist()
+    for name, changed in {"seed": (task, 2), "task": (replace(task, length=6), 1)}.items():
+        with pytest.raises(ValueError, match=f"out=.* holds a run of another {name}"):
+            tasks.train(*changed, tmp_path)
+
+
+def test_another_file_in_a_checkpoints_place_is_refused(tmp_path, few):
+    tasks.train(REGRESSION, 0, tmp_path)
+    (file,) = tmp_path.glob("checkpoint-*/training.safetensors")
+    file.write_bytes(file.read_bytes()[:-8] + b"damaged!")
+    with pytest.raises(ValueError, match="is damaged"):
+        tasks.train(REGRESSION, 0, tmp_path)
+
+
+# Models opened
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_attributions_of_every_tasks_model_are_complete(task, dtype, tolerance):
+    model = task.model(1).to(dtype)
+    reader, ids = model.reading(task.sample(2, 0).inputs)
+    head = hl.Component(1, "head", 0)
+    found = hl.attribute(reader, ids, circuit=hl.Circuit(induction=(head,)))
+    assert found.completeness_error <= tolerance
+    assert hl.attribute_sources(reader, ids[0], answers=[0]).completeness_error <= tolerance
+    assert hl.attribute_scores(reader, ids[0], head=head).completeness_error <= tolerance
+    close(found.values.sum((1, 2)), reader(ids)[:, -1].detach(), atol=tolerance)
+
+
+def planted(n=200, seed=0):
+    """Prompts whose last vector says a class and a number, and a model that passes vectors on."""
+    generator = torch.Generator().manual_seed(seed)
+    kind, number = torch.randint(3, (n,), generator=generator), torch.randn(n, generator=generator)
+    inputs = torch.randn(n, 4, 5, generator=generator)
+    inputs[:, -1, :3], inputs[:, -1, 3] = 3 * torch.nn.functional.one_hot(kind, 3), number
+    latent = {"kind": kind, "number": number, "nothing": torch.randint(3, (n,), generator=generator)}
+    shape = torch.ones(n, 4, dtype=torch.bool)
+    return tasks.Batch(inputs, torch.zeros(n, 4), shape, latent)
+
+
+def passing(**options):
+    return RealTransformer(5, 2, 4, d_model=8, n_heads=2, norm=None, device="cpu", seed=4, **options)
+
+
+def test_a_latent_that_is_there_is_read_and_one_that_is_not_is_not():
+    batch, model = planted(), passing()
+    untrained = passing()
+    with torch.no_grad():
+        untrained.W_E.zero_()
+
+    def score(latent, position=-1, **options):
+        found = tasks.decodability(model, untrained, batch, latent, "hook_embed", position, **options)
+        assert found["point"].tolist() == ["hook_embed"]
+        return found["score"].item(), found["untrained"].item()
+
+    assert score("kind")[0] == score("kind", how="neighbours")[0] == 1.0
+    assert score("kind")[1] < 0.5  # nothing there to read
+    assert score("nothing")[0] < 0.5
+    assert score("kind", 0)[0] < 0.5
+    assert score("number")[0] > 0.999
+    assert score("number")[1] < 0.1
+
+
+def test_neighbours_by_hand():
+    batch, model = planted(40), passing()
+    seen = (batch.inputs[:, 1] @ model.W_E).detach().double()
+    x = (seen - seen[:20].mean(0)) / seen[:20].std(0, unbiased=False)
+    nearest = torch.cdist(x[20:], x[:20]).argmin(-1)
+    expected = (batch.latent["nothing"][:20][nearest] == batch.latent["nothing"][20:]).double().mean()
+    found = tasks.decodability(model, model, batch, "nothing", "hook_embed", 1, how="neighbours", neighbours=1)
+    assert found["score"].item() == pytest.approx(float(expected), abs=1e-12)
+    assert found["untrained"].item() == found["score"].item()
+
+
+def test_moving_a_latent_adds_the_difference_of_class_means_of_the_other_half():
+    batch, model = planted(), passing()
+    point = "blocks.1.hook_resid_post"
+    moved = tasks.move_latent(model, batch, "kind", point, [1, -1], seed=3)
+    assert bool((moved.to != batch.latent["kind"][100:]).all())
+    _, cache = model.run_with_cache(batch.inputs)
+    means = torch.stack([cache[point][:100][batch.latent["kind"][:100] == k].mean(0) for k in range(3)])
+    step = (means[moved.to] - means[batch.latent["kind"][100:]]) @ model.W_U  # no norm in between
+    expected = torch.zeros_like(moved.outputs)
+    expected[:, [1, 3]] = step[:, [1, 3]].detach()
+    close(moved.unmoved, model(batch.inputs[100:]).detach(), atol=1e-6)
+    close(moved.outputs - moved.unmoved, expected, atol=1e-4)
+    at_random = (moved.at_random - moved.unmoved)[:, -1]
+    assert float((at_random - expected[:, -1]).abs().max()) > 0.1
+    with torch.no_grad():  # so that outputs tell how long the steps were
+        model.unembed.W_U.zero_()
+        model.unembed.W_U[:2, :2] = torch.eye(2)
+    again = tasks.move_latent(model, batch, "kind", point, -1, seed=3)
+    assert again.outputs.shape == moved.outputs.shape
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_every_claim_is_about_something_that_is_measured(task, few):
+    found = task.measure(task.model(0), 0).set_index(["measure", "where"])["value"]
+    assert found.index.is_unique
+    assert bool(np.isfinite(found).all())
+    for bar in task.claims:
+        if bar.measure not in ("rank correlation", "share"):  # over training, and over doses
+            assert (bar.measure, bar.where) in found.index
+    assert float(found["error over" if task is REGRESSION else "loss"].iloc[0]) > 0
+
+
+def test_a_bar_is_met_on_its_side_and_by_no_nan():
+    bar = tasks.Bar("", "loss", "model", "at most", 1.0)
+    assert [bar.met(x) for x in (0.9, 1.0, 1.1, math.nan)] == [True, True, False, False]
+    assert replace(bar, side="at least").met(1.1)
+
+
+# Conflicts
+
+
+def test_the_share_is_the_slope_on_the_contexts_answer():
+    model = REGRESSION.model(0)
+    with torch.no_grad():
+        model.unembed.W_U.zero_()
+        model.unembed.b_U.fill_(0.7)
+    found = tasks.context_share(REGRESSION, model, (0.5, 3.0), n=50, seed=9)
+    for strength, share, bayes in found.to_pandas()[["strength", "share", "bayes"]].itertuples(index=False):
+        index = found.strengths.index(strength)
+        batch = REGRESSION.conflict(strength, 50, hl.training.data.mixed_seed(9, "conflict", index))
+        answer = (batch.inputs[:, -1, :2].double() * batch.latent["weights"]).sum(-1)
+        assert share == pytest.approx(float(0.7 * answer.sum() / answer.square().sum()), abs=1e-6)
+        ideal = REGRESSION.references(batch)["bayes"][:, -1, 0]
+        assert bayes == pytest.approx(float((ideal * answer).sum() / answer.square().sum()), abs=1e-9)
+
+
+def test_shares_are_drawn_kept_and_written(tmp_path):
+    shares = [tasks.context_share(task, task.model(0), task.doses[:2], n=20) for task in TASKS]
+    assert "exact Bayes" in repr(shares[0])
+    picture = hl.show.context_shares([*shares, shares[0]])
+    assert [ax.get_title() for ax in picture.figure.axes] == [task.name for task in TASKS]
+    assert [ax.get_xlabel() for ax in picture.figure.axes] == [task.dose for task in TASKS]
+    assert len(picture.figure.axes[0].lines) == 2 + 2 * 2
+    shares[0].save(tmp_path / "share.safetensors")
+    again = tasks.ContextShare.load(tmp_path / "share.safetensors")
+    assert again.strengths == shares[0].strengths
+    assert torch.equal(again.share, shares[0].share)
+    assert "svg" in shares[1]._repr_html_()
+
+
+# Refusals
+
+
+def probed(latent="kind", point="hook_embed", *args, **options):
+    return tasks.decodability(passing(), passing(), planted(), latent, point, *args, **options)
+
+
+def moved(latent="kind", point="hook_embed", **latents):
+    batch = planted()
+    return tasks.move_latent(passing(), replace(batch, latent={**batch.latent, **latents}), latent, point)
+
+
+test_a_bad_value_is_refused_by_name = refused(
+    ValueError,
+    {
+        "d_vocab must be at least 2, got 1": lambda: LatentConcepts(1),
+        "concentration must be a finite number > 0": lambda: LatentConcepts(concentration=0.0),
+        "noises must be two or more different levels": lambda: AlgorithmSelection(noises=(1.0,)),
+        "noises must be a finite number > 0, got 0": lambda: AlgorithmSelection(noises=(1.0, 0)),
+        "steps must be at least 1, got 0": lambda: Schedule(0),
+        "n must be at least 1, got 0": lambda: CONCEPTS.sample(0, 0),
+        "strength must be a number of steps below 7, got 2.5": lambda: CONCEPTS.conflict(2.5, 4, 0),
+        "strength must be a number of steps below 7, got 7.0": lambda: CONCEPTS.conflict(7.0, 4, 0),
+        "latent must be one of kind": lambda: probed("sort", "hook_embed"),
+        "is not a hook point": lambda: probed("kind", "hook_embbed"),
+        "positions holds 4": lambda: probed("kind", "hook_embed", 4),
+        "neighbours must be at most half": lambda: probed(how="neighbours", neighbours=101),
+        "how must be one of": lambda: probed("kind", "hook_embed", how="deep"),
+        "latent must be one of classes": lambda: moved("number", "hook_embed"),
+        "batch must hold each of 2 classes": lambda: moved(kind=torch.zeros(200, dtype=torch.long)),
+        "point must be .batch, pos, d.": lambda: moved("kind", "blocks.0.attn.hook_z"),
+        "strengths must be a finite number": lambda: tasks.context_share(CONCEPTS, CONCEPTS.model(0), [-1]),
+        "results must hold at least one": lambda: hl.show.context_shares([]),
+    },
+)
+test_a_value_of_a_bad_type_is_refused_by_name = refused(
+    TypeError,
+    {
+        "schedule must be a Schedule, got 5": lambda: LatentConcepts(schedule=5),
+        "task must be a task of hijack_lens.tasks": lambda: tasks.train("concepts"),
+        "model must be a RealTransformer, got None": lambda: tasks.context_share(CONCEPTS, None),
+        "world|seed must be an int": lambda: CONCEPTS.in_world("earth"),
+        "strengths must be numbers, got 3": lambda: tasks.context_share(CONCEPTS, CONCEPTS.model(0), 3),
+    },
+)
