@@ -382,9 +382,14 @@ def test_a_long_table_shows_the_paths_that_make_the_largest_difference():
     lines = [line for line in repr(result).splitlines() if "→" in line]
     a, b = result.pair()
     difference = (result.by_path()[:, a] - result.by_path()[:, b]).abs()
-    assert len(lines) <= 80 < len(result.paths)
-    assert f"{len(result.paths) - 80} more paths make less of a difference." in repr(result)
-    for index in difference.topk(40).indices.tolist():
+    assert len(lines) == 20 < 80 < len(result.paths)
+    largest = difference.topk(20).indices.tolist()
+    left = (result.by_path()[:, a] - result.by_path()[:, b]).sum() - sum(
+        result.by_path()[index, a] - result.by_path()[index, b] for index in largest
+    )
+    said = f"{len(result.paths) - 20} more paths make less of a difference each, {float(left):+.3f} together."
+    assert said in repr(result)
+    for index in largest:
         assert str(result.paths[index]) in repr(result)
 
 

@@ -13,8 +13,8 @@ from hijack_lens.show.style import COLOURS
 _NOTHING = 0.0005
 """Paths below this, in logits, would show as zero, and are left out of tables."""
 
-_MOST_ROWS = 80
-"""A deep model has hundreds of paths; those that make the largest difference are shown."""
+_MOST_ROWS, _LARGEST = 80, 20
+"""A deep model has hundreds of paths: where there are more than the first, as many as the second are shown."""
 
 _HEADS_SHOWN = 8
 
@@ -152,17 +152,19 @@ def _rows(result: LogitAttribution) -> list[Row]:
 
     rows = [row(path.label, path.memory, wrote) for path, wrote in zip(result.paths, by_path, strict=True)]
     shown = sorted((one for one in rows if max(map(abs, one[2:])) >= _NOTHING), key=lambda one: -abs(one[-1]))
-    shown = sorted(shown[:_MOST_ROWS], key=lambda one: list(COLOURS).index(one[1]))
+    shown = shown if len(shown) <= _MOST_ROWS else shown[:_LARGEST]
+    shown = sorted(shown, key=lambda one: list(COLOURS).index(one[1]))
     return [*shown, row("sum", "", by_path.sum(0))]
 
 
 def _hidden(result: LogitAttribution) -> str:
-    n_rows = len(_rows(result))
-    count = len(result.paths) + 1 - n_rows  # the sum has a row of its own
+    *rows, total = _rows(result)
+    count = len(result.paths) - len(rows)
     if not count:
         return ""
-    if n_rows > _MOST_ROWS:
-        return f"{count} more paths make less of a difference."
+    if count > _MOST_ROWS - _LARGEST and len(rows) == _LARGEST:
+        left = total[-1] - sum(row[-1] for row in rows)
+        return f"{count} more paths make less of a difference each, {left:+.3f} together."
     return f"{count} more path{'s' * (count != 1)} write{'s' * (count == 1)} less than {_NOTHING} to either."
 
 
