@@ -133,7 +133,7 @@ def as_rest(app, kind, name, thing, options, lines: list[str]) -> None:
     given = "\n".join(lines)
     block = re.compile(r"(?<=:)\n\n(?=(?:    .*\n?|\n)+)")  # what is indented after a colon and a blank line is code
     given = block.sub(":\n\n", given)
-    parts = re.split(r"(::\n\n(?:(?:[ ]{4}.*)?(?:\n|$))+|^[ ]*(?:>>>|\.\.\.).*$|`[^`]+`)", given, flags=re.MULTILINE)
+    parts = re.split(r"(::\n\n(?:(?:[ ]{4}.*)?(?:\n|$))+|^[ ]*>>>.*(?:\n[ ]*\S.*)*|`[^`]+`)", given, flags=re.MULTILINE)
     for at, part in enumerate(parts):
         if at % 2 == 0:
             parts[at] = re.sub(r"[*|\\]|(?<=\w)_(?=\W|$)", r"\\\g<0>", part)

@@ -68,6 +68,14 @@ def path_sweep(
     Raises:
         TypeError, ValueError: for components that the model lacks, edges that no hook point reaches alone, prompts
             that do not match, and a metric that gives no number.
+
+    Examples:
+        >>> margin = hl.metrics.margin(prompt)
+        >>> sweep = hl.hooks.path_sweep(model, prompt.clean, prompt.corrupted, margin)
+        >>> sweep.to_pandas().nlargest(2, "effect")[["sender", "receiver", "via", "effect"]]
+                    sender        receiver      via     effect
+        5            embed  induction head        v  19.658894
+        22  induction head         unembed  unembed  19.658894
     """
     pair = PromptPair.of(model, clean, corrupted, metric, direction)
     edges, circuit = _edges(model, components, circuit, via)
@@ -151,6 +159,14 @@ def edge_attribution(
 
     Raises:
         TypeError, ValueError: as for `path_sweep`, and for a metric without a derivative.
+
+    Examples:
+        >>> runs = prompt.clean, prompt.corrupted, hl.metrics.margin(prompt)
+        >>> estimate = hl.hooks.edge_attribution(model, *runs)
+        >>> estimate.to_pandas().nlargest(2, "effect")[["sender", "receiver", "via", "effect"]]
+                    sender        receiver      via     effect
+        5            embed  induction head        v  19.658894
+        22  induction head         unembed  unembed  19.658894
     """
     check_steps(steps)
     pair = PromptPair.of(model, clean, corrupted, metric, direction)

@@ -139,6 +139,13 @@ def report_of(result: Any) -> Report:
 
     Raises:
         TypeError: if it is not a result.
+
+    Examples:
+        >>> report = hl.show.report_of(hl.explain(model, prompt))
+        >>> report.title
+        "The context hijacks the weights: after 'q' the model prefers 'e' to 'u', by 3.27 logits."
+        >>> [table.title for table in report.tables][0]
+        'logits at position 23, by path'
     """
     raise TypeError(f"result must be a result of hijack_lens, got {type(result).__name__}")
 
@@ -152,13 +159,21 @@ def picture_of(result: Any) -> Any:
 
     Raises:
         TypeError: if it has no picture.
+
+    Examples:
+        >>> hl.show.picture_of(hl.find_circuit(model).evidence).save("circuit.png")
     """
     raise TypeError(f"result must be a result of hijack_lens with a picture, got {type(result).__name__}")
 
 
 @singledispatch
 def html_of(result: Any) -> str | None:
-    """A result for a notebook; `None` if its picture says it all."""
+    """A result for a notebook; `None` if its picture says it all.
+
+    Examples:
+        >>> hl.show.html_of(hl.attribute_scores(model, prompt))[:4]
+        '<div'
+    """
     return report_of(result).html()
 
 

@@ -45,6 +45,15 @@ class Explanation(Drawn):
         theory: the margin by theory: in closed form if the model was written by hand, with positions; by tables, which
             `training.read_tables` reads off its weights, if it was trained; `None` where these cannot be had.
         flip: the smallest number of repeats at which the context wins at the prompt's length; `None` likewise.
+
+    Examples:
+        >>> explanation = hl.explain(model, prompt)
+        >>> explanation.verdict
+        "The context hijacks the weights: after 'q' the model prefers 'e' to 'u', by 3.27 logits."
+        >>> explanation.winner, explanation.ablated["induction head"]
+        ('context', -6.580639136955142)
+        >>> print(explanation.margin)
+        Margin(context=+9.8538, weights=-6.5806, rest=+0.0000, total=+3.2732)
     """
 
     model: Any
