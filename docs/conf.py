@@ -36,7 +36,7 @@ autodoc_typehints_format = "short"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_attr_annotations = False
-napoleon_use_ivar = True
+napoleon_use_ivar = False
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
@@ -128,6 +128,15 @@ def _comment(one) -> str:
     raise ValueError(f"{one.name} has no text under it that says what it is")
 
 
+LINKS = {
+    spelling: one.name
+    for one in public_names()
+    for spelling in (one.name.removeprefix("hijack_lens."), getattr(one.thing, "__name__", ""))
+    if _is_code(one.thing) and (spelling[:1].isupper() or spelling == one.name.removeprefix("hijack_lens."))
+}
+"""What a docstring calls a public name, between single backticks, and the name."""
+
+
 def as_rest(app, kind, name, thing, options, lines: list[str]) -> None:
     """Docstrings, which are written to be read in a terminal, as reStructuredText."""
     given = "\n".join(lines)
@@ -138,7 +147,9 @@ def as_rest(app, kind, name, thing, options, lines: list[str]) -> None:
         if at % 2 == 0:
             parts[at] = re.sub(r"[*|\\]|(?<=\w)_(?=\W|$)", r"\\\g<0>", part)
         elif part.startswith("`"):
-            parts[at] = f"`{part}`" + ("\\ " if re.match(r"\w", parts[at + 1]) else "")
+            said = LINKS.get(part.strip("`"))
+            linked = f":py:obj:`{part[1:-1]} <{said}>`" if said else f"`{part}`"
+            parts[at] = linked + ("\\ " if re.match(r"\w", parts[at + 1]) else "")
     lines[:] = "".join(parts).split("\n")
 
 
