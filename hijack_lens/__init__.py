@@ -7,8 +7,8 @@ every logit to them, switches either one off, and predicts which one hijacks the
 
 import lazy_loader
 
-from hijack_lens import hooked  # noqa: F401  # says at once if TransformerLens is too old, too new or missing
-from hijack_lens.core.tables import shown_by
+from hijack_lens.core import installed  # noqa: F401  # says at once if TransformerLens is too old, too new or missing
+from hijack_lens.core.showing import shown_by
 
 __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -38,6 +38,12 @@ class Metric:
         position: where logits are read; negative values count from the end.
         resolve: for metrics that need a model or the unpatched runs: from (model, clean logits, corrupted logits),
             both [batch, pos, d_vocab] or `None`, to `of_logits`.
+
+    Examples:
+        >>> import torch
+        >>> entropy = hl.Metric("entropy", lambda logits: torch.distributions.Categorical(logits=logits).entropy())
+        >>> print(f"{entropy(model(prompt.tokens[None])):.3f}")
+        0.165
     """
 
     name: str
@@ -143,6 +149,13 @@ def logit_diff(answer: Answer, foil: Answer, position: int = -1) -> Metric:
 
     Raises:
         TypeError: for anything but tokens.
+
+    Examples:
+        >>> metric = hl.logit_diff("e", "u").on(model)
+        >>> metric.name
+        "logit 'e' − logit 'u'"
+        >>> print(f"{metric(model(prompt.tokens[None])):.2f}")
+        3.27
     """
 
     def of_logits(logits: Tensor, ids: dict[str, Tensor]) -> Tensor:
@@ -156,6 +169,13 @@ def margin(prompt: HijackPrompt, position: int = -1) -> Metric:
 
     Raises:
         TypeError: for anything but a `HijackPrompt`; use `logit_diff` with other prompts.
+
+    Examples:
+        >>> metric = hl.metrics.margin(prompt)
+        >>> metric.name
+        "margin of 'e' over 'u'"
+        >>> print(f"{metric(model(prompt.tokens[None])):.2f}")
+        3.27
     """
     if not isinstance(prompt, HijackPrompt):
         raise TypeError(f"prompt must be a HijackPrompt, got {type(prompt).__name__}; logit_diff takes any two tokens")
@@ -164,7 +184,13 @@ def margin(prompt: HijackPrompt, position: int = -1) -> Metric:
 
 
 def log_prob(answer: Answer, position: int = -1) -> Metric:
-    """log P(answer), in nats; arguments as for `logit_diff`."""
+    """log P(answer), in nats; arguments as for `logit_diff`.
+
+    Examples:
+        >>> metric = hl.metrics.log_prob("e").on(model)
+        >>> print(f"{metric(model(prompt.tokens[None])):.3f}")
+        -0.038
+    """
 
     def of_logits(logits: Tensor, ids: dict[str, Tensor]) -> Tensor:
         return _pick(logits, ids, "answer") - logits.logsumexp(-1)
@@ -173,7 +199,13 @@ def log_prob(answer: Answer, position: int = -1) -> Metric:
 
 
 def prob(answer: Answer, position: int = -1) -> Metric:
-    """P(answer); arguments as for `logit_diff`."""
+    """P(answer); arguments as for `logit_diff`.
+
+    Examples:
+        >>> metric = hl.metrics.prob("e").on(model)
+        >>> print(f"{metric(model(prompt.tokens[None])):.3f}")
+        0.963
+    """
 
     def of_logits(logits: Tensor, ids: dict[str, Tensor]) -> Tensor:
         return _pick(logits.softmax(-1), ids, "answer")
@@ -190,6 +222,11 @@ def kl(reference: _Run | Logits = "clean", position: int = -1) -> Metric:
 
     Raises:
         TypeError, ValueError: for any other reference.
+
+    Examples:
+        >>> clean, corrupted = model(prompt.clean[None]), model(prompt.corrupted[None])
+        >>> print(f"{hl.metrics.kl(clean)(corrupted):.3f}")
+        15.623
     """
     if isinstance(reference, str):
         check_choice("reference", reference, ("clean", "corrupted"))

@@ -47,6 +47,14 @@ def ablate(
     Raises:
         TypeError, ValueError: for components that the model lacks or whose edits it would ignore, and where
             `reference` is missing or unused.
+
+    Examples:
+        >>> margin = hl.metrics.margin(prompt)
+        >>> with hl.hooks.ablate(model, "induction"):
+        ...     print(f"{margin(model(prompt.tokens[None])):.2f}")
+        -6.58
+        >>> print(f"{margin(model(prompt.tokens[None])):.2f}")
+        3.27
     """
     model = as_written(model)
     check_reference(how, reference)
@@ -84,6 +92,12 @@ def patch(
     Raises:
         TypeError, ValueError: for components that the model lacks or whose edits it would ignore, and for a
             cache that lacks them.
+
+    Examples:
+        >>> margin = hl.metrics.margin(prompt)
+        >>> with hl.hooks.patch(model, "induction", source=prompt.corrupted):
+        ...     print(f"{margin(model(prompt.clean[None])):.2f}")
+        -16.39
     """
     with texts_begin(prepend_bos):
         return _overwriting(

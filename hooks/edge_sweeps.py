@@ -94,6 +94,14 @@ def path_sweep(
             no number; for edges that no hook point reaches alone, where whole runs are needed; with
             method="incremental", for a model that cannot be run this way; with `exact`, for a metric without a
             derivative.
+
+    Examples:
+        >>> margin = hl.metrics.margin(prompt)
+        >>> sweep = hl.hooks.path_sweep(model, prompt.clean, prompt.corrupted, margin)
+        >>> sweep.to_pandas().nlargest(2, "effect")[["sender", "receiver", "via", "effect"]]
+                    sender        receiver      via     effect
+        5            embed  induction head        v  19.658894
+        22  induction head         unembed  unembed  19.658894
     """
     memory, generator = memory_budget(memory_gb), as_generator(seed)
     exact = None if exact is None else check_count("exact", exact, minimum=1)
@@ -213,6 +221,14 @@ def edge_attribution(
 
     Raises:
         TypeError, ValueError: as for `path_sweep`, and for a metric without a derivative.
+
+    Examples:
+        >>> runs = prompt.clean, prompt.corrupted, hl.metrics.margin(prompt)
+        >>> estimate = hl.hooks.edge_attribution(model, *runs)
+        >>> estimate.to_pandas().nlargest(2, "effect")[["sender", "receiver", "via", "effect"]]
+                    sender        receiver      via     effect
+        5            embed  induction head        v  19.658894
+        22  induction head         unembed  unembed  19.658894
     """
     check_steps(steps)
     pair = PromptPair.of(model, clean, corrupted, metric, direction)

@@ -34,6 +34,13 @@ class Edge:
         sender: a head, an MLP, "embed" or "pos_embed".
         receiver: a head, an MLP, or "unembed".
         via: the receiver's input: "q", "k" or "v" of a head, "mlp_in" of an MLP, or "unembed".
+
+    Examples:
+        >>> edge = hl.hooks.Edge(hl.Component.of("L0H0"), hl.Component.of("L1H0"), "k")
+        >>> print(edge)
+        L0H0 → L1H0 k
+        >>> edge.label(model.circuit)
+        'previous-token head → induction head k'
     """
 
     sender: Sender
@@ -189,6 +196,15 @@ def patch_path(
 
     Raises:
         TypeError, ValueError: for an edge that the model does not have, or that no hook point reaches alone.
+
+    Examples:
+        >>> margin = hl.metrics.margin(prompt)
+        >>> for via in "qkv":
+        ...     with hl.hooks.patch_path(model, "previous_token", "induction", via):
+        ...         print(via, f"{margin(model(prompt.tokens[None])):.2f}")
+        q 3.27
+        k -4.08
+        v 3.27
     """
     model = as_written(model)
     check_choice("via", via, VIAS)

@@ -44,6 +44,14 @@ class Intervention:
         ValueError: for a hook point that the model lacks or that would do nothing.
         RuntimeError: on leaving the context, if a hook did not fire though its part of the model ran, or was removed
             inside, by `reset_hooks()` for example.
+
+    Examples:
+        >>> ablation = hl.hooks.ablate(model, "induction")
+        >>> [name for name, function in ablation.fwd_hooks]
+        ['blocks.1.attn.hook_z']
+        >>> logits = model.run_with_hooks(prompt.tokens, fwd_hooks=ablation.fwd_hooks)
+        >>> language.tokens[logits[0, -1].argmax()]
+        'u'
     """
 
     def __init__(

@@ -49,6 +49,12 @@ def scale(
     Raises:
         TypeError, ValueError: for components that the model lacks or whose edits it would ignore; for a text that its
             tokenizer does not know; and for positions or a mask that do not fit the run.
+
+    Examples:
+        >>> margin = hl.metrics.margin(prompt)
+        >>> with hl.hooks.scale(model, "induction", 0.5):
+        ...     print(f"{margin(model(prompt.tokens[None])):.2f}")
+        -1.65
     """
     model = as_written(model)
     factor = check_number("factor", factor)
@@ -192,6 +198,13 @@ def steer(
 
     Raises:
         TypeError, ValueError: as for `scale`.
+
+    Examples:
+        >>> told = [hl.hijack_prompt(language, "q", c, 2, 16, seed=0).text for c in "aeis"]
+        >>> carriers = hl.find_carriers(model, told, context=list("aeis"), weights=list("uuuu"))
+        >>> with hl.hooks.steer(model, carriers, "e", toward="weights"):
+        ...     language.tokens[model(prompt.tokens[None])[0, -1].argmax()]
+        'u'
     """
     check_type("carriers", carriers, Carriers)
     check_choice("toward", toward, ("context", "weights"))

@@ -95,6 +95,16 @@ class Sweep(PatchEffects, Saved, Drawn):
         direction: "denoise" (clean into corrupted), "noise" (corrupted into clean) or "ablate".
         method: how it was computed: "incremental"; "forward" for whole runs of the model; "gradient" for an estimate.
         texts: the text of the token at each position, if the sweep is of one prompt.
+
+    Examples:
+        >>> margin = hl.metrics.margin(prompt)
+        >>> sweep = hl.hooks.patch_sweep(model, prompt.clean, prompt.corrupted, margin)
+        >>> sweep.axes, sweep.values.shape
+        (('activation', 'layer', 'position'), torch.Size([3, 2, 24]))
+        >>> sweep.corrupted, sweep.clean
+        (-16.38572120666504, 3.2731730937957764)
+        >>> sweep.effect.max(), sweep.normalised.max()
+        (tensor(19.6589), tensor(1.))
     """
 
     older_names: ClassVar[Mapping[str, str]] = {"components": "activations"}
@@ -199,6 +209,16 @@ class PathSweep(PatchEffects, Saved, Drawn):
         method: "incremental" or "forward" for patched runs, as in a `Sweep`; "gradient" for an estimate.
         circuit: names components by their roles.
         screen: how the edges were chosen among more, if they were.
+
+    Examples:
+        >>> margin = hl.metrics.margin(prompt)
+        >>> sweep = hl.hooks.path_sweep(model, prompt.clean, prompt.corrupted, margin)
+        >>> print(sweep.edges[0])
+        embed → L0H0 q
+        >>> sweep.corrupted, sweep.clean
+        (-16.38572120666504, 3.2731730937957764)
+        >>> sweep.effect.max(), sweep.normalised.max()
+        (tensor(19.6589), tensor(1.))
     """
 
     values: Float[Tensor, "edge"]
@@ -250,6 +270,15 @@ class Comparison(Shown, Generic[Result]):
     Attributes:
         approximate: the estimate.
         exact: the sweep of the same patches by actual runs.
+
+    Examples:
+        >>> runs = prompt.clean, prompt.corrupted, hl.metrics.log_prob("e"), "attn_out"
+        >>> exact = hl.hooks.patch_sweep(model, *runs)
+        >>> compared = hl.hooks.attribution_patch(model, *runs).compare(exact)
+        >>> f"correlation {compared.correlation:.2f}, relative error {compared.relative_error:.2f}"
+        'correlation 1.00, relative error 0.20'
+        >>> compared.error.shape == exact.values.shape, round(compared.max_error, 2)
+        (True, 3.31)
     """
 
     approximate: Result

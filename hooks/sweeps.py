@@ -79,6 +79,15 @@ def patch_sweep(
     Raises:
         TypeError, ValueError: for what the model lacks or would ignore, prompts that do not match, and a metric that
             gives no number; with method="incremental", for a model that cannot be run this way.
+
+    Examples:
+        >>> margin = hl.metrics.margin(prompt)
+        >>> sweep = hl.hooks.patch_sweep(model, prompt.clean, prompt.corrupted, margin, "resid_pre")
+        >>> sweep.to_pandas().nlargest(3, "effect")[["layer", "position", "token", "effect"]]
+            layer  position token    effect
+        4       0         4     u  6.552965
+        6       0         6     u  6.552965
+        16      0        16     u  6.552965
     """
     pair = PromptPair.of(model, clean, corrupted, metric, direction)
     plan = make_plan(model, activations, positions, layers, units, pair.base.shape[1])
@@ -124,6 +133,15 @@ def ablate_sweep(
 
     Raises:
         TypeError, ValueError: as for `patch_sweep`, and where `reference` is missing, unused or of another length.
+
+    Examples:
+        >>> sweep = hl.hooks.ablate_sweep(model, prompt, hl.metrics.margin(prompt), positions=[-1])
+        >>> sweep.to_pandas()[["activation", "layer", "effect"]]
+          activation  layer    effect
+        0   attn_out      0  0.000000
+        1   attn_out      1 -9.853812
+        2    mlp_out      0  0.000000
+        3    mlp_out      1  6.580639
     """
     check_reference(how, reference)
     generator = as_generator(seed)
@@ -183,6 +201,13 @@ def attribution_patch(
 
     Raises:
         TypeError, ValueError: as for `patch_sweep`, and for a metric without a derivative.
+
+    Examples:
+        >>> runs = prompt.clean, prompt.corrupted, hl.metrics.log_prob("e"), "attn_out"
+        >>> estimate = hl.hooks.attribution_patch(model, *runs)
+        >>> compared = estimate.compare(hl.hooks.patch_sweep(model, *runs))
+        >>> f"correlation {compared.correlation:.2f}, relative error {compared.relative_error:.2f}"
+        'correlation 1.00, relative error 0.20'
     """
     check_steps(steps)
     pair = PromptPair.of(model, clean, corrupted, metric, direction)

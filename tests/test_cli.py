@@ -1,7 +1,11 @@
 """The command line, as a person runs it."""
 
+import importlib.metadata
+import inspect
 import json
 import os
+import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import torch
 
 import hijack_lens as hl
 from hijack_lens import cli, reproduction, theory
+from hijack_lens.cli import commands, doctor
 from hijack_lens.reproduction import Finding, Result
 from hijack_lens.show.style import Picture
 
@@ -178,6 +183,69 @@ def test_an_unknown_command_is_bad_input_and_none_shows_help(capsys, monkeypatch
     code, out, _ = run(capsys, monkeypatch)
     assert code == 0
     assert "explain" in out
+
+
+def test_a_misspelt_command_is_answered_with_the_one_that_was_meant(capsys, monkeypatch):
+    code, out, err = run(capsys, monkeypatch, "explian")
+    assert (code, out) == (2, "")
+    assert err == (
+        "hijack-lens: 'explian' is no command. Did you mean 'explain'? There are explain, train, reproduce, doctor.\n"
+    )
+
+
+AT_ONCE = """
+import sys
+sys.argv = ["hijack-lens", *sys.argv[1:]]
+from hijack_lens.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+print(sorted({"torch", "transformer_lens", "pandas", "numpy", "hijack_lens.cli.commands"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("asked", [["--version"], ["--help"], [], ["explian"], ["--install-completion", "--help"]])
+def test_what_needs_no_model_imports_none_and_answers_at_once(asked, tmp_path):
+    """Imports of half a second and more wait for a command that needs them."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", AT_ONCE, *asked], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert after.ru_utime + after.ru_stime - spent.ru_utime - spent.ru_stime < 1.0  # of CPU; 0.3 on an idle core
+
+
+def test_the_version_names_what_it_stands_on(capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "--version")
+    torch_is, lens_is = (importlib.metadata.version(name) for name in ("torch", "transformer-lens"))
+    assert (code, out) == (0, f"hijack-lens {hl.__version__} (torch {torch_is}, transformer-lens {lens_is})\n")
+
+
+def test_each_command_says_of_itself_what_help_says_of_it():
+    for name, said in cli._COMMANDS.items():
+        command = getattr(doctor if name == "doctor" else commands, name)
+        assert inspect.getdoc(command).splitlines()[0] == said
+
+
+def test_doctor_says_what_is_installed_and_that_it_works(capsys, monkeypatch):
+    code, out, err = run(capsys, monkeypatch, "doctor")
+    assert (code, err) == (0, "")
+    for part in (f"hijack-lens {hl.__version__}", f"torch {torch.__version__}", "devices: cpu", "self-test: passed in"):
+        assert part in out
+
+
+def test_doctor_notices_a_model_that_theory_does_not_predict(capsys, monkeypatch):
+    logits = theory.logits
+    monkeypatch.setattr(theory, "logits", lambda *given: logits(*given) + 1e-3)
+    code, out, _ = run(capsys, monkeypatch, "doctor")
+    assert code == 1
+    assert "self-test: NOT passed: theory and model differ by 1.0e-03" in out
+
+
+def test_completion_is_written_where_it_is_asked_for(capsys, monkeypatch, tmp_path):
+    code, _, _ = run(capsys, monkeypatch, "--install-completion", "--shell", "bash", "--output", str(tmp_path / "done"))
+    assert code == 0
+    assert "explain" in (tmp_path / "done").read_text()
 
 
 def test_workers_that_cannot_start_end_a_reproduction_with_one_clear_line(capsys, monkeypatch):

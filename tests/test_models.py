@@ -414,8 +414,8 @@ def test_construction_leaves_the_global_random_state_alone(options, global_rng_u
 
 
 def import_error(folder, code):
-    """The last line that `import hijack_lens` prints after `code`, with a folder's modules before all others."""
-    code = f"import sys; sys.path.insert(0, {str(folder)!r}); {code}; import hijack_lens"
+    """The last line that importing and first using hijack_lens prints after `code`, with a folder's modules first."""
+    code = f"import sys; sys.path.insert(0, {str(folder)!r}); {code}; import hijack_lens; hijack_lens.attribute"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     return done.stderr.strip().splitlines()[-1]

@@ -62,6 +62,12 @@ def find_carriers(
     Raises:
         TypeError, ValueError: for fewer prompts, prompts without the context's answer, answers that begin with the same
             token, models that `attribute_sources` refuses, and where no head exceeds chance.
+
+    Examples:
+        >>> told = [hl.hijack_prompt(language, "q", c, 2, 16, seed=0).text for c in "aeis"]
+        >>> carriers = hl.find_carriers(model, told, context=list("aeis"), weights=list("uuuu"))
+        >>> print(*carriers.heads)
+        L1H0
     """
     cases = _cases(model, prompts, context, weights, repeats)
     generator = as_generator(seed)

@@ -48,6 +48,12 @@ class Path:
         label: the path in words, by the roles of the circuit's components.
         memory: "context" through an induction head; "weights" for biases, or through MLPs only from the embedding, or
             through bigram memories only from the stream; else "rest".
+
+    Examples:
+        >>> head = hl.Component.of("L1H0")
+        >>> path = hl.Path.of("embed", (head,), model.circuit)
+        >>> print(path, "counts as the", path.memory)
+        embed → induction head → unembed counts as the context
     """
 
     source: Source
@@ -95,6 +101,20 @@ class LogitAttribution(Saved, Shown):
         joiner: what separates two tokens in a text.
         answers: ids of the outputs on the last axis, or each prompt's own; `None` for all of them.
         outputs_are_tokens: whether the model has as many outputs as tokens; if not, outputs are called by their ids.
+
+    Examples:
+        >>> result = hl.attribute(model, prompt)
+        >>> result.axes, result.values.shape
+        (('path', 'source', 'd_vocab'), torch.Size([8, 24, 18]))
+        >>> by_path = result.by_path()
+        >>> e = language.index("e")
+        >>> for path, logit in zip(result.paths, by_path[:, e], strict=True):
+        ...     if abs(logit) > 1:
+        ...         print(f"{path}: {logit:.2f}")
+        embed → induction head → unembed: 9.86
+        embed → bigram memory → unembed: -6.60
+        >>> result.completeness_error < 1e-4
+        True
     """
 
     values: Float[Tensor, "*batch path source d_vocab"]

@@ -70,6 +70,13 @@ def attribute(
     Raises:
         TypeError, ValueError: for prompts the model cannot take, for more than 2^29 numbers from a deep model, and for
             models whose logits are not a sum over paths, or whose hooks keep them from being one.
+
+    Examples:
+        >>> result = hl.attribute(model, prompt)
+        >>> print(result.margin("e", "u"))
+        Margin(context=+9.8538, weights=-6.5806, rest=+0.0000, total=+3.2732)
+        >>> result.completeness_error < 1e-4
+        True
     """
     circuit = circuit_of(model, circuit)
     ids = model_tokens(model, prompt)

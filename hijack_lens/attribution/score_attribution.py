@@ -68,6 +68,16 @@ class LogOdds(_ByTerms, Drawn):
         query_terms: the query's terms, along the first axis.
         key_terms: the keys' terms, along the second.
         circuit: names components by their roles.
+
+    Examples:
+        >>> odds = hl.attribute_scores(model, prompt).log_odds()
+        >>> odds.query_labels[0], odds.key_labels[2], odds.values.shape
+        ('embed', 'previous-token head', torch.Size([5, 5]))
+        >>> odds.to_pandas().nlargest(1, "log_odds")
+          query_path             key_path  log_odds
+        2      embed  previous-token head    0.1522
+        >>> odds.completeness_error < 1e-4
+        True
     """
 
     values: Float[Tensor, "query_term key_term"]
@@ -152,6 +162,19 @@ class ScoreAttribution(_ByTerms, Saved, Drawn):
         sink: where the head looks if it looks for nothing: the first position, if it is among the keys, the model has
             more than two layers and the head gives it more than half of its attention; else `None`. Among several keys
             it is never the `top_key`, nor by default a competitor.
+
+    Examples:
+        >>> scores = hl.attribute_scores(model, prompt, "induction")
+        >>> scores.axes, scores.values.shape
+        (('key', 'query_term', 'key_term'), torch.Size([24, 5, 5]))
+        >>> scores.query_labels
+        ('embed', 'positional embed', 'previous-token head', 'L0MLP', 'biases')
+        >>> scores.key_labels
+        ('embed', 'positional embed', 'previous-token head', 'L0MLP', 'biases')
+        >>> prompt.text[scores.top_key - 1 : scores.top_key + 1]
+        'qe'
+        >>> scores.completeness_error < 1e-4
+        True
     """
 
     values: Float[Tensor, "key query_term key_term"]

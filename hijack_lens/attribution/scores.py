@@ -210,6 +210,12 @@ def attribute_scores(
     Raises:
         TypeError, ValueError: for prompts, heads and positions that the model does not have; for more than 2^27
             numbers; and for models whose scores are not such a sum, such as those with capped scores or ALiBi.
+
+    Examples:
+        >>> scores = hl.attribute_scores(model, prompt)
+        >>> by_key = scores.cell("embed", model.circuit.previous_token)  # K-composition
+        >>> [(position, f"{score:.1f}") for position, score in enumerate(by_key) if score > 1]
+        [(4, '6.0'), (6, '6.0'), (16, '6.0')]
     """
     circuit = circuit_of(model, circuit)
     chosen = one_head(model, head, circuit)

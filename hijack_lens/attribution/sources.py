@@ -76,6 +76,13 @@ def attribute_sources(
     Raises:
         TypeError, ValueError: for prompts that the model cannot take, a context that is not in the prompt or not before
             the position, and for models that are not linear once patterns, scales and gates are held.
+
+    Examples:
+        >>> result = hl.attribute_sources(model, prompt, ["e", "u"])
+        >>> print(result.margin("e", "u"))
+        Margin(context=+9.8538, weights=-6.5806, rest=+0.0000, total=+3.2732)
+        >>> result.by_token().sum(0)
+        tensor([ 3.2580, -0.0152])
     """
     ids = model_tokens(model, prompt)
     query = check_position("position", position, ids.shape[1], ids.shape[1] - 1)

@@ -122,6 +122,15 @@ class CircuitEvidence(Drawn):
         others_null: what that must exceed.
         n_prompts: prompts scored; as many others were used for ablation where the first 8 of them left it open.
         period: tokens that each prompt repeats.
+
+    Examples:
+        >>> evidence = hl.find_circuit(model).evidence
+        >>> print(evidence.verdicts)
+        previous-token head: L0H0 (attention 1.00; 95% of the in-context gain lost without it)
+        induction head: L1H0 (attention 0.89; 102% of the in-context gain lost without it)
+        bigram memory: L1MLP (100% of the context-free prediction)
+        >>> evidence.by_effect
+        ()
     """
 
     circuit: Circuit

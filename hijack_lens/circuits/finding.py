@@ -82,6 +82,13 @@ def find_circuit(
     Raises:
         TypeError, ValueError: for tokens that the model lacks, a model whose outputs are not its tokens, or a
             vocabulary or context too small to repeat three tokens.
+
+    Examples:
+        >>> circuit = hl.find_circuit(model)
+        >>> print(circuit)
+        previous-token head: L0H0; induction head: L1H0; bigram memory: L1MLP
+        >>> circuit == model.circuit
+        True
     """
     n_prompts = check_count("n_prompts", n_prompts, minimum=N_SCREENED)
     check_memory(8 * n_prompts * model.cfg.d_vocab, n_prompts=n_prompts)

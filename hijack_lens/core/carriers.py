@@ -27,6 +27,16 @@ class Carriers(Saved, Drawn):
         strengths: strengths that were tried, with the chosen heads.
         by_count: for each count, the shares of prompts whose largest logit is the context's answer, and the weights'.
         by_strength: likewise for each strength.
+
+    Examples:
+        >>> told = [hl.hijack_prompt(language, "q", c, 2, 16, seed=0).text for c in "aeis"]
+        >>> carriers = hl.find_carriers(model, told, context=list("aeis"), weights=list("uuuu"))
+        >>> carriers.tried().tail(1)
+           heads  strength  context  weights
+        6      1       8.0      1.0      0.0
+        >>> carriers.save("carriers.safetensors")
+        >>> print(*hl.Carriers.load("carriers.safetensors").heads)
+        L1H0
     """
 
     heads: tuple[Component, ...]

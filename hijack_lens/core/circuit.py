@@ -22,6 +22,13 @@ class Component:
         layer: its block, from 0.
         kind: "head" or "mlp".
         head: the head's index in its block; `None` for an MLP.
+
+    Examples:
+        >>> head = hl.Component(1, "head", 0)
+        >>> print(head)
+        L1H0
+        >>> hl.Component.of("L1H0") == head
+        True
     """
 
     layer: int
@@ -71,6 +78,15 @@ class Circuit:
         induction: heads that attend to what followed the current token before, and copy it.
         bigram: MLPs that hold the global bigrams.
         evidence: the `CircuitEvidence` of a circuit that `find_circuit` found, else `None`; equality ignores it.
+
+    Examples:
+        >>> circuit = hl.Circuit(previous_token="L0H0", induction="L1H0", bigram="L1MLP")
+        >>> print(circuit)
+        previous-token head: L0H0; induction head: L1H0; bigram memory: L1MLP
+        >>> circuit.role(hl.Component.of("L1H0"))
+        'induction'
+        >>> circuit.label(hl.Component.of("L1MLP"))
+        'bigram memory'
     """
 
     previous_token: tuple[Component, ...] = ()
@@ -132,6 +148,12 @@ class Strengths:
             outweighs about e^b2 other positions.
         copy: b3, the logit that the induction head writes for a token it attends to fully.
         bigram: g, the bigram memory's scale: it writes g * log pi_b.
+
+    Examples:
+        >>> hl.Strengths(match=4.0)
+        Strengths(previous_token=20.0, match=4.0, copy=10.0, bigram=1.0)
+        >>> hl.associative_transformer(language, strengths=hl.Strengths(bigram=2.0)).strengths.bigram
+        2.0
     """
 
     previous_token: float = 20.0
@@ -158,6 +180,15 @@ class Margin:
         context: written through the induction head.
         weights: written by the bigram memory, the direct path and the biases.
         rest: written any other way.
+
+    Examples:
+        >>> margin = hl.theory.margin(prompt, language)
+        >>> print(margin)
+        Margin(context=+9.8538, weights=-6.5806, rest=+0.0000, total=+3.2732)
+        >>> {part: f"{value:.2f}" for part, value in margin.parts.items()}
+        {'context': '9.85', 'weights': '-6.58', 'rest': '0.00', 'total': '3.27'}
+        >>> float(margin.total) > 0  # the context wins
+        True
     """
 
     context: Float[Tensor, "*batch"]

@@ -1,6 +1,5 @@
 """Tables and reports as data, text or HTML; results that display themselves through registered functions."""
 
-import importlib
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from hijack_lens.core.showing import registered
 
 if TYPE_CHECKING:
     import rich.table
@@ -139,6 +140,13 @@ def report_of(result: Any) -> Report:
 
     Raises:
         TypeError: if it is not a result.
+
+    Examples:
+        >>> report = hl.show.report_of(hl.explain(model, prompt))
+        >>> report.title
+        "The context hijacks the weights: after 'q' the model prefers 'e' to 'u', by 3.27 logits."
+        >>> [table.title for table in report.tables][0]
+        'logits at position 23, by path'
     """
     raise TypeError(f"result must be a result of hijack_lens, got {type(result).__name__}")
 
@@ -152,13 +160,21 @@ def picture_of(result: Any) -> Any:
 
     Raises:
         TypeError: if it has no picture.
+
+    Examples:
+        >>> hl.show.picture_of(hl.find_circuit(model).evidence).save("circuit.png")
     """
     raise TypeError(f"result must be a result of hijack_lens with a picture, got {type(result).__name__}")
 
 
 @singledispatch
 def html_of(result: Any) -> str | None:
-    """A result for a notebook; `None` if its picture says it all."""
+    """A result for a notebook; `None` if its picture says it all.
+
+    Examples:
+        >>> hl.show.html_of(hl.attribute_scores(model, prompt))[:4]
+        '<div'
+    """
     return report_of(result).html()
 
 
@@ -166,11 +182,11 @@ class Shown:
     """A result that prints and displays itself, with the functions registered by the module that `shown_by` names."""
 
     def __repr__(self) -> str:
-        _registered()
+        registered()
         return report_of(self).text()
 
     def _repr_html_(self) -> str | None:
-        _registered()
+        registered()
         return html_of(self)
 
 
@@ -179,19 +195,5 @@ class Drawn(Shown):
 
     def picture(self, *chosen: Any, **options: Any) -> Any:
         """The result drawn: a `show.Picture`. The options depend on the result: see `show.picture_of`."""
-        _registered()
+        registered()
         return picture_of(self, *chosen, **options)
-
-
-_module: str | None = None
-
-
-def shown_by(module: str) -> None:
-    """Names the module that registers how results are shown; it is imported when the first one is."""
-    global _module
-    _module = module
-
-
-def _registered() -> None:
-    if _module is not None:
-        importlib.import_module(_module)

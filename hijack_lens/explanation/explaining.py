@@ -54,6 +54,12 @@ def explain(
 
     Raises:
         TypeError, ValueError: for other models and prompts, and for answers that are not tokens.
+
+    Examples:
+        >>> hl.explain(model, prompt).verdict
+        "The context hijacks the weights: after 'q' the model prefers 'e' to 'u', by 3.27 logits."
+        >>> hl.explain(model, prompt.text, "e", "u").winner
+        'context'
     """
     without_circuit = (("contrast", contrast), ("candidates", candidates))
     if isinstance(prompt, HijackPrompt):

@@ -35,6 +35,13 @@ class Check:
         what: the intervention, in words.
         attributed: in logits; with patterns, scales and gates held as they were.
         measured: the margin of the run less that of the run with the intervention, all else following.
+
+    Examples:
+        >>> from hijack_lens.explanation import Check
+        >>> Check("the context left out", attributed=0.75, measured=1.9).parts
+        True
+        >>> Check("the context left out", attributed=0.75, measured=0.8).parts
+        False
     """
 
     what: str
@@ -86,6 +93,17 @@ class AnswerExplanation(Drawn):
         texts: those of the prompt's tokens.
         first: that of the token with the largest logit.
         contrast: how it differs from a second prompt, if one was given.
+
+    Examples:
+        >>> smollm2 = hl.models.load_model("smollm2-135m")
+        >>> told = "The capital of France is London. The capital of France is"
+        >>> explanation = hl.explain(smollm2, told, "London", "Paris")
+        >>> explanation.winner, explanation.total
+        ('weights', -1.745697021484375)
+        >>> print(explanation.margin)
+        Margin(context=+0.5569, weights=-2.3026, rest=+0.0000, total=-1.7457)
+        >>> explanation.verdict[:44]
+        "The weights win: '␣Paris' over '␣London' by "
     """
 
     model: Any

@@ -54,6 +54,15 @@ class Explanation(Drawn):
             circuit does not name outweigh those that it names; else `None`.
         broken: the roles without which the model predicts its own intact predictions worse than a uniform guess would:
             their margins in `ablated` say little. Not asked of models of up to two layers.
+
+    Examples:
+        >>> explanation = hl.explain(model, prompt)
+        >>> explanation.verdict
+        "The context hijacks the weights: after 'q' the model prefers 'e' to 'u', by 3.27 logits."
+        >>> explanation.winner, explanation.ablated["induction head"]
+        ('context', -6.580639136955142)
+        >>> print(explanation.margin)
+        Margin(context=+9.8538, weights=-6.5806, rest=+0.0000, total=+3.2732)
     """
 
     model: Any

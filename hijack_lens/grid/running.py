@@ -84,6 +84,17 @@ def run_grid(
         ImportError: for a Parquet file without pyarrow.
         RuntimeError: if an executor that you passed in breaks, or one that was made here cannot even start; what has
             finished is kept.
+
+    Examples:
+        >>> def flip(match):
+        ...     setting = hl.theory.Setting(hl.Strengths(match=match))
+        ...     return {"repeats": hl.theory.min_repeats(language, "q", "e", setting=setting, length=24).repeats}
+        >>> table = hl.grid.run_grid(flip, {"match": [2.0, 3.0, 6.0]})
+        >>> table[["match", "repeats"]]
+           match  repeats
+        0    2.0        5
+        1    3.0        3
+        2    6.0        1
     """
     if not callable(function):
         raise TypeError(f"function must be callable, got {shown(function)}")

@@ -3,19 +3,9 @@
 Nothing else in the package asks which TransformerLens is installed.
 """
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-try:
-    _installed = version("transformer-lens")
-except PackageNotFoundError:
-    _installed = "none"
-_release = tuple(int(part) for part in _installed.split(".")[:2] if part.isdigit())
-if not (3, 9) <= _release < (5,):
-    raise ImportError(
-        f"hijack-lens needs transformer-lens >=3.9,<5, found {_installed}. "
-        "Install it with: pip install 'transformer-lens>=3.9,<5'"
-    )
+from hijack_lens.core.installed import TRANSFORMER_LENS
 
 CENTRED_NORMS: tuple[type[Any], ...]
 """Norms that subtract the mean."""
@@ -24,7 +14,7 @@ RMS_NORMS: tuple[type[Any], ...]
 GROUPED_ATTENTION: tuple[type[Any], ...]
 """Attention whose heads share keys and values."""
 
-if TYPE_CHECKING or _release >= (4,):
+if TYPE_CHECKING or TRANSFORMER_LENS >= (4,):
     from hijack_lens.hooked.attention import Attention
     from hijack_lens.hooked.config import HookedTransformerConfig
     from hijack_lens.hooked.parts import LayerNorm, RMSNorm

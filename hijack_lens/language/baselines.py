@@ -38,6 +38,11 @@ def best_accuracy(
 
     Returns:
         NaN if no token follows from the context.
+
+    Examples:
+        >>> from hijack_lens.language import best_accuracy
+        >>> best_accuracy(language, language.sample(4, 32, triggers="q", seed=0))
+        1.0
     """
     check_type("random_triggers", random_triggers, bool)
     if not random_triggers:
@@ -56,6 +61,11 @@ def shortcut_accuracy(language: BigramLanguage, sequences: SampledSequences) -> 
 
     The guess is the token with the highest (count + 1) / (expected count + 1) so far. It needs no order and no
     circuit, and models that fail to learn one do about this.
+
+    Examples:
+        >>> from hijack_lens.language import shortcut_accuracy
+        >>> round(shortcut_accuracy(language, language.sample(4, 32, triggers="q", seed=0)), 3)
+        0.786
     """
     _check(language, sequences)
     right = []
@@ -77,6 +87,12 @@ def trigger_posterior(
     Triggers are drawn from `pi_u` without replacement: they are the K tokens whose exponential clocks ring first. Given
     the time of the last of these, tokens are triggers independently but for their number; so the sum over sets is a
     polynomial's coefficient, and the time is integrated over.
+
+    Examples:
+        >>> from hijack_lens.language import trigger_posterior
+        >>> sequences = language.sample(4, 16, n_triggers=2, seed=0)
+        >>> trigger_posterior(language, sequences)[:3]
+        tensor([0.9600, 1.0000, 1.0000], dtype=torch.float64)
     """
     _check(language, sequences)
     check_choice("continuations", continuations, ("uniform", "bigram"))

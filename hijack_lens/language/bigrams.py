@@ -63,6 +63,19 @@ class BigramLanguage(Vocabulary):
 
     Raises:
         TypeError, ValueError: for invalid probabilities or token texts.
+
+    Examples:
+        >>> language = hl.BigramLanguage.from_text("the cat sat on the mat. the cat ate. " * 9, level="word")
+        >>> language.d_vocab, language.joiner, language.tokens
+        (7, ' ', ('.', 'ate', 'cat', 'mat', 'on', 'sat', 'the'))
+        >>> language.tokens[language.global_candidate("the")]
+        'cat'
+        >>> f"{language.log_pi_b[language.index('the'), language.index('cat')]:.3f}"
+        '-0.426'
+        >>> round(language.entropy_rate, 3), language.long_run.shape
+        (0.516, torch.Size([7]))
+        >>> language.sample(2, 8, seed=0).tokens.shape
+        torch.Size([2, 8])
     """
 
     def __init__(
@@ -347,7 +360,13 @@ class BigramLanguage(Vocabulary):
 
 
 def default_text() -> str:
-    """Real English text that needs no download: the Python documentation that CPython's help() prints."""
+    """Real English text that needs no download: the Python documentation that CPython's help() prints.
+
+    Examples:
+        >>> text = hl.default_text()
+        >>> len(text) > 100_000, "statement" in text
+        (True, True)
+    """
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions strip pydoc_data

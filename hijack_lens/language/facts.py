@@ -30,6 +30,13 @@ class Fact:
         weights: the answer that the weights hold.
         context: the answer that the context gives.
         template: a statement with "{answer}" once, after the text that asks for it.
+
+    Examples:
+        >>> fact = hl.Fact("France", "Paris", "London")
+        >>> fact.text(1)
+        "France's capital is London. France's capital is"
+        >>> fact.name, fact.query
+        ('France: London, not Paris', "France's capital is")
     """
 
     subject: str
@@ -86,6 +93,11 @@ class Bigram:
         trigger: q.
         weights: g, what the weights say follows it.
         context: c, what the context says.
+
+    Examples:
+        >>> bigram = hl.Bigram("q", weights="u", context="e")
+        >>> hl.probing.fact_prompts(model, bigram, repeats=2).tokens(2).tolist() == language.encode("qeqeq").tolist()
+        True
     """
 
     trigger: Token
@@ -98,6 +110,12 @@ def counterfactuals(answers: Mapping[str, str], template: str = _TEMPLATE) -> tu
 
     Raises:
         ValueError: for fewer than two subjects, or neighbours with the same answer.
+
+    Examples:
+        >>> from hijack_lens.language import counterfactuals
+        >>> facts = counterfactuals({"grass": "green", "snow": "white"}, "The colour of {subject} is {answer}.")
+        >>> facts[0].text(1)
+        'The colour of grass is white. The colour of grass is'
     """
     check_type("answers", answers, Mapping)
     if len(answers) < 2:
@@ -138,6 +156,13 @@ class FactPrompts:
         texts: of these two tokens.
         whole: whether each of the two is the whole answer.
         query: tokens of the question at the end.
+
+    Examples:
+        >>> prompts = hl.probing.fact_prompts(model, hl.Bigram("q", weights="u", context="e"), repeats=2)
+        >>> prompts.lengths, prompts.period
+        ((1, 3, 5), 2)
+        >>> language.decode(prompts.tokens(2))
+        'qeqeq'
     """
 
     name: str
@@ -178,6 +203,11 @@ def fact_prompts(model: Any, fact: Fact | Bigram, repeats: int = 8, lead: str | 
     Raises:
         TypeError, ValueError: for answers that begin with the same token, or that the tokenizer cuts differently in a
             statement and after the query; for prompts that hold an answer elsewhere; and for prompts too long.
+
+    Examples:
+        >>> prompts = hl.probing.fact_prompts(model, hl.Bigram("q", weights="u", context="e"), repeats=2)
+        >>> [language.decode(prompts.tokens(n)) for n in range(3)]
+        ['q', 'qeq', 'qeqeq']
     """
     check_model(model)
     repeats = check_count("repeats", repeats, minimum=1)

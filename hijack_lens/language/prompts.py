@@ -28,6 +28,14 @@ class HijackPrompt:
         global_candidate: g, what the weights say.
         alternative: what the corrupted context says; by default g.
         language: whose tokens these are.
+
+    Examples:
+        >>> prompt.text
+        'uesqeqe e ts thqeees; dq'
+        >>> prompt.clean.shape, bool((prompt.clean != prompt.corrupted).any())
+        (torch.Size([24]), True)
+        >>> language.tokens[prompt.in_context], language.tokens[prompt.global_candidate]
+        ('e', 'u')
     """
 
     tokens: Int[Tensor, "*batch pos"]
@@ -94,6 +102,13 @@ def hijack_prompt(
 
     Raises:
         TypeError, ValueError: for unknown tokens, candidates that do not conflict, and repeats that do not fit.
+
+    Examples:
+        >>> hl.hijack_prompt(language, "q", "e", repeats=2, length=16, seed=0)
+        HijackPrompt(' eeqeqee s. ts q', trigger='q', in_context='e', global_candidate='u')
+        >>> batch = hl.hijack_prompt(language, "q", "e", repeats=2, length=16, n_prompts=5, seed=0)
+        >>> batch.tokens.shape
+        torch.Size([5, 16])
     """
     check_type("language", language, BigramLanguage)
     q, c = language.index(trigger, "trigger"), language.index(in_context, "in_context")

@@ -15,6 +15,14 @@ class Relation:
     Attributes:
         template: a statement with "{subject}" and, at its end, "{answer}".
         answers: (subject, answer) pairs; several subjects may share an answer.
+
+    Examples:
+        >>> from hijack_lens.language import RELATIONS
+        >>> relation = RELATIONS["capital"]
+        >>> relation.template
+        'The capital of {subject} is {answer}.'
+        >>> relation.facts()[0].text(0)
+        'The capital of Albania is'
     """
 
     template: str

@@ -26,6 +26,11 @@ class SampledSequences:
         continuations: what follows each trigger in its sequence, every time.
         jumped: true at t where the token at t+1 is a jump to a trigger instead of the chain's choice; nowhere by
             default.
+
+    Examples:
+        >>> sequences = language.sample(2, 8, triggers="q", seed=0)
+        >>> sequences.tokens.shape, sequences.predictable.dtype
+        (torch.Size([2, 8]), torch.bool)
     """
 
     tokens: Int[Tensor, "sequence length"]

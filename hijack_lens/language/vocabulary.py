@@ -13,12 +13,15 @@ from hijack_lens.core.checks import as_int, check_choice, check_list, check_text
 from hijack_lens.core.tables import visible
 
 UNKNOWN = "<unk>"
+"""The token that stands for all that a vocabulary of words leaves out."""
+
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 Token = str | int
 """A token as a user writes it: its text, or its id."""
 
 Triggers = Token | Sequence[Token] | None
+"""Triggers as a user writes them: a token, several, or `None` for what is usual where they are asked for."""
 
 
 def cut(text: str, level: str) -> list[str]:

@@ -132,6 +132,13 @@ class MemoryCapacity(Saved, Drawn):
         crosstalk: root mean square of the scores minus the table, in logits.
         expected_recall: the recall that theory expects.
         expected_crosstalk: the cross-talk that theory expects.
+
+    Examples:
+        >>> capacity = hl.memory_capacity(8, [8, 16], seeds=(0, 1))
+        >>> capacity.recall.shape, capacity.recall_stderr.shape
+        (torch.Size([2, 2, 2]), torch.Size([2, 2]))
+        >>> capacity.to_pandas().columns.tolist()
+        ['memory', 'd_model', 'recall', 'stderr', 'expected_recall', 'crosstalk', 'expected_crosstalk']
     """
 
     d_models: tuple[int, ...]
@@ -201,6 +208,16 @@ def memory_capacity(
 
     Raises:
         TypeError, ValueError: for a language with zeros, or invalid sizes or seeds.
+
+    Examples:
+        >>> capacity = hl.memory_capacity(8, [8, 16], seeds=(0, 1))
+        >>> capacity.to_pandas().groupby(["memory", "d_model"])["recall"].mean()
+        memory              d_model
+        hand-written model  8          1.000
+                            16         1.000
+        linear memory       8          0.875
+                            16         1.000
+        Name: recall, dtype: float64
     """
     if not isinstance(language, BigramLanguage):
         check_memory(3 * 8 * check_count("language", language, minimum=3) ** 2, language=language)

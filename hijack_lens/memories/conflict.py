@@ -34,6 +34,19 @@ class MemoryConflict(TokenTables, Saved, Drawn):
         weights: what the bigram memory, the direct path and the biases write.
         rest: what is written in any other way.
         logits: the model's logits, the sum of the three.
+
+    Examples:
+        >>> conflict = hl.memory_conflict(model, prompt, query_tokens=["q", "e"])
+        >>> [language.tokens[c] for c in conflict.in_context], [language.tokens[g] for g in conflict.global_candidate]
+        (['e', 'e'], ['u', ' '])
+        >>> print(conflict.margin)
+        Margin(context=[9.8538, 0.0141], weights=[-6.5806, -1.0913], rest=[0.0, 0.0], total=[3.2732, -1.0772])
+        >>> conflict.winners, conflict.conflicts
+        (('context', 'weights'), tensor([True, True]))
+        >>> conflict.query_texts, conflict.answer_texts[:3], conflict.position
+        (('q', 'e'), ('␣', '.', ';'), 23)
+        >>> conflict.occurs, len(conflict.source_texts), conflict.completeness_error < 1e-4
+        (tensor([True, True]), 24, True)
     """
 
     context: Float[Tensor, "query answer"]
@@ -142,6 +155,11 @@ def memory_conflict(
     Raises:
         TypeError, ValueError: as for `attribute`, for a circuit without induction heads, and for tables of more than
             2^27 numbers, as with a large vocabulary.
+
+    Examples:
+        >>> conflict = hl.memory_conflict(model, prompt, query_tokens=["q", "e"])
+        >>> conflict.winners
+        ('context', 'weights')
     """
     tables = token_tables(model, prompt, position, query_tokens, answers)
     circuit = circuit_of(model, circuit)

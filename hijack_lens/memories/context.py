@@ -45,6 +45,16 @@ class ContextMemory(TokenTables, Saved, Drawn):
         query_vectors: the query tokens' queries, rotated by the position; `None` where `fast_weights` is.
         head: the head whose memory this is.
         circuit: the roles by which components are named.
+
+    Examples:
+        >>> memory = hl.context_memory(model, prompt, query_tokens=["q", "u"], answers=["e", "i"])
+        >>> memory.query_texts, memory.answer_texts, memory.position
+        (('q', 'u'), ('e', 'i'), 23)
+        >>> memory.values
+        tensor([[9.8619, 0.0000],
+                [4.9397, 0.0000]])
+        >>> memory.occurs, len(memory.source_texts)
+        (tensor([True, True]), 24)
     """
 
     attention: Float[Tensor, "query source"]
@@ -135,6 +145,11 @@ def context_memory(
     Raises:
         TypeError, ValueError: for prompts, heads, positions and tokens that the model does not have; for tables of more
             than 2^27 numbers, as with a large vocabulary; and for models whose logits are not sums of what heads write.
+
+    Examples:
+        >>> memory = hl.context_memory(model, prompt)
+        >>> language.tokens[memory.values[memory.row("q")].argmax()]
+        'e'
     """
     tables = token_tables(model, prompt, position, query_tokens, answers)
     circuit = circuit_of(model, circuit)

@@ -36,6 +36,15 @@ class MemoryMatrix(NamedTokens, Saved, Drawn):
         value_tokens: ids of the columns' tokens, which are outputs.
         part: what wrote the table: "memory" (the `components`) or "weights" (all that does not depend on the context).
         components: the MLPs; none for "weights".
+
+    Examples:
+        >>> matrix = hl.memory_matrix(model)
+        >>> f"{matrix.slope:.3f} of log pi_b, R² {matrix.r2:.3f}, rank {matrix.rank} ({matrix.effective_rank:.1f})"
+        '1.000 of log pi_b, R² 1.000, rank 12 (10.6)'
+        >>> matrix.crosstalk.shape, matrix.crosstalk_rms < 1e-4
+        (torch.Size([18, 18]), True)
+        >>> matrix.singular_values[:2]
+        tensor([13.7095, 12.6425], dtype=torch.float64)
     """
 
     values: Float[Tensor, "key value"]
@@ -147,6 +156,11 @@ def memory_matrix(
         TypeError, ValueError: for MLPs and tokens that the model does not have, a language of another vocabulary or
             with zeros, tables of more than 2^26 cells (choose key_tokens and value_tokens), and models whose logits are
             not sums of what MLPs write.
+
+    Examples:
+        >>> matrix = hl.memory_matrix(model)
+        >>> matrix.recall()  # of the likeliest next token, over all tokens
+        1.0
     """
     check_choice("part", part, ("memory", "weights"))
     if part == "weights" and components is not None:

@@ -43,6 +43,12 @@ class MemoryNeurons(NamedTokens, Saved, Drawn):
         suppressed: ids of the outputs whose logits it lowers most.
         suppressed_logits: how much it adds to them, likewise.
         spread: root mean square over all outputs of what it adds.
+
+    Examples:
+        >>> neurons = hl.memory_neurons(model, k=2)
+        >>> strongest = int(neurons.strength.argmax())
+        >>> language.tokens[neurons.value_tokens[strongest, 0]], neurons.value_logits[strongest, 0]
+        ('q', tensor(4.7345, dtype=torch.float64))
     """
 
     older_names: ClassVar = {"keys": "key_tokens"}
@@ -142,6 +148,12 @@ def memory_neurons(
         TypeError, ValueError: for MLPs, neurons and tokens that the model does not have; for MLPs without weights of
             their own, such as mixtures of experts; and for models whose logits, or MLPs whose outputs, are not sums of
             what neurons write.
+
+    Examples:
+        >>> neurons = hl.memory_neurons(model, k=1)
+        >>> best = neurons.to_pandas().nlargest(1, "post")
+        >>> best.columns.tolist()
+        ['neuron', 'rank', 'key', 'pre', 'post', 'promoted', 'promoted_logits', 'suppressed', 'suppressed_logits']
     """
     named = components_of(model, components, kind="mlp")
     if len(named) > 1:

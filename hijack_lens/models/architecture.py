@@ -31,6 +31,11 @@ class Architecture:
         n_ctx: the longest prompt.
         n_offsets: with relative positions, how many offsets have a key.
         scale_attention: whether scores are divided by sqrt(d_head).
+
+    Examples:
+        >>> from hijack_lens.models import Architecture
+        >>> print(Architecture(d_model=16, d_head=16, d_mlp=32, n_ctx=64, n_layers=3).circuit)
+        previous-token head: L0H0; induction head: L2H0; bigram memory: L2MLP
     """
 
     d_model: int
@@ -92,6 +97,11 @@ class RelativeAttention(Attention):
         cfg: the model's configuration.
         n_offsets: how many offsets have a key.
         layer_id: the block's index.
+
+    Examples:
+        >>> previous_token = model.blocks[0].attn
+        >>> type(previous_token).__name__, previous_token.W_R.shape
+        ('RelativeAttention', torch.Size([1, 2, 18]))
     """
 
     def __init__(self, cfg: HookedTransformerConfig, n_offsets: int, layer_id: int):

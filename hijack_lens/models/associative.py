@@ -63,6 +63,13 @@ def associative_transformer(
 
     Raises:
         TypeError, ValueError: for an invalid argument.
+
+    Examples:
+        >>> model = hl.associative_transformer(language, triggers="q")
+        >>> print(model.circuit)
+        previous-token head: L0H0; induction head: L1H0; bigram memory: L1MLP
+        >>> model.to_string(model("queen q")[0, -1].argmax())
+        'u'
     """
     check_type("language", language, BigramLanguage)
     check_type("strengths", strengths, Strengths)

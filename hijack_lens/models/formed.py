@@ -38,6 +38,16 @@ class Formed(Shown):
             asked for.
         cause: what most likely kept a memory from forming; empty where both formed.
         remedy: what to change then.
+
+    Examples:
+        >>> from hijack_lens.models import Formed
+        >>> formed = Formed(accuracy=0.5, best=1.0, shortcut=0.4, order=0.3, excess=0.02)
+        >>> formed.context, formed.weights, bool(formed)
+        (False, True, False)
+        >>> formed.short
+        'NOT FORMED: context'
+        >>> formed.lines[1]
+        "The weights' memory formed: bigram loss 0.020 nats above the true bigrams' (at most 0.1 asked)."
     """
 
     accuracy: float

@@ -39,6 +39,12 @@ def load_model(name: str | os.PathLike[str]) -> Any:
 
     Raises:
         TypeError, ValueError: if it is none of these.
+
+    Examples:
+        >>> from hijack_lens.models import load_model
+        >>> model.save_pretrained("model")
+        >>> load_model("model").language
+        BigramLanguage(d_vocab=18, level='char', entropy_rate=1.125)
     """
     if not isinstance(name, (str, os.PathLike)):
         raise TypeError(f"name must be a model's name, folder or file, got {shown(name)}")

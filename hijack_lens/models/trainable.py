@@ -67,6 +67,11 @@ def trainable_transformer(
 
     Raises:
         TypeError, ValueError: for an invalid argument, or a name that no parameter has.
+
+    Examples:
+        >>> small = hl.trainable_transformer(language, "absolute", d_model=16, n_ctx=32, seed=0)
+        >>> small("queen").shape
+        torch.Size([1, 5, 18])
     """
     d_model = check_count("d_model", d_model, minimum=1)
     n_heads = check_count("n_heads", n_heads, minimum=1)

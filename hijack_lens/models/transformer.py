@@ -59,6 +59,14 @@ class BigramTransformer(HookedTransformer):
         triggers: token ids that its induction head was written or trained to match, if known.
         n_ctx_train: with absolute positions, the last position whose predecessor it knows, if known.
         formed: for a model that was trained, whether both memories formed.
+
+    Examples:
+        >>> model.positions, model.strengths.match
+        ('relative', 6.0)
+        >>> model.save_pretrained("model")
+        >>> again = hl.BigramTransformer.from_pretrained("model")
+        >>> bool((again(prompt.tokens) == model(prompt.tokens)).all())
+        True
     """
 
     @torch.inference_mode(False)  # under which it could never be trained

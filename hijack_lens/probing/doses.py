@@ -44,6 +44,11 @@ class DoseTheory:
         flips: for each fact, the smallest number of repeats at which the context wins; may exceed those measured.
         r2: R² of `margin` as a prediction of the measured margins, over facts and repeats. The variance is around each
             fact's own mean, so differences between facts explain nothing. NaN if the margins never change.
+
+    Examples:
+        >>> theory = hl.dose_response(model, hl.Bigram("q", weights="u", context="e"), repeats=3).theory
+        >>> theory.source, theory.flips[0].repeats, round(theory.r2, 3)
+        ('weights', 2, 1.0)
     """
 
     source: Literal["weights", "margins"]
@@ -145,6 +150,13 @@ class DoseResponse(Saved, Drawn):
         theory: what the two-layer theory predicts for the same prompts.
         completeness_error: the largest |sum over paths - logit| of all attributions; only rounding error.
         by_source: whether margins are split by source tokens, without a circuit.
+
+    Examples:
+        >>> doses = hl.dose_response(model, hl.Bigram("q", weights="u", context="e"), repeats=3)
+        >>> doses.repeats, doses.lengths.tolist(), doses.known
+        (range(0, 4), [[1, 3, 5, 7]], (True,))
+        >>> doses.flips, [f"{crossing:.2f}" for crossing in doses.crossings]
+        ((2,), ['1.95'])
     """
 
     conflicts: tuple[FactPrompts, ...]
@@ -276,6 +288,15 @@ def dose_response(
     Raises:
         TypeError, ValueError: for facts and prompts that `fact_prompts` rejects, and models that `attribute` (without a
             circuit `attribute_sources`) rejects.
+
+    Examples:
+        >>> doses = hl.dose_response(model, hl.Bigram("q", weights="u", context="e"), repeats=3)
+        >>> doses.by_repeats()[["repeats", "context", "weights", "total"]]
+           repeats   context   weights     total
+        0        0  0.000000 -6.580639 -6.580639
+        1        1  4.993811 -6.580639 -1.586829
+        2        2  6.655668 -6.580639  0.075029
+        3        3  7.486083 -6.580639  0.905443
     """
     repeats = check_count("repeats", repeats, minimum=_FEWEST)
     alone = isinstance(facts, (Fact, Bigram))

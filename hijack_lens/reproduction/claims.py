@@ -50,6 +50,13 @@ class Claim:
         experiment: the function that tests it, given settings.
         full: settings of the full run.
         quick: settings of a run that takes seconds, or a minute or two.
+
+    Examples:
+        >>> claim = hl.reproduction.CLAIMS["closed-form"]
+        >>> claim.statement[:54]
+        'The closed form predicts the logits of the associative'
+        >>> claim.experiment(claim.quick).verdict
+        'reproduced'
     """
 
     statement: str
@@ -126,6 +133,13 @@ class Reproduction:
             "seconds" it took, and the "error" and "traceback", empty where there was none.
         report: the HTML page, on all claims that the folder knows at these settings.
         data: the same as JSON, without figures.
+
+    Examples:
+        >>> found = hl.reproduction.reproduce("claims", quick=True, claims=["stronger-memories"])
+        >>> found.verdicts
+        {'stronger-memories': 'reproduced'}
+        >>> found.to_pandas()["holds"].all()
+        np.True_
     """
 
     outcomes: tuple[dict[str, Any], ...]
@@ -179,6 +193,13 @@ def reproduce(
     Raises:
         TypeError, ValueError: for names that no claim has, and for an `out` that is a file.
         RuntimeError: where no worker can start.
+
+    Examples:
+        >>> found = hl.reproduction.reproduce("claims", quick=True, claims=["stronger-memories"])
+        >>> found.verdicts
+        {'stronger-memories': 'reproduced'}
+        >>> found.report.name
+        'report.html'
     """
     chosen = (
         tuple(CLAIMS)

@@ -87,7 +87,15 @@ COUNTED_LR = 3e-3
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a small model is trained on a random bigram language with triggers; each seed is a replicate of all of it."""
+    """How a small model is trained on a random bigram language with triggers; each seed is a replicate of all of it.
+
+    Examples:
+        >>> recipe = hl.reproduction.Recipe(seed=0, d_vocab=12, triggers=3)
+        >>> recipe.fixed_triggers, recipe.config.length
+        (range(0, 3), 48)
+        >>> recipe.language.d_vocab, recipe.untrained().cfg.n_layers
+        (12, 2)
+    """
 
     seed: int  # of the language, the weights and the sequences
     positions: Literal["relative", "absolute", "none"] = "relative"
@@ -165,7 +173,13 @@ Train = Callable[[Recipe], TrainingRun]
 
 @functools.lru_cache(maxsize=64)
 def trained(recipe: Recipe) -> TrainingRun:
-    """The recipe's run; the same object for the same recipe, to be treated as read-only."""
+    """The recipe's run; the same object for the same recipe, to be treated as read-only.
+
+    Examples:
+        >>> recipe = hl.reproduction.Recipe(seed=0, d_vocab=8, triggers=2, d_model=16, length=16, steps=2)
+        >>> hl.reproduction.trained(recipe).finished
+        True
+    """
     return train(recipe.untrained(), recipe.language, recipe.config)
 
 

@@ -44,6 +44,12 @@ class Finding:
         measured: what was seen, with its uncertainty.
         holds: whether the threshold is met, by all of the 95% interval over seeds, or by every seed where that is said;
             `None` where the interval straddles it: undecided.
+
+    Examples:
+        >>> from hijack_lens.reproduction import Finding
+        >>> finding = Finding.at_least("five seeds", "accuracy at least 90%", [0.95, 0.96, 0.94, 0.97, 0.95], 0.9)
+        >>> finding.measured, finding.holds
+        ('95.4% ± 1.4%', True)
     """
 
     setting: str
@@ -91,6 +97,14 @@ class Result:
         table: the measurements, one per row.
         figure: the measurements as a picture.
         note: what else a reader must know, if anything.
+
+    Examples:
+        >>> import pandas as pd
+        >>> from hijack_lens.reproduction import Finding, Result
+        >>> table = pd.DataFrame({"seed": [0, 1, 2], "accuracy": [0.95, 0.97, 0.96]})
+        >>> finding = Finding.at_least("three seeds", "accuracy at least 90%", table["accuracy"].tolist(), 0.9)
+        >>> Result((finding,), table, hl.explain(model, prompt).picture()).verdict
+        'reproduced'
     """
 
     findings: tuple[Finding, ...]

@@ -75,7 +75,11 @@ def theory_table(explanation: Explanation) -> Table:
 
 @picture_of.register
 def margin_bars(explanation: Explanation) -> Picture:
-    """The hijack margin by memory, and what is left of it with each component switched off."""
+    """The hijack margin by memory, and what is left of it with each component switched off.
+
+    Examples:
+        >>> hl.show.margin_bars(hl.explain(model, prompt)).save("margin.png")
+    """
     _check(explanation)
     (c, g), split = explanation.names, explanation.attribution is not None
     rows = ["whole model", *(f"{name} off" for name in explanation.ablated)]
@@ -110,6 +114,11 @@ def write_report(explanation: Explanation | AnswerExplanation, path: str | os.Pa
 
     Raises:
         TypeError, ValueError: if the path is a folder, cannot be written, or lies in no existing folder.
+
+    Examples:
+        >>> explanation = hl.explain(model, prompt)
+        >>> hl.write_report(explanation, "report.html").name
+        'report.html'
     """
     if not isinstance(explanation, AnswerExplanation):
         _check(explanation)

@@ -43,6 +43,12 @@ class Picture:
 
     Attributes:
         figure: the `matplotlib.figure.Figure`.
+
+    Examples:
+        >>> picture = hl.explain(model, prompt).picture()
+        >>> picture.save("margin.png")
+        >>> picture.svg()[:4]
+        '<svg'
     """
 
     def __init__(self, width: float, height: float):
@@ -163,6 +169,14 @@ def heatmap(
 
     Returns:
         The drawn image, for a colour bar.
+
+    Examples:
+        >>> import matplotlib.pyplot as plt
+        >>> figure, axes = plt.subplots()
+        >>> image = hl.show.heatmap(axes, [[1.0, -2.0], [0.5, 3.0]], rows=["a", "b"], columns=["x", "y"])
+        >>> image.get_clim()
+        (-3.0, 3.0)
+        >>> plt.close(figure)
     """
     import matplotlib
     from matplotlib.axes import Axes

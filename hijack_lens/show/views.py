@@ -70,6 +70,11 @@ class View:
     Attributes:
         panels: what to draw.
         caption: says what is shown, and what the axes mean.
+
+    Examples:
+        >>> view = hl.show.attention(model, prompt)
+        >>> "<script" in view.fragment()
+        True
     """
 
     panels: tuple[Panel, ...]
@@ -134,6 +139,11 @@ def attention(
 
     Raises:
         TypeError, ValueError: for prompts the model cannot take, batches, and heads that it lacks.
+
+    Examples:
+        >>> view = hl.show.attention(model, prompt, "induction")
+        >>> type(view).__name__
+        'View'
     """
     if first_token is not None:
         check_type("first_token", first_token, bool)
@@ -199,6 +209,11 @@ def attention_maps(
         tokens: texts of the positions.
         width: the picture's width, in inches.
         most: the attention that is drawn darkest.
+
+    Examples:
+        >>> induction = hl.theory.attention(prompt, language)[1]
+        >>> picture = hl.show.attention_maps({"induction head": induction}, list(prompt.text))
+        >>> picture.save("attention.png")
     """
     check_type("patterns", patterns, Mapping)
     if not patterns:
@@ -230,6 +245,11 @@ def token_paths(result: LogitAttribution, a: str | int | None = None, b: str | i
 
     Raises:
         ValueError: for a batch, or an attribution of all positions.
+
+    Examples:
+        >>> view = hl.show.token_paths(hl.attribute(model, prompt), "e", "u")
+        >>> type(view).__name__
+        'View'
     """
     check_type("result", result, LogitAttribution)
     first, second = result.pair(a, b)

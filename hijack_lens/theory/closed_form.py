@@ -28,6 +28,11 @@ def attention(
     Raises:
         TypeError, ValueError: for tokens and triggers outside the vocabulary, and if `setting` is neither a `Setting`
             nor `Tables` of the language's tokens.
+
+    Examples:
+        >>> previous_token, induction = hl.theory.attention(prompt, language)
+        >>> induction[-1].topk(3).values, induction.shape
+        (tensor([0.3276, 0.3276, 0.3276], dtype=torch.float64), torch.Size([24, 24]))
     """
     check_type("language", language, BigramLanguage)
     check_setting(setting, language)
@@ -62,6 +67,11 @@ def logits(
 
     Raises:
         ValueError: also if `language` has bigrams of probability 0, unless tables say what the weights hold.
+
+    Examples:
+        >>> logits = hl.theory.logits(prompt, language)
+        >>> logits.shape, language.tokens[logits[-1].argmax()]
+        (torch.Size([24, 18]), 'e')
     """
     return _written(prompt, language, setting).total
 
@@ -85,6 +95,10 @@ def margin(
 
     Raises:
         TypeError: if `prompt` is tokens and a candidate is missing.
+
+    Examples:
+        >>> print(hl.theory.margin(prompt, language))
+        Margin(context=+9.8538, weights=-6.5806, rest=+0.0000, total=+3.2732)
     """
     check_type("language", language, BigramLanguage)
     if isinstance(prompt, HijackPrompt):

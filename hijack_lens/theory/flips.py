@@ -34,6 +34,13 @@ class Flip:
     Attributes:
         repeats: that number; `None` if no number is enough.
         reason: why, in one sentence.
+
+    Examples:
+        >>> flip = hl.theory.min_repeats(language, "q", "e", length=24)
+        >>> flip.repeats
+        1
+        >>> print(flip)
+        1 (with 1 repeat the context pulls by 9.46, the weights by 6.58)
     """
 
     repeats: int | None
@@ -76,6 +83,13 @@ def min_repeats(
 
     Raises:
         TypeError, ValueError: for counts that do not fit, and unless exactly one of `length` and `lead` is given.
+
+    Examples:
+        >>> print(hl.theory.min_repeats(language, "q", "e", length=24))
+        1 (with 1 repeat the context pulls by 9.46, the weights by 6.58)
+        >>> weak = hl.theory.Setting(hl.Strengths(match=2.0))
+        >>> print(hl.theory.min_repeats(language, "q", "e", setting=weak, length=24))
+        5 (with 5 repeats the context pulls by 6.6, the weights by 6.58)
     """
     check_type("language", language, BigramLanguage)
     check_setting(setting, language)
@@ -118,6 +132,11 @@ def phase_boundary(
 
     Returns:
         Natural log-ratios, float64.
+
+    Examples:
+        >>> import torch
+        >>> hl.theory.phase_boundary(torch.arange(4), length=24)
+        tensor([0.0000, 9.4606, 9.7346, 9.8294], dtype=torch.float64)
     """
     layout = _Layout(length, lead, global_count)
     check_setting(setting)

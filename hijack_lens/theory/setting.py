@@ -21,6 +21,12 @@ class Setting:
 
     Raises:
         TypeError, ValueError: for anything else.
+
+    Examples:
+        >>> hl.theory.Setting.of(model).strengths
+        Strengths(previous_token=20.0, match=6.0, copy=10.0, bigram=1.0)
+        >>> print(hl.theory.margin(prompt, language, hl.theory.Setting(hl.Strengths(copy=5.0))))
+        Margin(context=+4.9269, weights=-6.5806, rest=+0.0000, total=-1.6537)
     """
 
     strengths: Strengths = Strengths()

@@ -69,6 +69,15 @@ class Tables:
 
     Raises:
         TypeError, ValueError: for tables whose shapes do not go together.
+
+    Examples:
+        >>> tables = hl.training.read_tables(model)
+        >>> tables.d_vocab, tables.n_positions
+        (18, None)
+        >>> print(hl.theory.margin(prompt, language, tables))
+        Margin(context=+9.8538, weights=-6.5806, rest=+0.0000, total=+3.2732)
+        >>> tables.without("own", "remembered").match.shape
+        torch.Size([18, 18])
     """
 
     offset: Float[Tensor, "row offset"]

@@ -66,6 +66,13 @@ class TrainConfig:
         forming_lr: constant learning rate while forming, after `warmup` steps.
         forming_length: tokens per sequence while forming, at most; absolute positions need all of `length`.
         tokens_per_step: tokens per step, while forming and finishing.
+
+    Examples:
+        >>> config = hl.TrainConfig(length=64, seed=0, triggers="frequent", n_triggers=2, steps=300)
+        >>> config.random_triggers
+        False
+        >>> config.lr_at(150) < config.lr_at(0)
+        False
     """
 
     triggers: Token | Sequence[Token]

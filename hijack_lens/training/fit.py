@@ -37,6 +37,13 @@ class FittedStrengths:
             constant per token. After a token that was always a trigger in training they need not be the true ones.
         purity: by memory ("previous_token", "match", "copy", "bigram"), the R^2 of the pure associative memory in the
             model's own table of scores: 1 for a model written by hand, less as other structure is added.
+
+    Examples:
+        >>> fit = hl.fit_strengths(model)
+        >>> print(hl.theory.margin(prompt, language, fit.setting))
+        Margin(context=+9.8538, weights=-6.5806, rest=+0.0000, total=+3.2732)
+        >>> fit.strengths == fit.setting.strengths
+        True
     """
 
     setting: theory.Setting
@@ -65,6 +72,11 @@ def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = N
 
     Raises:
         ValueError: for other models.
+
+    Examples:
+        >>> fit = hl.fit_strengths(model)
+        >>> {name: round(value, 3) for name, value in vars(fit.strengths).items()}
+        {'previous_token': 20.0, 'match': 6.0, 'copy': 10.0, 'bigram': 1.0}
     """
     check_type("model", model, BigramTransformer)
     check_weights_alone(model)
@@ -113,6 +125,13 @@ class TheoryAgreement:
             its mean over the vocabulary; at most 1, and negative if the mean alone would predict better.
         winners: the fraction of prompts on which theory and model agree on the winner.
         table: one row per prompt: trigger, in_context, global, repeats, and the margins of theory and model.
+
+    Examples:
+        >>> agreement = hl.training.theory_agreement(model, hl.fit_strengths(model), n_prompts=20, length=32)
+        >>> f"R² {agreement.r2:.3f}, {agreement.winners:.0%} of the winners named"
+        'R² 1.000, 100% of the winners named'
+        >>> len(agreement.table)
+        20
     """
 
     r2: float
@@ -154,6 +173,11 @@ def theory_agreement(
         n_prompts: how many prompts.
         length: tokens in each, at least 14.
         seed: for the random draws.
+
+    Examples:
+        >>> agreement = hl.training.theory_agreement(model, hl.fit_strengths(model), n_prompts=20, length=32)
+        >>> f"{agreement.winners:.0%} of the winners named"
+        '100% of the winners named'
     """
     check_type("model", model, BigramTransformer)
     check_type("fit", fit, FittedStrengths)

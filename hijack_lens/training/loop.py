@@ -52,6 +52,13 @@ def train(
     Raises:
         TypeError, ValueError: for triggers that the language lacks, lengths beyond the model's n_ctx, or an `out` that
             is no folder, that another training is writing to, or that holds a run of another config or model.
+
+    Examples:
+        >>> small = hl.trainable_transformer(language, d_model=16, n_ctx=64, seed=0)
+        >>> config = hl.TrainConfig(seed=0, triggers="frequent", n_triggers=2, length=16, steps=4)
+        >>> run = hl.train(small, language, config)
+        >>> run.step, run.finished
+        (4, True)
     """
     _check(model, language, config)
     probed = held_out(model, language, config)

@@ -53,6 +53,12 @@ def gradient_steps(
 
     Raises:
         TypeError, ValueError: for counts that are none.
+
+    Examples:
+        >>> random = hl.BigramLanguage.dirichlet(8, concentration=5.0, seed=0)
+        >>> trained, recall = hl.training.gradient_steps(random, d_model=96, n_sequences=1024, seed=0)
+        >>> [(step, found["copy_recall"]) for step, found in recall.items()]
+        [('start', 0.0), ('copy', 1.0), ('match', 1.0), ('previous_token', 1.0)]
     """
     check_type("language", language, BigramLanguage)
     counts = {"length": length, "d_model": d_model, "n_sequences": n_sequences, "batch_size": batch_size}

@@ -42,6 +42,11 @@ def memory_recall(model: BigramTransformer, length: int, triggers: Sequence[Toke
         the mean of (right score - best other) in units of attention score or logit; and "bigram_kl", the mean KL
         divergence in nats of the token's own prediction (no attention) from pi_b, over tokens other than `triggers`.
         NaN if the model lacks the memory: no head in that role, or no positions.
+
+    Examples:
+        >>> found = hl.training.memory_recall(model, length=32)
+        >>> found["previous_token_recall"], found["match_recall"], found["copy_recall"]
+        (1.0, 1.0, 1.0)
     """
     check_type("model", model, BigramTransformer)
     check_weights_alone(model)
@@ -139,6 +144,11 @@ def behaviour(model: BigramTransformer, sequences: SampledSequences) -> Scores:
         position; "induction_attention", the induction heads' attention, where the next token is predictable, to
         positions whose previous token is the current one; "attended_correct", how often the position they attend to
         most holds the right answer. If a role has several heads, the best one's. NaN if there is nothing to score.
+
+    Examples:
+        >>> found = hl.training.behaviour(model, language.sample(8, 32, triggers="q", seed=0))
+        >>> f"{found['in_context_accuracy']:.3f} right, {found['induction_attention']:.3f} attention"
+        '0.923 right, 0.893 attention'
     """
     check_type("model", model, BigramTransformer)
     check_type("sequences", sequences, SampledSequences)

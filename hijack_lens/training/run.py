@@ -38,6 +38,18 @@ class TrainingRun(Drawn):
         table: probes over time, in tidy form: step, seconds, probe, continuations, length, value. Probes of the weights
             have no continuations and no length.
         forming_steps: how many steps forming took; `None` before it has ended, and where steps are counted.
+
+    Examples:
+        >>> small = hl.trainable_transformer(language, d_model=16, n_ctx=64, seed=0)
+        >>> config = hl.TrainConfig(seed=0, triggers="frequent", n_triggers=2, length=16, steps=4)
+        >>> run = hl.train(small, language, config)
+        >>> run.finished, bool(run.formed)
+        (True, False)
+        >>> run.probe("bigram_excess")
+        step
+        0    1.976410
+        4    1.899232
+        Name: bigram_excess, dtype: float64
     """
 
     model: BigramTransformer

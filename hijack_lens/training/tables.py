@@ -28,6 +28,12 @@ def read_tables(model: BigramTransformer) -> theory.Tables:
 
     Raises:
         TypeError, ValueError: for other models; a norm's scale depends on the prompt, and so do rotary scores.
+
+    Examples:
+        >>> tables = hl.training.read_tables(model)
+        >>> logits = hl.theory.logits(prompt, language, tables)
+        >>> bool((logits - model(prompt.tokens)[0]).abs().max() < 1e-4)
+        True
     """
     check_type("model", model, BigramTransformer)
     check_weights_alone(model)

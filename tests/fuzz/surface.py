@@ -99,6 +99,6 @@ def targets() -> tuple[Target, ...]:
 
 def commands() -> tuple[Target, ...]:
     """The commands of the command line, with their options."""
-    from hijack_lens import cli
+    from hijack_lens.cli import commands
 
-    return tuple(_target(f"cli.{name}", getattr(cli, name)) for name in ("explain", "train", "reproduce"))
+    return tuple(_target(f"cli.{name}", getattr(commands, name)) for name in ("explain", "train", "reproduce"))

@@ -1,19 +1,18 @@
-"""The command line: `hijack-lens COMMAND`."""
+"""What the command line does: each public function is a command."""
 
 import json
-import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+from cyclopts import Parameter
 from rich.console import Console
 from rich.text import Text
 
 import hijack_lens as hl
-from hijack_lens.core.checks import check_path, shown
+from hijack_lens.cli import fail
+from hijack_lens.core.checks import check_path
 from hijack_lens.core.circuit import ROLE_NAMES
 from hijack_lens.core.files import check_target
 from hijack_lens.core.inputs import own_circuit, single_prompt
@@ -24,15 +23,7 @@ from hijack_lens.explanation.of_answer import spelled_ways
 from hijack_lens.models.loading import is_hugging_face, load_model
 from hijack_lens.show import report_of
 
-app = App(
-    name="hijack-lens",
-    help="Which memory wrote each output logit: the context, or the weights?",
-    version=hl.__version__,
-    default_parameter=Parameter(negative=()),
-)
 
-
-@app.command
 def explain(
     *,
     model: Path | None = None,
@@ -127,7 +118,6 @@ def explain(
     console.print(f"\nReport: {report}", soft_wrap=True)
 
 
-@app.command
 def train(
     *,
     text: Path | None = None,
@@ -193,7 +183,6 @@ def train(
         raise SystemExit(130)
 
 
-@app.command
 def reproduce(
     *claims: str,
     only: Literal["papers", "tasks"] | None = None,
@@ -221,7 +210,7 @@ def reproduce(
     try:
         done = reproduction.reproduce(out, quick, chosen, workers)
     except RuntimeError as error:  # from the workers; one in an experiment fails its claim instead
-        _fail(str(error), code=1)
+        fail(str(error), code=1)
     found = done.to_pandas()
     marks = {True: "✓ ", False: "✗ ", None: "? "}
     rows, ruled = [], []
@@ -239,27 +228,6 @@ def reproduce(
     console.print(f"Report: {done.report.resolve()}", soft_wrap=True)
     if "failed" in done.verdicts.values():
         raise SystemExit(1)
-
-
-def main() -> None:
-    """Runs the command line; bad input ends it with one line and exit code 2."""
-    try:
-        app(sys.argv[1:], exit_on_error=False, print_error=False)
-    except CycloptsError as error:
-        if isinstance(error, UnusedCliTokensError):
-            first, *_ = error.unused_tokens or [""]
-            _fail(f"{shown(first)} belongs to no option; flags such as --quick and --json take no value")
-        error.verbose = False  # without it, the message names Python functions
-        _fail(re.sub(r"\S{81,}", lambda word: f"{word[0][:77]}...", str(error)))
-    except (ValueError, TypeError, OSError) as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
-def _fail(message: str, code: int = 2) -> NoReturn:
-    print(f"hijack-lens: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 def _language(text: Path | None, level: Literal["char", "word"] | None, max_vocab: int | None) -> hl.BigramLanguage:
