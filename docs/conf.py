@@ -162,6 +162,11 @@ def note_other_names(app, env) -> None:
             objects[name] = ObjectEntry(entry.docname, entry.node_id, entry.objtype, True)
 
 
+def lead_to_tutorials(app, docname: str, source: list[str]) -> None:
+    """Links to notebooks, which pages give by their place in the repository, lead to their copies here."""
+    source[0] = re.sub(r"\]\((\.\./)*notebooks/([\w.]+\.ipynb)\)", r"](/tutorials/\2)", source[0])
+
+
 def mathml(self, node: nodes.Element) -> None:
     """Formulas as MathML, which browsers draw by themselves."""
     display = "block" if isinstance(node, nodes.math_block) else "inline"
@@ -177,3 +182,4 @@ def setup(app) -> None:
     app.config.html_math_renderer = "mathml"
     app.connect("autodoc-process-docstring", as_rest, priority=400)  # before napoleon
     app.connect("env-updated", note_other_names)
+    app.connect("source-read", lead_to_tutorials)
