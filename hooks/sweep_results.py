@@ -183,6 +183,14 @@ class EdgeScreen:
         estimates: the estimated metric with each of the chosen edges' messages replaced.
         drawn: edges drawn at random from those that were not chosen.
         values: the metric with the message of each of these replaced, by actual runs.
+
+    Examples:
+        >>> margin = hl.metrics.margin(prompt)
+        >>> sweep = hl.hooks.path_sweep(model, prompt.clean, prompt.corrupted, margin, exact=5, sample=10)
+        >>> f"{len(sweep.edges)} of {sweep.screen.n_edges} edges run, {len(sweep.screen.drawn)} of the others drawn"
+        '5 of 24 edges run, 10 of the others drawn'
+        >>> (sweep.screen.values - sweep.base).abs().max() < 0.1, sweep.missed(0.1)
+        (tensor(True), 3)
     """
 
     n_edges: int

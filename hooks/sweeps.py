@@ -83,11 +83,11 @@ def patch_sweep(
     Examples:
         >>> margin = hl.metrics.margin(prompt)
         >>> sweep = hl.hooks.patch_sweep(model, prompt.clean, prompt.corrupted, margin, "resid_pre")
-        >>> sweep.to_pandas().nlargest(3, "effect")[["layer", "position", "token", "effect"]]
-            layer  position token    effect
-        4       0         4     u  6.552965
-        6       0         6     u  6.552965
-        16      0        16     u  6.552965
+        >>> sweep.to_pandas().round(3).nlargest(3, "effect")[["layer", "position", "token", "effect"]]
+            layer  position token  effect
+        4       0         4     u   6.553
+        6       0         6     u   6.553
+        16      0        16     u   6.553
     """
     pair = PromptPair.of(model, clean, corrupted, metric, direction)
     plan = make_plan(model, activations, positions, layers, units, pair.base.shape[1])

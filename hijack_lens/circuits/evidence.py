@@ -126,8 +126,8 @@ class CircuitEvidence(Drawn):
     Examples:
         >>> evidence = hl.find_circuit(model).evidence
         >>> print(evidence.verdicts)
-        previous-token head: L0H0 (attention 1.00; 95% of the in-context gain lost without it)
-        induction head: L1H0 (attention 0.89; 102% of the in-context gain lost without it)
+        previous-token head: L0H0 (attention 1.00; 93% of the in-context gain lost without it)
+        induction head: L1H0 (attention 0.89; 99% of the in-context gain lost without it)
         bigram memory: L1MLP (100% of the context-free prediction)
         >>> evidence.by_effect
         ()

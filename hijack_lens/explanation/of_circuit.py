@@ -63,6 +63,8 @@ class Explanation(Drawn):
         ('context', -6.580639136955142)
         >>> print(explanation.margin)
         Margin(context=+9.8538, weights=-6.5806, rest=+0.0000, total=+3.2732)
+        >>> explanation.deep
+        False
     """
 
     model: Any

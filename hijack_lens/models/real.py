@@ -49,6 +49,14 @@ class RealTransformer(HookedTransformer):
 
     Raises:
         TypeError, ValueError: for an invalid argument.
+
+    Examples:
+        >>> import torch
+        >>> reader = hl.models.RealTransformer(d_in=3, d_out=1, n_ctx=5, d_model=16)
+        >>> vectors = torch.randn(2, 5, 3)
+        >>> of_ids, ids = reader.reading(vectors)
+        >>> reader(vectors).shape, torch.equal(of_ids(ids), reader(vectors))
+        (torch.Size([2, 5, 1]), True)
     """
 
     @torch.inference_mode(False)  # under which it could never be trained

@@ -119,7 +119,15 @@ Group = Literal["papers", "tasks"]
 
 
 def claims_of(group: Group) -> list[str]:
-    """The names of the claims of the two papers, or of those on other in-context learners."""
+    """The names of the claims of the two papers, or of those on other in-context learners.
+
+    Raises:
+        ValueError: for another group.
+
+    Examples:
+        >>> hl.reproduction.claims_of("tasks")
+        ['latent-concepts', 'algorithm-selection', 'algorithm-selection-wide']
+    """
     check_choice("group", group, ("papers", "tasks"))
     return [name for name in CLAIMS if (name in _TASKS) == (group == "tasks")]
 

@@ -36,6 +36,12 @@ def context_shares(results: Sequence[ContextShare]) -> Picture:
 
     Raises:
         TypeError, ValueError: for no results, and for what are none.
+
+    Examples:
+        >>> task = hl.tasks.LatentConcepts(d_vocab=6, n_tables=2, length=8, d_model=16, n_heads=2)
+        >>> seeds = [hl.tasks.context_share(task, task.model(seed), [1, 2, 4], n=100) for seed in (0, 1)]
+        >>> hl.show.context_shares(seeds)
+        Picture(last steps that follow another table)
     """
     listed = check_list("results", results, "several ContextShare")
     if not listed:

@@ -49,6 +49,15 @@ class AlgorithmSelection:
         n_layers: its blocks.
         n_heads: its heads per block.
         schedule: of the training.
+
+    Examples:
+        >>> task = hl.tasks.AlgorithmSelection(n_pairs=5, noises=(0.1, 1.0))
+        >>> f"{task.name}: the best single ridge penalty is {task.single_penalty:.1f}"
+        'algorithm selection in 2 dimensions: the best single ridge penalty is 1.0'
+        >>> said = {name: one[:, -1] for name, one in task.references(task.sample(2000, seed=0)).items()}
+        >>> errors = [(said[name] - said["context"]).square().mean() for name in ("bayes", "single ridge")]
+        >>> [round(float(error), 2) for error in errors]
+        [0.18, 0.24]
     """
 
     d: int = 2

@@ -59,6 +59,14 @@ class LatentConcepts:
         n_heads: its heads per block.
         world: seed of the tables.
         schedule: of the training.
+
+    Examples:
+        >>> task = hl.tasks.LatentConcepts(d_vocab=6, n_tables=2, length=8)
+        >>> task.tables.shape
+        torch.Size([2, 6, 6])
+        >>> batch = task.sample(4, seed=0)
+        >>> batch.latent["table"], task.posterior(batch.inputs)[:, -1].argmax(-1)
+        (tensor([0, 1, 1, 0]), tensor([0, 1, 1, 0]))
     """
 
     d_vocab: int = 16

@@ -49,6 +49,14 @@ def decodability(
     Raises:
         ImportError: without scikit-learn, which the extra "tasks" installs.
         TypeError, ValueError: for what is not there.
+
+    Examples:
+        >>> task = hl.tasks.LatentConcepts(d_vocab=6, n_tables=2, length=8, d_model=16, n_heads=2)
+        >>> run, untrained = hl.tasks.train(hl.tasks.shortened(task, steps=60)), task.model(0)
+        >>> batch = task.sample(400, seed=0)
+        >>> found = hl.tasks.decodability(run.model, untrained, batch, "table", "blocks.0.hook_resid_post")
+        >>> (found["score"] > found["untrained"]).tolist()
+        [True]
     """
     answers, points, where = _asked(model, batch, latent, points, positions)
     check_type("untrained", untrained, RealTransformer)
@@ -110,6 +118,14 @@ class Moved:
         outputs: with it moved.
         unmoved: without.
         at_random: with as long a step in a random direction.
+
+    Examples:
+        >>> task = hl.tasks.LatentConcepts(d_vocab=6, n_tables=2, length=8, d_model=16, n_heads=2)
+        >>> moved = hl.tasks.move_latent(task.model(0), task.sample(20, seed=0), "table", "blocks.1.hook_resid_mid")
+        >>> len(moved.batch), moved.outputs.shape
+        (10, torch.Size([10, 8, 6]))
+        >>> bool((moved.to == moved.batch.latent["table"]).any())
+        False
     """
 
     batch: Batch
@@ -142,6 +158,13 @@ def move_latent(
 
     Raises:
         TypeError, ValueError: for what is not there, a latent without classes, and classes that the first half lacks.
+
+    Examples:
+        >>> task = hl.tasks.LatentConcepts(d_vocab=6, n_tables=2, length=8, d_model=16, n_heads=2)
+        >>> batch = task.sample(20, seed=0)
+        >>> moved = hl.tasks.move_latent(task.model(0), batch, "table", "blocks.1.hook_resid_mid", positions=[-2, -1])
+        >>> (moved.outputs != moved.unmoved).any(-1).any(0).nonzero().flatten()  # the positions that say otherwise
+        tensor([6, 7])
     """
     check_type("point", point, str)
     _, _, where = _asked(model, batch, latent, point, positions)

@@ -36,6 +36,13 @@ class Batch:
         targets: what each position should say.
         mask: the positions that are asked; the last one always is.
         latent: by name, what each prompt was drawn with and does not say: a concept, a noise level, weights.
+
+    Examples:
+        >>> batch = hl.tasks.LatentConcepts(length=8).sample(5, seed=0)
+        >>> batch.inputs.shape, list(batch.latent)
+        (torch.Size([5, 8]), ['table'])
+        >>> len(batch[:2])
+        2
     """
 
     inputs: Int[Tensor, "prompt pos"] | Float[Tensor, "prompt pos d_in"]
@@ -89,6 +96,11 @@ class Schedule:
         weight_decay: AdamW's.
         evaluate_every: steps between looks.
         checkpoint_every: steps between checkpoints.
+
+    Examples:
+        >>> task = hl.tasks.LatentConcepts(schedule=hl.tasks.Schedule(steps=800, lr=4e-3))
+        >>> task.schedule.steps, task.schedule.batch_size
+        (800, 64)
     """
 
     steps: int
@@ -119,6 +131,11 @@ class Bar:
         where: its place there.
         side: whether it must be "at least" or "at most" the level.
         level: the number.
+
+    Examples:
+        >>> bar = hl.tasks.Bar("the loss is within 0.03 nats of exact Bayes", "loss", "above bayes", "at most", 0.03)
+        >>> bar.met(0.02), bar.met(0.04), bar.met(float("nan"))
+        (True, False, False)
     """
 
     statement: str
@@ -157,6 +174,15 @@ class Task(Protocol):
         dose: what the strength of its conflict is, with its unit.
         doses: strengths to try.
         claims: the acceptance numbers.
+
+    Examples:
+        >>> task = hl.tasks.LatentConcepts()
+        >>> isinstance(task, hl.tasks.Task), task.name, task.source[:40]
+        (True, 'latent concepts', 'after Han et al., arXiv 2412.12276, sect')
+        >>> f"after {task.schedule.steps} steps, {task.claims[0].statement}"
+        'after 1600 steps, the loss is within 0.03 nats of exact Bayes'
+        >>> task.dose, task.doses[:3]
+        ('last steps that follow another table', (1.0, 2.0, 3.0))
     """
 
     @property
@@ -250,6 +276,11 @@ def shortened(task: Task, steps: int) -> Task:
 
     Raises:
         TypeError, ValueError: for what is no task, and no number of steps.
+
+    Examples:
+        >>> task = hl.tasks.shortened(hl.tasks.LatentConcepts(), steps=20)
+        >>> task.schedule.steps, task.schedule.evaluate_every
+        (20, 20)
     """
     check_task(task)
     steps = check_count("steps", steps, minimum=1)

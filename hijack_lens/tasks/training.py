@@ -34,6 +34,14 @@ class TaskRun:
         seed: of the weights and the prompts.
         step: optimizer steps taken.
         table: what was looked at over time: step, seconds, measure, value.
+
+    Examples:
+        >>> task = hl.tasks.LatentConcepts(d_vocab=6, n_tables=2, length=8, d_model=16, n_heads=2)
+        >>> run = hl.tasks.train(hl.tasks.shortened(task, steps=2))
+        >>> run.step, run.finished
+        (2, True)
+        >>> run.over_time().columns.tolist()
+        ['decodability', 'loss']
     """
 
     model: RealTransformer
@@ -68,6 +76,13 @@ def train(task: Task, seed: int = 0, out: str | os.PathLike[str] | None = None) 
     Raises:
         TypeError, ValueError: for what is no task or no seed, and for an `out` that is no folder, that another training
             writes to, or that holds a run of another task or seed.
+
+    Examples:
+        >>> task = hl.tasks.AlgorithmSelection(n_pairs=4, d_model=16, n_layers=1)
+        >>> run = hl.tasks.train(hl.tasks.shortened(task, steps=2), seed=1, out="regression")
+        >>> again = hl.tasks.train(run.task, seed=1, out="regression")  # there already: nothing is trained
+        >>> again.table.equals(run.table)
+        True
     """
     check_task(task)
     seed = fixed_seed(seed)
