@@ -195,8 +195,9 @@ def reproduce(
     A run that was stopped resumes when the same command is given again.
 
     Args:
-        claims: Names of claims. [default: all]
-        only: "papers" for the claims on the two memories, "tasks" for those on other in-context learners.
+        claims: Names of claims. [default: those of the two papers]
+        only: "papers" for the claims on the two memories, "tasks" for those on other in-context learners, which take an
+            hour.
         out: Folder for the results so far, and for the report on them as HTML and JSON.
         quick: Small settings for a first look, in a third of the time.
         workers: Processes to run claims in. [default: as many as there are cores]

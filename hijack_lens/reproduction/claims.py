@@ -193,7 +193,7 @@ def reproduce(
     Args:
         out: a folder, made if need be, for `report.html`, `report.json` and what has been run so far.
         quick: small settings, for a first look.
-        claims: names from `CLAIMS`; by default all.
+        claims: names from `CLAIMS`; by default those of the two papers.
         workers: processes to run claims in, each with one thread; by default as many as there are cores. With one
             worker or one claim, it is this process. A script that asks for more must guard its own code with
             `if __name__ == "__main__":`, since each worker imports it.
@@ -210,7 +210,7 @@ def reproduce(
         'report.html'
     """
     chosen = (
-        tuple(CLAIMS)
+        tuple(claims_of("papers"))
         if claims is None
         else tuple([claims] if isinstance(claims, str) else check_list("claims", claims, "names of claims"))
     )
