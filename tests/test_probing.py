@@ -1,5 +1,6 @@
 """Conflict probes: prompts that deny a fact k times, the margin's dose-response, and the theory beside it."""
 
+import dataclasses
 import math
 
 import pytest
@@ -295,6 +296,8 @@ def test_a_saved_response_comes_back_whole(response, tmp_path):
     response.save(tmp_path / "r.safetensors")
     again = DoseResponse.load(tmp_path / "r.safetensors")
     assert repr(again) == repr(response)
+    with pytest.raises(ValueError, match="conflicts must hold at least one, got none"):
+        dataclasses.replace(response, conflicts=())
     assert again.conflicts == response.conflicts
     assert again.circuit == response.circuit
     assert again.theory.flips == response.theory.flips

@@ -368,6 +368,10 @@ test_a_bad_value_is_refused_by_name = refused(
         "noises must be a finite number > 0, got 0": lambda: AlgorithmSelection(noises=(1.0, 0)),
         "steps must be at least 1, got 0": lambda: Schedule(0),
         "n must be at least 1, got 0": lambda: CONCEPTS.sample(0, 0),
+        "n=2147483648 would take .* GiB of memory": lambda: CONCEPTS.sample(2**31, 0),
+        "n=1073741824 would take .* GiB of memory": lambda: tasks.context_share(
+            REGRESSION, REGRESSION.model(0), [1.0], 2**30
+        ),
         "strength must be a number of steps below 7, got 2.5": lambda: CONCEPTS.conflict(2.5, 4, 0),
         "strength must be a number of steps below 7, got 7.0": lambda: CONCEPTS.conflict(7.0, 4, 0),
         "latent must be one of kind": lambda: probed("sort", "hook_embed"),
@@ -388,7 +392,7 @@ test_a_value_of_a_bad_type_is_refused_by_name = refused(
         "schedule must be a Schedule, got 5": lambda: LatentConcepts(schedule=5),
         "task must be a task of hijack_lens.tasks": lambda: tasks.train("concepts"),
         "model must be a RealTransformer, got None": lambda: tasks.context_share(CONCEPTS, None),
-        "world|seed must be an int": lambda: CONCEPTS.in_world("earth"),
+        "world must be an int, got 'earth'": lambda: CONCEPTS.in_world("earth"),
         "strengths must be numbers, got 3": lambda: tasks.context_share(CONCEPTS, CONCEPTS.model(0), 3),
     },
 )

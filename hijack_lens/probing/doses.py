@@ -168,6 +168,8 @@ class DoseResponse(Saved, Drawn):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not self.conflicts:
+            raise ValueError("conflicts must hold at least one, got none")
         shape = (len(self.conflicts), len(self.conflicts[0].prompts))
         for part in (*self.margin.parts.values(), self.theory.margin):
             if tuple(part.shape) != shape:

@@ -15,7 +15,16 @@ from hijack_lens.core.hook_points import all_components
 from hijack_lens.hooks.ablate_and_patch import ablate
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.probes import decodability, move_latent
-from hijack_lens.tasks.task import Bar, Batch, Predictions, Schedule, check_batch, check_fits, check_outputs
+from hijack_lens.tasks.task import (
+    Bar,
+    Batch,
+    Predictions,
+    Schedule,
+    check_batch,
+    check_fits,
+    check_outputs,
+    prompt_count,
+)
 from hijack_lens.training.data import mixed_seed
 
 _WATCHED = 1024
@@ -101,7 +110,8 @@ class AlgorithmSelection:
 
     def conflict(self, strength: float, n: int, seed: Seed) -> Batch:
         """Prompts whose true weights are larger by the strength than the model has learned to expect."""
-        scale, n, generator = check_number("strength", strength), check_count("n", n, minimum=1), as_generator(seed)
+        scale, generator = check_number("strength", strength), as_generator(seed)
+        n = prompt_count(n, 4 * (2 * self.n_pairs + 1) * (self.d + 1))
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)

@@ -20,10 +20,20 @@ from hijack_lens.core.checks import (
     fixed_seed,
     shown,
 )
+from hijack_lens.core.memory import check_memory
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.probes import decodability, move_latent
-from hijack_lens.tasks.task import Bar, Batch, Predictions, Schedule, check_batch, check_fits, check_outputs
+from hijack_lens.tasks.task import (
+    Bar,
+    Batch,
+    Predictions,
+    Schedule,
+    check_batch,
+    check_fits,
+    check_outputs,
+    prompt_count,
+)
 from hijack_lens.training.data import mixed_seed
 
 _WATCHED = 1024
@@ -34,6 +44,9 @@ _MEASURED = 4096
 
 _PROBED = 2048
 """Of these, the prompts that probes and moves take."""
+
+_DRAWN = 8
+"""Numbers that drawing a token takes."""
 
 _FLOOR = 1e-9
 """Of the tables' probabilities: sharp draws can come out as 0, and no token shall rule a table out for good."""
@@ -98,7 +111,7 @@ class LatentConcepts:
             check_count(name, getattr(self, name), minimum=minimum)
         check_count("n_layers", self.n_layers, minimum=1)
         check_number("concentration", self.concentration, positive=True)
-        fixed_seed(self.world)
+        check_count("world", self.world)
         check_type("schedule", self.schedule, Schedule)
 
     def in_world(self, seed: int) -> "LatentConcepts":
@@ -118,7 +131,7 @@ class LatentConcepts:
 
     def sample(self, n: int, seed: Seed) -> Batch:
         """Prompts; the latent is the "table" of each."""
-        n, generator = check_count("n", n, minimum=1), as_generator(seed)
+        n, generator = prompt_count(n, _DRAWN * self.length), as_generator(seed)
         table = torch.randint(self.n_tables, (n,), generator=generator)
         return self._prompts(table[:, None].expand(-1, self.length), {"table": table}, generator)
 
@@ -128,7 +141,8 @@ class LatentConcepts:
         The latents are the "table" of the steps before, and the "denying" one. The last token's own row in the denying
         table is what the recent context says; that in the other one, what the tables of the weights make of the rest.
         """
-        last, n, generator = check_number("strength", strength), check_count("n", n, minimum=1), as_generator(seed)
+        last, n = check_number("strength", strength), prompt_count(n, _DRAWN * self.length)
+        generator = as_generator(seed)
         if last != int(last) or last >= self.length:
             raise ValueError(f"strength must be a number of steps below {self.length}, got {shown(strength)}")
         table = torch.randint(self.n_tables, (n,), generator=generator)
@@ -179,6 +193,7 @@ class LatentConcepts:
         Of a conflict's prompts, the denying table's row as "context" and the other's as "weights", and no oracle.
         """
         check_batch(batch, ["table"], None, self.d_vocab)
+        check_memory(2 * 8 * batch.inputs.numel() * self.d_vocab * self.n_tables, batch=len(batch))
         rows = self.tables[:, batch.inputs].movedim(0, -1)  # prompt, pos, next, table
         found = {
             "bayes": (rows * self.posterior(batch.inputs)[:, :, None]).sum(-1),

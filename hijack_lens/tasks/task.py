@@ -21,6 +21,7 @@ from hijack_lens.core.checks import (
     check_type,
     shown,
 )
+from hijack_lens.core.memory import check_memory
 from hijack_lens.models.real import RealTransformer, check_inputs
 
 Predictions = Float[Tensor, "prompt pos value"]
@@ -229,6 +230,13 @@ class Task(Protocol):
 
     def measure(self, model: RealTransformer, seed: int) -> pd.DataFrame:
         """The paper's own measures of a model trained with this seed: a row per measure, where and value."""
+
+
+def prompt_count(n: object, numbers: int) -> int:
+    """`n` as a number of prompts that take so many numbers each to draw, for which there is memory."""
+    count = check_count("n", n, minimum=1)
+    check_memory(8 * count * numbers, n=count)
+    return count
 
 
 def check_fits(model: object, batch: Batch) -> None:
