@@ -392,7 +392,8 @@ test_a_value_of_a_bad_type_is_refused_by_name = refused(
         "schedule must be a Schedule, got 5": lambda: LatentConcepts(schedule=5),
         "task must be a task of hijack_lens.tasks": lambda: tasks.train("concepts"),
         "model must be a RealTransformer, got None": lambda: tasks.context_share(CONCEPTS, None),
-        "world must be an int, got 'earth'": lambda: CONCEPTS.in_world("earth"),
+        "seed must be an int, got 'earth'": lambda: CONCEPTS.in_world("earth"),
+        "world must be an int, got 'earth'": lambda: LatentConcepts(world="earth"),
         "strengths must be numbers, got 3": lambda: tasks.context_share(CONCEPTS, CONCEPTS.model(0), 3),
     },
 )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hijack_lens.core.hook_points import check_model, every_module, forget_points, points_kept
-from hijack_lens.core.texts import texts_begin
+from hijack_lens.core.texts import begins, texts_begin
 
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
@@ -48,7 +48,7 @@ def analysis(analyse: Callable[Concatenate[Any, Given], Found]) -> Callable[Conc
         # Hold what must be restored before anything is changed.
         flagged = [module for module in every_module(model) if module.training]
         ours = _UnderWay((*checked, id(model)), {})
-        restore = functools.partial(_restore, flagged, ours, outer, torch.is_grad_enabled())
+        restore = functools.partial(_restore, flagged, ours, outer, torch.is_grad_enabled(), begins.get())
         try:
             try:
                 _under_way.set(ours)
@@ -65,13 +65,16 @@ def analysis(analyse: Callable[Concatenate[Any, Given], Found]) -> Callable[Conc
     return analyse_as_written
 
 
-def _restore(flagged: Sequence[nn.Module], ours: _UnderWay, outer: _UnderWay | None, gradients: bool) -> None:
+def _restore(
+    flagged: Sequence[nn.Module], ours: _UnderWay, outer: _UnderWay | None, gradients: bool, begin: bool | None
+) -> None:
     for module in flagged:
         module.training = True
     # A Ctrl-C between the last line of a `with` and its `__exit__` leaves an intervention entered.
     for undo in tuple(ours.pending.values()):
         undo()
     torch.set_grad_enabled(gradients)
+    begins.set(begin)
     _under_way.set(outer)
     if outer is None:
         forget_points()

@@ -165,13 +165,20 @@ def is_hooked(model: Any) -> bool:
 def without_hooks(model: Any) -> Iterator[None]:
     """The model as if nobody had hooks at its hook points: for a look at the model that is no run of the user's."""
     kept = [(point, point._forward_hooks) for point in points_of(model).values()]
-    try:
-        for point, hooks in kept:
-            point._forward_hooks = type(hooks)()
-        yield
-    finally:
+
+    def restore() -> None:
         for point, hooks in kept:
             point._forward_hooks = hooks
+
+    try:
+        try:
+            for point, hooks in kept:
+                point._forward_hooks = type(hooks)()
+            yield
+        finally:
+            restore()
+    finally:
+        restore()  # once more, in case a Ctrl-C interrupted the first
 
 
 def check_unhooked(model: Any) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from hijack_lens.core.checks import as_int, check_text, check_type, shown
 from hijack_lens.core.tables import visible
 
-_begins: ContextVar[bool | None] = ContextVar("whether texts begin with the begin token", default=None)
+begins: ContextVar[bool | None] = ContextVar("whether texts begin with the begin token", default=None)
+"""`None`: as the model's `to_tokens` has it."""
 
 
 @contextmanager
@@ -20,11 +21,11 @@ def texts_begin(prepend_bos: bool | None) -> Iterator[None]:
     """As long as the context lasts, texts begin with the tokenizer's begin token, or do not; `None` changes nothing."""
     if prepend_bos is not None:
         check_type("prepend_bos", prepend_bos, bool)
-    token = _begins.set(_begins.get() if prepend_bos is None else prepend_bos)
+    token = begins.set(begins.get() if prepend_bos is None else prepend_bos)
     try:
         yield
     finally:
-        _begins.reset(token)
+        begins.reset(token)
 
 
 def text_ids(model: Any, text: str, name: str) -> list[int]:
@@ -37,7 +38,7 @@ def text_ids(model: Any, text: str, name: str) -> list[int]:
         raise ValueError(
             f"{name} must be of words that the model's tokenizer knows, which lacks {', '.join(map(repr, unknown)):.80}"
         )
-    prepend_bos = _begins.get()
+    prepend_bos = begins.get()
     if prepend_bos and getattr(model.tokenizer, "bos_token", None) is None:
         raise ValueError("prepend_bos must not be True: the model's tokenizer has no token that begins a text")
     asked = {} if prepend_bos is None else {"prepend_bos": prepend_bos}

@@ -116,7 +116,7 @@ class LatentConcepts:
 
     def in_world(self, seed: int) -> "LatentConcepts":
         """The task with other tables."""
-        return replace(self, world=seed)
+        return replace(self, world=check_count("seed", seed))
 
     @functools.cached_property
     def tables(self) -> Float[Tensor, "table token next"]:

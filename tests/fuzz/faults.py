@@ -26,7 +26,7 @@ from test_states import ANALYSES, CLEAN, hooked, with_dropout
 PLACES = {
     "anywhere": ("",),
     "library": OURS,
-    "restoring": ("core/analysis.py", "hooks/intervention.py"),
+    "restoring": ("core/analysis.py", "core/hook_points.py", "core/texts.py", "hooks/intervention.py"),
 }
 
 
