@@ -368,6 +368,7 @@ test_a_bad_value_is_refused_by_name = refused(
         "noises must be a finite number > 0, got 0": lambda: AlgorithmSelection(noises=(1.0, 0)),
         "steps must be at least 1, got 0": lambda: Schedule(0),
         "n must be at least 1, got 0": lambda: CONCEPTS.sample(0, 0),
+        "rows must be a slice or ids of prompts .row., got tensor": lambda: CONCEPTS.sample(4, 0)[[[0, 1], [2, 3]]],
         "n=2147483648 would take .* GiB of memory": lambda: CONCEPTS.sample(2**31, 0),
         "n=1073741824 would take .* GiB of memory": lambda: tasks.context_share(
             REGRESSION, REGRESSION.model(0), [1.0], 2**30

@@ -80,6 +80,8 @@ class Batch:
         """
         if not isinstance(rows, slice):
             rows = check_tokens("rows", rows, len(self))
+            if rows.ndim != 1:
+                raise ValueError(f"rows must be a slice or ids of prompts [row], got {shown(rows)}")
         latent = {name: values[rows] for name, values in self.latent.items()}
         return Batch(self.inputs[rows], self.targets[rows], self.mask[rows], latent)
 
