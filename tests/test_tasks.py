@@ -367,6 +367,7 @@ test_a_bad_value_is_refused_by_name = refused(
         "noises must be two or more different levels": lambda: AlgorithmSelection(noises=(1.0,)),
         "noises must be a finite number > 0, got 0": lambda: AlgorithmSelection(noises=(1.0, 0)),
         "steps must be at least 1, got 0": lambda: Schedule(0),
+        "level must be a number that a float can hold": lambda: tasks.Bar("a", "b", "c", "at least", 10**400),
         "n must be at least 1, got 0": lambda: CONCEPTS.sample(0, 0),
         "rows must be a slice or ids of prompts .row., got tensor": lambda: CONCEPTS.sample(4, 0)[[[0, 1], [2, 3]]],
         "n=2147483648 would take .* GiB of memory": lambda: CONCEPTS.sample(2**31, 0),

@@ -163,7 +163,10 @@ def check_real(name: str, value: object) -> float:
     """`value` as a float, whatever its sign."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that a float can hold, got {shown(value)}") from None
 
 
 @runtime_checkable
