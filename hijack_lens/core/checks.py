@@ -246,6 +246,14 @@ def check_fraction(name: str, value: object) -> float:
     return number
 
 
+def check_real(name: str, value: object) -> float:
+    """`value` as a float, whatever its sign."""
+    number = _as_float(name, value)
+    if math.isinf(number) and value != number:
+        raise ValueError(f"{name} must be a number that a float can hold, got {shown(value)}")
+    return number
+
+
 def _as_float(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {shown(value)}")

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Literal, Protocol, runtime_checkable
 
 import pandas as pd
@@ -16,6 +15,7 @@ from hijack_lens.core.checks import (
     check_count,
     check_fraction,
     check_number,
+    check_real,
     check_tensor,
     check_tokens,
     check_type,
@@ -157,16 +157,6 @@ class Bar:
         """Whether a value is on the right side; NaN is on none."""
         value = check_real("value", value)
         return value >= self.level if self.side == "at least" else value <= self.level
-
-
-def check_real(name: str, value: object) -> float:
-    """`value` as a float, whatever its sign."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {shown(value)}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be a number that a float can hold, got {shown(value)}") from None
 
 
 @runtime_checkable
