@@ -265,7 +265,7 @@ def test_without_paths_there_are_verdict_and_ablations_and_the_reason(name, tmp_
         hl.attribute(model, tokens, answers=[1, 2])
 
 
-def test_of_a_deep_model_roles_are_held_at_means_and_the_verdict_goes_by_source_tokens():
+def test_of_a_deep_model_roles_are_held_at_means_and_the_verdict_goes_by_source_tokens(tmp_path):
     model, tokens = hooked("LN", n_layers=3), prompts(1, 6)[0]
     circuit = hl.Circuit(induction=(hl.Component(2, "head", 0),), bigram=(hl.Component(0, "mlp"),))
     orders = torch.rand(8, 5, generator=torch.Generator().manual_seed(0)).argsort(1)
@@ -300,4 +300,12 @@ def test_of_a_deep_model_roles_are_held_at_means_and_the_verdict_goes_by_source_
             assert not found.verdict.startswith("Neither")
             assert found.winner == ("context" if total > 0 else "weights")
     assert seen
+    page = hl.write_report(found, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "output set to its mean over other orders of the prompt" in page
+    assert "set to zero" not in page
+    said = "Without its induction head, the model predicts worse than a uniform guess would"
+    assert said not in page
+    broken = dataclasses.replace(found, broken=("induction head",))
+    assert said in hl.write_report(broken, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert said in " ".join(str(broken).split())
     assert "set to its mean" in str(found)

@@ -14,12 +14,12 @@ from hijack_lens.attribution.source_attribution import SourceAttribution
 from hijack_lens.attribution.sources import attribution_of_runs, check_linear, parts_of
 from hijack_lens.core.checks import check_fields, shown
 from hijack_lens.core.circuit import Margin, heads_at
-from hijack_lens.core.hook_points import all_components
+from hijack_lens.core.hook_points import all_components, sites
 from hijack_lens.core.inputs import prompt_texts
 from hijack_lens.core.spans import Span, joiner
 from hijack_lens.core.tables import Drawn, widened
 from hijack_lens.core.texts import decoded, known_ids, n_outputs, outputs_are_tokens, token_id
-from hijack_lens.hooks.intervention import logits_of
+from hijack_lens.hooks.intervention import logits_of, record
 from hijack_lens.metrics import logit_diff
 
 _NAMED, _CUT, _OTHERS, _CARRIERS = 2, 1, 2, 4
@@ -268,6 +268,11 @@ class _Asked:
     attribution: SourceAttribution
     total: float
 
+    @property
+    def pair(self) -> tuple[int, int]:
+        """The first tokens of answer and foil, which are compared."""
+        return self.answers[0][0], self.answers[1][0]
+
     def swapped(self, logits: Tensor) -> list[Check]:
         """The answer's tokens in the context, exchanged for what else the model thinks likely."""
         answer = self.answers[0]
@@ -279,7 +284,7 @@ class _Asked:
         ]
         if not inside or not outputs_are_tokens(self.model):
             return []
-        others = _others(self.model, logits, [self.answers[0][0], self.answers[1][0]])
+        others = _others(self.model, logits, list(self.pair))
         if not others:
             return []
         changed = self.ids.repeat(len(others), 1)
@@ -314,7 +319,7 @@ class _Asked:
 
     def against(self, contrast: Int[Tensor, "pos"], parts: Int[Tensor, "1 source"]) -> Contrast:
         """What sets the prompt apart from another, and the heads that carry it to the answer's position."""
-        pair = self.answers[0][0], self.answers[1][0]
+        pair = self.pair
         run = FrozenModel.of(self.model, contrast[None])
         chosen = torch.tensor(pair, device=contrast.device)
         other = attribution_of_runs(self.model, contrast[None], [run], chosen, parts)[0]
@@ -324,9 +329,11 @@ class _Asked:
         )
         first_order = -screened.effect[0, :, 0]  # [layer, head]
         best = first_order.abs().flatten().topk(min(_CARRIERS, first_order.numel())).indices.tolist()
-        carriers = []
-        for head in heads_at(best, first_order.shape[1]):
-            with hooks.patch(self.model, head, contrast, positions=-1):
+        carriers, heads = [], heads_at(best, first_order.shape[1])
+        points = dict.fromkeys(site.name for site in sites(self.model, heads))
+        _, theirs_at = record(self.model, contrast[None], list(points))
+        for head in heads:
+            with hooks.patch(self.model, head, theirs_at, positions=-1):
                 lost = self.total - float(self._margins(self.ids[None])[0])
             carriers.append(Check(str(head), float(first_order[head.layer, head.head]), lost))
         difference = Margin(own.context - theirs.context, own.weights - theirs.weights, own.rest - theirs.rest)
@@ -368,7 +375,8 @@ class _Asked:
 
     def _margins(self, tokens: Int[Tensor, "prompt pos"]) -> Tensor:
         logits = widened(logits_of(self.model, tokens)[:, -1])
-        return logits[:, self.answers[0][0]] - logits[:, self.answers[1][0]]
+        first, second = self.pair
+        return logits[:, first] - logits[:, second]
 
 
 def _others(model: Any, logits: Tensor, known: list[int]) -> list[int]:

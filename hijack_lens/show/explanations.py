@@ -15,6 +15,7 @@ from hijack_lens.show.style import PAGE_STYLE, Picture, frameless, stacked_bars,
 from hijack_lens.show.views import attention, circuitsvis_script, token_paths
 
 _HEADS_SHOWN = 2
+_AT_ITS_MEAN = "set to its mean over other orders of the prompt's tokens"
 _NOTHING_NAMED = "The circuit names no component, so there is none to switch off."
 
 
@@ -26,10 +27,7 @@ def explanation_report(explanation: Explanation) -> Report:
     notes += _half_a_model(explanation)
     if explanation.ablated:
         tables.append(ablation_table(explanation))
-        notes += [
-            f"Without its {role}, the model predicts worse than a uniform guess would: that margin says little."
-            for role in explanation.broken
-        ]
+        notes += _broken(explanation)
     else:
         notes.append(_NOTHING_NAMED)
     if explanation.flip is not None:
@@ -59,9 +57,17 @@ def ablation_table(explanation: Explanation) -> Table:
     c, g = map(repr, explanation.names)
     total = explanation.total
     rows = [(name, f"{value:+.3f}", f"{value - total:+.3f}") for name, value in explanation.ablated.items()]
-    off = "set to its mean over other orders of the prompt's tokens" if explanation.deep else "switched off"
+    off = _AT_ITS_MEAN if explanation.deep else "switched off"
     title = f"margin, logit {c} - logit {g}, with a component {off}"
     return Table(("set to its mean" if explanation.deep else "switched off", "margin", "change"), rows, title=title)
+
+
+def _broken(explanation: Explanation) -> list[str]:
+    """What a reader must know of ablations that leave a broken model."""
+    return [
+        f"Without its {role}, the model predicts worse than a uniform guess would: that margin says little."
+        for role in explanation.broken
+    ]
 
 
 def theory_table(explanation: Explanation) -> Table:
@@ -82,7 +88,8 @@ def margin_bars(explanation: Explanation) -> Picture:
     """
     _check(explanation)
     (c, g), split = explanation.names, explanation.attribution is not None
-    rows = ["whole model", *(f"{name} off" for name in explanation.ablated)]
+    off = "at its mean" if explanation.deep else "off"
+    rows = ["whole model", *(f"{name} {off}" for name in explanation.ablated)]
     picture = Picture(8.0, 1.3 + 0.5 * len(rows))
     ax = picture.figure.add_subplot()
     high, low = stacked_bars(ax, 0, explanation.margin, 0.62) if split else ([0.0], [0.0])
@@ -215,10 +222,11 @@ def _heads(explanation: Explanation) -> str:
 def _ablations(explanation: Explanation) -> str:
     if not explanation.ablated:
         return f"<p>{_NOTHING_NAMED}</p>"
+    off = _AT_ITS_MEAN if explanation.deep else "set to zero"
+    broken = "".join(f"<p>{escape(line)}</p>" for line in _broken(explanation))
     return (
-        f"<p>The margin, in logits, with a component's output set to zero; the whole model's is "
-        f"{explanation.total:+.3f}.</p>"
-        f"{ablation_table(explanation).html()}"
+        f"<p>The margin, in logits, with a component's output {off}; the whole model's is {explanation.total:+.3f}.</p>"
+        f"{ablation_table(explanation).html()}{broken}"
     )
 
 
