@@ -8,7 +8,7 @@ from typing import Any
 
 import hijack_lens as hl
 
-NOT_FOR_USERS = ("cli", "core", "hooked")
+NOT_FOR_USERS = {"cli", "core", "hooked"}
 """Rooms that hold no names for users; what others re-export from them is public there."""
 
 
@@ -31,8 +31,9 @@ class PublicName:
 
 def rooms() -> list[str]:
     """The modules whose names are public, the package itself first."""
-    found = [f"hijack_lens.{module.name}" for module in pkgutil.iter_modules(hl.__path__)]
-    return ["hijack_lens", *(room for room in found if room.partition(".")[2] not in NOT_FOR_USERS)]
+    found = {module.name for module in pkgutil.iter_modules(hl.__path__)}
+    found |= {name for name in hl.__all__ if inspect.ismodule(getattr(hl, name))}  # `hooks` may lie in another folder
+    return ["hijack_lens", *(f"hijack_lens.{room}" for room in sorted(found - NOT_FOR_USERS))]
 
 
 def listed(room: str) -> dict[str, Any]:
