@@ -99,7 +99,9 @@ def test_absolute_positions_and_weights_that_win(capsys, monkeypatch):
         (["--text", "missing.txt"], "--text 'missing.txt' cannot be read"),
         (["--text", "x" * 300], f"--text must be a path that a file can have, got PosixPath('{'x' * 60}"),
         (["--text", "empty.txt"], "text must hold at least two tokens, got ''"),
-        (["--text", "binary.txt"], "--text 'binary.txt' cannot be read as UTF-8 text"),
+        (["--text", "binary.txt"], "--text 'binary.txt' cannot be read as --encoding utf-8"),
+        (["--encoding", "klingon"], "--encoding must be one that Python knows, such as latin-1, got 'klingon'"),
+        (["--prepend-bos"], "--prepend-bos does not go with a conflict in a bigram language"),
         (["--out", "no/such/folder.html"], "--out must be a file in an existing folder, got 'no/such/folder.html'"),
         (["--out", "."], "--out must be a file in an existing folder, got '.'"),
         (["--model", "m", "--match", "3"], "--match does not go with --model"),
@@ -140,6 +142,52 @@ def test_words_are_limited_to_a_vocabulary_that_fits(capsys, monkeypatch):
     code, out, _ = run(capsys, monkeypatch, "explain", "--level", "word", "--json")
     assert code == 0
     assert "<unk>" in json.loads(out)["prompt"]
+
+
+def test_a_table_of_numbers_offers_no_unknown_word_as_an_answer(capsys, monkeypatch):
+    Path("numbers.txt").write_text(" ".join(f"{i * i % 97}.5 7" for i in range(900)))
+    options = ["--text", "numbers.txt", "--level", "word", "--max-vocab", "20", "--json"]
+    code, out, err = run(capsys, monkeypatch, "explain", *options)
+    assert (code, err) == (0, "")
+    printed = json.loads(out)
+    assert "<unk>" in printed["prompt"]
+    assert "<unk>" not in {printed[name] for name in ("trigger", "in_context", "global")}
+
+
+def test_a_text_in_another_encoding(capsys, monkeypatch):
+    Path("latin.txt").write_bytes("le théâtre où l'on rêve déjà ".encode("latin-1") * 40)
+    options = ["--text", "latin.txt", "--encoding", "latin-1", "--trigger", "é", "--json"]
+    code, out, err = run(capsys, monkeypatch, "explain", *options)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["trigger"] == "é"
+
+
+def test_a_report_is_written_beside_json_only_where_it_is_asked_for(capsys, monkeypatch, tmp_path):
+    code, out, _ = run(capsys, monkeypatch, "explain", "--json")
+    assert code == 0
+    assert json.loads(out)["report"] is None
+    assert list(tmp_path.iterdir()) == []
+    for said in ("Report: ", "Report, in place of the one there: "):
+        code, out, _ = run(capsys, monkeypatch, "explain")
+        assert said + str(tmp_path) in out
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_tables_fit_the_terminal_and_no_number_is_cut(capsys, monkeypatch, width):
+    _, out, _ = run(capsys, monkeypatch, "explain", "--json")
+    printed = json.loads(out)
+    numbers = [f"{row[side]:+.3f}" for row in printed["paths"] for side in ("in_context", "global")]
+    numbers += [f"{printed['margin']['total']:+.3f}", *(f"{margin:+.3f}" for margin in printed["ablated"].values())]
+    run_at = {**os.environ, "COLUMNS": str(width)}
+    command = [sys.executable, "-c", "from hijack_lens.cli import main; main()", "explain"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=run_at).stdout
+    tables = [line for line in out.splitlines() if "Report" not in line]
+    assert max(map(len, tables)) <= width
+    assert [number for number in numbers if number not in out] == []
+
+
+def test_the_default_that_help_gives_is_the_one_used():
+    assert f"[default: {hl.TrainConfig.max_steps}]" in inspect.getdoc(commands.train)
 
 
 def test_training_and_explaining_close_the_loop(capsys, monkeypatch, tmp_path):
@@ -201,11 +249,15 @@ try:
     main()
 except SystemExit:
     pass
-print(sorted({"torch", "transformer_lens", "pandas", "numpy", "hijack_lens.cli.commands"} & set(sys.modules)))
+print(sorted({"torch", "transformer_lens", "pandas", "numpy"} & set(sys.modules)))
 """
 
 
-@pytest.mark.parametrize("asked", [["--version"], ["--help"], [], ["explian"], ["--install-completion", "--help"]])
+@pytest.mark.parametrize(
+    "asked",
+    [["--version"], ["--help"], [], ["explian"], ["--install-completion", "--help"]]
+    + [[name, "--help"] for name in ("explain", "train", "reproduce", "doctor")],
+)
 def test_what_needs_no_model_imports_none_and_answers_at_once(asked, tmp_path):
     """Imports of half a second and more wait for a command that needs them."""
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,27 +1,14 @@
-"""What the command line does: each public function is a command."""
+"""What the command line does: each public function is a command, which imports what it needs when it is run."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from __future__ import annotations  # types are named, not imported: help answers at once
+
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
-from rich.console import Console
-from rich.text import Text
 
 import hijack_lens as hl
 from hijack_lens.cli import fail
-from hijack_lens.core.checks import check_path
-from hijack_lens.core.circuit import ROLE_NAMES
-from hijack_lens.core.files import check_target
-from hijack_lens.core.inputs import own_circuit, single_prompt
-from hijack_lens.core.memory import check_memory
-from hijack_lens.core.tables import Report, Table
-from hijack_lens.core.texts import decoded, spaced_instead, token_id
-from hijack_lens.explanation.of_answer import spelled_ways
-from hijack_lens.models.loading import is_hugging_face, load_model
-from hijack_lens.show import report_of
 
 
 def explain(
@@ -31,6 +18,7 @@ def explain(
     answer: str | None = None,
     foil: str | None = None,
     text: Path | None = None,
+    encoding: str = "utf-8",
     level: Literal["char", "word"] | None = None,
     max_vocab: int | None = None,
     trigger: str | None = None,
@@ -45,9 +33,10 @@ def explain(
     positions: Literal["relative", "absolute"] | None = None,
     find_circuit: bool = False,
     context: str | None = None,
+    prepend_bos: Annotated[bool | None, Parameter(negative="--no-prepend-bos")] = None,
     seed: int = 0,
     as_json: Annotated[bool, Parameter(name="--json")] = False,
-    out: Path = Path("hijack-lens-report.html"),
+    out: Path | None = None,
 ) -> None:
     """Set the two memories against each other, and say which one wrote the prediction.
 
@@ -61,6 +50,7 @@ def explain(
         answer: What comes next according to the context of --prompt.
         foil: What comes next according to the weights.
         text: Text file to take the bigrams from. [default: Python's own documentation]
+        encoding: How the characters of --text are written, say latin-1.
         level: What a token is. [default: char]
         max_vocab: Keep only this many tokens, the most frequent. [default: all characters, or 500 words]
         trigger: The token whose successor is predicted. [default: the one whose successor is most certain]
@@ -75,52 +65,62 @@ def explain(
         positions: How the previous-token head knows positions. [default: relative]
         find_circuit: With --prompt, find the model's circuit first, and follow paths through it.
         context: Which part of --prompt is the context. [default: all before its last sentence]
+        prepend_bos: Whether --prompt begins with the tokenizer's begin token. [default: as the tokenizer has it]
         seed: Seed of the prompt; with --find-circuit, of the prompts that the circuit is found with.
-        as_json: Print JSON instead of tables.
-        out: Where to write the report.
+        as_json: Print JSON instead of tables, and write a report only where --out is given.
+        out: Where to write the report, in place of what is there. [default: hijack-lens-report.html]
     """
-    check_target("--out", out)
+    from hijack_lens.cli import asking, saying
+    from hijack_lens.core.files import check_target
+    from hijack_lens.core.memory import check_memory
+    from hijack_lens.models.loading import is_hugging_face
+
+    if out is None and not as_json:
+        out = Path("hijack-lens-report.html")
+    if out is not None:
+        check_target("--out", out)
     strengths = {"previous_token": previous_token, "match": match, "copy": copy, "bigram": bigram}
     written = {"text": text, "level": level, "max-vocab": max_vocab, "positions": positions, **strengths}
     asked = {"prompt": prompt, "answer": answer, "foil": foil}
     if any(value is not None for value in asked.values()):
         built = {"trigger": trigger, "in-context": in_context, "global": global_candidate}
         unfit = {**written, **built, "repeats": repeats, "length": length}
-        explanation, found, intro = _explain_answers(model, asked, unfit, find_circuit, context, seed)
+        explanation, found, intro = asking.explain_answers(
+            model, asked, unfit, find_circuit, context, prepend_bos, seed
+        )
     else:
-        _refuse({"find-circuit": find_circuit or None, "context": context}, "a conflict in a bigram language")
+        of_prompts = {"find-circuit": find_circuit or None, "context": context, "prepend-bos": prepend_bos}
+        asking.refuse(of_prompts, "a conflict in a bigram language")
         repeats, length = 3 if repeats is None else repeats, 64 if length is None else length
         if model is None:
-            language, triggers = _language(text, level, max_vocab), None
+            language, triggers = asking.language(text, encoding, level, max_vocab), None
         elif is_hugging_face(model):
             raise ValueError(f"--model {str(model)!r} is a language model: ask it with --prompt, --answer and --foil")
         else:
-            _refuse(written, "--model, which brings its own")
+            asking.refuse(written, "--model, which brings its own")
             trained = hl.BigramTransformer.from_pretrained(model)
             language, triggers = trained.language, trained.triggers
         check_memory(12 * length * 3 * language.d_vocab, **{"--length": length})  # the table of positions
-        q, c = _conflict(language, trigger, in_context, triggers)
-        conflict = hl.hijack_prompt(language, q, c, repeats, length, global_candidate=global_candidate, seed=seed)
+        q, c, g = asking.conflict(language, trigger, in_context, global_candidate, triggers)
+        conflict = hl.hijack_prompt(language, q, c, repeats, length, global_candidate=g, seed=seed)
         if model is None:
             chosen = hl.Strengths(**{name: value for name, value in strengths.items() if value is not None})
             trained = hl.associative_transformer(language, None, positions or "relative", chosen, n_ctx=length)
         explanation = hl.explain(trained, conflict)
-        found, intro = _found(explanation, conflict), _intro(conflict)
-    report = hl.write_report(explanation, out).resolve()
+        found, intro = saying.found(explanation, conflict), saying.intro(conflict)
+    there = out is not None and out.is_file()
+    report = None if out is None else hl.write_report(explanation, out).resolve()
     if as_json:
-        print(json.dumps({**found, **_outcome(explanation), "report": str(report)}, indent=2, ensure_ascii=False))
-        return
-    console = Console(markup=False)  # tokens and paths may contain brackets
-    said = report_of(explanation)
-    for line in (*intro, Text(f"\n{said.title}\n", style="bold")):
-        console.print(line)
-    _print_tables(console, said)
-    console.print(f"\nReport: {report}", soft_wrap=True)
+        saying.print_json({**found, **saying.outcome(explanation), "report": report and str(report)})
+    else:
+        saying.print_report(hl.show.report_of(explanation), intro)
+        saying.print_lines(f"\nReport{', in place of the one there' * there}: {report}")
 
 
 def train(
     *,
     text: Path | None = None,
+    encoding: str = "utf-8",
     out: Path,
     level: Literal["char", "word"] | None = None,
     max_vocab: int | None = None,
@@ -130,7 +130,7 @@ def train(
     d_model: int = 128,
     length: int = 128,
     steps: int | None = None,
-    max_steps: int = hl.TrainConfig.max_steps,
+    max_steps: int | None = None,
     finish_steps: int | None = None,
     seed: int = 0,
 ) -> None:
@@ -140,6 +140,7 @@ def train(
 
     Args:
         text: Text file to take the bigrams from. [default: Python's own documentation]
+        encoding: How the characters of --text are written, say latin-1.
         out: Folder for the model, its checkpoints, its probes and their picture.
         level: What a token is. [default: char]
         max_vocab: Keep only this many tokens, the most frequent. [default: all characters, or 500 words]
@@ -150,11 +151,14 @@ def train(
         d_model: Size of the residual stream.
         length: Tokens per sequence.
         steps: Steps of the optimizer. [default: until the circuit has formed, then --finish-steps]
-        max_steps: Steps in which the circuit must form, without --steps.
+        max_steps: Steps in which the circuit must form, without --steps. [default: 600]
         finish_steps: Steps after that, for the bigrams. [default: 400, and more for large vocabularies]
         seed: Seed of the weights and the data.
     """
-    language = _language(text, level, max_vocab)
+    from hijack_lens.cli import asking, saying
+    from hijack_lens.core.memory import check_memory
+
+    language = asking.language(text, encoding, level, max_vocab)
     check_memory(4 * 4 * length * d_model, **{"--length": length, "--d-model": d_model})  # the table of positions
     if triggers is None:
         triggers, n_triggers = ["frequent"], 5 if n_triggers is None else n_triggers
@@ -164,22 +168,18 @@ def train(
         length=length,
         seed=seed,
         steps="until formed" if steps is None else steps,
-        max_steps=max_steps,
+        max_steps=hl.TrainConfig.max_steps if max_steps is None else max_steps,
         finish_steps=finish_steps,
     )
     model = hl.trainable_transformer(language, positions, d_model, seed=seed, n_ctx=4 * length)
     run = hl.train(model, language, config, out=out)
     run.save(out)
     run.picture().save(out / "memories.png")
-    console = Console(markup=False)  # tokens and paths may contain brackets
-    said = report_of(run)
-    _print_tables(console, said)
-    for line in said.lines:
-        console.print(line, style="" if run.formed else "bold", soft_wrap=True)
-    console.print(f"Picture: {(out / 'memories.png').resolve()}", soft_wrap=True)
-    console.print(f"Look at it: hijack-lens explain --model {out}", soft_wrap=True)
+    saying.print_tables(said := hl.show.report_of(run))
+    saying.print_lines(*said.lines, style="" if run.formed else "bold")
+    saying.print_lines(f"Picture: {(out / 'memories.png').resolve()}", f"Look at it: hijack-lens explain --model {out}")
     if not run.finished:
-        console.print("Interrupted; give the same command again to resume.")
+        saying.print_lines("Interrupted; give the same command again to resume.")
         raise SystemExit(130)
 
 
@@ -202,8 +202,9 @@ def reproduce(
         quick: Small settings for a first look, in a third of the time.
         workers: Processes to run claims in. [default: as many as there are cores]
     """
-
     from hijack_lens import reproduction
+    from hijack_lens.cli import saying
+    from hijack_lens.core.tables import Table
 
     if only is not None and claims:
         raise ValueError(f"--only must be left out where claims are named, got {only!r} and {', '.join(claims):.80}")
@@ -223,172 +224,7 @@ def reproduce(
             shown = "", ""
         ruled.append(len(rows) - 1)
     columns = ("claim", "predicted", "measured", "verdict")
-    table = Table(columns, rows, align="l", title="the papers' claims", ruled=ruled)
-    console = Console(markup=False)
-    console.print(table.rich())
-    console.print(f"Report: {done.report.resolve()}", soft_wrap=True)
+    saying.print_table(Table(columns, rows, align="l", title="the papers' claims", ruled=ruled))
+    saying.print_lines(f"Report: {done.report.resolve()}")
     if "failed" in done.verdicts.values():
         raise SystemExit(1)
-
-
-def _language(text: Path | None, level: Literal["char", "word"] | None, max_vocab: int | None) -> hl.BigramLanguage:
-    try:
-        corpus = hl.default_text() if text is None else check_path("--text", text).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--text {str(text)!r} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text {str(text)!r} cannot be read as UTF-8 text: {error}") from error
-    if max_vocab is None and level == "word":
-        max_vocab = 500  # a model's memory grows with the square of its vocabulary
-    return hl.BigramLanguage.from_text(corpus, level=level or "char", max_vocab=max_vocab)
-
-
-def _conflict(
-    language: hl.BigramLanguage, trigger: str | None, in_context: str | None, trained: Sequence[str | int] | None
-) -> tuple[int, int]:
-    """The conflict asked for; what is left open is chosen so that the conflict is strong.
-
-    By default the trigger is the word or letter whose successor is most certain (of those that the model was `trained`
-    on), and the in-context candidate is the most common of the words or letters that are least likely to follow it.
-    """
-    wordlike = [i for i, token in enumerate(language.tokens) if token.isalpha()] or list(range(language.d_vocab))
-    if trigger is None:
-        common = [i for i in wordlike if language.pi_u[i] >= 0.1 / language.d_vocab] or wordlike
-        if trained is not None:
-            known = language.trigger_ids(trained).tolist()
-            common = [i for i in common if i in known] or known
-        q = max(common, key=lambda i: float(language.pi_b[i].max()))
-    else:
-        q = language.index(trigger, "trigger")
-    if in_context is None:
-        taken = (q, language.global_candidate(q))
-        others = [i for i in wordlike if i not in taken] or [i for i in range(language.d_vocab) if i not in taken]
-        if not others:
-            raise ValueError(f"text has only {language.d_vocab} different tokens; a conflict needs at least 3")
-        return q, min(others, key=lambda i: (float(language.pi_b[q, i]), -float(language.pi_u[i])))
-    return q, language.index(in_context, "in-context")
-
-
-def _refuse(given: dict[str, Any], reason: str) -> None:
-    """Refuses options that have been given."""
-    for option, value in given.items():
-        if value is not None:
-            raise ValueError(f"--{option.replace('_', '-')} does not go with {reason}")
-
-
-def _explain_answers(
-    name: Path | None,
-    asked: dict[str, str | None],
-    unfit: dict[str, Any],
-    find_circuit: bool,
-    context: str | None,
-    seed: int,
-) -> tuple[hl.Explanation | hl.AnswerExplanation, dict[str, Any], list[str | Text]]:
-    """The explanation of the user's prompt, answer and foil; what JSON says of these; and what to print first."""
-    for option, given in {"model": name, **asked}.items():
-        if given is None:
-            raise ValueError(f"--model, --prompt, --answer and --foil go together; --{option} is missing")
-    _refuse(unfit, "--prompt, which is asked as it is")
-    prompt, answer, foil = (str(value) for value in asked.values())
-    if not prompt:
-        raise ValueError("--prompt must be a text, got ''")
-    assert name is not None
-    model = load_model(name)
-    tokens = single_prompt(model, prompt, "--prompt")[0]
-    found: dict[str, Any] = {"model": str(name), "prompt": prompt}
-    intro: list[str | Text] = [Text("prompt  ", style="bold").append(prompt, style="dim")]
-    circuit = hl.find_circuit(model, seed=seed) if find_circuit else own_circuit(model)
-    if circuit is None:
-        for option, given in (("--answer", answer), ("--foil", foil)):
-            spelled_ways(model, option, given)
-        if answer.strip() == foil.strip():
-            raise ValueError(f"--answer and --foil must be different tokens, got {answer!r} and {foil!r}")
-        asked_of: Any = hl.explain(model, tokens, answer, foil, context=context)
-        pair = asked_of.attribution.answers
-    else:
-        pair = token_id(model, "--answer", answer), token_id(model, "--foil", foil)
-        if pair[0] == pair[1]:
-            raise ValueError(f"--answer and --foil must be different tokens, got {answer!r} and {foil!r}")
-    for side, token, text in zip(("answer", "foil"), pair, (answer, foil), strict=True):
-        (shown,), spaced = decoded(model.tokenizer, [token]), spaced_instead(model, text, token)
-        found[side] = {"text": shown, "id": token}
-        other = f"; {spaced!r}, with a space, is another" if spaced else ""
-        part = "" if shown.strip() == text.strip() else f", by which {text!r} is compared"
-        intro.append(f"{side}: {shown!r}, token {token}{part}{other}")
-    if circuit is None:
-        return asked_of, found, intro
-    evidence = circuit.evidence
-    found["circuit"] = {role: [str(part) for part in getattr(circuit, role)] for role in ROLE_NAMES}
-    found["evidence"] = None if evidence is None else evidence.verdicts.splitlines()
-    intro += [f"circuit: {circuit}", *([] if evidence is None else [evidence.verdicts])]
-    return hl.explain(model, tokens, *pair, circuit=circuit, context=context), found, intro
-
-
-def _intro(prompt: hl.HijackPrompt) -> list[str | Text]:
-    """A conflict's prompt, and what each memory says."""
-    show, tokens = prompt.language.display, prompt.tokens.tolist()
-    q, c, g = (repr(show(token)) for token in (prompt.trigger, prompt.in_context, prompt.global_candidate))
-    shown = Text("prompt  ", style="bold")
-    for i, token in enumerate(tokens):
-        after_trigger = i > 0 and tokens[i - 1] == prompt.trigger
-        style = "bold blue" if after_trigger else "bold" if token == prompt.trigger else "dim"
-        shown.append(show(token) + (" " if prompt.language.level == "word" else ""), style=style)
-    return [shown, f"After {q}, the context says {c}; the weights say {g}. ({prompt.language.d_vocab} tokens known.)"]
-
-
-def _print_tables(console: Console, found: Report) -> None:
-    for table in found.tables:
-        console.print(table.rich())
-    for note in found.notes:
-        console.print(note)
-
-
-def _found(explanation: hl.Explanation, prompt: hl.HijackPrompt) -> dict[str, Any]:
-    tokens, formed = prompt.language.tokens, explanation.model.formed
-    return {
-        "prompt": prompt.text,
-        "trigger": tokens[prompt.trigger],
-        "in_context": tokens[prompt.in_context],
-        "global": tokens[prompt.global_candidate],
-        "theory": {part: predicted for part, (predicted, _) in explanation.theory_beside_model().items()},
-        "repeats_needed": None if explanation.flip is None else explanation.flip.repeats,
-        "formed": None if formed is None else list(formed.lines),
-    }
-
-
-def _outcome(explanation: hl.Explanation | hl.AnswerExplanation) -> dict[str, Any]:
-    """What is reported for the explanation of any prompt."""
-    if isinstance(explanation, hl.AnswerExplanation):
-        by_source = explanation.attribution
-        return {
-            "winner": explanation.winner,
-            "verdict": explanation.verdict,
-            "tokens": list(explanation.texts),
-            "margin": {part: float(value) for part, value in explanation.margin.parts.items()},
-            "shares": {path.label: wrote[0] - wrote[1] for path, wrote in _paths(by_source)},
-            "checks": [asdict(check) for check in explanation.checks],
-            "doses": explanation.doses,
-            "heads": by_source.by_head().to_dict(orient="records"),
-            "log_probs": explanation.whole,
-            "completeness_error": by_source.completeness_error,
-        }
-    attribution = explanation.attribution
-    said = {"winner": explanation.winner, "verdict": explanation.verdict, "ablated": explanation.ablated}
-    if attribution is None:
-        return {**said, "margin": {"total": explanation.total}, "not_split": explanation.not_split}
-    sides = ("in_context", "global") if isinstance(explanation.prompt, hl.HijackPrompt) else ("answer", "foil")
-    return {
-        **said,
-        "margin": {part: float(value) for part, value in explanation.margin.parts.items()},
-        "paths": [
-            {"path": path.label, "memory": path.memory, **dict(zip(sides, wrote, strict=True))}
-            for path, wrote in _paths(attribution)
-        ],
-        "completeness_error": attribution.completeness_error,
-    }
-
-
-def _paths(attribution: hl.LogitAttribution) -> list[tuple[hl.Path, list[float]]]:
-    """Each path, and what it wrote into the two logits."""
-    by_path = attribution.by_path()[:, list(attribution.pair())].tolist()
-    return list(zip(attribution.paths, by_path, strict=True))

@@ -62,11 +62,22 @@ class Table:
     ruled: Sequence[int] = ()
     total: bool = False
 
-    def rich(self) -> "rich.table.Table":
-        """The table for a terminal."""
+    def rich(self, width: int | None = None) -> "rich.table.Table":
+        """The table for a terminal; a line per cell where its words and numbers do not fit in the width."""
+        from rich import box
         from rich.table import Table as RichTable
 
         table = RichTable(title=self.title or None)
+        cells = zip(self.columns, *self.rows, strict=True)
+        needed = sum(3 + max(len(word) for cell in column for word in cell.split() or [""]) for column in cells) + 1
+        if width is not None and needed > width:
+            table.show_header, table.box = False, box.SIMPLE
+            for name in ("column", "cell"):
+                table.add_column(name, overflow="fold")
+            for row in self.rows:
+                for column, cell in zip(self.columns, row, strict=True):
+                    table.add_row(column, cell, end_section=column == self.columns[-1])
+            return table
         for column, side in zip(self.columns, self._sides(), strict=True):
             table.add_column(column, justify=side)
         for index, row in enumerate(self.rows):
