@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from hijack_lens.core.checks import as_int, check_choice, check_count, check_tensor, check_tokens, shown
 from hijack_lens.core.hook_points import check_model
-from hijack_lens.core.tables import visible, widened
+from hijack_lens.core.tables import Shown, visible, widened
 from hijack_lens.core.texts import decoded, listed_ids, n_outputs
 from hijack_lens.language.prompts import HijackPrompt
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Answer = int | str | Sequence[int] | Sequence[str] | Int[Tensor, "batch"]
 """A token, by id or text; or one token per prompt."""
@@ -22,8 +25,8 @@ Logits = Float[Tensor, "batch pos d_vocab"]
 _Run = Literal["clean", "corrupted"]
 
 
-@dataclass(frozen=True)
-class Metric:
+@dataclass(frozen=True, repr=False)
+class Metric(Shown):
     """A number per prompt, read from the logits at one position; `metric(logits)` is its mean over a batch.
 
     It works wherever a function of the logits does, including TransformerLens's own `patching`. `hooks.patch_sweep` is
@@ -60,6 +63,15 @@ class Metric:
         if position is None:
             raise TypeError(f"position must be an int, got {shown(self.position)}")
         object.__setattr__(self, "position", position)
+
+    def __repr__(self) -> str:
+        return f"Metric({self.name!r}, position={self.position})"
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """A row: its name, the position that it reads, and whether it is to be given to a model first."""
+        import pandas as pd
+
+        return pd.DataFrame({"metric": [self.name], "position": [self.position], "open": [self.of_logits is None]})
 
     def __call__(self, logits: Logits) -> Float[Tensor, ""]:
         """The mean over prompts.
@@ -259,7 +271,7 @@ def kl(reference: _Run | Logits = "clean", position: int = -1) -> Metric:
     return Metric(name, against(reference), position) if isinstance(reference, Tensor) else unplaced
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _OfTokens(Metric):
     """A metric of tokens, whose name shows which they are in a model's tokenizer."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,12 +17,13 @@ from hijack_lens.core.analysis import as_written, hold_eager, is_compiled, relea
 from hijack_lens.core.checks import check_choice, check_list, shown
 from hijack_lens.core.hook_points import check_hook_points, points_of
 from hijack_lens.core.inputs import model_tokens
+from hijack_lens.core.tables import Shown
 
 HookFunction = Callable[..., Tensor | None]
 """TransformerLens's `fn(activation, hook) -> activation | None`."""
 
 
-class Intervention:
+class Intervention(Shown):
     """Hooks on a model that are there while the context lasts and gone afterwards, whatever happens inside.
 
     Use it as a context manager, or hand its `fwd_hooks` to TransformerLens:
@@ -66,6 +68,17 @@ class Intervention:
             (name, functools.partial(_checked, name, fn)) for name, fn in (*look, *edit)
         ]
         self._entries: list[tuple[int, list[_Entry]]] = []  # by the thread that entered them
+        self._n_looks = len(look)
+
+    def __repr__(self) -> str:
+        points = ", ".join(dict.fromkeys(name for name, _ in self._hooks))
+        state = "active" if self._entries else "not active"
+        return f"Intervention on {type(self.model).__name__} at {points:.400}: {state}"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per hook: its hook point, and whether it only looks there."""
+        points = [name for name, _ in self._hooks]
+        return pd.DataFrame({"hook_point": points, "looks": [i < self._n_looks for i in range(len(points))]})
 
     @property
     def fwd_hooks(self) -> list[tuple[str, HookFunction]]:

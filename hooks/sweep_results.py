@@ -14,7 +14,7 @@ from hijack_lens.core.checks import check_fields, check_number, check_position, 
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.files import Saved
 from hijack_lens.core.statistics import most_in_population
-from hijack_lens.core.tables import Drawn, Shown, tidy
+from hijack_lens.core.tables import Drawn, tidy
 from hijack_lens.hooks.edges import Edge, name_of
 
 Result = TypeVar("Result", bound="PatchEffects")
@@ -155,9 +155,6 @@ class Sweep(PatchEffects, Saved, Drawn):
             frame.insert(after, "token", [self._text(position) for position in frame["position"]])
         return frame
 
-    def _repr_png_(self) -> bytes:
-        return self.picture().png()
-
     def describe(self, flat: int) -> str:
         """One patch in words, by its index in the flattened values."""
         flat = check_position("flat", flat, self.values.numel(), self.values.numel() - 1)
@@ -174,8 +171,8 @@ class Sweep(PatchEffects, Saved, Drawn):
         return self.texts[self.positions.index(position)]
 
 
-@dataclass(frozen=True)
-class EdgeScreen:
+@dataclass(frozen=True, repr=False)
+class EdgeScreen(Saved, Drawn):
     """How the edges of a sweep were chosen among more, and what a random sample says of the others.
 
     Attributes:
@@ -201,6 +198,15 @@ class EdgeScreen:
     def __post_init__(self) -> None:
         check_fields(self)
         check_shapes(self, {"values": (len(self.drawn),)})
+
+    def __repr__(self) -> str:
+        return f"EdgeScreen(of {self.n_edges} edges: {len(self.estimates)} chosen, {len(self.drawn)} drawn at random)"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per edge that was drawn: sender, receiver, via, and the metric's `value`."""
+        rows = [(str(edge.sender), str(edge.receiver), edge.via) for edge in self.drawn]
+        frame = pd.DataFrame(rows, columns=["sender", "receiver", "via"])
+        return frame.assign(value=self.values.detach().cpu().double().numpy())
 
 
 @dataclass(frozen=True, repr=False)
@@ -270,7 +276,7 @@ class PathSweep(PatchEffects, Saved, Drawn):
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison(Shown, Generic[Result]):
+class Comparison(Drawn, Generic[Result]):
     """The gradient estimate of each patch's effect beside its exact effect.
 
     Patches not scored (NaN) in either sweep are left out of the numbers.

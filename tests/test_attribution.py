@@ -280,7 +280,7 @@ def test_saving_and_loading_gives_back_every_bit(tmp_path):
         result.save(path)
         assert_same(LogitAttribution.load(path), result)
         assert_same(LogitAttribution.load(str(path)), result)
-        assert repr(LogitAttribution.load(path)) == repr(result)
+        assert str(LogitAttribution.load(path)) == str(result)
     assert len(list(tmp_path.iterdir())) == index + 1
 
 
@@ -343,7 +343,7 @@ def test_the_terminals_table_shows_each_path_and_the_sum(build):
     model, tokens = BUILD[build](), prompts()[0]
     result = attribute(model, tokens)
     a, b = result.logits.topk(2).indices.tolist()
-    rows = rows_of(repr(result))
+    rows = rows_of(str(result))
     np.testing.assert_allclose(
         rows.pop("sum"),
         [result.logits[a], result.logits[b], result.logits[a] - result.logits[b]],
@@ -355,8 +355,8 @@ def test_the_terminals_table_shows_each_path_and_the_sum(build):
         np.testing.assert_allclose(numbers, [value[a], value[b], value[a] - value[b]], atol=5.01e-4)
     # What is not shown is nothing, and is counted.
     assert all(float(value[[a, b]].abs().max()) < 5e-4 for value in by_path.values())
-    assert (f"{len(by_path)} more path" in repr(result)) == bool(by_path)
-    assert f"completeness error {result.completeness_error:.1e}" in repr(result)
+    assert (f"{len(by_path)} more path" in str(result)) == bool(by_path)
+    assert f"completeness error {result.completeness_error:.1e}" in str(result)
 
 
 def test_the_table_is_about_the_prompts_candidates():
@@ -364,21 +364,29 @@ def test_the_table_is_about_the_prompts_candidates():
     prompt = hl.hijack_prompt(model.language, 0, 1, 1, 6, global_candidate=2, seed=0)
     result = attribute(model, prompt)
     assert result.candidates == (1, 2) == result.pair()
-    assert "logit '1'" in repr(result)
-    assert "'1' - '2'" in repr(result)
-    rows = rows_of(repr(result))
+    assert "logit '1'" in str(result)
+    assert "'1' - '2'" in str(result)
+    rows = rows_of(str(result))
     np.testing.assert_allclose(rows["sum"][2], float(result.margin().total), atol=5.01e-4)
     close(result.margin("1", "2").total, result.margin().total, atol=0)
     close(result.margin(2, 1).context, -result.margin().context, atol=0)
 
 
-def test_batches_and_all_positions_are_described_in_a_line():
+def test_batches_and_all_positions_are_described_by_the_margin_of_each():
     model = perturbed()
-    assert repr(attribute(model, prompts(3))).startswith("LogitAttribution(batch=3, path=")
-    text = repr(attribute(model, prompts(3)[0], "all"))
+    assert str(attribute(model, prompts(3))).startswith("LogitAttribution(batch=3, path=")
+    text = str(attribute(model, prompts(3)[0], "all"))
     assert "position=5, d_vocab=7), completeness error" in text
-    assert "\n" not in text
-    assert attribute(model, prompts(3))._repr_html_().startswith("<pre>LogitAttribution(")
+    result = attribute(model, prompts(3)[0], "all")
+    largest = result.logits.topk(2).values
+    assert [row[-1] for row in rows_of(text).values()] == pytest.approx(
+        (largest[:, 0] - largest[:, 1]).tolist(), abs=1e-3
+    )
+    assert "the largest logit − the second" in text
+    said = str(attribute(model, prompts(3), answers=[2, 1]))
+    assert "logit '2' − logit '1'" in said
+    totals = attribute(model, prompts(3), answers=[2, 1]).margin().total.tolist()
+    assert [row[-1] for row in rows_of(said).values()] == pytest.approx(totals, abs=1e-3)
 
 
 class Strict(HTMLParser):
@@ -412,27 +420,17 @@ def test_the_notebooks_view_is_well_formed_and_escapes_tokens():
     for a in range(6):
         prompt = hl.HijackPrompt(tokens, tokens, 1, a, a + 1, a + 1, language)
         result = attribute(model, prompt)
-        page = Strict(result._repr_html_())
-        assert page.tags <= {
-            "div",
-            "p",
-            "b",
-            "span",
-            "table",
-            "thead",
-            "tbody",
-            "tr",
-            "th",
-            "td",
-            "code",
-            "br",
-        }
+        html = result._repr_html_()
+        drawn = html[html.index("<svg") : html.index("</svg>") + 6]
+        page = Strict(html.replace(drawn, ""))
+        layout = {"div", "p", "b", "span", "table", "thead", "tbody", "tr", "th", "td", "br"}
+        assert page.tags <= layout | {"style", "pre", "details", "summary"}
         assert " ".join([*odd, odd[1]]) in page.text
-        assert f"logit {odd[a]}" in page.text
+        assert f"logit {odd[a]!r}" in page.text
         assert f"{float(result.logits[a]):+.3f}" in page.text
         total = float(result.margin().total)
         winner, loser = (odd[a], odd[a + 1]) if total > 0 else (odd[a + 1], odd[a])
-        assert f"{winner} beats {loser} by {abs(total):.2f} logits" in page.text
+        assert f"{winner!r} beats {loser!r} by {abs(total):.2f} logits" in page.text
         assert "sum" in page.text
 
 

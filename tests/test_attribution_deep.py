@@ -361,7 +361,7 @@ def test_answers_are_shown_saved_and_indexed_by_their_tokens(deep_gpt2, tmp_path
     assert result.pair("b", "two") == (2, 0) == result.pair(12, 3)
     assert result.source_texts()[-3:] == text.split()[-3:]
     assert set(result.vocab) == {*result.tokens.tolist(), 3, 10, 12}
-    assert "logit 'two'" in repr(attribute(deep_gpt2, text, circuit=CIRCUIT, answers=["two", "one"]))
+    assert "logit 'two'" in str(attribute(deep_gpt2, text, circuit=CIRCUIT, answers=["two", "one"]))
     table = result.to_pandas()
     assert list(table.columns) == ["path", "memory", "source", "token", "logit"]
     sums = table.groupby("token")["logit"].sum()
@@ -373,13 +373,13 @@ def test_answers_are_shown_saved_and_indexed_by_their_tokens(deep_gpt2, tmp_path
     loaded = LogitAttribution.load(tmp_path / "result")
     assert torch.equal(loaded.values, result.values)
     assert (loaded.answers, loaded.vocab, loaded.paths) == (result.answers, result.vocab, result.paths)
-    assert repr(loaded) == repr(result)
+    assert str(loaded) == str(result)
 
 
 def test_a_long_table_shows_the_paths_that_make_the_largest_difference():
     model, tokens = hooked("LN", n_layers=16, n_heads=4), prompts()[0]
     result = attribute(model, tokens, circuit=hl.Circuit())
-    lines = [line for line in repr(result).splitlines() if "→" in line]
+    lines = [line for line in str(result).splitlines() if "→" in line]
     a, b = result.pair()
     difference = (result.by_path()[:, a] - result.by_path()[:, b]).abs()
     assert len(lines) == 20 < 80 < len(result.paths)
@@ -388,9 +388,9 @@ def test_a_long_table_shows_the_paths_that_make_the_largest_difference():
         result.by_path()[index, a] - result.by_path()[index, b] for index in largest
     )
     said = f"{len(result.paths) - 20} more paths make less of a difference each, {float(left):+.3f} together."
-    assert said in repr(result)
+    assert said in str(result)
     for index in largest:
-        assert str(result.paths[index]) in repr(result)
+        assert str(result.paths[index]) in str(result)
 
 
 def test_hooks_stay_and_those_that_go_around_the_weights_are_noticed():

@@ -97,7 +97,7 @@ def test_facts_flip_where_counts_say_so():
     assert measured == facts_by_hand()
     assert len(set(measured)) > 1
     assert result.table["seed"].nunique() == 3
-    assert result._repr_png_().startswith(b"\x89PNG")
+    assert result.figure.png().startswith(b"\x89PNG")
 
 
 def test_trained_findings_hold_for_models_with_the_two_memories():
@@ -158,7 +158,7 @@ def test_theory_names_every_winner_of_a_handwritten_model():
     assert (result.table[[f"without_{term}_accuracy" for term in TERMS]] == 1).all(None)
     assert (result.table["strengths_accuracy"] == 1).all()
     assert result.verdict == "reproduced", result
-    assert result._repr_png_().startswith(b"\x89PNG")
+    assert result.figure.png().startswith(b"\x89PNG")
 
 
 def test_winners_of_a_model_without_memories_turn_the_verdict():
@@ -237,7 +237,7 @@ def test_memories_of_a_handwritten_model_are_worth_what_attribution_says():
         for game in ("source", "ablated"):
             off = (result.table[memory] - result.table[f"{memory}_{game}"]).abs().max()
             assert off < 1e-9, (memory, game)
-    assert result._repr_png_().startswith(b"\x89PNG")
+    assert result.figure.png().startswith(b"\x89PNG")
 
 
 def test_shapley_values_in_the_table_are_those_of_ablated_runs():

@@ -568,7 +568,7 @@ def test_the_table_has_a_row_for_every_component(found):
 
 def test_evidence_shows_itself_as_text_and_html(found):
     evidence = found[1].evidence
-    text, html = repr(evidence), evidence._repr_html_()
+    text, html = str(evidence), evidence._repr_html_()
     assert max(map(len, text.splitlines()[4:-1])) <= 120
     for part in ("L1H0", "L3H2", "L3MLP", "previous-token head"):
         assert part in text

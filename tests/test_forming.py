@@ -218,8 +218,8 @@ def test_a_model_with_both_memories_has_formed(formed):
     assert verdict.order > 1.0
     assert verdict.excess == formed.probe("bigram_excess").iloc[-1] < 0.1
     assert (verdict.cause, verdict.remedy) == ("", "")
-    assert "The context's memory formed: in-context accuracy" in repr(formed)
-    assert repr(verdict).startswith("Formed: both memories formed")
+    assert "The context's memory formed: in-context accuracy" in str(formed)
+    assert str(verdict).startswith("Formed: both memories formed")
     assert formed.probe("formed_context").iloc[[0, -1]].tolist() == [0.0, 1.0]
     assert formed.probe("formed_best").unique().tolist() == [1.0]
 
@@ -294,7 +294,7 @@ def test_a_model_without_the_circuit_says_why_and_what_to_do(cause, tmp_path):
     assert not run.formed.context
     assert cause in run.formed.cause
     assert remedy in run.formed.remedy
-    assert f"Likeliest cause: {run.formed.cause}" in repr(run)
+    assert f"Likeliest cause: {run.formed.cause}" in str(run)
     run.save(tmp_path / "saved")
     stored = hl.BigramTransformer.from_pretrained(tmp_path / "saved").formed
     assert vars(stored) == pytest.approx(vars(run.formed), nan_ok=True)
@@ -330,10 +330,10 @@ def test_an_explanation_of_half_a_model_says_so(tmp_path):
     explanation = hl.explain(run.model, prompt)
     page = hl.show.write_report(explanation, tmp_path / "report.html").read_text()
     for line in run.formed.lines:
-        assert line in repr(explanation).replace("\n", " ")
+        assert line in str(explanation).replace("\n", " ")
         assert html.escape(line) in page
     run.model.formed = verdict()
-    assert "memory formed" not in repr(hl.explain(run.model, prompt))
+    assert "memory formed" not in str(hl.explain(run.model, prompt))
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -99,7 +99,7 @@ def test_every_result_of_a_half_precision_model_shows_itself_and_holds_float32(n
         for view in ("to_pandas", "interactions_to_pandas", "by_fact", "_repr_html_"):
             if hasattr(result, view) and (view != "_repr_html_" or name == "BigramTransformer"):  # slow: pictures
                 getattr(result, view)()
-        if hasattr(result, "save"):
+        if hasattr(result, "load"):
             result.save(tmp_path / "result")
             type(result).load(tmp_path / "result")
         if isinstance(result, hl.Explanation) and name == "BigramTransformer":

@@ -148,7 +148,7 @@ def test_without_a_language_nothing_is_compared():
     assert all(map(math.isnan, scores))
     assert result.crosstalk.isnan().all()
     assert result.to_pandas()["log_pi_b"].isna().all()
-    assert "recall" not in repr(result)
+    assert "recall" not in str(result)
     assert len(result.picture().figure.axes) == 3
     assert memory_matrix(handwritten(), language=None).log_pi_b is None
 
@@ -170,7 +170,7 @@ def test_tables_pictures_and_files(tmp_path):
     assert list(frame["logit"]) == result.values.flatten().tolist()
     assert frame["key"][size] == language.display(1)
     assert frame["value"][1] == language.display(1)
-    text = repr(result)
+    text = str(result)
     assert f"MemoryMatrix(key={size}, value={size}) of L1MLP" in text
     assert f"recall {result.recall():.1%}" in text
     html = result._repr_html_()
@@ -183,7 +183,7 @@ def test_tables_pictures_and_files(tmp_path):
     assert axes[1].images[0].get_clim() == axes[0].images[0].get_clim()
     result.save(tmp_path / "matrix")
     again = MemoryMatrix.load(tmp_path / "matrix")
-    assert repr(again) == text
+    assert str(again) == text
     assert torch.equal(again.values, result.values)
     alone_file = tmp_path / "alone"
     memory_matrix(model, language=None).save(alone_file)

@@ -136,7 +136,7 @@ def test_neurons_that_no_token_turns_on_name_those_that_come_closest():
     assert (result.post[1:] == 0).all()
     assert result.key_tokens[:, 0].tolist() == list(range(7))
     close(result.pre[:, 0], torch.tensor([2.0] + [-1.0] * 6, dtype=torch.float64))
-    assert "none" in repr(result)
+    assert "none" in str(result)
 
 
 def test_the_vocabulary_and_the_neurons_may_be_taken_in_parts(monkeypatch):
@@ -166,7 +166,7 @@ def test_tables_pictures_and_files(tmp_path):
     assert list(first["key"]) == [language.display(token) for token in range(language.d_vocab)]
     assert list(first["post"]) == pytest.approx([1.0] * language.d_vocab)
     assert list(frame["promoted_logits"][:4]) == result.promoted_logits[0].tolist()
-    text = repr(result)
+    text = str(result)
     assert f"MemoryNeurons(neuron={language.d_vocab}) of L1MLP" in text
     assert "'h'" in text
     html = result._repr_html_()
@@ -180,7 +180,7 @@ def test_tables_pictures_and_files(tmp_path):
     assert picture.png()
     result.save(tmp_path / "neurons")
     again = MemoryNeurons.load(tmp_path / "neurons")
-    assert repr(again) == text
+    assert str(again) == text
     assert torch.equal(again.pre, result.pre)
     memory_matrix(handwritten()).save(tmp_path / "matrix")
     with pytest.raises(ValueError, match=r"not a hijack_lens\.MemoryNeurons"):

@@ -128,7 +128,7 @@ def test_the_same_prompt_changes_nothing_and_has_no_scale():
     with pytest.raises(ValueError, match=r"'logit 1 − logit 2' is .* on the clean and on the corrupted run alike"):
         sweep.normalised
     assert "normalised" not in sweep.to_pandas()
-    assert "None of the 24 edges has an effect." in repr(sweep)
+    assert "None of the 24 edges has an effect." in str(sweep)
 
 
 def test_a_metric_of_the_unpatched_runs_and_a_function_will_do(unchecked):
@@ -213,7 +213,7 @@ def test_gradients_choose_which_edges_are_run_and_a_sample_bounds_what_was_misse
     assert sum(left) <= chosen.missed(size) == brute_bound(seen, 15, len(left))
     assert chosen.missed(float(every.effect.abs().max())) == brute_bound(0, 15, len(left)) > 0
     assert every.missed(0) == path_sweep(model, CLEAN, CORRUPTED, METRIC, "all", exact=1000).missed(0.0) == 0
-    assert f"Of the {len(left)} others, 15 drawn at random have effects of at most" in repr(chosen)
+    assert f"Of the {len(left)} others, 15 drawn at random have effects of at most" in str(chosen)
 
 
 def brute_bound(seen, drawn, population):
@@ -338,7 +338,7 @@ def test_a_table_has_a_row_per_edge(sweep):
 
 
 def test_in_a_terminal_it_shows_the_largest_effects_first(sweep):
-    text = repr(sweep)
+    text = str(sweep)
     frame = sweep.to_pandas()
     first = frame.loc[frame["effect"].abs().idxmax()]
     row = next(line for line in text.splitlines() if line.startswith("│"))
@@ -355,7 +355,7 @@ def test_in_a_notebook_it_shows_map_and_table(sweep):
     page = sweep._repr_html_()
     assert page.count("<svg") == 1
     assert "<td style='text-align:left'>previous-token head</td>" in page
-    assert page.count("<tr>") == 1 + sum(line.startswith("│") for line in repr(sweep).splitlines())
+    assert page.count("<tr>") == 1 + sum(line.startswith("│") for line in str(sweep).splitlines())
 
 
 def test_names_are_no_markup(unchecked):
@@ -365,7 +365,7 @@ def test_names_are_no_markup(unchecked):
     metric.__name__ = "<b>[red]x"
     sweep = path_sweep(hooked(), CLEAN, CORRUPTED, metric)
     assert "&lt;b&gt;[red]x" in sweep._repr_html_()
-    assert "<b>[red]x, edge by edge" in repr(sweep)
+    assert "<b>[red]x, edge by edge" in str(sweep)
 
 
 def test_the_map_shows_effects_and_leaves_what_is_no_edge_blank(sweep):
@@ -394,7 +394,7 @@ def test_what_was_not_scored_is_blank_in_the_map_and_last_in_the_table(sweep):
     values[int(sweep.effect.abs().argmax())] = torch.nan
     partial_sweep = hooks.PathSweep(values, sweep.edges, "m", sweep.base, sweep.source, "denoise", "gradient", CIRCUIT)
     assert (~partial_sweep.picture().figure.axes[0].images[0].get_array().mask).sum() == 60
-    assert "nan" not in repr(partial_sweep)
+    assert "nan" not in str(partial_sweep)
 
 
 def test_saved_and_loaded_it_is_the_same(sweep, tmp_path, unchecked):

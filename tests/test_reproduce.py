@@ -154,7 +154,7 @@ def test_every_claim_is_reported_with_what_was_measured(three_claims, tmp_path):
     assert {claim["settings"] for claim in written} == {"'quick'"}
     for claim, outcome in zip(written, done.outcomes, strict=True):
         assert {**claim, "figure": outcome["figure"]} == outcome
-    assert "in part  half is so" in repr(done)
+    assert "│ in part    │ half is so │" in repr(done)
 
 
 def test_a_table_of_findings_leaves_no_claim_out(three_claims, tmp_path):

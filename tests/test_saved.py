@@ -19,6 +19,7 @@ from torch import Tensor
 import hijack_lens as hl
 from hijack_lens import hooks
 from hijack_lens.core.files import Saved
+from hijack_lens.core.tables import Shown
 
 OLDER = Path(__file__).parent / "saved"
 KINDS = {
@@ -94,7 +95,7 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Everything(Saved):
+class Everything(Saved, Shown):
     values: Float[Tensor, "a b"]
     maybe: Int[Tensor, "n"] | None
     number: float

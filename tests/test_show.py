@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -94,6 +95,37 @@ def test_a_view_stands_alone_in_a_notebook_page_and_may_stand_there_twice(explan
     assert opened.complaints == []
     assert len(opened.inked()) == 4
     assert min(opened.inked()) > 10_000
+
+
+@pytest.mark.browser
+def test_the_report_of_a_long_prompt_is_small_and_opens_at_once_also_dark_and_narrow(language, browser, tmp_path):
+    model = hl.associative_transformer(language, n_ctx=1024)
+    long = hl.explain(model, hl.hijack_prompt(language, "q", "x", repeats=20, length=1024, seed=0))
+    path = hl.write_report(long, tmp_path / "report.html")
+    assert path.stat().st_size < 3_000_000
+    start = time.monotonic()
+    opened = Opened(browser, path, drawn="figure img")
+    opened.page.wait_for_selector("figure button, figure select")  # the token view
+    assert time.monotonic() - start < 5
+    assert opened.complaints == []
+    for theme, width in (("dark", 420), ("light", 1100)):
+        opened.page.emulate_media(color_scheme=theme)
+        opened.page.set_viewport_size({"width": width, "height": 900})
+        assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+        shade = "getComputedStyle(document.querySelector('svg text, svg g')).fill"
+        ink, paper = opened.page.evaluate(f"[{shade}, getComputedStyle(document.documentElement).colorScheme]")
+        assert paper == "light dark"
+        assert ink == ("rgb(255, 255, 255)" if theme == "dark" else "rgb(0, 0, 0)")
+
+
+def test_patterns_of_long_prompts_are_drawn_in_blocks_that_lose_no_peak(language):
+    model = hl.associative_transformer(language, n_ctx=600)
+    prompt = hl.hijack_prompt(language, "q", "x", repeats=20, length=600, seed=0)
+    view = show.attention(model, prompt)
+    assert "a cell shows the largest of 3 × 3" in view.caption
+    assert "<script" not in view._repr_html_()  # nothing to run
+    assert view._repr_html_().count("<img") == 2
+    assert len(view._repr_html_()) < 300_000
 
 
 def test_the_report_carries_circuitsvis_once(explanation, tmp_path):

@@ -315,9 +315,10 @@ def test_the_axes_are_labelled(sweeps):
 
 @pytest.mark.parametrize("kind", ["denoise", "heads", "ablate", "text"])
 def test_it_shows_itself_in_a_notebook(kind, sweeps, tmp_path):
-    drawn = sweeps[kind]._repr_png_()
+    drawn = sweeps[kind].picture()._repr_png_()
     assert drawn.startswith(PNG)
     assert len(drawn) > 3000
+    assert "<svg" in sweeps[kind]._repr_html_()
     sweeps[kind].picture().save(tmp_path / "map.svg")
     assert "<svg" in (tmp_path / "map.svg").read_text()
 

@@ -3,6 +3,7 @@
 from html.parser import HTMLParser
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -78,6 +79,13 @@ def test_a_report_is_drawn_only_where_it_is_displayed():
 
 
 def test_a_class_of_ones_own_shows_itself_once_it_is_registered():
+    class Named:
+        def __init__(self, name):
+            self.name = name
+
+        def html(self, alt):
+            return f"<i title='{alt}'>{self.name}</i>"
+
     class Mine(Drawn):
         pass
 
@@ -85,9 +93,12 @@ def test_a_class_of_ones_own_shows_itself_once_it_is_registered():
         with pytest.raises(TypeError, match=r"result must be a result of hijack_lens.*Mine"):
             refused(Mine())
     report_of.register(Mine, lambda result: Report("mine"))
-    picture_of.register(Mine, lambda result, colour="red": colour)
-    assert (repr(Mine()), Mine().picture(), Mine().picture(colour="blue")) == ("mine", "red", "blue")
-    assert "mine" in Mine()._repr_html_()
+    picture_of.register(Mine, lambda result, colour="red": Named(colour))
+    assert (repr(Mine()), Mine().picture().name, Mine().picture(colour="blue").name) == ("mine", "red", "blue")
+    Mine.to_pandas = lambda self: pd.DataFrame({"size": [0.5]})
+    html = Mine()._repr_html_()
+    assert "<i title='mine'>red</i>" in html
+    assert Cells(html).rows == [["size"], ["0.5"]]  # folded below
     assert show.report_of is report_of
 
 
@@ -108,7 +119,7 @@ def test_a_heat_map_is_centred_and_shows_where_there_is_nothing():
         ((1, 0), "-4.0"),
         ((1, 1), "+2.0"),
     }
-    assert [t.get_color() for t in ax.texts] == ["black", "white", "black"]
+    assert [t.get_color() for t in ax.texts] == ["#010101", "white", "#010101"]
     ax.figure.canvas.draw()  # a dollar sign is no mathematics
     assert [t.get_text() for t in ax.get_xticklabels()] == ["c0", "c$1$"]
 

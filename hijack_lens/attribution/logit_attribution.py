@@ -22,7 +22,7 @@ from hijack_lens.core.checks import (
 )
 from hijack_lens.core.circuit import Circuit, Component, Margin
 from hijack_lens.core.files import Saved
-from hijack_lens.core.tables import Shown, tidy, visible
+from hijack_lens.core.tables import Drawn, tidy, visible
 from hijack_lens.core.texts import spellings
 
 Memory = Literal["context", "weights", "rest"]
@@ -85,7 +85,7 @@ class Path:
 
 
 @dataclass(frozen=True, repr=False)
-class LogitAttribution(Saved, Shown):
+class LogitAttribution(Saved, Drawn):
     """What each path wrote into each logit, exactly.
 
     Attributes:

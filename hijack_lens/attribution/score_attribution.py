@@ -137,9 +137,6 @@ class LogOdds(_ByTerms, Drawn):
         """A row per path: query_path, key_path, log_odds. The entropy belongs to no path, and is left out."""
         return tidy({"query_path": self.query_labels, "key_path": self.key_labels}, log_odds=self.values)
 
-    def _repr_png_(self) -> bytes:
-        return self.picture().png()
-
 
 @dataclass(frozen=True, repr=False)
 class ScoreAttribution(_ByTerms, Saved, Drawn):

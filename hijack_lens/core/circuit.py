@@ -4,12 +4,17 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from hijack_lens.core.checks import check_choice, check_count, check_number, check_type, shown
+from hijack_lens.core.files import Saved
+from hijack_lens.core.tables import Drawn, tidy
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _PLACE = re.compile(r"L([0-9]{1,9})(?:H([0-9]{1,9})|MLP)")
 
@@ -67,8 +72,8 @@ ROLE_NAMES = {"previous_token": "previous-token head", "induction": "induction h
 _HEADS = ("head", 'attention heads, each a Component or its place ("L0H1")')
 
 
-@dataclass(frozen=True)
-class Circuit:
+@dataclass(frozen=True, repr=False)
+class Circuit(Saved, Drawn):
     """The components that carry the two memories; a role may have several or none.
 
     A role is given as a `Component`, its place ("L0H1", "L2MLP"), or several of these.
@@ -103,9 +108,21 @@ class Circuit:
             for component in getattr(self, role):
                 yield role, component
 
+    def __repr__(self) -> str:
+        places = (f"{role}={tuple(map(str, getattr(self, role)))}" for role in ROLE_NAMES)
+        return f"Circuit({', '.join(places)})"
+
     def __str__(self) -> str:
         named = ((name, getattr(self, role)) for role, name in ROLE_NAMES.items())
         return "; ".join(f"{name}: {', '.join(map(str, components)) or 'none'}" for name, components in named)
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """A row per component: role, component, layer, and head, which is missing for an MLP."""
+        import pandas as pd
+
+        rows = [(role, str(part), part.layer, part.head) for role, part in self]
+        frame = pd.DataFrame(rows, columns=["role", "component", "layer", "head"])
+        return frame.astype({"layer": int, "head": "Int64"})
 
     def role(self, component: Component) -> str | None:
         """The role that a component plays, if any."""
@@ -171,9 +188,12 @@ class Strengths:
 
 Positions = Literal["relative", "absolute"]
 
+_MARGINS = 8
+"""Of a batch, those that its repr shows."""
 
-@dataclass(frozen=True)
-class Margin:
+
+@dataclass(frozen=True, repr=False)
+class Margin(Saved, Drawn):
     """`logit[a] - logit[b]`, split by memory; in logits.
 
     Attributes:
@@ -205,11 +225,16 @@ class Margin:
         """The margin by memory, and in "total"."""
         return {"context": self.context, "weights": self.weights, "rest": self.rest, "total": self.total}
 
+    def to_pandas(self) -> "pd.DataFrame":
+        """A row per margin: its place on each axis (none for a single one), context, weights, rest and total."""
+        axes = {f"axis_{i}": range(size) for i, size in enumerate(self.total.shape)}
+        return tidy(axes, **self.parts) if axes else tidy({"": [0]}, **self.parts).drop(columns="")
+
     def __repr__(self) -> str:
-        shown = (
-            f"{name}={value.item():+.4f}"
-            if value.numel() == 1
-            else f"{name}={[round(x, 4) for x in value.flatten().tolist()]}"
-            for name, value in self.parts.items()
-        )
-        return f"Margin({', '.join(shown)})"
+        def said(value: Tensor) -> str:
+            if value.numel() == 1:
+                return f"{value.item():+.4f}"
+            first = ", ".join(str(round(x, 4)) for x in value.flatten()[:_MARGINS].tolist())
+            return f"[{first}{', …' * (value.numel() > _MARGINS)}]"
+
+        return f"Margin({', '.join(f'{name}={said(value)}' for name, value in self.parts.items())})"

@@ -195,7 +195,7 @@ class Saved:
 
     older_names: ClassVar[Mapping[str, str]] = {}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def _save_data(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, whole or not at all."""
         tensors: Tensors = {}
         header = _plain_fields(self, "", tensors)
@@ -203,7 +203,7 @@ class Saved:
 
     @classmethod
     def load(cls: type[Kept], path: str | os.PathLike[str]) -> Kept:
-        """Reads what `save` wrote; nothing in it is executed.
+        """Reads what `save` wrote as data; nothing in it is executed.
 
         Raises:
             ValueError: for any other file.

@@ -1,8 +1,9 @@
 """Tables and reports as data, text or HTML; results that display themselves through registered functions."""
 
 import io
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hijack_lens.core.checks import check_path, shown
+from hijack_lens.core.files import Saved, check_target, write_atomically
 from hijack_lens.core.showing import registered
 
 if TYPE_CHECKING:
+    import pandas as pd
     import rich.table
 
 _VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍", "Ġ": "␣", "Ċ": "⏎", "▁": "␣"}
@@ -39,7 +43,39 @@ def tidy(axes: Mapping[str, Iterable[Any]], **columns: Tensor) -> Any:
 
 
 class Markup(str):
-    """A cell that is already HTML."""
+    """A cell, or a part of a report, that is already HTML."""
+
+
+_LINES, _WIDTH = 15, 120
+"""Of a result in a terminal."""
+
+_ROWS = 20
+"""Rows of a DataFrame that a report shows."""
+
+_PICTURES = (".png", ".svg", ".pdf")
+
+SHOWN_AS = (".html", ".csv", *_PICTURES)
+"""The extensions of files that hold what a result shows, not the result itself."""
+
+STYLE = """
+.hijack-lens { max-width: 100%; line-height: 1.45 }
+.hijack-lens > .text { display: none }
+.hijack-lens > .shown { display: block !important }
+.hijack-lens .wide { overflow-x: auto; max-width: 100% }
+.hijack-lens svg, .hijack-lens img { height: auto; max-width: none }
+.hijack-lens table { border-collapse: collapse; margin: 0.6em 0; font-size: 90%; color: inherit }
+.hijack-lens th, .hijack-lens td { padding: 0.2em 0.8em; color: inherit; background: none; border: 0 }
+.hijack-lens thead th { border-bottom: 1px solid }
+.hijack-lens td[style*="right"] { white-space: nowrap; font-variant-numeric: tabular-nums }
+.hijack-lens summary { cursor: pointer; opacity: 0.8 }
+.hijack-lens .note { font-size: 85%; opacity: 0.85 }
+"""
+"""How results look: in the colours of the page that they stand in, be it light or dark, and as narrow as it is."""
+
+_PAGE = """
+:root { color-scheme: light dark }
+body { font-family: system-ui, sans-serif; max-width: 1040px; margin: 1.5em auto; padding: 0 1em }
+"""
 
 
 @dataclass(frozen=True)
@@ -84,13 +120,22 @@ class Table:
             table.add_row(*row, end_section=index in self.ruled)
         return table
 
+    def first(self, n: int) -> "Table":
+        """Its first rows, how many more there are, and the total."""
+        last = self.rows[len(self.rows) - self.total :]
+        rows = self.rows[: len(self.rows) - self.total]
+        if len(rows) <= n:
+            return self
+        more = [f"… {len(rows) - n} more", *[""] * (len(self.columns) - 1)]
+        return replace(self, rows=[*rows[:n], more, *last], ruled=[row for row in self.ruled if row < n])
+
     def text(self) -> str:
         """As plain text, 120 characters wide at most."""
         from rich.console import Console
 
         # In a notebook, a console would display the table as well.
         buffer = io.StringIO()
-        Console(file=buffer, width=120, color_system=None, force_jupyter=False, markup=False).print(self.rich())
+        Console(file=buffer, width=_WIDTH, color_system=None, force_jupyter=False, markup=False).print(self.rich())
         return buffer.getvalue().rstrip()
 
     def html(self) -> str:
@@ -106,7 +151,7 @@ class Table:
 
         last = len(self.rows) - 1 if self.total else None
         body = "".join(line(row, "td", ";font-weight:600" * (index == last)) for index, row in enumerate(self.rows))
-        title = f"<p><b>{escape(self.title)}</b></p>" if self.title else ""
+        title = f"<p>{escape(self.title)}</p>" if self.title else ""
         return f"{title}<table><thead>{line(self.columns, 'th')}</thead><tbody>{body}</tbody></table>"
 
     def _sides(self) -> list[Any]:
@@ -114,16 +159,37 @@ class Table:
         return [_ALIGN[letter] for letter in align]
 
 
+def table_of(frame: "pd.DataFrame", title: str = "", rows: int = _ROWS) -> Table:
+    """A DataFrame's first rows as a table: four digits of every number."""
+
+    import pandas as pd
+
+    def cell(value: Any) -> str:
+        if pd.isna(value):
+            return "–"
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        text = str(value)
+        return text if text.strip() == text else visible(text)  # of words in a sentence, it would only disturb
+
+    numbers = [str(kind)[:3] in ("flo", "int", "uin") for kind in frame.dtypes]
+    listed = [[cell(value) for value in row] for row in frame.head(rows).itertuples(index=False, name=None)]
+    align = "".join("r" if number else "l" for number in numbers) or "l"
+    if len(frame) > rows:
+        listed.append([f"… {len(frame) - rows} more", *[""] * (len(numbers) - 1)])
+    return Table([str(name).replace("_", " ") for name in frame.columns], listed, align, title)
+
+
 @dataclass(frozen=True)
 class Report:
     """What a result says of itself.
 
     Attributes:
-        title: what it is.
-        lines: what it found, in words.
+        title: what it is, and what it found, in a line.
+        lines: more of that, in words.
         tables: the full numbers.
         notes: what else a reader should know.
-        figure: draws it as an SVG element; called only when shown.
+        figure: draws it, as HTML; called only when shown.
     """
 
     title: str
@@ -133,16 +199,42 @@ class Report:
     figure: Callable[[], str] | None = None
 
     def text(self) -> str:
-        """For a terminal."""
+        """For a terminal, in full."""
         return "\n".join([self.title, *self.lines, *(table.text() for table in self.tables), *self.notes])
 
+    def short(self) -> str:
+        """For a terminal, in 15 lines at most: what it is, and the top of the first table."""
+        said = "\n".join([self.title, *self.lines]).splitlines()[:_LINES]
+        for table in self.tables[:1]:
+            for n in range(min(len(table.rows), _LINES - len(said)), 0, -1):
+                top = table.first(n).text().splitlines()
+                if len(said) + len(top) <= _LINES:
+                    return "\n".join([*said, *top])
+        return "\n".join(said)
+
     def html(self) -> str:
-        """For a notebook or a page: the figure above the tables."""
+        """For a notebook or a page: what it is, its figure, and the tables folded below.
+
+        Where a notebook is not trusted, or shown by a site that strips styles, the text stands in for all that.
+        """
+        return (
+            f"<div class='hijack-lens'><style>{STYLE}</style><pre class='text'>{escape(self.short())}</pre>"
+            f"<div class='shown' hidden=''>{self.body()}</div></div>"
+        )
+
+    def body(self) -> str:
+        """The same, to stand in a page that has the style and runs."""
         lines = "".join(f"<br>{escape(line)}" for line in self.lines)
-        figure = "" if self.figure is None else self.figure()
-        notes = "".join(f"<p style='font-size:85%'>{escape(note)}</p>" for note in self.notes)
+        figure = "" if self.figure is None else f"<div class='wide'>{self.figure()}</div>"
+        notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in self.notes)
         tables = "".join(table.html() for table in self.tables)
-        return f"<div class='hijack-lens'><p><b>{escape(self.title)}</b>{lines}</p>{figure}{tables}{notes}</div>"
+        if tables:
+            rows = sum(len(table.rows) for table in self.tables)
+            tables = (
+                f"<details{'' if figure else ' open'}><summary>{len(self.tables)} table{'s' * (len(self.tables) > 1)}, "
+                f"{rows} row{'s' * (rows > 1)}</summary><div class='wide'>{tables}</div></details>"
+            )
+        return f"<p><b>{escape(self.title)}</b>{lines}</p>{figure}{tables}{notes}"
 
 
 @singledispatch
@@ -179,30 +271,102 @@ def picture_of(result: Any) -> Any:
 
 
 @singledispatch
-def html_of(result: Any) -> str | None:
-    """A result for a notebook; `None` if its picture says it all.
+def page_of(result: Any) -> str:
+    """A result as a page of its own, which needs no network.
+
+    Raises:
+        TypeError: if it is not a result.
+
+    Examples:
+        >>> hl.show.page_of(hl.attribute_scores(model, prompt))[:15]
+        '<!DOCTYPE html>'
+    """
+    return (
+        "<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+        f"<title>{escape(report_of(result).title)}</title><style>{_PAGE}</style></head>"
+        f"<body>{html_of(result)}</body></html>"
+    )
+
+
+def html_of(result: Any) -> str:
+    """A result for a notebook.
+
+    Raises:
+        TypeError: if it is not a result.
 
     Examples:
         >>> hl.show.html_of(hl.attribute_scores(model, prompt))[:4]
         '<div'
     """
-    return report_of(result).html()
+    report = report_of(result)
+    if report.figure is None and isinstance(result, Drawn):
+        title = report.title
+        report = replace(report, figure=lambda: picture_of(result).html(title))
+    if not report.tables:
+        report = replace(report, tables=[table_of(result.to_pandas())])
+    return report.html()
 
 
 class Shown:
-    """A result that prints and displays itself, with the functions registered by the module that `shown_by` names."""
+    """A result that shows itself, by what the module that `shown_by` names has registered for it in `report_of`.
+
+    It has `to_pandas()`. One that measures something is `Drawn`; these are only names: a metric, an intervention.
+    """
+
+    def to_pandas(self) -> Any:
+        """The result as a DataFrame."""
+        raise TypeError(f"result must be a result of hijack_lens with a table, got {type(self).__name__}")
 
     def __repr__(self) -> str:
         registered()
+        return report_of(self).short()
+
+    def __str__(self) -> str:
+        """In full; of those whose repr is their own, the same line."""
+        if type(self).__repr__ is not Shown.__repr__:
+            return repr(self)
+        registered()
         return report_of(self).text()
 
-    def _repr_html_(self) -> str | None:
+    def _repr_html_(self) -> str:
         registered()
         return html_of(self)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the result, whole or not at all, in the format that the path's extension names.
+
+        ".html" is the page that a notebook shows; ".csv" the table of `to_pandas`; ".png", ".svg" and ".pdf" the
+        picture. With any other, results that have `load` are kept as data, in a safetensors file.
+
+        Raises:
+            TypeError, ValueError: for a path that cannot be written, and for a format that the result does not have.
+        """
+        registered()
+        kind = check_path("path", path).suffix.lower()
+        drawn = isinstance(self, Drawn)
+        if kind in _PICTURES and drawn:
+            picture_of(self).save(path)
+        elif kind in (".html", ".csv"):
+            target = check_target("path", path)
+            text = page_of(self) if kind == ".html" else self.to_pandas().to_csv(index=False)
+            write_atomically(target, text.encode())
+        elif isinstance(self, Saved) and kind not in SHOWN_AS:
+            self._save_data(path)
+        else:
+            known = SHOWN_AS if drawn else SHOWN_AS[:2]
+            raise ValueError(f"path must end in one of {', '.join(known)}, got {shown(str(path))}")
+
+
+@report_of.register
+def plain_report(result: Shown) -> Report:
+    """A result of a kind for which nothing else is registered: its own repr, if it has one, and its table."""
+    kind = type(result)
+    title = kind.__name__ if kind.__repr__ is Shown.__repr__ else repr(result)
+    return Report(title, tables=[table_of(result.to_pandas())])
+
 
 class Drawn(Shown):
-    """A result that also draws itself."""
+    """A result that also draws itself, by what is registered for it in `picture_of`."""
 
     def picture(self, *chosen: Any, **options: Any) -> Any:
         """The result drawn: a `show.Picture`. The options depend on the result: see `show.picture_of`."""

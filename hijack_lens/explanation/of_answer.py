@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -17,7 +18,7 @@ from hijack_lens.core.circuit import Margin, heads_at
 from hijack_lens.core.hook_points import all_components, sites
 from hijack_lens.core.inputs import prompt_texts
 from hijack_lens.core.spans import Span, joiner
-from hijack_lens.core.tables import Drawn, widened
+from hijack_lens.core.tables import Drawn, tidy, widened
 from hijack_lens.core.texts import decoded, known_ids, n_outputs, outputs_are_tokens, token_id
 from hijack_lens.hooks.intervention import logits_of, record
 from hijack_lens.metrics import logit_diff
@@ -129,6 +130,16 @@ class AnswerExplanation(Drawn):
     def total(self) -> float:
         """The margin of the model's own logits."""
         return _margin_of(self.attribution)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per source token: position, token, what it is part of, and what it wrote into the margin."""
+        a, b = self.attribution.pair()
+        wrote = self.attribution.by_token().double()
+        parts = ("context", "first token", "query", "after the query")
+        frame = tidy({"position": range(len(self.prompt))}, margin=wrote[:, a] - wrote[:, b])
+        frame.insert(1, "token", self.attribution.source_texts())
+        frame.insert(2, "part", [parts[i] for i in self.attribution.parts.tolist()])
+        return frame
 
     @property
     def winner(self) -> str:

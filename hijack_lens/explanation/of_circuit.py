@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -102,6 +103,20 @@ class Explanation(Drawn):
         if self.attribution is None:
             raise ValueError(f"the margin, {self.total:+.4f}, is not split by memory: {self.not_split}")
         return self.attribution.margin()
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per run: the whole model, each role ablated, and theory, where there is any; with the margin's total.
+
+        Its parts by memory are missing (NaN) where the margin is not split.
+        """
+        parts: dict[str, dict[str, float]] = {"whole model": {"total": self.total}}
+        if self.attribution is not None:
+            parts["whole model"] = {part: float(value) for part, value in self.margin.parts.items()}
+        parts |= {f"without {role}": {"total": value} for role, value in self.ablated.items()}
+        if self.theory is not None:
+            parts["theory"] = {part: float(value) for part, value in self.theory.parts.items()}
+        frame = pd.DataFrame.from_dict(parts, orient="index", columns=["context", "weights", "rest", "total"])
+        return frame.rename_axis("run").reset_index()
 
     def theory_beside_model(self) -> dict[str, tuple[float, float]]:
         """The margin and its parts, as (theory, model); empty if `theory` is `None`."""

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -25,6 +26,7 @@ from hijack_lens.core.checks import (
     shown,
 )
 from hijack_lens.core.memory import check_memory, free_memory
+from hijack_lens.core.tables import Drawn, tidy
 from hijack_lens.language.sequences import (
     SampledSequences,
     drawn_jumps,
@@ -48,7 +50,7 @@ _SQUARED = 1000
 """Tokens up to which a chain's long-run frequencies are found by squaring it, in less than a second."""
 
 
-class BigramLanguage(Vocabulary):
+class BigramLanguage(Vocabulary, Drawn):
     """A Markov chain over `d_vocab` tokens: `pi_b[v, u]` is the probability of u after v.
 
     The setting of Bietti et al. 2023 (arXiv 2306.00802, section 3) and Wang & Sato (arXiv 2412.11459). All
@@ -174,7 +176,11 @@ class BigramLanguage(Vocabulary):
         return BigramLanguage(mixed, self.pi_u, tokens=self.tokens, level=self.level)
 
     def __repr__(self) -> str:
-        return f"BigramLanguage(d_vocab={self.d_vocab}, level={self.level!r}, entropy_rate={self.entropy_rate:.3f})"
+        return f"BigramLanguage(d_vocab={self.d_vocab}, level={self.level!r})"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per bigram: token, next_token, and the probability of the second after the first."""
+        return tidy({"token": self.tokens, "next_token": self.tokens}, probability=self.pi_b)
 
     @cached_property
     def log_pi_b(self) -> Float[Tensor, "d_vocab d_vocab"]:

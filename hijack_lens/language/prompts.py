@@ -3,18 +3,23 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_type, shown
 from hijack_lens.core.memory import check_memory
+from hijack_lens.core.tables import Drawn
 from hijack_lens.language.bigrams import STEP, BigramLanguage
 from hijack_lens.language.vocabulary import Token
 
+_LETTERS = 600
+"""Of a prompt's text, as many as its repr shows."""
 
-@dataclass(frozen=True)
-class HijackPrompt:
+
+@dataclass(frozen=True, repr=False)
+class HijackPrompt(Drawn):
     """A prompt, or a batch of them, whose context says one thing and whose language says another.
 
     It ends with the trigger. In its context the trigger is always followed by `in_context`; the language
@@ -63,7 +68,22 @@ class HijackPrompt:
 
     def __repr__(self) -> str:
         names = [repr(self.language.tokens[i]) for i in (self.trigger, self.in_context, self.global_candidate)]
-        return "HijackPrompt({!r}, trigger={}, in_context={}, global_candidate={})".format(self.text, *names)
+        text = repr(self.text)
+        if len(text) > _LETTERS:
+            n = len(self.tokens) if self.tokens.ndim > 1 else 1
+            text = f"{text[: _LETTERS // 2]} … {text[-_LETTERS // 2 :]}, prompt={n}, length={len(self)}"
+        return "HijackPrompt({}, trigger={}, in_context={}, global_candidate={})".format(text, *names)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per token: prompt, position, token, its text, and both of the corrupted prompt."""
+        rows = self.tokens.reshape(-1, len(self))
+        prompt = torch.arange(len(rows)).repeat_interleave(len(self))
+        columns = {"prompt": prompt, "position": torch.arange(len(self)).repeat(len(rows))}
+        columns |= {"token": rows.flatten(), "corrupted_token": self.corrupted.flatten()}
+        frame = pd.DataFrame({name: column.tolist() for name, column in columns.items()})
+        for name in ("", "corrupted_"):
+            frame[f"{name}text"] = [self.language.tokens[i] for i in frame[f"{name}token"]]
+        return frame
 
 
 def hijack_prompt(

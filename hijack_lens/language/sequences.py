@@ -3,19 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hijack_lens.core.checks import check_count, check_fields, shown
+from hijack_lens.core.files import Saved
+from hijack_lens.core.tables import Drawn, tidy
 from hijack_lens.language.vocabulary import Token
 
 TRIGGER_RULES = ("frequent", "rare", "random")
 """With a number of triggers: the most or least frequent tokens, the same in all sequences; or drawn per sequence."""
 
 
-@dataclass(frozen=True)
-class SampledSequences:
+@dataclass(frozen=True, repr=False)
+class SampledSequences(Saved, Drawn):
     """Sequences of a triggered bigram language (Bietti et al. 2023, section 3).
 
     Attributes:
@@ -43,6 +46,17 @@ class SampledSequences:
         if self.jumped is None and isinstance(self.predictable, Tensor):
             object.__setattr__(self, "jumped", torch.zeros_like(self.predictable))
         check_fields(self)
+
+    def __repr__(self) -> str:
+        n, length = self.tokens.shape
+        return f"SampledSequences(sequence={n}, length={length}, trigger={self.triggers.shape[1]})"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per token: sequence, position, token, predictable, jumped."""
+        n, length = self.tokens.shape
+        columns = {"token": self.tokens, "predictable": self.predictable, "jumped": self.jumped}
+        frame = tidy({"sequence": range(n), "position": range(length)}, **columns)
+        return frame.astype({"token": int, "predictable": bool, "jumped": bool})
 
 
 def drawn_per_sequence(triggers: Token | Sequence[Token] | None, n_triggers: int | None) -> bool:

@@ -3,8 +3,10 @@
 import math
 from dataclasses import dataclass
 
+import pandas as pd
+
 from hijack_lens.core.checks import check_fields
-from hijack_lens.core.tables import Shown
+from hijack_lens.core.tables import Drawn
 
 CONTEXT_ASKED = 0.9
 """Of the best in-context accuracy possible: where triggers are the same in all sequences."""
@@ -17,7 +19,7 @@ WEIGHTS_ASKED = 0.1
 
 
 @dataclass(frozen=True, repr=False)
-class Formed(Shown):
+class Formed(Drawn):
     """Whether a trained model's two memories formed; true if both did.
 
     The context's memory is judged on natural sequences that the model has not seen, with 200 tokens or more that follow
@@ -100,6 +102,21 @@ class Formed(Shown):
         if self.cause:
             said.append(f"Likeliest cause: {self.cause}. Remedy: {self.remedy}.")
         return tuple(said)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per number that a memory is judged by: memory, measure, reached, and what is asked (NaN: nothing)."""
+        by_order, whole = self.random_triggers, not self.predictable_only
+        rows = [
+            ("context", "in-context accuracy", self.accuracy, math.nan if by_order else CONTEXT_ASKED * self.best),
+            (
+                "context",
+                "in-context loss without previous-token head",
+                self.order,
+                ORDER_ASKED if by_order else math.nan,
+            ),
+            ("weights", "bigram loss above the true bigrams'", self.excess, WEIGHTS_ASKED if whole else math.nan),
+        ]
+        return pd.DataFrame(rows, columns=["memory", "measure", "reached", "asked"])
 
     @property
     def short(self) -> str:

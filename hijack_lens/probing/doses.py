@@ -21,7 +21,7 @@ from hijack_lens.core.checks import check_count, check_fields, check_list
 from hijack_lens.core.circuit import Circuit, Margin, Strengths
 from hijack_lens.core.files import Saved
 from hijack_lens.core.inputs import circuit_of, own_circuit
-from hijack_lens.core.tables import Drawn
+from hijack_lens.core.tables import Drawn, tidy
 from hijack_lens.language.facts import Bigram, Fact, FactPrompts, fact_prompts
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.theory.flips import Flip
@@ -31,8 +31,8 @@ _LARGEST_MATCH = 20.0
 _ZOOMS, _CELLS = 6, 100
 
 
-@dataclass(frozen=True)
-class DoseTheory:
+@dataclass(frozen=True, repr=False)
+class DoseTheory(Saved, Drawn):
     """What the two-layer theory predicts for the same prompts.
 
     Attributes:
@@ -57,6 +57,16 @@ class DoseTheory:
     margin: Float[Tensor, "fact dose"]
     flips: tuple[Flip, ...]
     r2: float
+
+    def __repr__(self) -> str:
+        facts, doses = self.margin.shape
+        s = self.strengths
+        strengths = f"b1 = {s.previous_token:.3g}, b2 = {s.match:.3g}, b3 = {s.copy:.3g}, g = {s.bigram:.3g}"
+        return f"DoseTheory(fact={facts}, dose={doses}) from {self.source}, R² {self.r2:.3f}: {strengths}"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per fact and number of repeats: fact, by its place, repeats, margin."""
+        return tidy(dict(zip(("fact", "repeats"), map(range, self.margin.shape), strict=True)), margin=self.margin)
 
 
 def theory_of_weights(

@@ -17,6 +17,7 @@ import torch
 
 from hijack_lens.core.checks import check_choice, check_count, check_list, check_type, shown
 from hijack_lens.core.files import make_folder, write_atomically
+from hijack_lens.core.tables import Report, Shown, Table, report_of, table_of
 from hijack_lens.grid.journal import Journal
 from hijack_lens.grid.running import run_grid
 from hijack_lens.reproduction.causal_agreement import causal_agreement
@@ -32,7 +33,7 @@ from hijack_lens.reproduction.in_context_learners import in_context_learner
 from hijack_lens.reproduction.learning_order import learning_order
 from hijack_lens.reproduction.memory_order import memory_order
 from hijack_lens.reproduction.no_positions import no_positions
-from hijack_lens.reproduction.page import findings_of, page
+from hijack_lens.reproduction.page import findings_of, page, tally
 from hijack_lens.reproduction.phase_diagram import phase_diagram
 from hijack_lens.reproduction.positions_and_length import positions_and_length
 from hijack_lens.reproduction.stronger_memories import stronger_memories
@@ -40,8 +41,8 @@ from hijack_lens.reproduction.winner_prediction import winner_prediction
 from hijack_lens.tasks import AlgorithmSelection, LatentConcepts, shortened
 
 
-@dataclass(frozen=True)
-class Claim:
+@dataclass(frozen=True, repr=False)
+class Claim(Shown):
     """A claim, and the experiment that tests it.
 
     Attributes:
@@ -64,6 +65,21 @@ class Claim:
     experiment: Callable[[Any], Result]
     full: Any
     quick: Any
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per kind of run, full and quick: statement, source, experiment, run, settings."""
+        runs = {"full": repr(self.full), "quick": repr(self.quick)}
+        said = {"statement": self.statement, "source": self.source, "experiment": self.experiment.__name__}
+        return pd.DataFrame({**said, "run": run, "settings": settings} for run, settings in runs.items())
+
+
+@report_of.register
+def claim_report(claim: Claim) -> Report:
+    """What is claimed, where, and at which settings it is tested."""
+    settings = table_of(claim.to_pandas()[["run", "settings"]])
+    return Report(
+        f"Claim: {claim.statement}", [f"made in {claim.source}; tested by {claim.experiment.__name__}"], [settings]
+    )
 
 
 def _claim(experiment: Callable[..., Result]) -> Claim:
@@ -133,7 +149,7 @@ def claims_of(group: Group) -> list[str]:
 
 
 @dataclass(frozen=True, repr=False)
-class Reproduction:
+class Reproduction(Shown):
     """The outcome of each claim.
 
     Attributes:
@@ -171,12 +187,14 @@ class Reproduction:
             for finding in findings_of(outcome)
         )
 
-    def __repr__(self) -> str:
-        lines = [f"{outcome['verdict']:>14}  {outcome['statement']}" for outcome in self.outcomes]
-        return "\n".join([*lines, f"Report: {self.report}"])
 
-    def _repr_html_(self) -> str:
-        return self.to_pandas().to_html(index=False)
+@report_of.register
+def reproduction_report(found: Reproduction) -> Report:
+    """How many claims hold; each one's verdict, and its findings."""
+    verdicts = Table(("verdict", "claim"), [(one["verdict"], one["statement"]) for one in found.outcomes], "ll")
+    findings = found.to_pandas()[["claim", "setting", "predicted", "measured", "holds"]]
+    tables = [verdicts, table_of(findings, "findings", len(findings))]
+    return Report(f"Reproduction of {tally(found.outcomes)}", [f"Report: {found.report}"], tables)
 
 
 def reproduce(

@@ -10,6 +10,7 @@ import pandas as pd
 
 from hijack_lens.core.checks import check_fields, check_list, check_type, shown
 from hijack_lens.core.statistics import student_quantile
+from hijack_lens.core.tables import Drawn, Report, picture_of, report_of, table_of
 from hijack_lens.show.style import Picture
 
 Verdict = Literal["reproduced", "in part", "not reproduced", "undecided"]
@@ -89,7 +90,7 @@ class Finding:
 
 
 @dataclass(frozen=True, repr=False)
-class Result:
+class Result(Drawn):
     """An experiment's outcome.
 
     Attributes:
@@ -103,7 +104,8 @@ class Result:
         >>> from hijack_lens.reproduction import Finding, Result
         >>> table = pd.DataFrame({"seed": [0, 1, 2], "accuracy": [0.95, 0.97, 0.96]})
         >>> finding = Finding.at_least("three seeds", "accuracy at least 90%", table["accuracy"].tolist(), 0.9)
-        >>> Result((finding,), table, hl.explain(model, prompt).picture()).verdict
+        >>> result = Result((finding,), table, hl.explain(model, prompt).picture())
+        >>> result.verdict
         'reproduced'
     """
 
@@ -132,15 +134,22 @@ class Result:
         """A row per finding, a column per attribute."""
         return pd.DataFrame([vars(finding) for finding in self.findings])
 
-    def __repr__(self) -> str:
-        lines = [f"Result: {self.verdict}"]
-        for finding in self.findings:
-            lines.append(f"  {_SAID[finding.holds]}: {finding.predicted} — {finding.measured}")
-            lines.append(f"         ({finding.setting})")
-        return "\n".join(lines + [self.note] * bool(self.note))
 
-    def _repr_png_(self) -> bytes:
-        return self.figure.png()
+@report_of.register
+def result_report(result: Result) -> Report:
+    """The verdict, each finding, and the measurements."""
+    lines = []
+    for finding in result.findings:
+        lines.append(f"  {_SAID[finding.holds]}: {finding.predicted} — {finding.measured}")
+        lines.append(f"         ({finding.setting})")
+    notes = [result.note] * bool(result.note)
+    return Report(f"Result: {result.verdict}", lines, [table_of(result.table, "measurements")], notes)
+
+
+@picture_of.register
+def result_figure(result: Result) -> Picture:
+    """The measurements."""
+    return result.figure
 
 
 @dataclass(frozen=True)

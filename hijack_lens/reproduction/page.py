@@ -30,14 +30,14 @@ def page(outcomes: Sequence[dict[str, Any]], heading: str) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>hijack-lens: the papers' claims</title>
 <style>{PAGE_STYLE}
-body {{ max-width: 1240px }} .wide {{ overflow-x: auto }}
+:root {{ color-scheme: light }} body {{ max-width: 1240px }}
 td, th {{ text-align: left; vertical-align: top }} td {{ border-bottom: 1px solid #ddd }}
 .summary table {{ min-width: 960px }} .summary th:nth-child(4), .summary th:nth-child(5) {{ width: 20% }}
 .verdict-of {{ font-weight: 600; white-space: nowrap }} .number {{ white-space: nowrap }}
 .missed {{ color: {_COLOURS["not reproduced"]}; font-weight: 600 }}
 details table {{ font-size: 85%; font-variant-numeric: tabular-nums }} pre {{ overflow-x: auto }}</style></head><body>
 <h1>The papers' claims, tested</h1>
-<p><strong>{_tally(outcomes)}</strong></p>
+<p><strong>{tally(outcomes)}</strong></p>
 <p>{escape(heading)} Verdicts follow from the measurements; each prediction states what counts as seen. For trained
 models, means over seeds are given with their 95% intervals (Student's t). A threshold is met if all of the interval
 meets it or, where that is said, if every seed does; where the interval straddles it, the seeds decide nothing. Each
@@ -53,7 +53,8 @@ def findings_of(outcome: dict[str, Any]) -> list[dict[str, Any]]:
     return outcome["findings"] or [{"setting": "", "predicted": "", "measured": outcome["error"], "holds": None}]
 
 
-def _tally(outcomes: Sequence[dict[str, Any]]) -> str:
+def tally(outcomes: Sequence[dict[str, Any]]) -> str:
+    """How many claims there are, and how many of each verdict."""
     counts = Counter(outcome["verdict"] for outcome in outcomes)
     parts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in _COLOURS if counts[verdict])
     return f"{len(outcomes)} claim{'s' if len(outcomes) > 1 else ''}: {parts}."

@@ -3,18 +3,22 @@
 Each file registers what it can show; results know nothing about it.
 """
 
-from hijack_lens.core.tables import html_of, picture_of, report_of
+from hijack_lens.core.tables import html_of, page_of, picture_of, report_of
 from hijack_lens.show import (  # noqa: F401
     answers,
     carriers,
+    circuits,
     components,
     curves,
     explanations,
+    languages,
     logits,
+    margins,
     memories,
     scores,
     sweeps,
     tasks,
+    theories,
     weights,
 )
 from hijack_lens.show.explanations import margin_bars, write_report
@@ -31,6 +35,7 @@ __all__ = [
     "heatmap",
     "html_of",
     "margin_bars",
+    "page_of",
     "picture_of",
     "report_of",
     "token_paths",

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from hijack_lens.core.tables import Report, Table, html_of, picture_of, report_of
+from hijack_lens.core.tables import Report, Table, picture_of, report_of
 from hijack_lens.explanation import AnswerExplanation
 from hijack_lens.show.logits import head_table, shaded_prompt
-from hijack_lens.show.style import COLOURS, Picture, frameless, write_beside
+from hijack_lens.show.style import COLOURS, PLAIN, Picture, frameless, write_beside
 
 _TOKENS, _HEADS = 24, 6
 
@@ -16,11 +16,13 @@ _TOKENS, _HEADS = 24, 6
 @report_of.register
 def answer_report(found: AnswerExplanation) -> Report:
     """The verdict; the shares of the prompt's parts, and attribution beside interventions."""
-    return Report(found.verdict, [], _tables(found), _notes(found), lambda: _svg(found))
+    return Report(found.verdict, [], _tables(found), _notes(found), lambda: _drawn(found))
 
 
-def _svg(found: AnswerExplanation) -> str:
-    return answer_picture(found).svg()
+def _drawn(found: AnswerExplanation) -> str:
+    """The picture over the shaded prompt."""
+    shaded = shaded_prompt(found.attribution, *found.attribution.pair())
+    return f"{answer_picture(found).html(found.verdict)}{shaded}"
 
 
 def _notes(found: AnswerExplanation) -> list[str]:
@@ -85,23 +87,15 @@ def _tables(found: AnswerExplanation) -> list[Table]:
     checks = [check_table(found)] if found.checks else []
     contrast = [] if found.contrast is None else [contrast_table(found)]
     candidates = [candidate_table(found)] if found.attribution.logits.shape[-1] > 2 else []
-    return [share_table(found), *candidates, *checks, *contrast, *([dose_table(found)] if found.doses else [])]
-
-
-@html_of.register
-def answer_html(found: AnswerExplanation) -> str:
-    """The verdict over picture, shaded prompt and tables."""
-    return f"<div class='hijack-lens'><p><b>{escape(found.verdict)}</b></p>{answer_body(found)}</div>"
+    doses = [dose_table(found)] if found.doses else []
+    return [share_table(found), *candidates, *checks, *contrast, *doses, head_table(found.attribution)]
 
 
 def answer_body(found: AnswerExplanation) -> str:
-    """The picture, the shaded prompt and the tables; the heads are folded away."""
-    shaded = shaded_prompt(found.attribution, *found.attribution.pair())
+    """The picture, the shaded prompt and the tables, for a page."""
     tables = "".join(table.html() for table in _tables(found))
     notes = "".join(f"<p style='font-size:85%'>{escape(note)}</p>" for note in _notes(found))
-    heads = head_table(found.attribution).html()
-    folded = f"<details><summary>Heads that brought most</summary>{heads}</details>"
-    return f"{_svg(found)}{shaded}{tables}{notes}{folded}"
+    return f"<div class='wide'>{_drawn(found)}{tables}</div>{notes}"
 
 
 @picture_of.register
@@ -119,9 +113,11 @@ def answer_picture(found: AnswerExplanation) -> Picture:
     axes = picture.figure.subplots(1, len(widths), width_ratios=widths)
     parts = attribution.parts.tolist()
     colours = [COLOURS["context" if parts[i] == 0 else "weights"] for i in kept]
+    drawn = {COLOURS["context"]: "blue: context", COLOURS["weights"]: "orange: weights"}
+    named = ", ".join(name for colour, name in drawn.items() if colour in colours)
     _bars(axes[0], [f"{texts[i]}  {i}" for i in kept], shares[kept].numpy(), colours)
-    axes[0].set_xlabel(f"each token's share of the margin {float(found.total):+.2f}\n(blue: context, orange: weights)")
-    _bars(axes[1], [f"{r.head} reads {r.token}" for r in heads.itertuples()], heads["margin"].to_numpy(), ["#555555"])
+    axes[0].set_xlabel(f"each token's share of the margin {float(found.total):+.2f}\n({named})")
+    _bars(axes[1], [f"{r.head} reads {r.token}" for r in heads.itertuples()], heads["margin"].to_numpy(), [PLAIN])
     axes[1].set_xlabel("brought by heads, in logits")
     if found.doses:
         doses, margins = list(found.doses), list(found.doses.values())

@@ -4,7 +4,7 @@ import numpy as np
 
 from hijack_lens.core.carriers import Carriers
 from hijack_lens.core.tables import Report, Table, picture_of, report_of
-from hijack_lens.show.style import COLOURS, Picture, frameless
+from hijack_lens.show.style import COLOURS, GREY, Picture, frameless
 
 _HEADS_SHOWN = 12
 
@@ -32,7 +32,6 @@ def carriers_report(found: Carriers) -> Report:
             Table(("heads", "strength", "context's", "weights'"), tried, "r", "prompts that say each memory's answer"),
         ],
         [f"By chance, the largest mean of all heads exceeds {found.chance:.3g} in 1% of cases."],
-        lambda: carriers_picture(found).svg(),
     )
 
 
@@ -42,7 +41,7 @@ def carriers_picture(found: Carriers) -> Picture:
     picture = Picture(10.0, 4.0)
     left, right = picture.figure.subplots(1, 2)
     heads = found.to_pandas().head(max(_HEADS_SHOWN, len(found.heads)))
-    colours = [COLOURS["context"] if named else "#999999" for named in heads["named"]]
+    colours = [COLOURS["context"] if named else GREY for named in heads["named"]]
     places = np.arange(len(heads))
     left.barh(places, heads["flow"], xerr=heads["interval"], color=colours, error_kw={"linewidth": 1})
     left.axvline(found.chance, color="black", linestyle=":", linewidth=1)
@@ -50,7 +49,13 @@ def carriers_picture(found: Carriers) -> Picture:
     left.invert_yaxis()
     left.set_xlabel("brings from the context's answer, in logits\n(dotted: chance; blue: carriers)")
     for memory, shares in zip(("context", "weights"), found.by_strength.T, strict=True):
-        right.plot(found.strengths, shares, "o-", color=COLOURS[memory], label=f"{memory}'s answer")
+        right.plot(
+            found.strengths,
+            shares,
+            "o-",
+            color=COLOURS[memory],
+            label="what the context says" if memory == "context" else "what the weights say",
+        )
     right.axvline(found.strength, color="black", linestyle=":", linewidth=1)
     right.set_ylim(-0.03, 1.03)
     right.set_xlabel("strength (dotted: chosen)")

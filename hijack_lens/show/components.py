@@ -55,7 +55,6 @@ def evidence_report(evidence: CircuitEvidence) -> Report:
         evidence.verdicts.splitlines(),
         [Table(columns, rows, align="llrrrrrl", title=title, ruled=ruled)],
         [_LEGEND],
-        lambda: circuit_map(evidence).svg(),
     )
 
 
@@ -108,7 +107,6 @@ def shapley_report(result: ShapleyValues) -> Report:
         + ("" if result.at is None else f", from {result.at} on"),
         [runs, efficiency],
         [table for table in (_values(result), _interactions(result)) if table.rows],
-        figure=lambda: shapley_bars(result).svg(),
     )
 
 

@@ -5,7 +5,7 @@ import math
 from hijack_lens.core.tables import Report, Table, picture_of, report_of, visible
 from hijack_lens.models.formed import Formed
 from hijack_lens.probing.doses import DoseResponse, crossing
-from hijack_lens.show.style import COLOURS, PURPLE, Picture, frameless
+from hijack_lens.show.style import COLOURS, PLAIN, PURPLE, Picture, frameless, whole_ticks, write_beside
 from hijack_lens.training.run import TrainingRun
 
 _GOOD_FIT = 0.8
@@ -21,7 +21,6 @@ def dose_report(result: DoseResponse) -> Report:
         f"attributions complete within {result.completeness_error:.1e}",
         tables=[_by_repeats(result), _by_fact(result)],
         notes=_notes(result),
-        figure=lambda: dose_curves(result).svg(),
     )
 
 
@@ -155,7 +154,6 @@ def run_report(run: TrainingRun) -> Report:
         f"TrainingRun: {taken}",
         [] if run.formed is None else run.formed.lines,
         [Table(("probe", "at the start", "now"), rows)],
-        figure=lambda: birth_of_memories(run).svg(),
     )
 
 
@@ -163,6 +161,27 @@ def run_report(run: TrainingRun) -> Report:
 def formed_report(formed: Formed) -> Report:
     """A sentence for each memory, the cause and the remedy."""
     return Report(f"Formed: {formed.short}", formed.lines)
+
+
+@picture_of.register
+def formed_bars(formed: Formed) -> Picture:
+    """What each memory reached, and what was asked of it."""
+    frame = formed.to_pandas()
+    picture = Picture(6.6, 1.9)
+    ax = picture.figure.add_subplot()
+    colours = [COLOURS[memory] for memory in frame["memory"]]
+    ax.barh(range(len(frame)), frame["reached"].fillna(0.0), color=colours, height=0.6)
+    ax.plot(frame["asked"], range(len(frame)), "|", color="black", markersize=22, markeredgewidth=2, label="asked")
+    for row, value in enumerate(frame["reached"]):
+        end = max(0.0, *frame.loc[row, ["reached", "asked"]].fillna(0.0))
+        write_beside(ax, "none" if math.isnan(value) else f"{value:.3f}", end, row, 8)
+    ax.set_yticks(range(len(frame)), frame["measure"])
+    ax.set_ylim(len(frame) - 0.4, -0.6)
+    ax.margins(x=0.2)
+    ax.set_title(f"{formed.short} (black: asked)", fontsize=9)
+    ax.set_xlabel("fraction, or nats")
+    frameless(ax)
+    return picture
 
 
 @picture_of.register
@@ -185,9 +204,10 @@ def birth_of_memories(run: TrainingRun) -> Picture:
             (run.formed.shortcut, "without order", ":"),
         ):
             if not math.isnan(value):
-                ax.axhline(value, color="#555555", linewidth=1, linestyle=style, label=f"in-context accuracy: {name}")
+                ax.axhline(value, color=PLAIN, linewidth=1, linestyle=style, label=f"in-context accuracy: {name}")
     if run.forming_steps is not None:
-        ax.axvline(run.forming_steps, color="#555555", linewidth=1, linestyle="--", label="forming ends")
+        ax.axvline(run.forming_steps, color=PLAIN, linewidth=1, linestyle="--", label="forming ends")
+    whole_ticks(ax.xaxis)
     ax.set_xlabel("training step")
     ax.set_ylabel("fraction (1 = fully learned)")
     ax.set_ylim(-0.03, 1.06)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import check_target, write_atomically
-from hijack_lens.core.tables import Report, Table, picture_of, report_of
+from hijack_lens.core.tables import Report, Table, page_of, picture_of, report_of
 from hijack_lens.explanation import AnswerExplanation, Explanation
 from hijack_lens.language import HijackPrompt
 from hijack_lens.show.answers import answer_body
-from hijack_lens.show.logits import logit_html, path_table
-from hijack_lens.show.style import PAGE_STYLE, Picture, frameless, stacked_bars, write_beside
+from hijack_lens.show.logits import logit_figure, path_table
+from hijack_lens.show.style import ON_CELL, PAGE_STYLE, PLAIN, Picture, frameless, stacked_bars, write_beside
 from hijack_lens.show.views import attention, circuitsvis_script, token_paths
 
 _HEADS_SHOWN = 2
@@ -33,7 +33,7 @@ def explanation_report(explanation: Explanation) -> Report:
     if explanation.flip is not None:
         tables.append(theory_table(explanation))
         notes += [_source(explanation), f"Repeats needed among neutral tokens, at this length: {explanation.flip}."]
-    return Report(explanation.verdict, [], tables, notes, lambda: margin_bars(explanation).svg())
+    return Report(explanation.verdict, [], tables, notes)
 
 
 def _half_a_model(explanation: Explanation) -> tuple[str, ...]:
@@ -96,9 +96,9 @@ def margin_bars(explanation: Explanation) -> Picture:
     box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.85, "edgecolor": "none"}
     for row, total in enumerate([explanation.total, *explanation.ablated.values()]):
         if row or not split:
-            ax.barh(row, total, color="#555555", height=0.62)
+            ax.barh(row, total, color=PLAIN, height=0.62)
         ax.plot(total, row, "D", color="black", markersize=6, label="total" if row == 0 else None)
-        write_beside(ax, f"{total:+.2f}", total, row, 9, bbox=box)
+        write_beside(ax, f"{total:+.2f}", total, row, 9, bbox=box, color=ON_CELL)
     ax.set_yticks(range(len(rows)), rows)
     ax.invert_yaxis()
     extent = [*high, *low, explanation.total, *explanation.ablated.values()]
@@ -108,6 +108,14 @@ def margin_bars(explanation: Explanation) -> Picture:
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
     frameless(ax)
     return picture
+
+
+@page_of.register(Explanation)
+@page_of.register(AnswerExplanation)
+def explanation_page(explanation: Explanation | AnswerExplanation) -> str:
+    """The explanation with all that it rests on, and circuitsvis views that need no network."""
+    body = _of_answer(explanation) if isinstance(explanation, AnswerExplanation) else _of_circuit(explanation)
+    return _page(explanation, body)
 
 
 def write_report(explanation: Explanation | AnswerExplanation, path: str | os.PathLike[str]) -> Path:
@@ -130,8 +138,7 @@ def write_report(explanation: Explanation | AnswerExplanation, path: str | os.Pa
     if not isinstance(explanation, AnswerExplanation):
         _check(explanation)
     target = check_target("path", path)
-    body = _of_answer(explanation) if isinstance(explanation, AnswerExplanation) else _of_circuit(explanation)
-    return write_atomically(target, _page(explanation, body).encode())
+    return write_atomically(target, explanation_page(explanation).encode())
 
 
 def _check(explanation: object) -> None:
@@ -141,7 +148,8 @@ def _check(explanation: object) -> None:
 
 def _page(explanation: Explanation | AnswerExplanation, body: str) -> str:
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>hijack-lens: which memory wrote the logit?</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>hijack-lens: which memory wrote the logit?</title>
 <style>{PAGE_STYLE}</style><script>{circuitsvis_script()}</script></head><body>
 <h1>Which memory wrote the logit?</h1>
 <p class="verdict {explanation.winner}">{escape(explanation.verdict)}</p>
@@ -160,7 +168,7 @@ def _of_circuit(explanation: Explanation) -> str:
     return f"""
 {"".join(f'<p class="warning">{escape(line)}</p>' for line in _half_a_model(explanation))}
 {_question(explanation)}
-{margin_bars(explanation).svg()}
+<div class="wide">{margin_bars(explanation).html(explanation.verdict)}</div>
 <h2>Which paths wrote it</h2>
 {_paths(explanation)}
 <h2>What each component is for</h2>
@@ -174,7 +182,9 @@ def _of_circuit(explanation: Explanation) -> str:
 def _paths(explanation: Explanation) -> str:
     if explanation.attribution is None:
         return f"<p>No paths: {escape(str(explanation.not_split))}.</p>"
-    return logit_html(explanation.attribution)
+    report = report_of(explanation.attribution)
+    tables = "".join(table.html() for table in report.tables)
+    return f"<div class='wide'>{logit_figure(explanation.attribution)}{tables}</div>"
 
 
 def _tokens(explanation: Explanation) -> str:
@@ -226,7 +236,7 @@ def _ablations(explanation: Explanation) -> str:
     broken = "".join(f"<p>{escape(line)}</p>" for line in _broken(explanation))
     return (
         f"<p>The margin, in logits, with a component's output {off}; the whole model's is {explanation.total:+.3f}.</p>"
-        f"{ablation_table(explanation).html()}{broken}"
+        f"<div class='wide'>{ablation_table(explanation).html()}</div>{broken}"
     )
 
 
@@ -236,6 +246,6 @@ def _theory(explanation: Explanation) -> str:
     return (
         "<h2>What the theory says</h2>"
         f"<p>{_source(explanation)}</p>"
-        f"{theory_table(explanation).html()}"
+        f"<div class='wide'>{theory_table(explanation).html()}</div>"
         f"<p>Repeats needed among neutral tokens, at this length: {escape(str(explanation.flip))}.</p>"
     )

@@ -1,10 +1,14 @@
 """A figure whose texts say what is written, in any script; imported when the first picture is drawn."""
 
+import itertools
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
-from matplotlib.axis import Axis
+from matplotlib.axis import Axis, XAxis
 from matplotlib.category import StrCategoryFormatter
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -13,6 +17,9 @@ from matplotlib.ticker import FixedFormatter, Formatter, FuncFormatter, LogForma
 from hijack_lens.show.glyphs import give_fonts, written
 
 _NAMES = (FixedFormatter, FuncFormatter, StrCategoryFormatter)
+_ROUNDS = 8
+_SLACK = 0.02  # inches
+_INCHES = 400.0
 _RAISED = str.maketrans("-−0123456789", "⁻⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -36,6 +43,75 @@ class LiteralFigure(Figure):
                 text.set(parse_math=False, usetex=False, text=written(text.get_text()))
                 give_fonts(text)
             super().draw(renderer)
+
+    @contextmanager
+    def fitted(self) -> Iterator[None]:
+        """Fits it, and holds that layout, which takes longer than to draw it."""
+        self.fit()
+        engine = self.get_layout_engine()
+        self.set_layout_engine("none")
+        try:
+            yield
+        finally:
+            self.set_layout_engine(engine)
+
+    def fit(self) -> None:
+        """Grows until no text is cut and no title or label lies on another; ticks too close to be named lose names.
+
+        matplotlib's layout makes room for the names of ticks, but not for a title or label longer than its axes.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        for _ in range(_ROUNDS):
+            self.draw_without_rendering()
+            renderer = FigureCanvasAgg(self).get_renderer()
+            thinned = [_thin(axis, renderer) for axis in self.findobj(Axis)]
+            size = self.get_size_inches()
+            missing = self._missing(renderer)
+            if not any(thinned) and missing.max() < _SLACK:
+                return
+            self.set_size_inches(*np.minimum(size + missing, _INCHES))
+
+    def _missing(self, renderer: Any) -> np.ndarray:
+        """The inches of width and height that would help."""
+        box, size = self.get_tightbbox(renderer), self.get_size_inches()
+        outside = np.maximum(np.negative(box.min), 0) + np.maximum(box.max - size, 0)
+        boxes = [text.get_window_extent(renderer) for text in self._labels()]
+        shared = np.zeros(2)
+        for one, other in itertools.combinations(boxes, 2):
+            common = np.minimum(one.max, other.max) - np.maximum(one.min, other.min)
+            if (common > 1).all():
+                # The shorter way apart; axes grow with the figure, so that each gets a part of what is added.
+                side = int(common.argmin())
+                shared[side] = max(shared[side], common[side] / self.dpi * max(2, len(self.axes)))
+        # A label is centred on its axes: half of what they grow is room on either side of it.
+        return np.maximum(2 * outside, shared)
+
+    def _labels(self) -> list[Text]:
+        """The titles and labels of all axes, and of the figure."""
+        found = [t for ax in self.axes for t in (ax.title, ax.xaxis.label, ax.yaxis.label)]
+        found += [text for text in self.texts if text.get_in_layout()]
+        return [text for text in found if text.get_text() and text.get_visible()]
+
+
+def _thin(axis: Axis, renderer: Any) -> bool:
+    """Whether an axis had names of ticks that overlap: they are turned upright or, if they are, every other one left.
+
+    Numbers need none of that: matplotlib spaces them.
+    """
+    if not isinstance(getattr(axis.get_major_formatter(), "names", None), _NAMES):
+        return False
+    ticks, labels = list(axis.get_majorticklocs()), axis.get_ticklabels()
+    side = 0 if isinstance(axis, XAxis) else 1
+    boxes = [label.get_window_extent(renderer) for label in labels if label.get_text()]
+    ends = sorted((box.min[side], box.max[side]) for box in boxes)
+    if all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ends)):
+        return False
+    if side == 0 and labels[0].get_rotation() == 0:
+        axis.set_tick_params(labelrotation=90)
+    else:
+        axis.set_ticks(ticks[::2], [label.get_text() for label in labels[: len(ticks) : 2]])
+    return True
 
 
 class _Written(Formatter):

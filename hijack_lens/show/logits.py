@@ -7,8 +7,10 @@ from torch import Tensor
 
 from hijack_lens.attribution.logit_attribution import LogitAttribution
 from hijack_lens.attribution.source_attribution import SourceAttribution
-from hijack_lens.core.tables import Markup, Report, Table, html_of, report_of
-from hijack_lens.show.style import COLOURS
+from hijack_lens.core.circuit import Margin
+from hijack_lens.core.tables import Report, Table, picture_of, report_of
+from hijack_lens.show.margins import margins_picture
+from hijack_lens.show.style import COLOURS, Picture, frameless, write_beside
 
 _NOTHING = 0.0005
 """Paths below this, in logits, would show as zero, and are left out of tables."""
@@ -17,6 +19,8 @@ _MOST_ROWS, _LARGEST = 80, 20
 """A deep model has hundreds of paths: where there are more than the first, as many as the second are shown."""
 
 _HEADS_SHOWN = 8
+_BARS = 20
+_NAMED = {"context": "blue", "weights": "orange", "rest": "grey"}
 
 Row = tuple[Any, ...]
 """Path, memory, what it wrote into either logit, and the difference; of one answer alone, into its logit."""
@@ -24,42 +28,72 @@ Row = tuple[Any, ...]
 
 @report_of.register
 def logit_report(result: LogitAttribution) -> Report:
-    """Paths by candidate; for a batch or for all positions, a line that says what it holds."""
+    """Who won, and paths by candidate; for a batch or for all positions, the margin of each."""
     shape = ", ".join(f"{axis}={size}" for axis, size in zip(result.axes, result.values.shape, strict=True))
     head = f"{type(result).__name__}({shape}), completeness error {result.completeness_error:.1e}"
     if not _is_single(result):
-        return Report(head)
+        of, margin = _margin(result)
+        rows = zip(*(part.flatten().tolist() for part in margin.parts.values()), strict=True)
+        named = [(str(i), *(f"{value:+.3f}" for value in row)) for i, row in enumerate(rows)]
+        return Report(head, tables=[Table((_each(result), *margin.parts), named, title=of)])
     tables = [path_table(result), *([head_table(result)] if isinstance(result, SourceAttribution) else [])]
-    return Report(head, [*filter(None, [incomplete(result)])], tables, [*filter(None, [_hidden(result)])])
+    lines = [f"At position {result.position}, {_verdict(result)}", *filter(None, [incomplete(result)])]
+    return Report(head, lines, tables, [*filter(None, [_hidden(result)])], lambda: logit_figure(result))
 
 
-@html_of.register
-def logit_html(result: LogitAttribution) -> str:
-    """The verdict and the shaded prompt over the table, with a bar for each path."""
+def logit_figure(result: LogitAttribution) -> str:
+    """What the paths wrote, over the shaded prompt."""
+    return f"{path_bars(result).html()}{shaded_prompt(result, *_compared(result))}"
+
+
+@picture_of.register
+def path_bars(result: LogitAttribution) -> Picture:
+    """What each path made of the difference; for a batch or for all positions, the margin of each, by memory."""
     if not _is_single(result):
-        return f"<pre>{escape(report_of(result).text())}</pre>"
-    compared, rows = _compared(result), _rows(result)
-    columns = ["path", "memory", *(f"logit {result.token_text(token)}" for token in compared)]
-    columns += ["difference"] * (len(compared) - 1) + [""]
-    widest = max(abs(row[-1]) for row in rows) or 1.0
-    table = path_table(result)
-    drawn = [
-        (
-            cells[0],
-            Markup(f"<span style='color:{COLOURS.get(row[1], 'inherit')}'>{row[1]}</span>"),
-            *cells[2:],
-            _bar(row[-1], widest, row[1]),
-        )
-        for cells, row in zip(table.rows, rows, strict=True)
-    ]
+        of, margin = _margin(result)
+        return margins_picture(margin, of, _each(result))
+    rows = _rows(result)[:-1][:_BARS]
+    picture = Picture(7.5, 1.2 + 0.28 * max(len(rows), 2))
+    ax = picture.figure.add_subplot()
+    ax.barh(range(len(rows)), [row[-1] for row in rows], color=[COLOURS[row[1]] for row in rows], height=0.7)
+    ax.axvline(0, color="black", linewidth=1)
+    ax.set_yticks(range(len(rows)), [row[0] for row in rows])
+    ax.set_ylim(max(len(rows), 1) - 0.5, -0.5)
+    for place, row in enumerate(rows):
+        write_beside(ax, f"{row[-1]:+.2f}", row[-1], place, 4, fontsize=8)
+    ax.margins(x=0.2)
+    names = [repr(result.token_text(token)) for token in _compared(result)]
+    ax.set_xlabel("adds to logit " + " − logit ".join(names))
+    named = [f"{name}: {memory}" for memory, name in _NAMED.items() if memory in {row[1] for row in rows}]
+    ax.set_title(f"by path ({', '.join(named)})" if named else "no path writes anything", fontsize=9)
+    frameless(ax)
+    return picture
+
+
+def _each(result: LogitAttribution) -> str:
     return (
-        f"<div class='hijack-lens'><p><b>{escape(incomplete(result))}</b></p>"
-        f"<p><b>Which memory wrote the logits at position {result.position}?</b> {_verdict(result)}</p>"
-        f"{shaded_prompt(result, *compared)}{Table(columns, drawn, table.align, total=True).html()}"
-        f"{head_table(result).html() if isinstance(result, SourceAttribution) else ''}"
-        f"<p style='font-size:85%'>{_hidden(result)} "
-        f"Sum over all paths minus the model's logits: at most {result.completeness_error:.1e}.</p></div>"
+        "row"
+        if result.tokens.ndim > 1 and result.position == "all"
+        else "prompt"
+        if result.tokens.ndim > 1
+        else "position"
     )
+
+
+def _margin(result: LogitAttribution) -> tuple[str, Margin]:
+    """Of a batch or of all positions: of the answers or candidates, else of the two largest logits of each."""
+    parts = result.by_memory().values()
+    if result.values.shape[-1] == 1:
+        return f"logit {result.token_text(0)!r}", Margin(*(part[..., 0] for part in parts))
+    try:
+        margin = result.margin()
+    except ValueError:
+        first, second = result.logits.topk(2).indices.unbind(-1)
+        pairs = ((part.gather(-1, first[..., None]), part.gather(-1, second[..., None])) for part in parts)
+        return "the largest logit − the second", Margin(*((a - b)[..., 0] for a, b in pairs))
+    if any(isinstance(answer, tuple) for answer in result.answers or ()):
+        return "logit of each first answer − second", margin
+    return " − ".join(f"logit {result.token_text(token)!r}" for token in result.pair()), margin
 
 
 def path_table(result: LogitAttribution) -> Table:
@@ -171,20 +205,9 @@ def _hidden(result: LogitAttribution) -> str:
 def _verdict(result: LogitAttribution) -> str:
     if len(_compared(result)) == 1:
         parts = ", ".join(f"{memory} {float(part[0]):+.2f}" for memory, part in result.by_memory().items())
-        return f"<code>{escape(result.token_text(0))}</code> has the logit {float(result.logits[0]):+.2f} ({parts})."
+        return f"{result.token_text(0)!r} has the logit {float(result.logits[0]):+.2f} ({parts})."
     margin = {part: float(value) for part, value in result.margin().parts.items()}
-    first, second = (f"<code>{escape(result.token_text(token))}</code>" for token in result.pair())
+    first, second = (repr(result.token_text(token)) for token in result.pair())
     winner, loser = (first, second) if margin["total"] > 0 else (second, first)
     split = ", ".join(f"{memory} {margin[memory]:+.2f}" for memory in COLOURS)
     return f"{winner} beats {loser} by {abs(margin['total']):.2f} logits ({first} − {second}: {split})."
-
-
-def _bar(value: float, widest: float, memory: str) -> Markup:
-    width = 50 * abs(value) / widest
-    left = 50 - width if value < 0 else 50
-    colour = COLOURS.get(memory, "#333333")
-    return Markup(
-        "<div style='position:relative;width:200px;height:12px'>"
-        f"<div style='position:absolute;left:{left:.1f}%;width:{width:.1f}%;height:12px;background:{colour}'></div>"
-        "<div style='position:absolute;left:50%;width:1px;height:12px;background:#333'></div></div>"
-    )

@@ -13,7 +13,7 @@ from hijack_lens.core.tables import Report, Table, picture_of, report_of
 from hijack_lens.memories.conflict import MemoryConflict
 from hijack_lens.memories.context import ContextMemory
 from hijack_lens.memories.token_tables import centred
-from hijack_lens.show.style import Picture, frameless, heatmap, spread_of, stacked_bars
+from hijack_lens.show.style import ON_CELL, Picture, frameless, heatmap, spread_of, stacked_bars
 
 _ROWS_SHOWN = 20
 _MOST = 32
@@ -45,7 +45,6 @@ def context_report(memory: ContextMemory) -> Report:
         f"{memory.circuit.label(memory.head)}: what it makes of {memory.position} tokens of context",
         tables=[Table(columns, rows, align="llrlrll")],
         notes=[note],
-        figure=lambda: context_map(memory).svg(),
     )
 
 
@@ -74,7 +73,6 @@ def conflict_report(conflict: MemoryConflict) -> Report:
             "Margins are logit[what the context says] - logit[what the weights say]. "
             f"{more}Sum of the memories minus the model's logits: at most {conflict.completeness_error:.1e}."
         ],
-        figure=lambda: conflict_maps(conflict).svg(),
     )
 
 
@@ -121,7 +119,7 @@ def conflict_maps(conflict: MemoryConflict, query_tokens: Tokens = None, answers
     for ax, image, title in zip(axes, images, ("the context's memory", "the weights' memory"), strict=False):
         drawn = _map(ax, conflict, image, rows, columns, spread_of(np.stack(images)))
         ax.set_title(title, fontsize=10)
-        for colour, halo in (("white", 1.6), ("black", 0.0)):  # legible on cells of any colour
+        for colour, halo in (("white", 1.6), (ON_CELL, 0.0)):  # legible on cells of any colour
             for candidates, marker in ((c, "o"), (g, "s")):
                 for row, answer in enumerate(candidates):
                     if answer in columns:

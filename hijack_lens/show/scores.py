@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from hijack_lens.attribution.score_attribution import LogOdds, ScoreAttribution
-from hijack_lens.core.tables import Report, Table, html_of, picture_of, report_of
+from hijack_lens.core.tables import Report, Table, picture_of, report_of
 from hijack_lens.show.style import Picture, heatmap, map_axes, spread_of
 
 _SHOWN = 12
@@ -39,7 +39,6 @@ def score_report(result: ScoreAttribution) -> Report:
                 total=True,
             )
         ],
-        figure=lambda: score_maps(result).svg(),
     )
 
 
@@ -51,11 +50,6 @@ def odds_report(odds: LogOdds) -> Report:
         f"LogOdds({odds.total:+.4g} = paths {float(odds.values.sum()):+.4g}{several}) of key {odds.key} against "
         + (f"key {odds.against[0]}" if len(odds.against) == 1 else f"{len(odds.against)} others")
     )
-
-
-@html_of.register
-def odds_html(odds: LogOdds) -> None:
-    """Its picture says it all."""
 
 
 @picture_of.register

@@ -1,9 +1,12 @@
 """How pictures look: colours, a finished figure, and the one heat map."""
 
+import base64
 import io
 import math
 import os
+import re
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -17,16 +20,22 @@ BLUE, ORANGE, GREEN, PURPLE, YELLOW, GREY = "#0072B2", "#D55E00", "#009E73", "#C
 COLOURS = {"context": BLUE, "weights": ORANGE, "rest": GREY}
 """The memories' colours."""
 
+PLAIN = "#777777"
+"""Of what belongs to no memory: as legible on white as on black."""
+
+ON_CELL = "#010101"
+"""Black in all pages, on cells and boxes that are light in all; plain black is the page's own colour of text."""
+
 PAGE_STYLE = """
-body { font-family: system-ui, sans-serif; max-width: 1040px; margin: 2em auto; padding: 0 1em;
-  line-height: 1.45; color: #222 }
-h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
+:root { color-scheme: light dark }
+body { font-family: system-ui, sans-serif; max-width: 1040px; margin: 1.5em auto; padding: 0 1em; line-height: 1.45 }
+h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 1.6em }
 table { border-collapse: collapse; margin: 1em 0 } th, td { padding: 0.25em 0.8em; text-align: right }
 thead th { border-bottom: 1px solid #999 } td:first-child, th:first-child { text-align: left }
-.verdict { font-size: 1.15em; padding: 0.8em 1em; background: #f2f5f8; border-left: 4px solid #0072B2 }
-.weights { border-left-color: #D55E00 }
-.warning { padding: 0.4em 1em; background: #fff6e0; border-left: 4px solid #E69F00 }
-code { background: #f2f2f2; padding: 0 0.2em } svg { max-width: 100%; height: auto }
+.verdict { font-size: 1.15em; padding: 0.8em 1em; background: #0072b218; border-left: 4px solid #0072B2 }
+.weights { background: #d55e0018; border-left-color: #D55E00 }
+.warning { padding: 0.4em 1em; background: #e69f0028; border-left: 4px solid #E69F00 }
+code { background: #88888828; padding: 0 0.2em } .wide { overflow-x: auto } svg { max-width: 100%; height: auto }
 """
 """The style sheet of HTML files."""
 
@@ -36,6 +45,14 @@ _DIGITS = 15  # of a float64
 _NAMES_SHOWN = 60
 _INCHES = 400
 _DPI = 10  # matplotlib draws no text below
+_LARGEST = 250_000  # bytes of an SVG element
+_PIXELS = 80  # per inch, as shown in a page
+_SMALLEST = 0.75  # of that, at which text of 8 points is still legible
+_UNUSED = re.compile(
+    r"<metadata>.*?</metadata>"
+    r'| id="(?:figure|axes|patch|text|line2d|matplotlib\.axis|[xy]tick|legend|\w+Collection)_\d+"',
+    re.DOTALL,
+)
 
 
 class Picture:
@@ -49,6 +66,8 @@ class Picture:
         >>> picture.save("margin.png")
         >>> picture.svg()[:4]
         '<svg'
+        >>> picture.alt[:12]
+        'weights win:'
     """
 
     def __init__(self, width: float, height: float):
@@ -74,33 +93,79 @@ class Picture:
         if kind not in known:
             raise ValueError(f"path must end in one of {', '.join(known)}, got {str(path)!r}")
         buffer = io.BytesIO()
-        self.figure.savefig(buffer, format=kind, dpi=150)
+        with self.figure.fitted():
+            self.figure.savefig(buffer, format=kind, dpi=150)
         write_atomically(target, buffer.getvalue())
 
-    def svg(self) -> str:
-        """The picture as an SVG element, no wider than its page, its text drawn as outlines."""
+    def svg(self, alt: str = "") -> str:
+        """The picture as an SVG element, its text drawn as outlines, what is black in the colour of the page's text.
+
+        Args:
+            alt: what it shows, for readers who do not see it; by default its axes' titles and labels.
+        """
+        check_type("alt", alt, str)
         buffer = io.StringIO()
-        self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-        element = buffer.getvalue()[buffer.getvalue().index("<svg") :]
-        return element.replace("<svg", "<svg style='max-width:100%;height:auto'", 1)
+        with self.figure.fitted():
+            self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        element = _UNUSED.sub("", buffer.getvalue()[buffer.getvalue().index("<svg") :])
+        element = element.replace("#000000", "currentColor")
+        name = escape(alt or self.alt, quote=True)
+        return element.replace(
+            "<svg", f'<svg role="img" aria-label="{name}" fill="currentColor" style="{self._size}"', 1
+        )
+
+    def html(self, alt: str = "") -> str:
+        """The picture for a page: as SVG or, where that would be large, as PNG on white."""
+        drawn = self.svg(alt)
+        if len(drawn) <= _LARGEST:
+            return drawn
+        data = base64.b64encode(self.png(dpi=100)).decode()
+        name = escape(alt or self.alt, quote=True)
+        return f'<img alt="{name}" style="{self._size};background:white" src="data:image/png;base64,{data}">'
+
+    @property
+    def alt(self) -> str:
+        """What it shows, in words: the titles and labels of its axes."""
+        parts = []
+        for ax in self.figure.axes:
+            across, up = ax.get_xlabel(), ax.get_ylabel()
+            axes = " against ".join(filter(None, (up, across)))
+            parts += [": ".join(filter(None, (ax.get_title(), axes)))]
+        return "; ".join(filter(None, [self.figure.get_suptitle(), *parts])).replace("\n", " ")
+
+    @property
+    def _size(self) -> str:
+        """As wide as its page, but no narrower than it is legible: there it scrolls."""
+        width = _PIXELS * self.figure.get_size_inches()[0]
+        return f"width:{width:.0f}px;max-width:max(100%, {_SMALLEST * width:.0f}px);height:auto"
 
     def png(self, dpi: int = 120) -> bytes:
         """The picture as the bytes of a PNG file."""
+        self.figure.fit()
         size = check_count("dpi", dpi, minimum=_DPI) * self.figure.get_size_inches()
         if max(size) >= 2**16 or math.prod(size) > 2**28:
             raise ValueError(f"dpi must be smaller for a picture this large, got {shown(dpi)}")
         buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png", dpi=dpi)
+        with self.figure.fitted():
+            self.figure.savefig(buffer, format="png", dpi=dpi)
         return buffer.getvalue()
 
     def _repr_png_(self) -> bytes:
         return self.png()
+
+    def _repr_html_(self) -> str:
+        return f"<div style='overflow-x:auto'>{self.html()}</div>"
 
 
 def frameless(*axes: Any) -> None:
     """Removes the top and right lines of the frame."""
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
+
+
+def whole_ticks(axis: Any, most: int = 9) -> None:
+    """Has an axis name whole numbers only, in so many steps at most."""
+    axis.get_major_locator().set_params(integer=True, nbins=most)
 
 
 def map_axes(count: int, across: int, width: float, height: float) -> tuple[Picture, Any, Any, Any]:
@@ -217,6 +282,6 @@ def heatmap(
             if np.isfinite(value):
                 number = f"{value:+.{decimals}f}" if round(value, decimals) else "0"
                 text, size = (number, 7) if texts is None else (texts[row][column], 9)
-                colour = "white" if abs(value - centre) > 0.6 * spread else "black"
+                colour = "white" if abs(value - centre) > 0.6 * spread else ON_CELL
                 ax.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
     return drawn

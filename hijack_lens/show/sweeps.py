@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hijack_lens.core.tables import Report, Table, html_of, picture_of, report_of, visible
+from hijack_lens.core.tables import Report, Table, picture_of, report_of, table_of, visible
 from hijack_lens.hooks.edges import name_of
-from hijack_lens.hooks.sweep_results import Comparison, PathSweep, Sweep
-from hijack_lens.show.style import Picture, heatmap, map_axes, spread_of
+from hijack_lens.hooks.sweep_results import Comparison, EdgeScreen, PathSweep, Sweep
+from hijack_lens.show.style import BLUE, GREY, Picture, frameless, heatmap, map_axes, spread_of
 
 _LARGEST = 5
 _ROWS_NAMED, _POSITIONS_NAMED = 40, 64
@@ -20,6 +20,7 @@ _NEGLIGIBLE = 1e-3
 """Edges below this share of the largest effect are left out of tables."""
 
 _CELLS_WITH_NUMBERS = 250
+_POINTS = 2000
 
 
 @report_of.register
@@ -41,15 +42,38 @@ def comparison_report(comparison: Comparison) -> Report:
     worst = frame.reindex(frame["error"].abs().sort_values(ascending=False, kind="stable").index)[:_LARGEST]
     return Report(
         f"Comparison of {len(frame)} effects on {comparison.exact.metric}: largest error {comparison.max_error:.3g}, "
-        f"relative error {comparison.relative_error:.3g}, correlation {comparison.correlation:.4f}; largest errors:",
-        worst.to_string(index=False, float_format="{:.4g}".format).split("\n"),
+        f"relative error {comparison.relative_error:.3g}, correlation {comparison.correlation:.4f}",
+        tables=[table_of(worst, "largest errors")],
     )
 
 
-@html_of.register(Sweep)
-@html_of.register(Comparison)
-def no_html(result: object) -> None:
-    """A sweep's picture says it all, and a comparison's text."""
+@picture_of.register
+def comparison_scatter(comparison: Comparison) -> Picture:
+    """Each patch's estimated effect against its exact one."""
+    picture = Picture(4.6, 4.0)
+    ax = picture.figure.add_subplot()
+    found = comparison.to_pandas()
+    ax.axline((0, 0), slope=1, color="black", linewidth=0.8, linestyle=":")
+    ax.scatter(found["exact"], found["estimate"], s=14, color=BLUE, alpha=0.7, rasterized=len(found) > _POINTS)
+    ax.set_xlabel(f"exact change of {comparison.exact.metric}")
+    ax.set_ylabel("estimate by gradients")
+    ax.set_title(f"correlation {comparison.correlation:.3f} (dotted: equal)", fontsize=9)
+    frameless(ax)
+    return picture
+
+
+@picture_of.register
+def screen_picture(screen: EdgeScreen) -> Picture:
+    """The metric with each chosen edge, by estimate, and with each drawn one, by a run."""
+    picture = Picture(6.0, 2.4)
+    ax = picture.figure.add_subplot()
+    for row, values, colour in ((0, screen.estimates, BLUE), (1, screen.values, GREY)):
+        ax.plot(values.detach().cpu().double(), [row] * len(values), "|", markersize=18, color=colour)
+    ax.set_yticks([0, 1], [f"{len(screen.estimates)} chosen\n(estimates)", f"{len(screen.values)} drawn\n(by runs)"])
+    ax.set_ylim(1.6, -0.6)
+    ax.set_xlabel("metric with the edge's message replaced")
+    frameless(ax)
+    return picture
 
 
 @picture_of.register
@@ -72,7 +96,8 @@ def sweep_maps(sweep: Sweep, normalised: bool | None = None) -> Picture:
     n_rows = maps.shape[1]
     flat = n_rows <= _FEW_ROWS and n_positions > _MANY_POSITIONS  # such maps are stacked
     across = 1 if flat else min(n_maps, _MAPS_PER_ROW)
-    height = -(-n_maps // across) * (1.6 + min(7.0, max(1.2, 0.16 * n_rows)))
+    of_map = 1.0 + max(0.5, 0.16 * n_rows) if flat else 1.6 + min(7.0, max(1.2, 0.16 * n_rows))
+    height = 0.6 + -(-n_maps // across) * of_map
     width = 2.2 + across * min(6.0, max(2.6, 0.16 * n_positions))
     picture, axes, lowest, first = map_axes(n_maps, across, width, height)
     labels = [
@@ -129,7 +154,6 @@ def path_report(sweep: PathSweep) -> Report:
         f"PathSweep(edge={len(sweep.edges)}); {runs}",
         tables=[table] if shown else [],
         notes=[*filter(None, [_hidden(sizes, shown), _screened(sweep)])],
-        figure=lambda: edge_map(sweep).svg(),
     )
 
 

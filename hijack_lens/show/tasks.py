@@ -5,10 +5,12 @@ from typing import Any
 
 from hijack_lens.core.checks import check_list, check_type
 from hijack_lens.core.tables import Report, Table, picture_of, report_of
-from hijack_lens.show.style import COLOURS, Picture, frameless
+from hijack_lens.show.style import BLUE, COLOURS, GREY, Picture, frameless, heatmap, whole_ticks
+from hijack_lens.tasks import Batch, Moved, TaskRun
 from hijack_lens.tasks.conflicts import ContextShare
 
 _WIDTH, _HEIGHT = 4.6, 4.2
+_PROMPTS = 16
 
 
 @report_of.register
@@ -21,7 +23,6 @@ def share_report(result: ContextShare) -> Report:
     return Report(
         f"ContextShare(dose={len(result.strengths)}): {result.task}; 1: as the context says, 0: as the weights say",
         tables=[Table((result.dose, "model", "exact Bayes"), rows)],
-        figure=lambda: share_curve(result).svg(),
     )
 
 
@@ -29,6 +30,64 @@ def share_report(result: ContextShare) -> Report:
 def share_curve(result: ContextShare) -> Picture:
     """The model's share by strength, and that of exact Bayes."""
     return context_shares([result])
+
+
+@report_of.register
+def task_run_report(run: TaskRun) -> Report:
+    """Each measure at the start, and now."""
+    over_time = run.over_time()
+    rows = [(str(name), f"{one.iloc[0]:.4g}", f"{one.iloc[-1]:.4g}") for name, one in over_time.items()]
+    title = f"TaskRun of {type(run.task).__name__}: step {run.step} of {run.task.schedule.steps}, seed {run.seed}"
+    return Report(title, [], [Table(("measure", "at the start", "now"), rows)])
+
+
+@picture_of.register
+def task_run_curves(run: TaskRun) -> Picture:
+    """Each measure over the steps, in a panel of its own."""
+    over_time = run.over_time()
+    picture = Picture(1.0 + 3.2 * over_time.shape[1], 2.8)
+    panels = picture.figure.subplots(1, over_time.shape[1], squeeze=False)[0]
+    for ax, (name, values) in zip(panels, over_time.items(), strict=True):
+        ax.plot(values.index, values, "o-", color=BLUE, markersize=3)
+        ax.set_xlabel("training step")
+        ax.set_ylabel(str(name))
+        whole_ticks(ax.xaxis, 5)
+    frameless(*panels)
+    return picture
+
+
+@picture_of.register
+def moved_curves(moved: Moved) -> Picture:
+    """How far the outputs moved at each position, beside a step at random."""
+    found = moved.to_pandas().groupby("position")[["moved", "moved_at_random"]].mean()
+    picture = Picture(5.6, 3.0)
+    ax = picture.figure.add_subplot()
+    for name, colour, label in (("moved", BLUE, "latent moved"), ("moved_at_random", GREY, "a random step as long")):
+        ax.plot(found.index, found[name], "o-", color=colour, markersize=4, label=label)
+    ax.set_xlabel("position")
+    ax.set_ylabel("change of the outputs\n(root mean square)")
+    whole_ticks(ax.xaxis)
+    frameless(ax)
+    picture.figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    return picture
+
+
+@picture_of.register
+def batch_map(batch: Batch) -> Picture:
+    """The first prompts: their inputs, or of vectors the first number of each, over their targets."""
+    first = batch.inputs[:_PROMPTS] if batch.inputs.ndim == 2 else batch.inputs[:_PROMPTS, :, 0]
+    width = max(3.6, min(9.0, 0.12 * first.shape[1] + 2.0))
+    picture = Picture(width, 1.4 + 2 * max(0.9, 0.13 * len(first)))
+    axes = picture.figure.subplots(2, 1, sharex=True)
+    for ax, image, title in zip(axes, (first, batch.targets[:_PROMPTS]), ("inputs", "targets"), strict=True):
+        image = image.detach().cpu().double()
+        ids = not batch.inputs.is_floating_point()
+        drawn = heatmap(ax, image, attention=ids, spread=(float(image.max()) or 1.0) if ids else None)
+        ax.set_title(title if ids or title == "targets" else f"{title}: the first number", fontsize=9)
+        ax.set_ylabel("prompt")
+        picture.figure.colorbar(drawn, ax=ax, label="id" if ids else "value", pad=0.02)
+    axes[1].set_xlabel("position")
+    return picture
 
 
 def context_shares(results: Sequence[ContextShare]) -> Picture:

@@ -13,6 +13,7 @@ from uuid import uuid4
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from hijack_lens.attribution.logit_attribution import LogitAttribution
 from hijack_lens.core.analysis import analysis
@@ -27,6 +28,9 @@ from hijack_lens.show.style import COLOURS, Picture, heatmap
 if TYPE_CHECKING:
     from hijack_lens.language.prompts import HijackPrompt
 
+
+_MOST_TOKENS = 256
+"""Of a prompt whose patterns are drawn cell by cell: of 1,024 tokens, a browser takes minutes and a page 14 MB."""
 
 _PATHS_SHOWN = 24
 _TOKENS_NAMED = 48
@@ -48,13 +52,13 @@ class Panel:
     """One React element of circuitsvis.
 
     Attributes:
-        element: its name.
+        element: its name; `None` where the static picture must do.
         props: its properties, as JSON types.
         title: shown above it; may be empty.
         still: a static picture of the same, as HTML, for when scripts do not run.
     """
 
-    element: str
+    element: str | None
     props: dict[str, Any]
     title: str
     still: str
@@ -84,7 +88,7 @@ class View:
         check_fields(self)
 
     def __repr__(self) -> str:
-        return f"View({', '.join(panel.title or panel.element for panel in self.panels)})"
+        return f"View({', '.join(panel.title or str(panel.element) for panel in self.panels)})"
 
     def fragment(self) -> str:
         """HTML for a page that has loaded `circuitsvis_script()` once."""
@@ -99,16 +103,19 @@ class View:
             name = f"hijack-lens-{uuid4().hex[:12]}"
             # Any "<" could begin what ends the script, or what hides its end from the browser.
             props = json.dumps(panel.props, allow_nan=False).replace("<", r"\u003c")
-            calls.append(f'lens.render("{name}", lens.{panel.element}, {props});')
+            if panel.element is not None:
+                calls.append(f'lens.render("{name}", lens.{panel.element}, {props});')
             title = f'<div style="text-align:center;font-weight:600">{escape(panel.title)}</div>' if panel.title else ""
             boxes.append(f'<div style="min-width:0;padding-left:1em">{title}<div id="{name}">{panel.still}</div></div>')
+        script = f"const lens = window.CircuitsVis || CircuitsVis; {''.join(calls)}"
+        drawn = f"<script>(function () {{ {before} {script} }})();</script>" if calls else ""
         return (
-            '<figure class="hijack-lens-view" style="max-width:1000px;margin:1em 0">'
+            '<figure class="hijack-lens-view" style="max-width:1000px;margin:1em 0;background:white;color:#222;'
+            'overflow-x:auto">'
             f'<figcaption style="font-size:90%">{escape(self.caption)}</figcaption>'
             '<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:1em;'
             f'margin-top:0.5em">{"".join(boxes)}</div></figure>'
-            f"<script>(function () {{ {before} const lens = window.CircuitsVis || CircuitsVis; {''.join(calls)} }})();"
-            "</script>"
+            f"{drawn}"
         )
 
 
@@ -150,10 +157,13 @@ def attention(
     patterns = attention_patterns(model, prompt, heads, circuit)
     texts = list(prompt_texts(model, single_prompt(model, prompt)[0]))
     panels = [_pattern_panel(name, pattern, texts, is_deep(model), first_token) for name, pattern in patterns.items()]
+    said = "Hover over a cell for its number."
+    if (side := -(-len(texts) // _MOST_TOKENS)) > 1:
+        said = f"So many tokens are drawn in blocks: a cell shows the largest of {side} × {side}."
     return View(
         tuple(panels),
         "Attention patterns, from 0 (white) to 1, or to what is said (blue): each row is a destination token, which "
-        "attends, each column a source token, which is attended to. Hover over a cell for its number.",
+        f"attends, each column a source token, which is attended to. {said}",
     )
 
 
@@ -165,6 +175,11 @@ def _pattern_panel(
         pattern, texts = pattern[1:, 1:], texts[1:]
         most = float(pattern.max()) or 1.0
         name = f"{name}, up to {most:.2f}; the first token, left out, gets {share:.0%} (0 is the second)"
+    side = -(-len(texts) // _MOST_TOKENS)
+    if side > 1:
+        pattern = max_pool2d(pattern[None], side, ceil_mode=True)[0]
+        return Panel(None, {}, name, _png(attention_maps({name: pattern}, texts[::side], width=5.0, most=most)))
+    still = _png(attention_maps({name: pattern}, texts, width=5.0, most=most))
     return Panel(
         "AttentionPattern",
         {
@@ -177,7 +192,7 @@ def _pattern_panel(
             "showAxisLabels": True,
         },
         name,
-        _png(attention_maps({name: pattern}, texts, width=5.0, most=most)),
+        still,
     )
 
 
@@ -289,4 +304,5 @@ def _rounded(values: Tensor, decimals: int) -> list[Any]:
 
 def _png(picture: Picture) -> str:
     data = picture.png(dpi=80)
-    return f'<img style="max-width:100%" alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    name, encoded = escape(picture.alt, quote=True), base64.b64encode(data).decode()
+    return f'<img style="max-width:100%" alt="{name}" src="data:image/png;base64,{encoded}">'

@@ -10,12 +10,12 @@ from hijack_lens.core.tables import Report, Table, picture_of, report_of
 from hijack_lens.memories.capacity import MEMORIES, MemoryCapacity
 from hijack_lens.memories.matrix import MemoryMatrix
 from hijack_lens.memories.neurons import MemoryNeurons
-from hijack_lens.show.style import COLOURS, Picture, frameless, heatmap
+from hijack_lens.show.style import COLOURS, PLAIN, Picture, frameless, heatmap, whole_ticks
 
 _ROWS = 20
 _TOKENS = 3
 _RANKS, _LETTERS = 6, 9
-_NAMED, _MAP = 45, 4.6
+_NAMED, _MAP = 45, 3.8
 
 
 @report_of.register
@@ -55,7 +55,6 @@ def neurons_report(result: MemoryNeurons) -> Report:
                 align="lllr",
             )
         ],
-        figure=lambda: neuron_map(result).svg(),
     )
 
 
@@ -125,7 +124,6 @@ def matrix_report(result: MemoryMatrix) -> Report:
         f"MemoryMatrix(key={n_keys}, value={n_values}) of {wrote}",
         lines,
         [Table([*columns, "cross-talk" if scored else "RMS"], rows, align)],
-        figure=lambda: matrix_maps(result).svg(),
     )
 
 
@@ -159,7 +157,7 @@ def matrix_maps(result: MemoryMatrix) -> Picture:
         above = found[found > 1e-6 * largest]
         ax.plot(range(1, len(above) + 1), above.numpy(), style, color=colour, label=label, markersize=3)
     ax.set_yscale("log")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    whole_ticks(ax.xaxis)
     ax.set_xlabel("rank")
     ax.set_ylabel("singular value (logits)")
     rank = f"rank {result.rank}, effectively {result.effective_rank:.0f}"
@@ -188,7 +186,6 @@ def capacity_report(result: MemoryCapacity) -> Report:
         f"MemoryCapacity(d_model={len(result.d_models)}, seed={len(result.seeds)}), {result.d_vocab} tokens",
         [f"orthonormal directions need d_model = {3 * result.d_vocab}; below, theory takes cross-talk as independent"],
         [Table(["memory", "d_model", "recall", "theory", "cross-talk (logits)", "theory"], rows)],
-        figure=lambda: capacity_curves(result).svg(),
     )
 
 
@@ -208,7 +205,7 @@ def capacity_curves(result: MemoryCapacity) -> Picture:
             points = {"fmt": marker, "color": colour, "capsize": 3, "markersize": 6, "label": f"{memory}, measured"}
             ax.plot(result.d_models, expected[i].numpy(), color=colour, linewidth=1.5, label=f"{memory}, theory")
             ax.errorbar(result.d_models, measured[i].mean(-1).numpy(), error[i].numpy(), **points)
-        ax.axvline(3 * result.d_vocab, color="#555555", linewidth=1, linestyle=":", label="orthonormal directions")
+        ax.axvline(3 * result.d_vocab, color=PLAIN, linewidth=1, linestyle=":", label="orthonormal directions")
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:.0f}")
         ax.set_xlabel("d_model")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_texts, check_type, shown
 from hijack_lens.core.inputs import indices
+from hijack_lens.core.tables import Drawn, tidy
 from hijack_lens.hooks.intervention import Intervention, logits_of, record
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.task import Batch, check_fits
@@ -108,8 +109,8 @@ def _score(x: Any, y: Any, half: int, how: str, neighbours: int) -> float:
     return float(make_pipeline(StandardScaler(), probe).fit(x[:half], y[:half]).score(x[half:], y[half:]))
 
 
-@dataclass(frozen=True)
-class Moved:
+@dataclass(frozen=True, repr=False)
+class Moved(Drawn):
     """Runs with a latent moved to another class.
 
     Attributes:
@@ -133,6 +134,18 @@ class Moved:
     outputs: Float[Tensor, "prompt pos d_out"]
     unmoved: Float[Tensor, "prompt pos d_out"]
     at_random: Float[Tensor, "prompt pos d_out"]
+
+    def __repr__(self) -> str:
+        return f"Moved(prompt={len(self.batch)}, pos={self.outputs.shape[1]}, d_out={self.outputs.shape[2]})"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per prompt and position: to, and how far the outputs moved, and moved at random (root mean squares)."""
+        n, length = self.outputs.shape[:2]
+        far = ((one - self.unmoved).square().mean(-1).sqrt() for one in (self.outputs, self.at_random))
+        axes = {"prompt": range(n), "position": range(length)}
+        frame = tidy(axes, **dict(zip(("moved", "moved_at_random"), far, strict=True)))
+        frame.insert(2, "to", self.to.repeat_interleave(length).tolist())
+        return frame
 
 
 def move_latent(

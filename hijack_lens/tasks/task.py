@@ -23,14 +23,15 @@ from hijack_lens.core.checks import (
     shown,
 )
 from hijack_lens.core.memory import check_memory
+from hijack_lens.core.tables import Drawn, tidy
 from hijack_lens.models.real import RealTransformer, check_inputs
 
 Predictions = Float[Tensor, "prompt pos value"]
 """Of the next token, probabilities; of a real number, that number alone."""
 
 
-@dataclass(frozen=True)
-class Batch:
+@dataclass(frozen=True, repr=False)
+class Batch(Drawn):
     """Prompts, and what is known of them.
 
     Attributes:
@@ -72,6 +73,20 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def __repr__(self) -> str:
+        n, length = self.mask.shape
+        return f"Batch(prompt={n}, pos={length}; latent: {', '.join(self.latent) or 'none'})"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per token: prompt, position, input (or, of a vector, input_0, ...), target, and whether it is asked."""
+        inputs = {"input": self.inputs}
+        if self.inputs.ndim == 3:
+            inputs = {f"input_{i}": one for i, one in enumerate(self.inputs.unbind(-1))}
+        axes = dict(zip(("prompt", "position"), map(range, self.mask.shape), strict=True))
+        frame = tidy(axes, **inputs, target=self.targets, asked=self.mask).astype({"asked": bool})
+        ids = [name for name, one in (*inputs.items(), ("target", self.targets)) if not one.is_floating_point()]
+        return frame.astype(dict.fromkeys(ids, int))
 
     def __getitem__(self, rows: slice | Int[Tensor, "row"]) -> "Batch":
         """Some of the prompts.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hijack_lens.core.checks import check_count, fixed_seed
 from hijack_lens.core.files import locked, make_folder, read_safetensors, write_safetensors
+from hijack_lens.core.tables import Drawn
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.models.storage import latest_checkpoint
 from hijack_lens.tasks.task import Batch, Task, check_task
@@ -24,8 +25,8 @@ _FORMAT = "hijack_lens.TaskRun.1"
 _FILE = "training.safetensors"
 
 
-@dataclass(frozen=True)
-class TaskRun:
+@dataclass(frozen=True, repr=False)
+class TaskRun(Drawn):
     """A task's model, trained.
 
     Attributes:
@@ -54,6 +55,10 @@ class TaskRun:
     def finished(self) -> bool:
         """Whether all steps were taken."""
         return self.step == self.task.schedule.steps
+
+    def to_pandas(self) -> pd.DataFrame:
+        """What was looked at over time, in tidy form: a copy of `table`."""
+        return self.table.copy()
 
     def over_time(self) -> pd.DataFrame:
         """A column per measure, by step."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -18,6 +19,8 @@ from hijack_lens.core.checks import (
     check_type,
 )
 from hijack_lens.core.circuit import Margin
+from hijack_lens.core.files import Saved
+from hijack_lens.core.tables import Drawn
 
 TERMS = ("content", "own", "remembered_match", "remembered_own", "remembered_copy", "remembered")
 """Tables that theory may leave out: a model written by hand needs none of them, but for absolute positions' content."""
@@ -44,7 +47,7 @@ class Written(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Tables:
+class Tables(Saved, Drawn):
     """What a two-layer model without norms computes, as tables over tokens; `training.read_tables` reads them off.
 
     A *row* is what stands at a position: the token there and, with absolute positions, after all tokens, the position.
@@ -176,6 +179,16 @@ class Tables:
     def _logits(self, out: Float[Tensor, "*batch pos out"]) -> Float[Tensor, "*batch pos d_vocab"]:
         direct, neurons = out[..., : self.d_vocab], out[..., self.d_vocab :]
         return direct + (neurons.relu() if self.activation == "relu" else neurons) @ self.neurons
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per table: its name, rows and columns, the root mean square of its numbers, and the largest."""
+        names = ("offset", *_SCORES, *_WRITES, "neurons")
+        rows = [
+            (name, *table.shape, float(table.square().mean().sqrt()), float(table.abs().max()))
+            for name in names
+            if (table := getattr(self, name)).numel()
+        ]
+        return pd.DataFrame(rows, columns=["table", "rows", "columns", "rms", "largest"])
 
     def __repr__(self) -> str:
         shape = {"d_vocab": self.d_vocab, "n_positions": self.n_positions, "n_neurons": len(self.neurons)}

@@ -12,7 +12,7 @@ from hijack_lens import theory
 from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import Seed, as_generator, check_count, check_type, shown
 from hijack_lens.core.circuit import Positions, Strengths
-from hijack_lens.core.tables import widened
+from hijack_lens.core.tables import Drawn, widened
 from hijack_lens.language import BigramLanguage, Token, Triggers
 from hijack_lens.language.prompts import HijackPrompt, hijack_prompt
 from hijack_lens.models.transformer import BigramTransformer
@@ -26,8 +26,8 @@ from hijack_lens.training.recall import (
 )
 
 
-@dataclass(frozen=True)
-class FittedStrengths:
+@dataclass(frozen=True, repr=False)
+class FittedStrengths(Drawn):
     """Strengths read off a model's weights.
 
     Attributes:
@@ -54,6 +54,11 @@ class FittedStrengths:
     def strengths(self) -> Strengths:
         """Those of the setting."""
         return self.setting.strengths
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per memory: memory, strength, purity."""
+        rows = [(memory, getattr(self.strengths, memory), purity) for memory, purity in self.purity.items()]
+        return pd.DataFrame(rows, columns=["memory", "strength", "purity"])
 
 
 @analysis
@@ -116,8 +121,8 @@ def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = N
     )
 
 
-@dataclass(frozen=True)
-class TheoryAgreement:
+@dataclass(frozen=True, repr=False)
+class TheoryAgreement(Drawn):
     """How well the theory, at fitted strengths, predicts a model.
 
     Attributes:
@@ -137,6 +142,10 @@ class TheoryAgreement:
     r2: float
     winners: float
     table: pd.DataFrame
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per prompt: a copy of `table`."""
+        return self.table.copy()
 
 
 def conflict_prompts(

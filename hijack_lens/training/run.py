@@ -13,7 +13,7 @@ import torch
 
 from hijack_lens.core.checks import check_count, check_number, check_path, check_type, shown
 from hijack_lens.core.files import read_safetensors, sync, write_atomically, write_safetensors
-from hijack_lens.core.tables import Drawn
+from hijack_lens.core.tables import SHOWN_AS, Drawn
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models.formed import Formed
 from hijack_lens.models.storage import checkpoints, latest_checkpoint
@@ -88,10 +88,21 @@ class TrainingRun(Drawn):
             )
         return rows.set_index("step")["value"].rename(name)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the model as `save_pretrained` does, and the table as `probes.csv`."""
-        self.model.save_pretrained(folder)
-        write_atomically(check_path("folder", folder) / "probes.csv", self.table.to_csv(index=False).encode())
+    def to_pandas(self) -> pd.DataFrame:
+        """The probes over time, in tidy form: a copy of `table`."""
+        return self.table.copy()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the model as `save_pretrained` does, and the table as `probes.csv`, into the folder `path`.
+
+        With an extension, ".html" for example, what other results write by that name.
+        """
+        folder = check_path("folder", path)
+        if folder.suffix.lower() in SHOWN_AS:
+            super().save(path)
+            return
+        self.model.save_pretrained(path)
+        write_atomically(folder / "probes.csv", self.table.to_csv(index=False).encode())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "TrainingRun":

@@ -1,0 +1,149 @@
+"""Every picture is legible: no text is cut, and none lies on another, for few tokens, many, and long names."""
+
+import itertools
+
+import matplotlib
+import pytest
+import torch
+from matplotlib.text import Text
+
+import hijack_lens as hl
+
+LONG = "counterrevolutionaries"
+SIZES = {"one": 1, "eight": 8, "many": 64}
+
+
+class Case:
+    """A model of a language, and a prompt of so many tokens."""
+
+    def __init__(self, length, long):
+        names = [f"{LONG}{i}" if long else "abcdefghijklmnop"[i] for i in range(12)]
+        pi_b = hl.BigramLanguage.dirichlet(12, seed=0).pi_b
+        self.language = hl.BigramLanguage(pi_b, tokens=names, level="word")
+        self.model = hl.associative_transformer(self.language, n_ctx=80, strengths=hl.Strengths(match=3.0))
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(12, (3, length), generator=generator)
+        self.prompt = self.tokens[0]
+        self.other = self.tokens[1]
+        self.pair = names[3], names[5]
+
+
+CASES = {
+    (f"{size}-{'long' if long else 'short'}"): (length, long)
+    for size, length in SIZES.items()
+    for long in (False, True)
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    matplotlib.use("Agg")
+    return Case(*CASES[request.param])
+
+
+def sequences(c):
+    return c.language.sample(3, max(2, len(c.prompt)), triggers=[0], seed=0)
+
+
+def hijack(c):
+    a, b, d = (c.language.tokens[i] for i in (0, 3, 5))
+    return hl.hijack_prompt(c.language, a, b, 0, max(2, len(c.prompt)), global_candidate=d, seed=0)
+
+
+def sweep(c, **options):
+    return hl.hooks.patch_sweep(c.model, c.prompt, c.other, hl.logit_diff(*c.pair), **options)
+
+
+def dose(c):
+    facts = [hl.Bigram(c.language.tokens[i], *c.pair) for i in (0, 1)]
+    return hl.dose_response(c.model, facts, repeats=min(len(c.prompt), 30))
+
+
+PICTURES = {
+    "language": lambda c: c.language.picture(),
+    "sequences": lambda c: sequences(c).picture(),
+    "prompt": lambda c: hijack(c).picture(),
+    "circuit": lambda c: c.model.circuit.picture(),
+    "explanation": lambda c: hl.explain(c.model, c.prompt, *c.pair).picture(),
+    "attribution": lambda c: hl.attribute(c.model, c.prompt, answers=list(c.pair)).picture(),
+    "of a batch": lambda c: hl.attribute(c.model, c.tokens, answers=list(c.pair)).picture(),
+    "of all positions": lambda c: hl.attribute(c.model, c.prompt, "all").picture(),
+    "sources": lambda c: hl.attribute_sources(c.model, c.prompt, list(c.pair)).picture(),
+    "scores": lambda c: hl.attribute_scores(c.model, c.prompt).picture(),
+    "scores of keys": lambda c: hl.attribute_scores(c.model, c.prompt).picture(range(min(5, len(c.prompt)))),
+    "sweep": lambda c: sweep(c).picture(),
+    "sweep of heads": lambda c: sweep(c, activations=["z"]).picture(),
+    "path sweep": lambda c: hl.hooks.path_sweep(c.model, c.prompt, c.other, hl.logit_diff(*c.pair)).picture(),
+    "shapley": lambda c: hl.shapley(c.model, c.prompt, hl.logit_diff(*c.pair), how="zero").picture(),
+    "context": lambda c: hl.context_memory(c.model, c.prompt).picture(),
+    "conflict": lambda c: hl.memory_conflict(c.model, c.prompt).picture(),
+    "matrix": lambda c: hl.memory_matrix(c.model).picture(),
+    "neurons": lambda c: hl.memory_neurons(c.model).picture(),
+    "dose": lambda c: dose(c).picture(),
+    "dose theory": lambda c: dose(c).theory.picture(),
+    "evidence": lambda c: hl.find_circuit(c.model).evidence.picture(),
+    "tables": lambda c: hl.training.read_tables(c.model).picture(),
+    "strengths": lambda c: hl.fit_strengths(c.model).picture(),
+    "attention": lambda c: hl.show.attention_maps(
+        {"head": torch.eye(len(c.prompt)), "head two": torch.eye(len(c.prompt))},
+        [c.language.tokens[i] for i in c.prompt.tolist()],
+    ),
+}
+
+
+def boxes(figure):
+    """The texts that a figure shows, and where each lies, in pixels."""
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    found = []
+    for text in figure.findobj(Text):
+        box = text.get_window_extent(renderer)
+        # Names of ticks beyond an axis's ends are made, but not drawn.
+        axis = next(
+            (
+                ax
+                for ax in figure.axes
+                if text in (*ax.get_xticklabels(which="both"), *ax.get_yticklabels(which="both"))
+            ),
+            None,
+        )
+        shown = text.get_visible() and text.get_text().strip() and box.width > 0
+        if shown and (axis is None or _in_range(axis, text)):
+            found.append((text.get_text(), box))
+    return found
+
+
+def _in_range(ax, text):
+    x = text in ax.get_xticklabels(which="both")
+    low, high = sorted(ax.get_xlim() if x else ax.get_ylim())
+    at = text.get_position()[0 if x else 1]
+    return low <= at <= high and ax.axison and (ax.xaxis if x else ax.yaxis).get_visible()
+
+
+def faults(figure):
+    found, (width, height) = boxes(figure), figure.canvas.get_width_height()
+    cut = [
+        f"{text!r} is cut: {box}"
+        for text, box in found
+        if box.x0 < -2 or box.y0 < -2 or box.x1 > width + 2 or box.y1 > height + 2
+    ]
+    on_another = [
+        f"{one!r} lies on {other!r}"
+        for (one, a), (other, b) in itertools.combinations(found, 2)
+        if min(a.x1, b.x1) - max(a.x0, b.x0) > 1.5 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1.5
+    ]
+    return cut + on_another
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_no_text_is_cut_and_none_lies_on_another(name, case, unchecked):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    try:
+        picture = PICTURES[name](case)
+    except ValueError:
+        assert len(case.prompt) == 1  # a prompt that is too short for it
+        return
+    picture.png()  # fitted as it is drawn
+    FigureCanvasAgg(picture.figure)
+    assert faults(picture.figure) == []
