@@ -14,10 +14,12 @@ from refusals import refused
 import hijack_lens as hl
 from hijack_lens import tasks
 from hijack_lens.tasks import (
+    AffineRecurrence,
     AlgorithmSelection,
     LatentConcepts,
     RealTransformer,
     Schedule,
+    affine_recurrence,
     algorithm_selection,
     latent_concepts,
 )
@@ -25,13 +27,14 @@ from hijack_lens.tasks import (
 SHORT = Schedule(6, batch_size=4, evaluate_every=2, checkpoint_every=2, warmup=2)
 CONCEPTS = LatentConcepts(5, 3, 0.5, 7, d_model=16, n_heads=2, schedule=SHORT)
 REGRESSION = AlgorithmSelection(2, 4, d_model=16, n_layers=2, n_heads=2, schedule=SHORT)
-TASKS = [CONCEPTS, REGRESSION]
+AFFINE = AffineRecurrence(5, d_model=16, n_heads=2, schedule=SHORT)
+TASKS = [CONCEPTS, REGRESSION, AFFINE]
 
 
 @pytest.fixture
 def few(monkeypatch):
     """Looks and measures on few prompts."""
-    for module in (latent_concepts, algorithm_selection):
+    for module in (latent_concepts, algorithm_selection, affine_recurrence):
         for name in ("_WATCHED", "_MEASURED", "_PROBED"):
             monkeypatch.setattr(module, name, 64)
 
@@ -147,6 +150,139 @@ def test_regression_prompts_hold_what_they_were_drawn_with():
     assert float(batch.inputs[:, ::2, 3].abs().max()) == float(batch.inputs[:, 1::2, :3].abs().max()) == 0
 
 
+def prompts_of(x, a, b):
+    """A batch in float64 of recurrences that begin with x."""
+    values = [x]
+    for _ in range(6):
+        values.append(a * values[-1] + b)
+    x = torch.stack(values, 1)
+    return tasks.Batch(
+        x[:, :-1, None], x[:, 1:], torch.ones(x.shape[0], 6, dtype=torch.bool), {"slope": a, "offset": b}
+    )
+
+
+def test_bayes_on_affine_recurrences_is_the_integral_over_lines_and_then_the_line():
+    generator = torch.Generator().manual_seed(3)
+    a, b = 2 * torch.rand(2, 12, generator=generator, dtype=torch.float64) - 1
+    x = torch.randn(12, generator=generator, dtype=torch.float64)
+    batch = prompts_of(x, a, b)
+    found = {name: one[..., 0] for name, one in AFFINE.references(batch).items()}
+    close(found["bayes"][:, 2:], batch.targets[:, 2:], atol=1e-12)
+    close(found["context"], batch.targets, atol=1e-12)
+    assert float(found["bayes"][:, 0].abs().max()) == 0
+    for row, (first, second) in enumerate(batch.inputs[:, :2, 0].tolist()):
+        assert abs(float(found["bayes"][row, 1]) - integrated_lines(first, second)) < 1e-8
+
+
+def integrated_lines(first, second, noise=1e-5):
+    """The posterior mean after one transition with a little noise, whose effect is of the order of its square."""
+    from scipy.special import ndtr
+
+    a = np.linspace(-1, 1, 4_000_001)
+    rest = second - a * first
+    p = ndtr((1 - rest) / noise) - ndtr((-1 - rest) / noise)  # b integrated out
+    p[[0, -1]] /= 2
+    return float((p * (a * second + rest)).sum() / p.sum())
+
+
+def test_beyond_the_prior_bayes_takes_its_best_line_and_least_squares_is_numpys():
+    from scipy.optimize import lsq_linear
+
+    generator = torch.Generator().manual_seed(4)
+    a, b = 4 * torch.rand(2, 30, generator=generator, dtype=torch.float64) - 2
+    batch = prompts_of(torch.randn(30, generator=generator, dtype=torch.float64), a, b)
+    found, beyond = AFFINE.references(batch), 0
+    for row, x in enumerate(batch.inputs[..., 0].numpy()):
+        for seen in range(1, 6):
+            read = np.stack([x[:seen], np.ones(seen)], 1)
+            line = np.linalg.lstsq(read, x[1 : seen + 1])[0]
+            assert abs(line @ [x[seen], 1] - float(found["least squares"][row, seen, 0])) < 1e-8
+            if seen > 1 or abs(x[1]) > 1 + abs(x[0]):  # else many lines of the prior fit
+                line = lsq_linear(read, x[1 : seen + 1], (-1, 1), "bvls", tol=1e-15).x
+                assert abs(line @ [x[seen], 1] - float(found["bayes"][row, seen, 0])) < 1e-8
+                beyond += bool(np.abs(line).max() >= 1)
+    assert beyond > 50
+    still = prompts_of(*torch.tensor([[0.5, 3.0], [0.0, 0.0], [0.5, 3.0]], dtype=torch.float64))  # it never moves
+    close(AFFINE.references(still)["bayes"][0, 1:, 0], torch.full((5,), 0.5, dtype=torch.float64), atol=1e-12)
+    assert bool(torch.stack([*AFFINE.references(still).values()]).isfinite().all())
+
+
+def test_recurrences_follow_their_lines_and_a_conflict_keeps_numbers_in_range():
+    for batch in (AffineRecurrence(7).sample(3000, 0), AffineRecurrence(7).conflict(1.5, 3000, 0)):
+        a, b, x = batch.latent["slope"], batch.latent["offset"], batch.inputs[..., 0].double()
+        close(a[:, None] * x + b[:, None], batch.targets.double(), atol=1e-5)
+        close(batch.targets[:, :-1], batch.inputs[:, 1:, 0], atol=0)
+        assert abs(float(b.abs().mean()) - 0.5) < 0.02
+    close(a.abs(), torch.full_like(a, 1.5), atol=0)
+    assert abs(float((a > 0).double().mean()) - 0.5) < 0.05
+    assert abs(float(batch.targets[:, -1].std()) - 1) < 0.05
+    assert float(x.abs().max()) < 8
+    close(AFFINE.conflict(0.5, 9, 0).latent["slope"].abs(), torch.full((9,), 0.5).double(), atol=0)
+
+
+@dataclass(frozen=True)
+class Copying(AffineRecurrence):
+    """Recurrences whose model says the last number; its first head scores by the product of two numbers."""
+
+    def model(self, seed):
+        model = RealTransformer(1, 1, self.n_transitions, d_model=4, n_layers=3, n_heads=2, d_mlp=0, norm=None)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.startswith("blocks") or name == "pos_embed.W_pos":
+                    parameter.zero_()
+            model.W_E[:], model.unembed.W_U[:] = 0.0, 0.0
+            model.W_E[0, 0] = model.unembed.W_U[0, 0] = 1.0
+            model.blocks[0].attn.W_Q[0, 0, 0] = model.blocks[0].attn.W_K[0, 0, 0] = 1.0
+        return model
+
+
+def test_a_model_that_copies_is_measured_as_one(few):
+    task = Copying(5)
+    found = task.measure(task.model(0), 3).set_index(["measure", "where"])["value"]
+    for seen in range(5):
+        assert found[f"error after {seen}", "model"] == pytest.approx(found[f"error after {seen}", "copy"])
+    for measure, direct in (("copied", 1), ("corrected", 0)):
+        whole = ["the direct path", "up to layer 0"]
+        assert found[measure][whole].tolist() == pytest.approx([direct, direct], abs=1e-9)
+        assert found[measure].drop(whole).abs().max() < 1e-9
+    assert found["R2 up to"].nunique() == 1
+    close(torch.tensor(found["error over copying"].to_numpy()), torch.ones(12, dtype=torch.float64), atol=1e-9)
+    assert found["error added without"].abs().max() == 0
+
+    batch = task.sample(64, hl.training.data.mixed_seed(3, "measured", 0))
+    x = batch.inputs[..., 0].double().numpy()
+    pairs = []
+    for query in range(1, 5):
+        keys = slice(0, query + 1)
+        values = [x[:, query, None] * x[:, keys], -np.abs(x[:, query, None] - x[:, keys])]
+        centred = [v - v.mean(1, keepdims=True) for v in values]
+        pairs.append(np.stack([(v - v.mean(0)).ravel() for v in centred]))
+    expected = np.corrcoef(np.concatenate(pairs, 1))[0, 1]
+    assert found["score by closeness", "L0H0"] == pytest.approx(expected, abs=1e-6)
+    assert found["score by closeness", "lowest of layer 0"] == pytest.approx(min(expected, 0), abs=1e-6)
+
+
+def test_the_parts_of_a_prediction_follow_it_in_sum(few):
+    model = AFFINE.model(1)
+    found = AFFINE.measure(model, 2).set_index(["measure", "where"])["value"]
+    batch = AFFINE.sample(64, hl.training.data.mixed_seed(2, "measured", 0))
+    said, last, following = (
+        one.double().numpy()
+        for one in (model(batch.inputs)[:, 2, 0].detach(), batch.inputs[:, 2, 0], batch.targets[:, 2])
+    )
+    assert found["R2 up to", "layer 2"] == pytest.approx(
+        1 - ((said - following) ** 2).mean() / following.var(), abs=1e-5
+    )
+    read = np.stack([np.ones(64), last, following - last], 1)
+    expected = np.linalg.lstsq(read, said)[0][1:]
+    rest = ["the direct path", "positions and biases"]
+    for measure, value in zip(("copied", "corrected"), expected, strict=True):
+        parts = [*rest, "layer 0", "layer 1", "layer 2"]
+        assert found[measure][parts].sum() == pytest.approx(value, abs=1e-5)
+        heads = [f"L{layer}H{head}" for layer in range(3) for head in range(2)]
+        assert found[measure][[*rest, *heads]].sum() == pytest.approx(value, abs=1e-5)
+
+
 # Training
 
 
@@ -225,7 +361,8 @@ def test_attributions_of_every_tasks_model_are_complete(task, dtype, tolerance):
     model = task.model(1).to(dtype)
     reader, ids = model.reading(task.sample(2, 0).inputs)
     head = hl.Component(1, "head", 0)
-    found = hl.attribute(reader, ids, circuit=hl.Circuit(induction=(head,)))
+    outputs = range(reader.cfg.d_vocab_out)
+    found = hl.attribute(reader, ids, circuit=hl.Circuit(induction=(head,)), answers=[*outputs])
     assert found.completeness_error <= tolerance
     assert hl.attribute_sources(reader, ids[0], answers=[0]).completeness_error <= tolerance
     assert hl.attribute_scores(reader, ids[0], head=head).completeness_error <= tolerance
@@ -306,7 +443,7 @@ def test_every_claim_is_about_something_that_is_measured(task, few):
     for bar in task.claims:
         if bar.measure not in ("rank correlation", "share"):  # over training, and over doses
             assert (bar.measure, bar.where) in found.index
-    assert float(found["error over" if task is REGRESSION else "loss"].iloc[0]) > 0
+    assert float(found["loss" if task is CONCEPTS else "error"].iloc[0]) > 0
 
 
 def test_a_bar_is_met_on_its_side_and_by_no_nan():
@@ -367,6 +504,8 @@ test_a_bad_value_is_refused_by_name = refused(
         "noises must be two or more different levels": lambda: AlgorithmSelection(noises=(1.0,)),
         "noises must be a finite number > 0, got 0": lambda: AlgorithmSelection(noises=(1.0, 0)),
         "steps must be at least 1, got 0": lambda: Schedule(0),
+        "n_transitions must be at least 3, got 2": lambda: AffineRecurrence(2),
+        "strength must be a finite number > 0, got 0": lambda: AFFINE.conflict(0, 4, 0),
         "level must be a number that a float can hold": lambda: tasks.Bar("a", "b", "c", "at least", 10**400),
         "n must be at least 1, got 0": lambda: CONCEPTS.sample(0, 0),
         "rows must be a slice or ids of prompts .row., got tensor": lambda: CONCEPTS.sample(4, 0)[[[0, 1], [2, 3]]],

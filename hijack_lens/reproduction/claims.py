@@ -38,7 +38,7 @@ from hijack_lens.reproduction.phase_diagram import phase_diagram
 from hijack_lens.reproduction.positions_and_length import positions_and_length
 from hijack_lens.reproduction.stronger_memories import stronger_memories
 from hijack_lens.reproduction.winner_prediction import winner_prediction
-from hijack_lens.tasks import AlgorithmSelection, LatentConcepts, shortened
+from hijack_lens.tasks import AffineRecurrence, AlgorithmSelection, LatentConcepts, shortened
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,6 +110,14 @@ _TASKS = {
         OfTask(AlgorithmSelection(d=5, n_pairs=20)),
         OfTask(shortened(AlgorithmSelection(d=4, n_pairs=10, n_layers=2), 1500), (0, 1, 2)),
     ),
+    "affine-recurrence": Claim(
+        "A model of attention alone that continues affine recurrences copies the last number first and corrects it in "
+        "its last layer; slopes beyond those of its training it takes for smaller.",
+        AffineRecurrence.source,
+        in_context_learner,
+        OfTask(AffineRecurrence()),
+        OfTask(shortened(AffineRecurrence(n_transitions=8), 1000), (0, 1, 2)),
+    ),
 }
 
 CLAIMS: dict[str, Claim] = {
@@ -142,7 +150,7 @@ def claims_of(group: Group) -> list[str]:
 
     Examples:
         >>> hl.reproduction.claims_of("tasks")
-        ['latent-concepts', 'algorithm-selection', 'algorithm-selection-wide']
+        ['latent-concepts', 'algorithm-selection', 'algorithm-selection-wide', 'affine-recurrence']
     """
     check_choice("group", group, ("papers", "tasks"))
     return [name for name in CLAIMS if (name in _TASKS) == (group == "tasks")]

@@ -91,7 +91,7 @@ def _picture(table: pd.DataFrame, curves: pd.DataFrame, task: Task) -> Picture:
         at = [index + shift for index in range(len(places))]
         experiment.bars(middle, at, found, 0.4, color=colour, label=label)
     middle.set_xticks(range(len(places)), [place.replace("after ", "") for place in places], rotation=30, ha="right")
-    middle.set(title="the latent, decoded", xlabel="after", ylabel="linear probe's accuracy", ylim=(0, 1.12))
+    middle.set(title="the latent, decoded", xlabel="after", ylabel="linear probe's accuracy or R2", ylim=(0, 1.12))
     middle.legend(frameon=False, ncols=2, loc="upper left")
 
     _draw_shares(right, table, task.doses)

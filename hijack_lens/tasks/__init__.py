@@ -4,6 +4,7 @@ In each, the context and the weights may disagree; which decides is one number f
 """
 
 from hijack_lens.models.real import RealTransformer
+from hijack_lens.tasks.affine_recurrence import AffineRecurrence
 from hijack_lens.tasks.algorithm_selection import AlgorithmSelection
 from hijack_lens.tasks.conflicts import ContextShare, context_share
 from hijack_lens.tasks.latent_concepts import LatentConcepts
@@ -12,6 +13,7 @@ from hijack_lens.tasks.task import Bar, Batch, Schedule, Task, shortened
 from hijack_lens.tasks.training import TaskRun, train
 
 __all__ = [
+    "AffineRecurrence",
     "AlgorithmSelection",
     "Bar",
     "Batch",

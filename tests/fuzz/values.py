@@ -79,7 +79,11 @@ def learners() -> list[Any]:
     """Small tasks, of a few steps of training."""
     schedule = hl.tasks.Schedule(2, batch_size=4, evaluate_every=2)
     small: dict[str, Any] = {"d_model": 8, "n_heads": 2, "schedule": schedule}
-    return [hl.tasks.LatentConcepts(5, 2, 0.5, LENGTH, **small), hl.tasks.AlgorithmSelection(2, 3, **small)]
+    return [
+        hl.tasks.LatentConcepts(5, 2, 0.5, LENGTH, **small),
+        hl.tasks.AlgorithmSelection(2, 3, **small),
+        hl.tasks.AffineRecurrence(4, **small),
+    ]
 
 
 CIRCUIT = hl.Circuit(previous_token=(hl.Component(0, "head", 0),), induction=(hl.Component(1, "head", 0),))
@@ -107,7 +111,7 @@ BY_NAME: dict[str, Any] = {
     "ax": st.builds(lambda: matplotlib.figure.Figure().add_subplot()),
     "image": st.just(np.eye(3)),
     "result": st.deferred(lambda: st.sampled_from([one for kept in pool().values() for one in kept])),
-    "latent": st.sampled_from(["table", "noise", "weights"]),
+    "latent": st.sampled_from(["table", "noise", "weights", "slope"]),
     "point": st.sampled_from(["hook_embed", "blocks.1.hook_resid_post"]),
     "points": st.sampled_from(["hook_embed", ["blocks.0.hook_attn_out", "hook_embed"]]),
     "repo_id": st.none(),  # nothing is uploaded
