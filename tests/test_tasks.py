@@ -18,25 +18,29 @@ from hijack_lens.tasks import (
     AlgorithmSelection,
     LatentConcepts,
     RealTransformer,
+    Representations,
     Schedule,
     affine_recurrence,
     algorithm_selection,
     latent_concepts,
+    representations,
 )
 
 SHORT = Schedule(6, batch_size=4, evaluate_every=2, checkpoint_every=2, warmup=2)
 CONCEPTS = LatentConcepts(5, 3, 0.5, 7, d_model=16, n_heads=2, schedule=SHORT)
 REGRESSION = AlgorithmSelection(2, 4, d_model=16, n_layers=2, n_heads=2, schedule=SHORT)
 AFFINE = AffineRecurrence(5, d_model=16, n_heads=2, schedule=SHORT)
-TASKS = [CONCEPTS, REGRESSION, AFFINE]
+REPRESENTED = Representations(3, 4, d_model=16, n_heads=2, schedule=SHORT)
+TASKS = [CONCEPTS, REGRESSION, AFFINE, REPRESENTED]
 
 
 @pytest.fixture
 def few(monkeypatch):
     """Looks and measures on few prompts."""
-    for module in (latent_concepts, algorithm_selection, affine_recurrence):
+    for module in (latent_concepts, algorithm_selection, affine_recurrence, representations):
         for name in ("_WATCHED", "_MEASURED", "_PROBED"):
             monkeypatch.setattr(module, name, 64)
+    monkeypatch.setattr(representations, "_PASTED", SHORT)
 
 
 # The protocol
@@ -283,6 +287,77 @@ def test_the_parts_of_a_prediction_follow_it_in_sum(few):
         assert found[measure][[*rest, *heads]].sum() == pytest.approx(value, abs=1e-5)
 
 
+def test_a_representation_by_hand_and_ridge_on_it_is_the_posterior_mean():
+    batch = REPRESENTED.sample(4, 5)
+    found = {name: one[..., 0] for name, one in REPRESENTED.references(batch).items()}
+    eye = torch.eye(3, dtype=torch.float64)
+    for matrix in REPRESENTED.layers:
+        close(matrix @ matrix.T, eye, atol=1e-12)
+    for row in range(4):
+        phi = []
+        for x in batch.inputs[row, ::2, :3].double().tolist():
+            for matrix in REPRESENTED.layers.tolist():
+                sums = [sum(x[i] * matrix[i][j] for i in range(3)) for j in range(3)]
+                x = [(s if s > 0 else 0.1 * s) * math.sqrt(2 / 1.01) for s in sums]
+            phi.append(x)
+        phi, y = np.array(phi), batch.inputs[row, 1::2, 3].double().numpy()
+        close(batch.latent["features"][row], torch.from_numpy(phi), atol=1e-5)  # x is rounded to float32
+        for seen in range(5):
+            # A Gaussian process: its covariance is that of w, seen through Phi.
+            covariance = phi[:seen] @ phi[:seen].T / 3 + 0.09 * np.eye(seen)
+            expected = phi[seen] @ phi[:seen].T / 3 @ np.linalg.solve(covariance, y[:seen])
+            assert abs(float(found["bayes"][row, 2 * seen]) - expected) < 1e-8
+            assert abs(float(found["context"][row, 2 * seen]) - expected) < 1e-4
+    close(found["weights"], found["bayes"], atol=0)
+    assert not torch.equal(replace(REPRESENTED, world=1).layers, REPRESENTED.layers)
+
+
+def test_a_conflict_is_labelled_through_another_representation():
+    batch = Representations(3, 30).conflict(1.0, 4000, 0)
+    found = Representations(3, 30).references(batch)
+    error = {name: float((one[..., 0] - batch.targets)[:, -1].square().mean()) for name, one in found.items()}
+    assert error["oracle"] == pytest.approx(0.09, abs=0.006)
+    assert error["oracle"] < error["context"] < 1.2 * error["oracle"]
+    assert error["weights"] > 2 * error["context"]
+    own, half = REPRESENTED.sample(50, 1), REPRESENTED.conflict(0.5, 50, 1)
+    close(half.inputs[:, ::2], own.inputs[:, ::2], atol=0)
+    whole = REPRESENTED.conflict(1.0, 50, 1)
+    close(half.latent["features"], (own.latent["features"] + whole.latent["features"]) / 2, atol=1e-12)
+
+
+def test_representations_are_followed_copied_and_pasted_by_hand(few):
+    task, seed = REPRESENTED, 4
+    model = task.model(hl.training.data.mixed_seed(seed, "weights", 0))  # the untrained model itself
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    found = task.measure(model, seed).set_index(["measure", "where"])["value"]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    pasted = found["pasted error over bayes"]
+    assert pasted["trained blocks on Phi(x)"] == pasted["untrained blocks on Phi(x)"] != pasted["trained blocks on x"]
+    for measure in ("decodability", "decodability at y"):
+        assert found[measure].tolist() == found[f"{measure} untrained"].tolist()
+
+    batch = task.sample(64, hl.training.data.mixed_seed(seed, "measured", 0))
+    other = task.sample(64, hl.training.data.mixed_seed(seed, "other", 0)).inputs
+    for where, positions in (("all x", [0, 2, 4, 6, 8]), ("the query", [8])):
+        inputs = batch.inputs.clone()
+        inputs[:, positions] = other[:, positions]
+        _, cache = model.run_with_cache(inputs)
+
+        def swap(activation, hook, cache=cache, positions=positions):
+            activation[:, positions] = cache[hook.name][:, positions]
+            return activation
+
+        with torch.no_grad():
+            own, whole = model(batch.inputs)[:, -1, 0], model(inputs)[:, -1, 0]
+            part = model.run_with_hooks(batch.inputs, fwd_hooks=[("blocks.1.hook_mlp_out", swap)])[:, -1, 0]
+        slope = float(((part - own) * (whole - own)).sum() / (whole - own).square().sum())
+        assert found[f"follows {where}", "MLP 1"] == pytest.approx(slope, abs=1e-5)
+    pattern = model.run_with_cache(batch.inputs)[1]["blocks.2.attn.hook_pattern"][:, 1]
+    expected = sum(float(pattern[:, 2 * i + 1, 2 * i].mean()) for i in range(4)) / 4
+    assert found["copies", "L2H1"] == pytest.approx(expected, abs=1e-6)
+
+
 # Training
 
 
@@ -506,6 +581,9 @@ test_a_bad_value_is_refused_by_name = refused(
         "steps must be at least 1, got 0": lambda: Schedule(0),
         "n_transitions must be at least 3, got 2": lambda: AffineRecurrence(2),
         "strength must be a finite number > 0, got 0": lambda: AFFINE.conflict(0, 4, 0),
+        "n_layers must be at least 2": lambda: Representations(n_layers=1),
+        "strength must lie between 0 and 1, got 1.5": lambda: REPRESENTED.conflict(1.5, 4, 0),
+        "x must be vectors of 3 numbers": lambda: REPRESENTED.features(torch.zeros(2)),
         "level must be a number that a float can hold": lambda: tasks.Bar("a", "b", "c", "at least", 10**400),
         "n must be at least 1, got 0": lambda: CONCEPTS.sample(0, 0),
         "rows must be a slice or ids of prompts .row., got tensor": lambda: CONCEPTS.sample(4, 0)[[[0, 1], [2, 3]]],

@@ -38,7 +38,7 @@ from hijack_lens.reproduction.phase_diagram import phase_diagram
 from hijack_lens.reproduction.positions_and_length import positions_and_length
 from hijack_lens.reproduction.stronger_memories import stronger_memories
 from hijack_lens.reproduction.winner_prediction import winner_prediction
-from hijack_lens.tasks import AffineRecurrence, AlgorithmSelection, LatentConcepts, shortened
+from hijack_lens.tasks import AffineRecurrence, AlgorithmSelection, LatentConcepts, Representations, shortened
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,6 +118,14 @@ _TASKS = {
         OfTask(AffineRecurrence()),
         OfTask(shortened(AffineRecurrence(n_transitions=8), 1000), (0, 1, 2)),
     ),
+    "representations": Claim(
+        "Where labels are linear in a fixed nonlinear representation, a model's lower layers compute it, and its upper "
+        "ones do ridge regression on it.",
+        Representations.source,
+        in_context_learner,
+        OfTask(Representations()),
+        OfTask(shortened(Representations(d=2, n_pairs=6), 1000), (0, 1, 2)),
+    ),
 }
 
 CLAIMS: dict[str, Claim] = {
@@ -150,7 +158,7 @@ def claims_of(group: Group) -> list[str]:
 
     Examples:
         >>> hl.reproduction.claims_of("tasks")
-        ['latent-concepts', 'algorithm-selection', 'algorithm-selection-wide', 'affine-recurrence']
+        ['latent-concepts', 'algorithm-selection', 'algorithm-selection-wide', 'affine-recurrence', 'representations']
     """
     check_choice("group", group, ("papers", "tasks"))
     return [name for name in CLAIMS if (name in _TASKS) == (group == "tasks")]
