@@ -81,6 +81,8 @@ class Representations:
 
     Examples:
         >>> task = hl.tasks.Representations(n_pairs=6)
+        >>> f"{task.name} through {task.layers.shape[0]} layers"
+        'learning with representations through 2 layers'
         >>> batch = task.sample(2000, seed=0)
         >>> for name, said in task.references(batch).items():
         ...     print(f"{name}: {(said[..., 0] - batch.targets)[:, -1].square().mean():.2f}")
