@@ -124,7 +124,7 @@ _TASKS = {
         Representations.source,
         in_context_learner,
         OfTask(Representations()),
-        OfTask(shortened(Representations(d=2, n_pairs=6), 1000), (0, 1, 2)),
+        OfTask(shortened(Representations(d=2, n_pairs=6), 1000), (0, 1)),
     ),
 }
 
