@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import os
 import signal
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,17 +14,19 @@ from models_for_tests import close
 from refusals import refused
 
 import hijack_lens as hl
-from hijack_lens import tasks
+from hijack_lens import hooks, tasks
 from hijack_lens.tasks import (
     AffineRecurrence,
     AlgorithmSelection,
     LatentConcepts,
     RealTransformer,
+    RelevantPatterns,
     Representations,
     Schedule,
     affine_recurrence,
     algorithm_selection,
     latent_concepts,
+    relevant_patterns,
     representations,
 )
 
@@ -31,15 +35,17 @@ CONCEPTS = LatentConcepts(5, 3, 0.5, 7, d_model=16, n_heads=2, schedule=SHORT)
 REGRESSION = AlgorithmSelection(2, 4, d_model=16, n_layers=2, n_heads=2, schedule=SHORT)
 AFFINE = AffineRecurrence(5, d_model=16, n_heads=2, schedule=SHORT)
 REPRESENTED = Representations(3, 4, d_model=16, n_heads=2, schedule=SHORT)
-TASKS = [CONCEPTS, REGRESSION, AFFINE, REPRESENTED]
+PATTERNS = RelevantPatterns(9, 5, 6, 0.6, d_mlp=12, schedule=SHORT)
+TASKS = [CONCEPTS, REGRESSION, PATTERNS, AFFINE, REPRESENTED]
 
 
 @pytest.fixture
 def few(monkeypatch):
     """Looks and measures on few prompts."""
-    for module in (latent_concepts, algorithm_selection, affine_recurrence, representations):
+    for module in (latent_concepts, algorithm_selection, relevant_patterns, affine_recurrence, representations):
         for name in ("_WATCHED", "_MEASURED", "_PROBED"):
             monkeypatch.setattr(module, name, 64)
+    monkeypatch.setattr(relevant_patterns, "_CLASSIFIED", 16)
     monkeypatch.setattr(representations, "_PASTED", SHORT)
 
 
@@ -358,6 +364,100 @@ def test_representations_are_followed_copied_and_pasted_by_hand(few):
     assert found["copies", "L2H1"] == pytest.approx(expected, abs=1e-6)
 
 
+def test_bayes_on_relevant_patterns_is_the_sum_over_all_tasks_by_hand():
+    batch = PATTERNS.prompts(PATTERNS.unseen, 40, 3, length=4)
+    found = PATTERNS.references(batch)
+    pattern = (batch.inputs[:, :, :9].double() @ PATTERNS.directions[:5].T).argmax(-1)
+    undecided = 0
+    for row in range(40):
+        *examples, asked = pattern[row].tolist()
+        labels = batch.inputs[row, :-1, 9].tolist()
+        total = mean = 0.0
+        for pair in itertools.permutations(range(5), 2):
+            if asked not in pair:
+                continue
+            p = 1.0
+            for one, label in zip(examples, labels, strict=True):
+                p *= 0.3 * (label == 1 - 2 * pair.index(one)) if one in pair else 0.4 / 3 / 2
+            total += p
+            mean += p * (1 - 2 * pair.index(asked))
+        undecided += abs(mean / total) < 1 - 1e-9
+        assert abs(float(found["bayes"][row, -1, 0]) - mean / total) < 1e-12
+    assert 5 < undecided < 35
+    assert float(found["bayes"][:, :-1].abs().max()) == 0
+
+
+def test_examples_have_the_tasks_patterns_and_labels_and_a_conflict_reverses_them():
+    task = RelevantPatterns()
+    assert len(task.trained) == 12
+    assert len(task.unseen) == 18
+    assert not {(b, a) for a, b in task.trained} & set(task.trained)
+    said = {"sample": task.sample(3000, 0), "conflict": task.conflict(7.0, 3000, 0)}
+    close(task.directions @ task.directions.T, torch.eye(30, dtype=torch.float64), atol=1e-12)
+    for name, batch in said.items():
+        parts = batch.inputs[:, :, :30].double() @ task.directions.T
+        pattern, rest = parts[..., :6].argmax(-1), parts[..., 6:].abs()
+        close(parts[..., :6], torch.nn.functional.one_hot(pattern, 6).double(), atol=1e-6)
+        assert bool(((rest > 1e-6).sum(-1) <= 1).all())
+        assert 0.49 < float(rest.max()) <= 0.5
+        pair, label = batch.latent["task"], torch.cat([batch.inputs[:, :-1, 30], batch.latent["label"][:, None]], 1)
+        for column, sign in ((0, 1), (1, -1)):
+            own = pattern == pair[:, column, None]
+            assert bool((label[own] == sign).all())
+            assert abs(float(own[:, :-1].double().mean()) - 0.4) < 0.02
+        others = (pattern != pair[:, :1]) & (pattern != pair[:, 1:])
+        assert not bool(others[:, -1].any())
+        assert abs(float(label[others].mean())) < 0.05
+        close(batch.targets[:, -1], batch.latent["label"].float(), atol=0)
+        trained = set(map(tuple, (pair if name == "sample" else pair.flip(1)).tolist()))
+        assert trained == set(task.trained)
+        answers = task.references(batch)
+        own = batch.latent["label"].double()
+        close(answers["context"][:, -1, 0], own, atol=0)
+        close(answers["weights"][:, -1, 0], own if name == "sample" else -own, atol=0)
+    assert said["conflict"].inputs.shape == (3000, 8, 31)
+    strange = task.prompts([(0, 3)], 5, 0)
+    assert float(task.references(strange)["weights"].abs().max()) == 0
+
+
+@pytest.mark.parametrize("total", [0.3, 1.0, 1.7])
+def test_mixed_patterns_are_orthogonal_of_one_norm_and_sum_as_said(total):
+    task = RelevantPatterns()
+    batch = task.prompts([(4, 1), (2, 5)], 500, 0, mixed=total, size=0.7)
+    parts = batch.inputs[:, :, :30].double() @ task.directions[:6].T
+    close(parts.norm(dim=-1), torch.full((500, 21), 0.7, dtype=torch.float64), atol=1e-6)
+    label = torch.cat([batch.inputs[:, :-1, 30], batch.latent["label"][:, None]], 1)
+    close(parts[:, -1].sum(-1), torch.full((500,), 0.7 * total, dtype=torch.float64), atol=1e-6)
+    alike = parts @ parts[:, -1:].mT / 0.49
+    of_pattern = alike[..., 0] > 0.5
+    close(alike[..., 0], of_pattern.double(), atol=1e-5)
+    assert bool((label == label[:, -1:])[of_pattern].all())
+    assert abs(float(of_pattern[:, :-1].double().mean()) - 0.4) < 0.02
+
+
+def test_scikit_learn_labels_prompts_as_it_does_when_asked_directly(few):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.svm import SVC
+
+    table = PATTERNS.measure(PATTERNS.model(0), 0).set_index(["measure", "where"])["value"]
+    before = [one for one, where in table.index if one.startswith("error by ") or (one == "error" and where != "bayes")]
+    seed = hl.training.data.mixed_seed(0, "measured", len(before))
+    batch = PATTERNS.prompts(PATTERNS.unseen, 64, seed, length=5)[:16]
+    for name, kind in {
+        "logistic regression": LogisticRegression,
+        "SVM": lambda: SVC(kernel="linear"),
+        "nearest neighbour": lambda: KNeighborsClassifier(1),
+    }.items():
+        wrong = 0.0
+        for prompt, label in zip(batch.inputs.double().numpy(), batch.latent["label"].tolist(), strict=True):
+            x, y = prompt[:-1, :-1], prompt[:-1, -1]
+            said = y[0] if len(set(y)) == 1 else kind().fit(x, y).predict(prompt[-1:, :-1])[0]
+            wrong += said != label
+        assert table["error of few examples", name] == pytest.approx(wrong / 16)
+    assert table["error of few examples", "SVM"] < 0.5
+
+
 # Training
 
 
@@ -419,6 +519,31 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights_to_the_bit(what, tmp
             tasks.train(*changed, tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
+def test_a_run_killed_again_and_again_ends_with_the_same_weights(tmp_path, few):
+    task = replace(REGRESSION, schedule=replace(SHORT, steps=120, evaluate_every=60, checkpoint_every=3))
+    kills = 0
+    for patience in (0.0, 0.003, 0.01):
+        before = set(tmp_path.glob("checkpoint-*"))
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)  # the parent's threads are not there
+            try:
+                tasks.train(task, 1, tmp_path)
+            finally:
+                os._exit(1)
+        while set(tmp_path.glob("checkpoint-*")) == before:
+            time.sleep(0.0005)
+        time.sleep(patience)
+        os.kill(child, signal.SIGKILL)
+        kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert kills == 3
+    run, whole = tasks.train(task, 1, tmp_path), tasks.train(task, 1)
+    assert run.finished
+    for ours, theirs in zip(run.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_another_file_in_a_checkpoints_place_is_refused(tmp_path, few):
     tasks.train(REGRESSION, 0, tmp_path)
     (file,) = tmp_path.glob("checkpoint-*/training.safetensors")
@@ -435,13 +560,64 @@ def test_another_file_in_a_checkpoints_place_is_refused(tmp_path, few):
 def test_attributions_of_every_tasks_model_are_complete(task, dtype, tolerance):
     model = task.model(1).to(dtype)
     reader, ids = model.reading(task.sample(2, 0).inputs)
-    head = hl.Component(1, "head", 0)
+    head = hl.Component(model.cfg.n_layers - 1, "head", 0)
     outputs = range(reader.cfg.d_vocab_out)
     found = hl.attribute(reader, ids, circuit=hl.Circuit(induction=(head,)), answers=[*outputs])
     assert found.completeness_error <= tolerance
     assert hl.attribute_sources(reader, ids[0], answers=[0]).completeness_error <= tolerance
     assert hl.attribute_scores(reader, ids[0], head=head).completeness_error <= tolerance
     close(found.values.sum((1, 2)), reader(ids)[:, -1].detach(), atol=tolerance)
+
+
+def test_the_output_is_the_mlps_of_what_attention_brought_and_stays_so_in_training():
+    for model in (PATTERNS.model(1), tasks.train(replace(PATTERNS, delta=None), 1).model):
+        batch, n = PATTERNS.sample(5, 0), 10
+        attn, mlp = model.blocks[0].attn, model.blocks[0].mlp
+        p, read = batch.inputs, slice(n)
+        scores = (p[:, -1:] @ attn.W_Q[0, read, read]) @ (p @ attn.W_K[0, read, read]).mT / 21**0.5
+        brought = scores.softmax(-1) @ p @ attn.W_V[0, read, read]
+        expected = (brought @ mlp.W_in[n : 2 * n]).relu() @ mlp.W_out[:, -1:]
+        close(model(p)[:, -1:], expected, atol=1e-6)
+        close(mlp.W_out[:, -1].abs(), torch.full((12,), 12**-0.5), atol=1e-7)
+        for weight, alive in (
+            (mlp.W_in, (slice(n, 2 * n), slice(None))),
+            (attn.W_Q[0], (read, read)),
+            (attn.W_K[0], (read, read)),
+            (attn.W_V[0], (read, read)),
+        ):
+            rest = weight.detach().clone()
+            assert float(rest[alive].abs().min()) >= 0
+            assert float(rest[alive].abs().max()) > 0
+            rest[alive] = 0
+            assert float(rest.abs().max()) == 0
+        with hooks.ablate(model, "L0MLP"):
+            assert float(model(p).detach().abs().max()) == 0
+
+
+def test_only_queries_and_keys_start_differently_where_attention_starts_at_random():
+    chosen, drawn = (dict(replace(PATTERNS, delta=delta).model(3).named_parameters()) for delta in (2.0, None))
+    for name, one in chosen.items():
+        assert torch.equal(one, drawn[name]) != name.endswith(("W_Q", "W_K")), name
+    close(chosen["blocks.0.attn.W_Q"][0, :10, :10], 2 * torch.eye(10), atol=0)
+
+
+def test_pruning_leaves_out_neurons_by_the_norm_of_their_weights(few):
+    run = tasks.train(replace(PATTERNS, schedule=replace(SHORT, steps=60, batch_size=64, lr=1e-2)), 0)
+    table = PATTERNS.measure(run.model, 0).set_index(["measure", "where"])["value"]
+    batch = PATTERNS.prompts(PATTERNS.unseen, 64, hl.training.data.mixed_seed(0, "measured", 0))
+
+    def error():
+        said = run.model(batch.inputs)[:, -1, 0].detach().sign()
+        return float((1 - said * batch.latent["label"]).double().mean()) / 2  # saying nothing is half wrong
+
+    whole, W_in = error(), run.model.blocks[0].mlp.W_in
+    assert table["error", "unseen"] == pytest.approx(whole)
+    weights, order = W_in.detach().clone(), W_in.detach().norm(dim=0).argsort().tolist()
+    for which, dead in (("least", order[:10]), ("largest", order[2:])):
+        with torch.no_grad():
+            W_in.copy_(weights)
+            W_in[:, dead] = 0
+        assert table[f"error added, {which} pruned", "0.9"] == pytest.approx(error() - whole)
 
 
 def planted(n=200, seed=0):
@@ -578,6 +754,16 @@ test_a_bad_value_is_refused_by_name = refused(
         "concentration must be a finite number > 0": lambda: LatentConcepts(concentration=0.0),
         "noises must be two or more different levels": lambda: AlgorithmSelection(noises=(1.0,)),
         "noises must be a finite number > 0, got 0": lambda: AlgorithmSelection(noises=(1.0, 0)),
+        "n_relevant must be less than d=4, got 4": lambda: RelevantPatterns(4, 4),
+        "n_shifts must be less than half of n_relevant=6, got 3": lambda: RelevantPatterns(n_shifts=3),
+        "share must be at most 1, got 1.5": lambda: RelevantPatterns(share=1.5),
+        "strength must be a number of examples up to 6, got 7.0": lambda: PATTERNS.conflict(7.0, 4, 0),
+        "pairs must be pairs of different patterns below 5, got .*": lambda: PATTERNS.prompts([(1, 1)], 4, 0),
+        "length must be at most 6, got 7": lambda: PATTERNS.prompts([(1, 2)], 4, 0, length=7),
+        "mixed must be at most sqrt.5 / 2., got 1.6": lambda: PATTERNS.prompts([(1, 2)], 4, 0, mixed=1.6),
+        "batch must be of this task's prompts, of its own": lambda: PATTERNS.references(
+            PATTERNS.in_world(1).sample(4, 0)
+        ),
         "steps must be at least 1, got 0": lambda: Schedule(0),
         "n_transitions must be at least 3, got 2": lambda: AffineRecurrence(2),
         "strength must be a finite number > 0, got 0": lambda: AFFINE.conflict(0, 4, 0),

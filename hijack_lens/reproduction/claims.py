@@ -38,7 +38,14 @@ from hijack_lens.reproduction.phase_diagram import phase_diagram
 from hijack_lens.reproduction.positions_and_length import positions_and_length
 from hijack_lens.reproduction.stronger_memories import stronger_memories
 from hijack_lens.reproduction.winner_prediction import winner_prediction
-from hijack_lens.tasks import AffineRecurrence, AlgorithmSelection, LatentConcepts, Representations, shortened
+from hijack_lens.tasks import (
+    AffineRecurrence,
+    AlgorithmSelection,
+    LatentConcepts,
+    RelevantPatterns,
+    Representations,
+    shortened,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -126,6 +133,22 @@ _TASKS = {
         OfTask(Representations()),
         OfTask(shortened(Representations(d=2, n_pairs=6), 1000), (0, 1)),
     ),
+    "relevant-patterns": Claim(
+        "Attention and an MLP, without residual paths, label by whichever two patterns the examples are about, also by "
+        "pairs and mixed patterns never trained; few neurons, those of the largest weights, do it.",
+        RelevantPatterns.source,
+        in_context_learner,
+        OfTask(RelevantPatterns()),
+        OfTask(shortened(RelevantPatterns(), 200), (0, 1, 2)),
+    ),
+    "relevant-patterns-from-noise": Claim(
+        "What makes it general is where W_Q and W_K start: from random ones, with all else the same, it learns the "
+        "trained pairs.",
+        RelevantPatterns.source,
+        in_context_learner,
+        OfTask(RelevantPatterns(delta=None)),
+        OfTask(RelevantPatterns(delta=None), (0, 1, 2)),
+    ),
 }
 
 CLAIMS: dict[str, Claim] = {
@@ -157,8 +180,8 @@ def claims_of(group: Group) -> list[str]:
         ValueError: for another group.
 
     Examples:
-        >>> hl.reproduction.claims_of("tasks")
-        ['latent-concepts', 'algorithm-selection', 'algorithm-selection-wide', 'affine-recurrence', 'representations']
+        >>> hl.reproduction.claims_of("tasks")[:3]
+        ['latent-concepts', 'algorithm-selection', 'algorithm-selection-wide']
     """
     check_choice("group", group, ("papers", "tasks"))
     return [name for name in CLAIMS if (name in _TASKS) == (group == "tasks")]

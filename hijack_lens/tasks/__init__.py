@@ -9,6 +9,7 @@ from hijack_lens.tasks.algorithm_selection import AlgorithmSelection
 from hijack_lens.tasks.conflicts import ContextShare, context_share
 from hijack_lens.tasks.latent_concepts import LatentConcepts
 from hijack_lens.tasks.probes import Moved, decodability, move_latent
+from hijack_lens.tasks.relevant_patterns import RelevantPatterns
 from hijack_lens.tasks.representations import Representations
 from hijack_lens.tasks.task import Bar, Batch, Schedule, Task, shortened
 from hijack_lens.tasks.training import TaskRun, train
@@ -22,6 +23,7 @@ __all__ = [
     "LatentConcepts",
     "Moved",
     "RealTransformer",
+    "RelevantPatterns",
     "Representations",
     "Schedule",
     "Task",
