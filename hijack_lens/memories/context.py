@@ -159,7 +159,7 @@ def context_memory(
         raise ValueError(f"head {chosen}: this model norms or scales what its heads write, all together")
 
     some = torch.tensor(tables.answers[:_CHECKED], device=tables.tokens.device)
-    run = _run(model, chosen, replaced(tables.tokens, tables.query_tokens), some)
+    run = run_with(model, chosen, replaced(tables.tokens, tables.query_tokens), some)
     check_unembedded(model, run["stream"][:, 0], run["logits"], some)
     at = tables.position
     attention, z, v = run["attention"], run["z"], run["v"]
@@ -175,7 +175,7 @@ def context_memory(
     readout = plain.before(final)
     to_logits = W_O @ readout.directions
 
-    query_vectors, keys = _products(model, chosen, run) or (None, None)
+    query_vectors, keys, _ = products_of(model, chosen, run) or (None, None, None)
     return ContextMemory(
         **vars(tables),
         attention=widened(attention),
@@ -189,7 +189,7 @@ def context_memory(
     )
 
 
-def _run(
+def run_with(
     model: Any, head: Component, prompts: Int[Tensor, "query source"], answers: Int[Tensor, "answer"]
 ) -> dict[str, Tensor]:
     """What the head has at the last position of each prompt, and the keys and values that all of them share.
@@ -229,12 +229,12 @@ def _run(
     return {key: torch.cat(parts) for key, parts in kept.items()}
 
 
-def _products(
+def products_of(
     model: Any, head: Component, run: dict[str, Tensor]
-) -> tuple[Float[Tensor, "query d_head"], Float[Tensor, "context d_head"]] | None:
-    """Query vectors, and the context's keys over the scores' scale, if their products are the scores; `None` otherwise.
+) -> tuple[Float[Tensor, "query d_head"], Float[Tensor, "context d_head"], Float[Tensor, "query d_head"]] | None:
+    """Query vectors, the context's keys and the queries' own over the scores' scale, if their products are the scores.
 
-    They are not where scores are capped or depend on distance (ALiBi), nor in attention of an unknown kind.
+    `None` where they are not: scores are capped or depend on distance (ALiBi), or attention is of an unknown kind.
     """
     try:
         block = open_model(model).blocks[head.layer]
@@ -248,8 +248,8 @@ def _products(
     offsets = offset_keys(block, head.head, at, positions)
     if offsets is not None:
         k, own = k + offsets[0], own + offsets[0, at]
-    k = k[:at] / block.scale
-    scores = torch.cat([q @ k.T, (q * own).sum(1, keepdim=True) / block.scale], 1)
+    k, own = k[:at] / block.scale, own / block.scale
+    scores = torch.cat([q @ k.T, (q * own).sum(1, keepdim=True)], 1)
     # Rotary angles and the softmax may be computed in float32, whatever the model's dtype.
     off = (scores.softmax(-1) - run["attention"]).abs().max()
-    return (q, k) if bool(off <= tolerance(q.dtype, torch.float32)) else None
+    return (q, k, own) if bool(off <= tolerance(q.dtype, torch.float32)) else None

@@ -10,6 +10,7 @@ from hijack_lens.show import (  # noqa: F401
     circuits,
     components,
     curves,
+    dual,
     explanations,
     languages,
     logits,
