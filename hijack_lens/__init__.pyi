@@ -18,6 +18,7 @@ from .circuits import CircuitEvidence, find_circuit
 from .core.carriers import Carriers
 from .core.circuit import Circuit, Component, Strengths
 from .explanation import AnswerExplanation, Explanation, explain
+from .explorer import Explorer, explore
 from .language import Bigram, BigramLanguage, Fact, HijackPrompt, SampledSequences, default_text, hijack_prompt
 from .memories import (
     ContextMemory,
@@ -52,6 +53,7 @@ __all__ = [
     "ContextMemory",
     "DoseResponse",
     "Explanation",
+    "Explorer",
     "Fact",
     "HijackPrompt",
     "LogOdds",
@@ -78,6 +80,7 @@ __all__ = [
     "default_text",
     "dose_response",
     "explain",
+    "explore",
     "find_carriers",
     "find_circuit",
     "fit_strengths",

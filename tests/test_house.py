@@ -46,7 +46,8 @@ FRESH = """
 import sys, transformer_lens
 
 def loaded():
-    lazy = ("matplotlib", "circuitsvis", "cyclopts", "hijack_lens.reproduction", "hijack_lens.grid", "hijack_lens.show")
+    lazy = ("matplotlib", "circuitsvis", "cyclopts", "anywidget", "hijack_lens.reproduction", "hijack_lens.grid")
+    lazy += ("hijack_lens.show", "hijack_lens.explorer")
     return {name for name in lazy if name in sys.modules}
 
 before = loaded()
