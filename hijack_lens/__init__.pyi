@@ -18,7 +18,7 @@ from .circuits import CircuitEvidence, find_circuit
 from .core.carriers import Carriers
 from .core.circuit import Circuit, Component, Strengths
 from .explanation import AnswerExplanation, Explanation, explain
-from .explorer import Explorer, explore
+from .explorer import Explorer, RunExplorer, explore, explore_runs
 from .language import Bigram, BigramLanguage, Fact, HijackPrompt, SampledSequences, default_text, hijack_prompt
 from .memories import (
     ContextMemory,
@@ -65,6 +65,7 @@ __all__ = [
     "MemoryNeurons",
     "Metric",
     "Path",
+    "RunExplorer",
     "SampledSequences",
     "ScoreAttribution",
     "ShapleyValues",
@@ -81,6 +82,7 @@ __all__ = [
     "dose_response",
     "explain",
     "explore",
+    "explore_runs",
     "find_carriers",
     "find_circuit",
     "fit_strengths",

@@ -313,3 +313,97 @@ except ImportError as error:
     shown, said = done.stdout.splitlines() or [done.stderr, ""]
     assert shown == "{} True explorer.html"
     assert "pip install 'hijack-lens[widgets]'" in said
+
+
+NASTY = "</script><b>&"
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """A model whose tokens would break out of a careless page, and two prompts for it."""
+    tokens = ["q", NASTY, "<!--", "'\"", "${x}", "a", "b"]
+    language = hl.BigramLanguage(hl.BigramLanguage.dirichlet(len(tokens), seed=3).pi_b, tokens=tokens)
+    model = hl.associative_transformer(language, dtype=torch.float64)
+    prompt = hl.hijack_prompt(language, "q", NASTY, 2, 14, global_candidate="a", seed=0)
+    return model, prompt, hl.explore_runs(model, prompt.clean, prompt.corrupted, hl.metrics.margin(prompt))
+
+
+def run_by_hand(model, prompt, there):
+    """The margin with one activation patched from the clean run, or set to zero."""
+    hook = {"resid_pre": "hook_resid_pre", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out"}[there["activation"]]
+    name, position = f"blocks.{there['layer']}.{hook}", there["position"]
+    _, cache = model.run_with_cache(prompt.clean[None])
+
+    def write(x, hook):
+        x[:, position] = cache[name][:, position] if there["intervention"] == "patch" else 0.0
+        return x
+
+    base = prompt.corrupted if there["intervention"] == "patch" else prompt.clean
+    logits = model.run_with_hooks(base[None], fwd_hooks=[(name, write)])[0, -1]
+    return float(logits[prompt.in_context] - logits[prompt.global_candidate])
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1100, 420])
+def test_what_is_dragged_over_is_what_patching_and_ablating_by_hand_gives(runs, browser, tmp_path, width):
+    model, prompt, explorer = runs
+    path = explorer.save(tmp_path / "runs.html")
+    opened = Opened(browser, path, drawn=".grid")
+    page = opened.page
+    page.set_viewport_size({"width": width, "height": 1000})
+
+    def chosen():
+        checked = page.evaluate(
+            "Object.fromEntries([...document.querySelectorAll('input:checked')].map(one => [one.name, one.value]))"
+        )
+        ranges = {name: int(page.input_value(f"input[name={name}]")) for name in ("layer", "position")}
+        return {**checked, **ranges}
+
+    def agrees_by_hand():
+        there = chosen()
+        assert float(page.get_attribute("data.after", "value")) == pytest.approx(run_by_hand(model, prompt, there))
+        return there
+
+    assert agrees_by_hand() == explorer.values
+    assert explorer.value == pytest.approx(run_by_hand(model, prompt, explorer.values))
+    tokens = page.locator(".strip .token")
+    first = tokens.nth(2).bounding_box()
+    page.mouse.move(first["x"] + 4, first["y"] + 6)
+    page.mouse.down()
+    assert agrees_by_hand()["position"] == 2
+    for at in (4, 9, 13):
+        box = tokens.nth(at).bounding_box()
+        page.mouse.move(box["x"] + 4, box["y"] + 6)
+        assert agrees_by_hand()["position"] == at
+    page.mouse.up()
+    page.check("input[value=ablate]")
+    agrees_by_hand()
+    for name in ("mlp_out", "attn_out"):
+        page.check(f"input[value={name}]")
+        for key in ("ArrowLeft", "ArrowRight"):
+            page.focus("input[name=layer]")
+            page.keyboard.press(key)
+            assert agrees_by_hand()["activation"] == name
+    page.locator(".grid i").nth(14 + 3).click()  # the last layer stands above
+    assert (agrees_by_hand()["layer"], chosen()["position"]) == (0, 3)
+    page.check("input[value=patch]")
+    agrees_by_hand()
+    changed = page.evaluate("[...document.querySelectorAll('.token')].map(one => one.classList.contains('changed'))")
+    assert changed == (prompt.clean != prompt.corrupted).tolist()
+    assert tokens.nth(changed.index(True)).inner_text().startswith(NASTY)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert opened.complaints == []
+    assert [url for url in opened.requests if not url.startswith("data:")] == [path.as_uri()]
+
+
+def test_runs_that_cannot_be_explored_are_refused(runs):
+    model, prompt, explorer = runs
+    with pytest.raises(ValueError, match="metric must be given where both runs say the same"):
+        hl.explore_runs(model, prompt.clean, prompt.clean)
+    with pytest.raises(ValueError, match="patched must be a sweep of one prompt at each of its positions"):
+        hl.explore_runs(model, prompt.clean, prompt.corrupted, hl.metrics.margin(prompt), "z")
+    with pytest.raises(ValueError, match="patched must be a sweep of direction 'denoise', got 'ablate'"):
+        hl.RunExplorer(explorer.ablated, explorer.ablated)
+    other = hl.hooks.ablate_sweep(model, prompt.clean, hl.metrics.log_prob(0))
+    with pytest.raises(ValueError, match="ablated must have the metric of patched"):
+        hl.RunExplorer(explorer.patched, other)
