@@ -56,12 +56,13 @@ html_theme_options = {"navigation_with_keys": True}
 
 
 def copy_notebooks() -> None:
-    """Copies the notebooks beside the tutorials' index, without progress bars, which need a kernel to be drawn."""
+    """Copies the notebooks beside the tutorials' index, without widgets that need a kernel: progress bars."""
     for path in sorted((DOCS.parent / "notebooks").glob("*.ipynb")):
         notebook = json.loads(path.read_text(encoding="utf-8"))
         notebook["metadata"].pop("widgets", None)
         for cell in notebook["cells"]:
-            kept = [one for one in cell.get("outputs", ()) if _WIDGET not in one.get("data", {})]
+            shown = [(one, one.get("data", {})) for one in cell.get("outputs", ())]
+            kept = [one for one, data in shown if data.pop(_WIDGET, None) is None or "text/html" in data]
             if "outputs" in cell:
                 cell["outputs"] = kept
         _write(DOCS / "tutorials" / path.name, json.dumps(notebook))
@@ -72,8 +73,19 @@ _WIDGET = "application/vnd.jupyter.widget-view+json"
 
 def _write(path: Path, text: str) -> None:
     """Writes a file unless it holds that already, so that Sphinx need not read it again."""
+    path.parent.mkdir(exist_ok=True)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
+
+
+def write_explorers() -> None:
+    """Writes the explorers that the page on them shows, live."""
+    language = hl.BigramLanguage.from_text(hl.default_text())
+    model = hl.associative_transformer(language)
+    prompt = hl.hijack_prompt(language, trigger="q", in_context="e", repeats=3, length=40, seed=0)
+    runs = hl.explore_runs(model, prompt.clean, prompt.corrupted, hl.metrics.margin(prompt))
+    for name, explorer in (("theory", hl.explore()), ("runs", runs)):
+        _write(DOCS / "explorers" / f"{name}.html", explorer._repr_html_())
 
 
 def write_reference() -> None:
@@ -177,6 +189,7 @@ def mathml(self, node: nodes.Element) -> None:
 def setup(app) -> None:
     """Writes the pages that are made from elsewhere, before Sphinx looks for pages."""
     copy_notebooks()
+    write_explorers()
     write_reference()
     app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))
     app.config.html_math_renderer = "mathml"

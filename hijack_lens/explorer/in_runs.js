@@ -21,7 +21,7 @@ function render({ model, el }) {
   /** A row of buttons of which one is on. */
   function choice(name, label, options) {
     const inputs = options.map(([value, text]) => {
-      const input = element("input", { type: "radio", name, value });
+      const input = element("input", { type: "radio", name, value, ...OWN_KEYS });
       input.addEventListener("change", () => move({ [name]: value }));
       return [input, element("label", {}, input, ` ${text}`)];
     });

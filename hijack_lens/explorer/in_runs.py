@@ -59,7 +59,7 @@ class RunExplorer(Page):
                 raise ValueError(f"ablated must have the {name} of patched, {ours!s:.80}, got {theirs!s:.80}")
         self.patched, self.ablated = patched, ablated
         self._sweeps = {"patch": patched, "ablate": ablated}
-        start = patched.effect.nan_to_num().abs().flatten().argmax().item()
+        start = int(patched.effect.nan_to_num().abs().flatten().argmax())
         rest, position = divmod(start, len(patched.positions))
         activation, layer = divmod(rest, len(patched.layers))
         runs = {"clean": ablated, "corrupted": patched}

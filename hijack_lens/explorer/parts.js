@@ -11,8 +11,10 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
+/** What all inputs have: in JupyterLab, keys pressed there are no shortcuts of the notebook's. */
+const OWN_KEYS = { "data-lm-suppress-shortcuts": "true" };
+
 const signed = (x, digits = 2) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits);
-const plain = (x, digits) => signed(x, digits).replace("+", "");
 const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
 
 /** A number for readers, which holds all its digits for programs. */
@@ -23,13 +25,13 @@ function show(data, number, text) {
 
 /** A labelled slider; `written` says its value in words. */
 function slider({ name, label, hint = "", min, max, step, kind = "" }, onInput, written = String) {
-  const input = element("input", { type: "range", name, min, max, step });
+  const input = element("input", { type: "range", name, min, max, step, ...OWN_KEYS });
   const said = element("output", {});
   input.addEventListener("input", () => onInput(Number(input.value)));
   return {
     row: element(
       "label",
-      { className: `slider ${kind}` },
+      { className: `control ${kind}` },
       element("span", { className: "name", title: hint }, label),
       said,
       input,
