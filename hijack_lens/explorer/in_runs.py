@@ -34,10 +34,10 @@ class RunExplorer(Page):
 
     Examples:
         >>> explorer = hl.explore_runs(model, prompt.clean, prompt.corrupted, hl.metrics.margin(prompt))
-        >>> explorer.values
-        {'intervention': 'patch', 'activation': 'attn_out', 'layer': 1, 'position': 23}
-        >>> explorer.value
-        3.2731...
+        >>> explorer.values["intervention"], explorer.values["activation"], explorer.values["layer"]
+        ('patch', 'resid_pre', 0)
+        >>> f"{explorer.patched.corrupted:.2f} becomes {explorer.value:.2f}"
+        '-16.39 becomes -9.83'
         >>> explorer.save("runs.html").name, type(explorer.widget).__name__
         ('runs.html', 'ExplorerWidget')
     """
@@ -59,9 +59,8 @@ class RunExplorer(Page):
                 raise ValueError(f"ablated must have the {name} of patched, {ours!s:.80}, got {theirs!s:.80}")
         self.patched, self.ablated = patched, ablated
         self._sweeps = {"patch": patched, "ablate": ablated}
-        start = int(patched.effect.nan_to_num().abs().flatten().argmax())
-        rest, position = divmod(start, len(patched.positions))
-        activation, layer = divmod(rest, len(patched.layers))
+        largest = int(patched.effect[0].nan_to_num().abs().flatten().argmax())
+        layer, position = divmod(largest, len(patched.positions))
         runs = {"clean": ablated, "corrupted": patched}
         super().__init__(
             {
@@ -72,7 +71,7 @@ class RunExplorer(Page):
             },
             {
                 "intervention": "patch",
-                "activation": patched.activations[activation],
+                "activation": patched.activations[0],
                 "layer": patched.layers[layer],
                 "position": position,
             },
