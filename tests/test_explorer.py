@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from browser_for_tests import Opened
+from models_for_tests import hooked, prompts
 
 import hijack_lens as hl
 from hijack_lens import theory
@@ -71,7 +72,7 @@ def answered(tmp_path_factory):
     module.write_text(files("hijack_lens.explorer").joinpath("closed_form.js").read_text(encoding="utf-8"), "utf-8")
     script.write_text(ASK, "utf-8")
     rng = np.random.default_rng(0)
-    cases = [drawn_case(rng) for _ in range(3000)]
+    cases = [drawn_case(rng) for _ in range(2000)]
     done = subprocess.run([node, script, module.as_uri()], input=json.dumps(cases), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return list(zip(cases, json.loads(done.stdout), strict=True))
@@ -100,7 +101,7 @@ def test_the_browsers_attention_and_margins_are_the_theorys(answered):
 def test_the_browsers_flips_are_the_theorys(answered):
     """At distance 2 by the formula that counts; at others by a prompt for each number of repeats."""
     by_formula = 0
-    for case, said in answered[:400]:
+    for case, said in answered[:150]:
         values = case["values"]
         language, setting = language_of(values["preference"]), setting_of(values)
         ahead = values["bigram"] * values["preference"]
@@ -112,7 +113,7 @@ def test_the_browsers_flips_are_the_theorys(answered):
             flip = theory.min_repeats(language, "q", "c", "g", setting, length=values["length"])
             assert flip.repeats == (said["winning"][0] if said["winning"] else None)
             by_formula += 1
-    assert by_formula > 30
+    assert by_formula > 10
 
 
 def test_the_browsers_prompt_is_the_explorers(answered):
@@ -340,7 +341,7 @@ def run_by_hand(model, prompt, there):
 
     base = prompt.corrupted if there["intervention"] == "patch" else prompt.clean
     logits = model.run_with_hooks(base[None], fwd_hooks=[(name, write)])[0, -1]
-    return float(logits[prompt.in_context] - logits[prompt.global_candidate])
+    return (logits[prompt.in_context] - logits[prompt.global_candidate]).item()
 
 
 @pytest.mark.browser
@@ -394,6 +395,16 @@ def test_what_is_dragged_over_is_what_patching_and_ablating_by_hand_gives(runs, 
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert opened.complaints == []
     assert [url for url in opened.requests if not url.startswith("data:")] == [path.as_uri()]
+
+
+def test_a_model_without_a_tokenizer_shows_its_ids():
+    model, (clean, corrupted) = hooked("LN"), prompts(2, 8)
+    explorer = hl.explore_runs(model, clean, corrupted, hl.logit_diff(1, 2), "attn_out")
+    assert explorer.ablated.texts == tuple(map(str, clean.tolist()))
+    assert explorer.patched.texts == tuple(map(str, corrupted.tolist()))
+    sweep = hl.hooks.patch_sweep(model, clean, corrupted, hl.logit_diff(1, 2), "attn_out")
+    there = explorer.values
+    assert explorer.value == float(sweep.values[0, there["layer"], there["position"]])
 
 
 def test_runs_that_cannot_be_explored_are_refused(runs):

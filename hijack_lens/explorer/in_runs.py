@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -135,7 +136,13 @@ def explore_runs(
             "logit {!r} − logit {!r}".format(*names), lambda logits: logits[..., first] - logits[..., second]
         )
     patched = patch_sweep(model, *tokens, metric, activations, memory_gb=memory_gb)
-    return RunExplorer(patched, ablate_sweep(model, tokens[0], metric, activations, memory_gb=memory_gb))
+    ablated = ablate_sweep(model, tokens[0], metric, activations, memory_gb=memory_gb)
+    if ablated.texts is None:  # without a tokenizer, ids
+        ablated, patched = (
+            replace(sweep, texts=prompt_texts(model, one[0]))
+            for sweep, one in zip((ablated, patched), tokens, strict=True)
+        )
+    return RunExplorer(patched, ablated)
 
 
 def _answer(model: Any, tokens: Tensor) -> int:

@@ -25,7 +25,7 @@ function show(data, number, text) {
 
 /** A labelled slider; `written` says its value in words. */
 function slider({ name, label, hint = "", min, max, step, kind = "" }, onInput, written = String) {
-  const input = element("input", { type: "range", name, min, max, step, ...OWN_KEYS });
+  const input = element("input", { type: "range", name, min, max, step, "aria-label": label, ...OWN_KEYS });
   const said = element("output", {});
   input.addEventListener("input", () => onInput(Number(input.value)));
   return {
