@@ -17,7 +17,7 @@ PLAIN = {bool, int, float, str, type(None), torch.Generator}
 
 
 def results() -> dict[str, type]:
-    """The public classes that are results, by name: all that are no models, no protocols, no pictures and no values.
+    """The public classes that are results, by name: all but models, protocols, pictures, pages, and values.
 
     A value is a dataclass of numbers, texts, seeds, and other values: a `Component`, a `Setting`, a `TrainConfig`. It
     needs no showing: its repr is the code that makes it, in a line or two.
@@ -29,7 +29,9 @@ def _is_result(kind: type) -> bool:
     bases = {base.__name__ for base in kind.__mro__}
     if bases & {"Protocol", "Exception", "DOMWidget"} or issubclass(kind, torch.nn.Module):
         return False
-    return "Shown" in bases or not (_is_value(kind) or kind.__module__.startswith("hijack_lens.show."))
+    return "Shown" in bases or not (
+        _is_value(kind) or kind.__module__.startswith(("hijack_lens.show.", "hijack_lens.explorer."))
+    )
 
 
 def _is_value(kind: Any) -> bool:
