@@ -1,6 +1,7 @@
 """Interactive circuitsvis views that need no network."""
 
 import base64
+import gzip
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,6 +46,19 @@ def circuitsvis_script() -> str:
     script = (Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
     # A browser would look for its source map on the network.
     return script.replace("</script", r"<\/script").rsplit("//# sourceMappingURL", 1)[0]
+
+
+@cache
+def _packed_script() -> bytes:
+    return gzip.compress(circuitsvis_script().encode(), mtime=0)
+
+
+_LOADED = """await (window.hijackLensViews ??= (async () => {
+    const packed = Uint8Array.from(atob("%s"), (byte) => byte.charCodeAt(0));
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Function(`${await new Response(stream).text()}; return CircuitsVis;`)();
+})())"""
+"""Circuitsvis in a page of many views: each brings the script, in a third of its size; the first unpacks it for all."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +106,12 @@ class View:
 
     def fragment(self) -> str:
         """HTML for a page that has loaded `circuitsvis_script()` once."""
-        return self._html("")
+        return self._html()
 
     def _repr_html_(self) -> str:
-        return self._html(f"if (!window.CircuitsVis) {{ {circuitsvis_script()}; window.CircuitsVis = CircuitsVis; }}")
+        return self._html(_LOADED % base64.b64encode(_packed_script()).decode())
 
-    def _html(self, before: str) -> str:
+    def _html(self, lens: str = "CircuitsVis") -> str:
         boxes, calls = [], []
         for panel in self.panels:
             name = f"hijack-lens-{uuid4().hex[:12]}"
@@ -107,8 +121,7 @@ class View:
                 calls.append(f'lens.render("{name}", lens.{panel.element}, {props});')
             title = f'<div style="text-align:center;font-weight:600">{escape(panel.title)}</div>' if panel.title else ""
             boxes.append(f'<div style="min-width:0;padding-left:1em">{title}<div id="{name}">{panel.still}</div></div>')
-        script = f"const lens = window.CircuitsVis || CircuitsVis; {''.join(calls)}"
-        drawn = f"<script>(function () {{ {before} {script} }})();</script>" if calls else ""
+        drawn = f"<script>(async () => {{ const lens = {lens}; {''.join(calls)} }})();</script>" if calls else ""
         return (
             '<figure class="hijack-lens-view" style="max-width:1000px;margin:1em 0;background:white;color:#222;'
             'overflow-x:auto">'
