@@ -20,10 +20,10 @@ from hijack_lens.reproduction import Finding, Result
 from hijack_lens.show.style import Picture
 
 
-def run(capsys, monkeypatch, *arguments):
+def run(capsys, monkeypatch, *arguments, width=120):
     """Exit code, standard output and standard error of `hijack-lens arguments`."""
     monkeypatch.setattr(sys, "argv", ["hijack-lens", *arguments])
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", str(width))
     try:
         cli.main()
         code = 0
@@ -178,9 +178,7 @@ def test_tables_fit_the_terminal_and_no_number_is_cut(capsys, monkeypatch, width
     printed = json.loads(out)
     numbers = [f"{row[side]:+.3f}" for row in printed["paths"] for side in ("in_context", "global")]
     numbers += [f"{printed['margin']['total']:+.3f}", *(f"{margin:+.3f}" for margin in printed["ablated"].values())]
-    run_at = {**os.environ, "COLUMNS": str(width)}
-    command = [sys.executable, "-c", "from hijack_lens.cli import main; main()", "explain"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, env=run_at).stdout
+    _, out, _ = run(capsys, monkeypatch, "explain", width=width)
     tables = [line for line in out.splitlines() if "Report" not in line]
     assert max(map(len, tables)) <= width
     assert [number for number in numbers if number not in out] == []

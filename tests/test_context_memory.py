@@ -332,14 +332,14 @@ def test_tables_say_what_the_tensors_hold():
     assert table["answer"].tolist() == [texts[i] for i in (2, 0, 6)] * 2
     assert table["occurs"].tolist() == [q in tokens[:-1].tolist() for q in (1, 1, 1, 3, 3, 3)]
     seen = next(q for q in range(D_VOCAB) if q in tokens[:-1].tolist())
-    text = repr(context_memory(model, tokens))
+    text = str(context_memory(model, tokens))
     relative = context_memory(model, tokens).values
     relative = relative - relative.mean(1, keepdim=True)
     assert f"{float(relative[seen].max()):+.3f}" in text
     conflict = memory_conflict(model, tokens)
     in_conflict = next(i for i in range(D_VOCAB) if conflict.conflicts[i] and conflict.occurs[i])
-    assert f"{float(conflict.margin.total[in_conflict]):+.3f}" in repr(conflict)
-    assert "None of the query tokens occurs" in repr(context_memory(model, tokens[:1]))
+    assert f"{float(conflict.margin.total[in_conflict]):+.3f}" in str(conflict)
+    assert "None of the query tokens occurs" in str(context_memory(model, tokens[:1]))
 
 
 def test_html_is_well_formed_and_escaped():

@@ -307,10 +307,10 @@ def test_induction_that_fades_while_the_bigrams_improve_is_the_rates_fault():
 
     def probes(attention, excess):
         table = pd.DataFrame(
-            [(step, probe, "uniform", 32, value)
+            [(step, 0.0, probe, "uniform", 32, value)
              for probe, values in (("induction_attention", attention), ("bigram_excess", excess))
              for step, value in enumerate(values)],
-            columns=["step", "probe", "continuations", "length", "value"],
+            columns=["step", "seconds", "probe", "continuations", "length", "value"],
         )  # fmt: skip
         return hl.TrainingRun(model, config, 2, table)
 

@@ -33,7 +33,7 @@ def test_calls_with_hostile_arguments_return_or_name_the_argument():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     said = done.stdout[-8000:] + done.stderr[-2000:]
     wrong = re.findall(r"^ +\d+ (\S+) +\S+", done.stdout, re.MULTILINE)
-    assert re.search(r"^\d+ inputs to [12]\d\d targets, seed 0", done.stdout, re.MULTILINE), said
+    assert re.search(r"^\d+ inputs to \d\d\d targets, seed 0", done.stdout, re.MULTILINE), said
     assert set(wrong) == {"theory.careless"}, said
     assert "python -m tests.fuzz --only '^theory.careless$' --inputs 230 --seed 0 --replay" in said
 

@@ -87,7 +87,7 @@ def test_answers_of_several_tokens_are_scored_by_their_first(bpe):
     assert one.context == pieces[0]
     found = dose_response(bpe, Fact("France", "Paris", "Romulan"), 3)
     close(found.margin.total[0], margins(bpe, one))
-    assert "Answers of several tokens are scored by the first: 1 of the facts" in repr(found)
+    assert "Answers of several tokens are scored by the first: 1 of the facts" in str(found)
 
 
 def test_bigrams_are_given_as_ids_where_there_is_no_tokenizer():
@@ -263,7 +263,7 @@ def test_tables_hold_the_same_numbers(response):
     facts = response.by_fact()
     assert facts["flip"].tolist() == [1, 2]
     assert facts["theory_flip"].tolist() == [1, 2]
-    for view in (repr(response), response._repr_html_()):
+    for view in (str(response), response._repr_html_()):
         assert "Spain: Oslo, not Paris" in view
         assert "b2 = 3" in view
         assert f"R² = {response.theory.r2:.3f}" in view
@@ -274,8 +274,8 @@ def test_tables_say_what_a_reader_must_know():
     found = dose_response(gpt2_like(), [Bigram(1, 2, 3), Bigram(4, 2, 3)], 4, circuit=hl.Circuit())
     assert found.known == tuple((found.margin.total[:, 0] < 0).tolist())
     assert not all(found.known)
-    assert "No induction head is named" in repr(found)
-    assert "The weights do not prefer their answer to begin with" in repr(found)
+    assert "No induction head is named" in str(found)
+    assert "The weights do not prefer their answer to begin with" in str(found)
 
 
 def test_the_picture_draws_the_theory_over_the_measurement(response):

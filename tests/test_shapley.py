@@ -165,7 +165,7 @@ def test_sources_are_taken_out_of_what_is_read_there_and_after(name, how):
     check_against_definition(result, worth_by_paths(model, tokens, sources, reference))
     assert value_of(model, tokens) == pytest.approx(result.full, abs=1e-10)
     assert result.at == at
-    assert at in repr(result)
+    assert at in str(result)
 
 
 def test_sources_of_a_linear_model_are_worth_what_attribution_credits_them_with():
@@ -581,11 +581,11 @@ def test_tables_say_who_is_worth_what_and_that_nothing_was_lost(results):
     width = student_quantile(int(sampled.pair_samples[0, 3]) - 1)
     assert (row["high"] - row["interaction"]) / row["stderr"] == pytest.approx(width)
 
-    assert "exact, from all 64 coalitions" in repr(exact)
-    assert f"{exact.full - exact.empty:+.4g}, within" in repr(exact)
-    assert "80 random orders and their reverses" in repr(sampled)
-    assert "95% interval" in repr(sampled)
-    assert "L0H0 × L1H1" in repr(exact)
+    assert "exact, from all 64 coalitions" in str(exact)
+    assert f"{exact.full - exact.empty:+.4g}, within" in str(exact)
+    assert "80 random orders and their reverses" in str(sampled)
+    assert "95% interval" in str(sampled)
+    assert "L0H0 × L1H1" in str(exact)
     for result in (exact, sampled):
         assert "<svg" in result._repr_html_()
     assert "&lt;heads&gt;" in groups._repr_html_()

@@ -8,7 +8,7 @@ import operator
 import os
 import secrets
 import types
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -321,6 +321,13 @@ def check_fields(result: Any) -> None:
     for one in fields(result):
         if not _fits(value := getattr(result, one.name), hints[one.name]):
             raise TypeError(f"{one.name} must be a {_described(hints[one.name])}, got {shown(value)}")
+
+
+def check_columns(name: str, table: Any, columns: Sequence[str]) -> None:
+    """`table` has these columns, among others."""
+    lacking = [column for column in columns if column not in table.columns]
+    if lacking:
+        raise ValueError(f"{name} must have the columns {', '.join(columns)}, got one without {', '.join(lacking)}")
 
 
 _hints: Any = functools.cache(get_type_hints)

@@ -44,7 +44,7 @@ def load_model(name: str | os.PathLike[str]) -> Any:
         >>> from hijack_lens.models import load_model
         >>> model.save_pretrained("model")
         >>> load_model("model").language
-        BigramLanguage(d_vocab=18, level='char', entropy_rate=1.125)
+        BigramLanguage(d_vocab=18, level='char')
     """
     if not isinstance(name, (str, os.PathLike)):
         raise TypeError(f"name must be a model's name, folder or file, got {shown(name)}")

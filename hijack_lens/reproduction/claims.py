@@ -131,7 +131,7 @@ _TASKS = {
         Representations.source,
         in_context_learner,
         OfTask(Representations()),
-        OfTask(shortened(Representations(d=2, n_pairs=6), 1000), (0, 1)),
+        OfTask(shortened(Representations(d=2, n_pairs=6), 700), (0, 1, 2)),
     ),
     "relevant-patterns": Claim(
         "Attention and an MLP, without residual paths, label by whichever two patterns the examples are about, also by "

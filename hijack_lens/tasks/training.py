@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hijack_lens.core.checks import check_count, fixed_seed
+from hijack_lens.core.checks import check_columns, check_count, check_fields, fixed_seed
 from hijack_lens.core.files import locked, make_folder, read_safetensors, write_safetensors
 from hijack_lens.core.tables import Drawn
 from hijack_lens.models.real import RealTransformer
@@ -50,6 +50,10 @@ class TaskRun(Drawn):
     seed: int
     step: int
     table: pd.DataFrame
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_columns("table", self.table, ("step", "measure", "value"))
 
     @property
     def finished(self) -> bool:

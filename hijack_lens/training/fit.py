@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hijack_lens import theory
 from hijack_lens.core.analysis import analysis
-from hijack_lens.core.checks import Seed, as_generator, check_count, check_type, shown
+from hijack_lens.core.checks import Seed, as_generator, check_columns, check_count, check_fields, check_type, shown
 from hijack_lens.core.circuit import Positions, Strengths
 from hijack_lens.core.tables import Drawn, widened
 from hijack_lens.language import BigramLanguage, Token, Triggers
@@ -121,6 +121,9 @@ def fit_strengths(model: BigramTransformer, triggers: Sequence[Token] | None = N
     )
 
 
+_COLUMNS = ["trigger", "in_context", "global", "repeats", "theory_margin", "model_margin"]
+
+
 @dataclass(frozen=True, repr=False)
 class TheoryAgreement(Drawn):
     """How well the theory, at fitted strengths, predicts a model.
@@ -142,6 +145,10 @@ class TheoryAgreement(Drawn):
     r2: float
     winners: float
     table: pd.DataFrame
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_columns("table", self.table, _COLUMNS)
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per prompt: a copy of `table`."""
@@ -209,7 +216,7 @@ def agreement_on(model: BigramTransformer, fit: FittedStrengths, prompts: Sequen
         repeats = int((prompt.tokens == prompt.trigger).sum()) - 1  # the last is the question
         names = [language.tokens[i] for i in (prompt.trigger, c, g)]
         rows.append((*names, repeats, float(ours[c] - ours[g]), float(theirs[c] - theirs[g])))
-    table = pd.DataFrame(rows, columns=["trigger", "in_context", "global", "repeats", "theory_margin", "model_margin"])
+    table = pd.DataFrame(rows, columns=_COLUMNS)
     x, y = (values - values.mean(-1, keepdim=True) for values in (predicted, found))
     return TheoryAgreement(
         r2=float(1 - ((y - x) ** 2).sum() / (y**2).sum()),

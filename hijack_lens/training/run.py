@@ -11,7 +11,15 @@ from typing import Any
 import pandas as pd
 import torch
 
-from hijack_lens.core.checks import check_count, check_number, check_path, check_type, shown
+from hijack_lens.core.checks import (
+    check_columns,
+    check_count,
+    check_fields,
+    check_number,
+    check_path,
+    check_type,
+    shown,
+)
 from hijack_lens.core.files import read_safetensors, sync, write_atomically, write_safetensors
 from hijack_lens.core.tables import SHOWN_AS, Drawn
 from hijack_lens.language import BigramLanguage
@@ -57,6 +65,10 @@ class TrainingRun(Drawn):
     step: int
     table: pd.DataFrame
     forming_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_columns("table", self.table, COLUMNS)
 
     @property
     def formed(self) -> Formed | None:
