@@ -26,6 +26,7 @@ from hijack_lens.reproduction.experiment import (
 )
 from hijack_lens.training import TrainingRun, theory_agreement
 from hijack_lens.training.fit import conflict_prompts
+from hijack_lens.training.run import COLUMNS
 
 torch.set_num_threads(1)
 
@@ -55,7 +56,7 @@ SHUFFLED = changed(BIGRAM, lambda weight: weight.copy_(weight.roll(1, 0)))
 
 def untrained(recipe):
     """Runs that have not begun."""
-    return TrainingRun(recipe.untrained(), recipe.config, 0, pd.DataFrame())
+    return TrainingRun(recipe.untrained(), recipe.config, 0, pd.DataFrame(columns=COLUMNS))
 
 
 def written(strengths, **options):
@@ -65,7 +66,7 @@ def written(strengths, **options):
         model = hl.associative_transformer(
             recipe.language, range(recipe.triggers), strengths=strengths, n_ctx=4 * recipe.length, **options
         )
-        return TrainingRun(model, recipe.config, 0, pd.DataFrame())
+        return TrainingRun(model, recipe.config, 0, pd.DataFrame(columns=COLUMNS))
 
     return train
 
@@ -300,7 +301,7 @@ def blurs(recipe, b1=4.5):
     with torch.no_grad():
         for weight in (model.blocks[1].attn.W_K, model.blocks[1].attn.W_O):
             weight += 0.3 * weight.std() * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-    return TrainingRun(model, recipe.config, 0, pd.DataFrame())
+    return TrainingRun(model, recipe.config, 0, pd.DataFrame(columns=COLUMNS))
 
 
 def test_a_finite_previous_token_head_leaves_a_window_and_favours_the_front():

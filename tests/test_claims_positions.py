@@ -14,6 +14,7 @@ from hijack_lens.models import BigramTransformer
 from hijack_lens.reproduction import no_positions as without
 from hijack_lens.reproduction import positions_and_length as by_length
 from hijack_lens.reproduction.experiment import Recipe
+from hijack_lens.training.run import COLUMNS
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads would only wait for one another
 
@@ -34,7 +35,7 @@ def begun(n_prompts, length, seed=0):
 def as_run(model):
     """A model that nobody trained, where an experiment expects one that was."""
     config = hl.TrainConfig(triggers=(0,), length=8, seed=0)
-    return hl.TrainingRun(model, config, 0, pd.DataFrame())
+    return hl.TrainingRun(model, config, 0, pd.DataFrame(columns=COLUMNS))
 
 
 def untrained(recipe):

@@ -19,13 +19,14 @@ from hijack_lens.reproduction.experiment import Recipe
 from hijack_lens.theory.tables import TERMS
 from hijack_lens.training import TrainingRun
 from hijack_lens.training.fit import conflict_prompts
+from hijack_lens.training.run import COLUMNS
 
 SMALL = Recipe(0, which="random", triggers=3, d_vocab=8, concentration=1.0, d_model=16, length=16)
 STRENGTHS = hl.Strengths(8.0, 4.0, 6.0, 1.0)
 
 
 def run_of(model, recipe):
-    return TrainingRun(model, recipe.config, 0, pd.DataFrame())
+    return TrainingRun(model, recipe.config, 0, pd.DataFrame(columns=COLUMNS))
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from hijack_lens.training.steps import run_course
 
 _FORMAT = "hijack_lens.TaskRun.1"
 _FILE = "training.safetensors"
+_COLUMNS = ["step", "seconds", "measure", "value"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,7 +54,7 @@ class TaskRun(Drawn):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_columns("table", self.table, ("step", "measure", "value"))
+        check_columns("table", self.table, _COLUMNS)
 
     @property
     def finished(self) -> bool:
@@ -104,7 +105,7 @@ def train(task: Task, seed: int = 0, out: str | os.PathLike[str] | None = None) 
 
 def _run(course: "_TaskCourse") -> TaskRun:
     step = run_course(course, course.resumed_at, course.rows[-1]["seconds"] if course.rows else 0.0)
-    return TaskRun(course.model, course.task, course.seed, step, pd.DataFrame(course.rows))
+    return TaskRun(course.model, course.task, course.seed, step, pd.DataFrame(course.rows, columns=_COLUMNS))
 
 
 class _TaskCourse:

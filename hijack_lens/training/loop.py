@@ -22,6 +22,7 @@ from hijack_lens.training.forming import last_step, phase_at
 from hijack_lens.training.forward import PlainForward
 from hijack_lens.training.recall import behaviour, memory_recall
 from hijack_lens.training.run import (
+    COLUMNS,
     TrainingRun,
     fingerprint,
     read_checkpoint,
@@ -158,7 +159,7 @@ class _BigramCourse:
 
     def so_far(self, step: int) -> TrainingRun:
         """The run after so many steps."""
-        return TrainingRun(self.model, self.config, step, pd.DataFrame(self.rows), self.forming_steps)
+        return TrainingRun(self.model, self.config, step, pd.DataFrame(self.rows, columns=COLUMNS), self.forming_steps)
 
 
 def _check(model: BigramTransformer, language: BigramLanguage, config: TrainConfig) -> None:
@@ -257,7 +258,7 @@ def _evaluate(
     for (continuations, length), sequences in probed.items():
         at = {**base, "continuations": continuations, "length": length}
         rows += [{**at, "probe": probe, "value": value} for probe, value in behaviour(model, sequences).items()]
-    formed = judge.formed(TrainingRun(model, config, step, pd.DataFrame(rows)))
+    formed = judge.formed(TrainingRun(model, config, step, pd.DataFrame(rows, columns=COLUMNS)))
     at = {**base, "continuations": config.continuations, "length": config.length}
     for name in ("accuracy", "best", "shortcut", "order", "context", "weights"):
         rows.append({**at, "probe": f"formed_{name}", "value": float(getattr(formed, name))})
