@@ -1,14 +1,18 @@
 """The claims on other in-context learners: what is measured, and verdicts that a model without the effect loses."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pandas as pd
 import pytest
+import torch
 
 from hijack_lens import cli, reproduction, tasks
+from hijack_lens.reproduction import claims, in_context_learners
+from hijack_lens.reproduction.comparison import comparison
 from hijack_lens.reproduction.in_context_learners import Settings, in_context_learner
-from hijack_lens.tasks import Bar, LatentConcepts, Schedule, TaskRun, latent_concepts
+from hijack_lens.tasks import AlgorithmSelection, Bar, LatentConcepts, Schedule, TaskRun, latent_concepts
 
 PLACE = "after attention 1"
 
@@ -71,6 +75,89 @@ def test_the_picture_has_the_loss_the_probe_and_the_conflict(result):
     ]
     assert right.get_xlabel() == TASK.dose
     assert len(right.lines) == 2 * (3 + 1)
+
+
+def test_above_bayes_is_the_loss_that_exact_bayes_would_save(result):
+    """In expectation; so over many prompts, within the error of their mean."""
+    table = result.table.set_index(["seed", "measure", "where"])["value"].sort_index()
+    for seed in (5, 6, 7):
+        task = TASK.in_world(seed)
+        batch = task.sample(20000, 1)
+        with torch.no_grad():
+            model = task.predictions(task.model(seed)(batch.inputs))
+        said = [
+            one.gather(-1, batch.targets[..., None])[..., 0].log() for one in (task.references(batch)["bayes"], model)
+        ]
+        by_position = table[seed, "nats above bayes"]
+        assert by_position.index.tolist() == [str(position) for position in range(8)]
+        assert by_position.to_numpy() == pytest.approx((said[0] - said[1]).mean(0).numpy(), abs=0.06)
+        assert (by_position > 0.2).all()
+
+
+def test_numbers_are_above_bayes_where_they_are_asked():
+    """A model that says 0 is above Bayes by the mean square of what Bayes says."""
+    task = AlgorithmSelection(n_pairs=3, d_model=8, n_layers=1, n_heads=1, schedule=Schedule(4))
+    model = task.model(0)
+    with torch.no_grad():
+        model.W_U.zero_()
+        model.b_U.zero_()
+    run = TaskRun(model, task, 0, 4, untrained(TASK, 0).table)
+    found = in_context_learners._above_bayes(run)
+    assert set(found["measure"]) == {"squared error above bayes"}
+    batch = task.sample(20000, 1)
+    wanted = task.references(batch)["bayes"][..., 0].square().mean(0)[batch.mask[0]]
+    assert found["where"].tolist() == [str(position) for position in batch.mask[0].nonzero().flatten().tolist()]
+    assert found["value"].to_numpy() == pytest.approx(wanted.numpy(), rel=0.15)
+
+
+def test_a_comparison_has_a_row_per_learner_and_says_what_was_not_measured(result):
+    rows = [(seed, "share", dose, value) for seed, value in ((0, 0.1), (1, 0.3)) for dose in ("2", "10")]
+    rows += [(seed, "share of bayes", dose, 0.5) for seed in (0, 1) for dose in ("2", "10")]
+    rows += [(0, "error added without", "L0H1", math.pi)]
+    other = pd.DataFrame(rows, columns=["seed", "measure", "where", "value"])
+    picture = comparison({"latent-concepts": (TASK.dose, result.table), "other": ("dose", other)})
+    width, height = picture.figure.get_size_inches()
+    assert width / height == pytest.approx(16 / 9)
+    axes = picture.figure.axes
+    assert len(axes) == 2 * 5
+    assert [[one.get_text() for one in ax.texts] for ax in axes] == [
+        *([[]] * 4),
+        ["not measured"],  # heads of the first
+        ["not measured"],
+        [],
+        ["not measured"],
+        ["not measured"],
+        [],
+    ]
+    mean = result.table.groupby(["measure", "where"], sort=False)["value"].mean()
+    assert axes[0].lines[0].get_ydata() == pytest.approx(mean["nats above bayes"].to_numpy())
+    assert axes[1].lines[1].get_ydata() == pytest.approx(mean["share of bayes"].to_numpy())
+    places = [one.get_text() for one in axes[2].get_xticklabels()]
+    assert places == ["A0", "M0", "A1", "M1"]
+    for ax, bars in (
+        (axes[2], [mean["decodability"], mean["decodability untrained"]]),
+        (axes[3], [1 - mean["moved KL"], 1 - mean["random KL"]]),
+    ):
+        assert [one.get_height() for one in ax.patches] == pytest.approx([*bars[0], *bars[1]])
+    share = axes[6]
+    assert share.get_xlabel() == "dose"
+    assert share.lines[0].get_xydata().tolist() == [[2, pytest.approx(0.2)], [10, pytest.approx(0.2)]]
+    # Student's t of two seeds: 12.706 times the standard error, 0.1.
+    assert share.collections[0].get_datalim(share.transData).height == pytest.approx(2 * 1.2706, rel=1e-4)
+    assert [one.get_height() for one in axes[9].patches] == [math.pi]
+
+
+def test_a_page_on_several_learners_ends_with_their_comparison(monkeypatch, tmp_path):
+    small = reproduction.Claim("It learns.", "here", in_context_learner, Settings(TASK, (5,)), Settings(TASK, (5, 6)))
+    for name in ("_WATCHED", "_MEASURED", "_PROBED"):
+        monkeypatch.setattr(latent_concepts, name, 200)
+    for name in ("latent-concepts", "affine-recurrence"):
+        monkeypatch.setitem(reproduction.CLAIMS, name, small)
+        monkeypatch.setitem(claims._TASKS, name, small)
+    one = reproduction.reproduce(tmp_path, True, ["latent-concepts"], workers=1)
+    assert "id='comparison'" not in one.report.read_text()
+    both = reproduction.reproduce(tmp_path, True, ["latent-concepts", "affine-recurrence"], workers=1)
+    assert both.report.read_text().index("id='comparison'") > both.report.read_text().index("id='affine-recurrence'")
 
 
 def test_claims_come_in_two_groups(monkeypatch, tmp_path, capsys):

@@ -6,7 +6,7 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from hijack_lens.grid.journal import Journal
 from hijack_lens.grid.running import run_grid
 from hijack_lens.reproduction.causal_agreement import causal_agreement
 from hijack_lens.reproduction.closed_form_logits import closed_form
+from hijack_lens.reproduction.comparison import comparison
 from hijack_lens.reproduction.competing_continuations import competing_continuations
 from hijack_lens.reproduction.data_matters import data_matters
 from hijack_lens.reproduction.denied_facts import facts
@@ -243,7 +244,8 @@ def reproduce(
 
     A run that was stopped resumes when called again with the same `out`: claims already tested at the same settings are
     not run again, unless they failed. Changes in an experiment's code are not noticed: use another folder after one.
-    The report covers every claim that the folder holds at these settings, quick or full, including earlier calls'.
+    The report covers every claim that the folder holds at these settings, quick or full, including earlier calls'. A
+    comparison ends it where several of them are on other in-context learners.
 
     A claim whose experiment raises, or takes its worker process down, is reported as failed; the others still run.
 
@@ -299,8 +301,20 @@ def reproduce(
     without_figures = [{key: value for key, value in one.items() if key != "figure"} for one in outcomes.values()]
     data = write_atomically(folder / "report.json", json.dumps(without_figures, indent=2).encode())
     heading = "Quick settings: small models, few seeds." if quick else "Full settings."
-    report = write_atomically(folder / "report.html", page(tuple(outcomes.values()), heading).encode())
+    report = write_atomically(
+        folder / "report.html", page(tuple(outcomes.values()), heading, _compared(outcomes)).encode()
+    )
     return Reproduction(tuple(outcomes[name] for name in chosen), report, data)
+
+
+def _compared(outcomes: Mapping[str, dict[str, Any]]) -> str:
+    """The learners among the outcomes in one figure, if there are several."""
+    learners = {
+        name: (_TASKS[name].full.task.dose, pd.DataFrame(one["table"]))
+        for name, one in outcomes.items()
+        if name in _TASKS and one["table"]
+    }
+    return comparison(learners).html() if len(learners) > 1 else ""
 
 
 def run_claim(claim: str, settings: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from hijack_lens import tasks
@@ -12,9 +13,12 @@ from hijack_lens.reproduction import experiment
 from hijack_lens.reproduction.findings import Finding, Result, over_seeds
 from hijack_lens.show.style import BLUE, GREY, Picture
 from hijack_lens.tasks import Bar, Task, TaskRun
+from hijack_lens.training.data import mixed_seed
 
 TrainTask = Callable[[Task, int], TaskRun]
 """Trains a task's model with a seed: `tasks.train`, or, in a test, something else."""
+
+_COMPARED = 1000  # prompts
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,15 @@ class Settings:
 def in_context_learner(settings: Settings, train: TrainTask = tasks.train) -> Result:
     """A task's models, measured, and held against the task's acceptance numbers, which every seed must meet.
 
-    Beside the task's own measures there are, of each seed, the context's "share" by the strength of a conflict, and the
-    "rank correlation" (Spearman's) of what is looked at during training with how far the loss has fallen.
+    Beside the task's own measures there are, of each seed, the context's "share" by the strength of a conflict, the
+    "rank correlation" (Spearman's) of what is looked at during training with how far the loss has fallen, and how far
+    the model is above exact Bayes by position: in "nats above bayes" or "squared error above bayes".
     """
     parts, curves = list[pd.DataFrame](), list[pd.DataFrame]()
     for seed in tqdm(settings.seeds, desc=settings.task.name, disable=None, unit="seed"):
         run = train(settings.task.in_world(seed), seed)
-        found = pd.concat([run.task.measure(run.model, seed), _over_training(run), _shares(run)], ignore_index=True)
+        measured = run.task.measure(run.model, seed), _over_training(run), _shares(run), _above_bayes(run)
+        found = pd.concat(measured, ignore_index=True)
         parts.append(found.assign(seed=seed))
         curves.append(run.over_time().reset_index().assign(seed=seed))
     table = pd.concat(parts, ignore_index=True)
@@ -56,6 +62,24 @@ def _shares(run: TaskRun) -> pd.DataFrame:
         for measure, values in (("share", found.share), ("share of bayes", found.bayes))
         for strength, value in zip(found.strengths, values.tolist(), strict=True)
     ]
+    return pd.DataFrame(rows, columns=["measure", "where", "value"])
+
+
+def _above_bayes(run: TaskRun) -> pd.DataFrame:
+    """What the loss is expected to exceed exact Bayes' by, at each position that is asked of any prompt.
+
+    Of tokens, that is the divergence of the model's probabilities from Bayes'; of numbers, their squared difference.
+    """
+    batch = run.task.sample(_COMPARED, mixed_seed(run.seed, "above bayes", 0))
+    bayes = run.task.references(batch)["bayes"].double()
+    with torch.no_grad():
+        said = run.task.predictions(run.model(batch.inputs)).double()
+    if batch.targets.is_floating_point():
+        measure, above = "squared error above bayes", (said - bayes).square().sum(-1)
+    else:
+        measure, above = "nats above bayes", (torch.xlogy(bayes, bayes) - torch.xlogy(bayes, said)).sum(-1)
+    asked = [(position, above[rows, position]) for position, rows in enumerate(batch.mask.T) if rows.any()]
+    rows = [(measure, str(position), float(values.mean())) for position, values in asked]
     return pd.DataFrame(rows, columns=["measure", "where", "value"])
 
 

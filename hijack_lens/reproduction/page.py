@@ -24,8 +24,8 @@ _MARKS = {True: "✓ ", False: "<span class='missed'>✗</span> ", None: "? "}
 _UNBROKEN = re.compile(r"[\d.]+%? ± [\d.]+%?|[\d.]+e-\d+")  # numbers that a browser would break into two lines
 
 
-def page(outcomes: Sequence[dict[str, Any]], heading: str) -> str:
-    """The report on the outcomes of some claims, each as in `Reproduction`."""
+def page(outcomes: Sequence[dict[str, Any]], heading: str, compared: str = "") -> str:
+    """The report on the outcomes of some claims, each as in `Reproduction`; at its end, a comparison of learners."""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>hijack-lens: the papers' claims</title>
@@ -43,9 +43,20 @@ models, means over seeds are given with their 95% intervals (Student's t). A thr
 meets it or, where that is said, if every seed does; where the interval straddles it, the seeds decide nothing. Each
 seed has its own language (except for the language of facts), weights and sequences.</p>
 {_summary(outcomes)}
-{"".join(map(_section, outcomes))}
+{"".join(map(_section, outcomes))}{_comparison(compared)}
 </body></html>
 """
+
+
+def _comparison(figure: str) -> str:
+    if not figure:
+        return ""
+    return f"""
+<h2 id='comparison'>The learners beside each other</h2>
+<p>Means over seeds with their 95% intervals. Blue: the trained model; grey: the same of the untrained one, or of a step
+as long in a random direction; dashed: exact Bayes. A share of 1 follows the context, 0 the weights. Patching moves the
+answer all the way at 1. A2: after the attention of layer 2; M2: after its MLP; L2H1: its head 1.</p>
+<div class='wide'>{figure}</div>"""
 
 
 def findings_of(outcome: dict[str, Any]) -> list[dict[str, Any]]:
