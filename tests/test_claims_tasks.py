@@ -121,8 +121,7 @@ def test_a_comparison_has_a_row_per_learner_and_says_what_was_not_measured(resul
     axes = picture.figure.axes
     assert len(axes) == 2 * 5
     assert [[one.get_text() for one in ax.texts] for ax in axes] == [
-        *([[]] * 4),
-        ["not measured"],  # heads of the first
+        *([[]] * 5),
         ["not measured"],
         [],
         ["not measured"],
@@ -139,6 +138,7 @@ def test_a_comparison_has_a_row_per_learner_and_says_what_was_not_measured(resul
         (axes[3], [1 - mean["moved KL"], 1 - mean["random KL"]]),
     ):
         assert [one.get_height() for one in ax.patches] == pytest.approx([*bars[0], *bars[1]])
+    assert [one.get_text() for one in axes[4].get_xticklabels()] == ["L0H0", "L0H1", "L0MLP", "L1H0", "L1H1", "L1MLP"]
     share = axes[6]
     assert share.get_xlabel() == "dose"
     assert share.lines[0].get_xydata().tolist() == [[2, pytest.approx(0.2)], [10, pytest.approx(0.2)]]

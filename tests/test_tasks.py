@@ -29,6 +29,7 @@ from hijack_lens.tasks import (
     relevant_patterns,
     representations,
 )
+from hijack_lens.training.data import mixed_seed
 
 SHORT = Schedule(6, batch_size=4, evaluate_every=2, checkpoint_every=2, warmup=2)
 CONCEPTS = LatentConcepts(5, 3, 0.5, 7, d_model=16, n_heads=2, schedule=SHORT)
@@ -89,6 +90,22 @@ def test_bayes_on_latent_concepts_is_the_sum_over_all_tables_by_hand():
                 own = tables[int(batch.latent["table"][row])][token][following]
                 for name, expected in (("bayes", joint / sum(likelihood)), ("average", average), ("oracle", own)):
                     assert abs(float(found[name][row, t, following]) - expected) < 1e-12, name
+
+
+def test_ablation_adds_what_the_mean_in_a_components_place_does(few):
+    model = CONCEPTS.model(1)
+    with torch.no_grad():
+        model.blocks[0].attn.W_O[1] = 0
+    table = CONCEPTS.measure(model, 0).set_index(["measure", "where"])["value"]["error added without"]
+    assert table.index.tolist() == ["L0H0", "L0H1", "L0MLP", "L1H0", "L1H1", "L1MLP"]
+    assert table["L0H1"] == pytest.approx(0, abs=1e-6)
+    batch = CONCEPTS.sample(latent_concepts._MEASURED, mixed_seed(0, "measured", 0))[: latent_concepts._PROBED]
+    whole = CONCEPTS.loss(model(batch.inputs), batch)
+    model.blocks[1].hook_mlp_out.register_forward_hook(lambda _, __, out: out.mean(0).expand_as(out))
+    assert table["L1MLP"] == pytest.approx(
+        float((CONCEPTS.loss(model(batch.inputs), batch) - whole).detach()), abs=1e-5
+    )
+    assert abs(table["L1MLP"]) > 1e-3
 
 
 def test_prompts_follow_their_table_and_a_conflict_ends_with_steps_of_another():

@@ -20,7 +20,9 @@ from hijack_lens.core.checks import (
     fixed_seed,
     shown,
 )
+from hijack_lens.core.hook_points import all_components
 from hijack_lens.core.memory import check_memory
+from hijack_lens.hooks.ablate_and_patch import ablate
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.probes import decodability, move_latent
@@ -217,11 +219,12 @@ class LatentConcepts:
         return {"loss": loss, "decodability": float(score.iloc[0])}
 
     def measure(self, model: RealTransformer, seed: int) -> pd.DataFrame:
-        """Losses, decodability of the table by place and by position, and what moving it does.
+        """Losses, decodability of the table by place and position, what moving it does, and what components are worth.
 
         Decodability is a linear probe's accuracy at the last position, beside the untrained model's and what the exact
         posterior allows. KL is that of the model's last prediction from the row of the table moved to, as a fraction of
-        what it is where nothing is moved, in nats under "unmoved KL".
+        what it is where nothing is moved, in nats under "unmoved KL". "error added without" is what mean ablation
+        of a component adds to the loss.
         """
         batch = self.sample(_MEASURED, mixed_seed(fixed_seed(seed), "measured", 0))
         check_fits(model, batch)
@@ -258,6 +261,12 @@ class LatentConcepts:
                 ("random KL", name, kl["random"] / kl["un"]),
                 ("unmoved KL", name, kl["un"]),
             ]
+        reader, ids = model.reading(batch.inputs)
+        with torch.no_grad():
+            whole = float(self.loss(model(batch.inputs), batch))
+        for component in all_components(model):
+            with ablate(reader, component, how="mean", reference=ids), torch.no_grad():
+                rows.append(("error added without", str(component), float(self.loss(reader(ids), batch)) - whole))
         return pd.DataFrame(rows, columns=["measure", "where", "value"])
 
     @property
