@@ -96,6 +96,8 @@ def dual_model(
     as it is: keys less their mean; queries less theirs, with exp(mean query . key_s) as a weight on update s; and
     queries times a matrix, keys times its inverse, that give both the same mean squares.
 
+    The paper's modified attentions (regularised, augmented, with negative samples) are not here.
+
     Args:
         model: a HookedTransformer or TransformerBridge of any depth.
         prompt: a single prompt: text, tokens or a `HijackPrompt`. What comes after the position does not matter.
