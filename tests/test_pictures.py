@@ -95,29 +95,22 @@ def boxes(figure):
     """The texts that a figure shows, and where each lies, in pixels."""
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
+    # Names of ticks beyond an axis's ends are made, but not drawn.
+    ticks = {text: (ax, "x") for ax in figure.axes for text in ax.get_xticklabels(which="both")}
+    ticks |= {text: (ax, "y") for ax in figure.axes for text in ax.get_yticklabels(which="both")}
     found = []
     for text in figure.findobj(Text):
         box = text.get_window_extent(renderer)
-        # Names of ticks beyond an axis's ends are made, but not drawn.
-        axis = next(
-            (
-                ax
-                for ax in figure.axes
-                if text in (*ax.get_xticklabels(which="both"), *ax.get_yticklabels(which="both"))
-            ),
-            None,
-        )
         shown = text.get_visible() and text.get_text().strip() and box.width > 0
-        if shown and (axis is None or _in_range(axis, text)):
+        if shown and (text not in ticks or _in_range(text, *ticks[text])):
             found.append((text.get_text(), box))
     return found
 
 
-def _in_range(ax, text):
-    x = text in ax.get_xticklabels(which="both")
-    low, high = sorted(ax.get_xlim() if x else ax.get_ylim())
-    at = text.get_position()[0 if x else 1]
-    return low <= at <= high and ax.axison and (ax.xaxis if x else ax.yaxis).get_visible()
+def _in_range(text, ax, side):
+    low, high = sorted(ax.get_xlim() if side == "x" else ax.get_ylim())
+    at = text.get_position()[0 if side == "x" else 1]
+    return low <= at <= high and ax.axison and (ax.xaxis if side == "x" else ax.yaxis).get_visible()
 
 
 def faults(figure):

@@ -2,7 +2,6 @@
 
 import re
 import sys
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -63,9 +62,7 @@ def test_a_result_in_a_terminal_is_short_and_computes_nothing(name, made, unchec
 
     monkeypatch.setattr(torch.nn.Module, "__call__", refused)
     monkeypatch.setattr(hl.show.Picture, "__init__", refused)
-    start = time.process_time()
     lines = repr(result).splitlines()
-    assert time.process_time() - start < 0.5
     assert 1 <= len(lines) <= 15
     assert max(map(len, lines)) <= 1000
     assert name.rsplit(".")[-1][:4].lower() in lines[0].lower() or len(lines[0]) > 20
