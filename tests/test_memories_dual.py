@@ -91,9 +91,6 @@ def test_what_is_no_size_is_refused(arguments, message):
 
 
 def test_capped_scores_are_refused():
-    model = hooked("LN", "silu", 2, 0)
-    model.cfg.attn_scores_soft_cap = 0.5
-    for block in model.blocks:
-        block.attn.cfg.attn_scores_soft_cap = 0.5
+    model = hooked("LN", "silu", 2, 0, attn_scores_soft_cap=0.5)
     with pytest.raises(ValueError, match="softmax of products"):
         dual_model(model, prompts(1, 9, 0)[0], "L1H0")
