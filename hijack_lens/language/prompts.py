@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_type, shown
+from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_fields, check_type, shown
 from hijack_lens.core.memory import check_memory
 from hijack_lens.core.tables import Drawn
 from hijack_lens.language.bigrams import STEP, BigramLanguage
@@ -50,6 +50,13 @@ class HijackPrompt(Drawn):
     global_candidate: int
     alternative: int
     language: BigramLanguage
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.corrupted.shape != self.tokens.shape:
+            raise ValueError(
+                f"corrupted must have the shape of tokens, {tuple(self.tokens.shape)}, got {shown(self.corrupted)}"
+            )
 
     @property
     def clean(self) -> Int[Tensor, "*batch pos"]:
