@@ -109,7 +109,7 @@ class TrainingRun(Drawn):
 
         With an extension, ".html" for example, what other results write by that name.
         """
-        folder = check_path("folder", path)
+        folder = check_path("path", path)
         if folder.suffix.lower() in SHOWN_AS:
             super().save(path)
             return
