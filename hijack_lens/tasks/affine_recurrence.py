@@ -12,10 +12,9 @@ from torch import Tensor
 
 from hijack_lens.attribution import attribute
 from hijack_lens.core.checks import Seed, as_generator, check_count, check_number, check_type, fixed_seed
-from hijack_lens.core.hook_points import all_components
-from hijack_lens.hooks.ablate_and_patch import ablate
 from hijack_lens.hooks.intervention import record
 from hijack_lens.models.real import RealTransformer
+from hijack_lens.tasks.measures import added_without, decoded, watched_loss
 from hijack_lens.tasks.probes import decodability
 from hijack_lens.tasks.task import (
     Bar,
@@ -184,10 +183,7 @@ class AffineRecurrence:
 
     def watch(self, model: RealTransformer, seed: int) -> dict[str, float]:
         """The loss."""
-        batch = self.sample(_WATCHED, mixed_seed(fixed_seed(seed), "watched", 0))
-        check_fits(model, batch)
-        with torch.no_grad():
-            return {"loss": float(self.loss(model(batch.inputs), batch))}
+        return {"loss": watched_loss(self, model, _WATCHED, seed)}
 
     def measure(self, model: RealTransformer, seed: int) -> pd.DataFrame:
         """Errors by transition, what each part writes, what heads attend to, and what is beyond the training's range.
@@ -218,11 +214,7 @@ class AffineRecurrence:
         latents = replace(batch, latent={"next": batch.targets[:, _KNOWN], "slope": batch.latent["slope"]})
         for latent, of in (("next", ""), ("slope", " of the slope")):
             scores = decodability(model, untrained, latents, latent, points.values(), _KNOWN)
-            for name, one in zip(points, scores.itertuples(), strict=True):
-                rows += [
-                    (f"decodability{of}", name, one.score),
-                    (f"decodability{of} untrained", name, one.untrained),
-                ]
+            rows += decoded(scores, points, f"decodability{of}")
         rows += _written(model, batch)
         closeness = _scores_by_closeness(model, batch)
         rows += [(_BY, head, value) for head, value in closeness.items()]
@@ -230,12 +222,7 @@ class AffineRecurrence:
             lowest = min(value for head, value in closeness.items() if head.startswith(f"L{layer}H"))
             rows.append((_BY, f"lowest of layer {layer}", lowest))
 
-        reader, ids = model.reading(batch.inputs)
-        whole = float(_errors(said["model"][:_PROBED], batch).mean())
-        for component in all_components(model):
-            with ablate(reader, component, how="mean", reference=ids), torch.no_grad():
-                left = float(_errors(self.predictions(reader(ids)), batch).mean())
-            rows.append(("error added without", str(component), left - whole))
+        rows += added_without(model, batch, lambda outputs: float(_errors(self.predictions(outputs), batch).mean()))
         for name, one in self._ranges(mixed_seed(seed, "ranges", 0)):
             with torch.no_grad():
                 off = _errors(self.predictions(model(one.inputs)), one)

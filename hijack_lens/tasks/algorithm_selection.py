@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hijack_lens.core.checks import Seed, as_generator, check_count, check_list, check_number, check_type, fixed_seed
-from hijack_lens.core.hook_points import all_components
-from hijack_lens.hooks.ablate_and_patch import ablate
 from hijack_lens.models.real import RealTransformer
+from hijack_lens.tasks.measures import added_without, decoded, residual_points, watched_loss
+from hijack_lens.tasks.pairs import at_each_x, prompts_of, quadratic, ridge, seen_before
 from hijack_lens.tasks.probes import decodability, move_latent
 from hijack_lens.tasks.task import (
     Bar,
@@ -120,13 +120,7 @@ class AlgorithmSelection:
         w, x = scale * normal(n, self.d) / self.d**0.5, normal(n, self.n_pairs + 1, self.d)
         level = torch.tensor(self.noises, dtype=torch.float64)[noise]
         y = (x @ w[..., None])[..., 0] + level[:, None] * normal(n, self.n_pairs + 1)
-        inputs = torch.zeros(n, 2 * self.n_pairs + 1, self.d + 1)
-        inputs[:, ::2, : self.d], inputs[:, 1::2, self.d] = x.float(), y[:, :-1].float()
-        targets = torch.zeros(n, 2 * self.n_pairs + 1)
-        targets[:, ::2] = y.float()
-        mask = torch.zeros(n, 2 * self.n_pairs + 1, dtype=torch.bool)
-        mask[:, ::2] = True
-        return Batch(inputs, targets, mask, {"noise": noise, "weights": w})
+        return prompts_of(x, y, {"noise": noise, "weights": w})
 
     def model(self, seed: Seed) -> RealTransformer:
         """An untrained transformer that reads the x and y, with learned positions."""
@@ -151,29 +145,27 @@ class AlgorithmSelection:
         check_batch(batch, ["noise", "weights"], self.d + 1)
         of_level, log_posterior = zip(*(self._at_level(batch, s) for s in self.noises), strict=True)
         ridges = torch.stack(of_level, -1)
-        x = batch.inputs[:, ::2, : self.d].double()
+        x, y = batch.inputs[:, ::2, : self.d].double(), batch.inputs[:, 1::2, self.d].double()
         chosen = batch.latent["noise"][:, None, None].expand(*ridges.shape[:2], 1)
         found = {
             "bayes": (ridges * torch.stack(log_posterior, -1).softmax(-1)).sum(-1),
             "oracle": ridges.gather(-1, chosen)[..., 0],
             **{f"ridge {s:g}": one for s, one in zip(self.noises, of_level, strict=True)},
-            "single ridge": _ridge(*_seen(batch, self.d), x, self.single_penalty),
+            "single ridge": ridge(*seen_before(x, y), x, self.single_penalty),
             "context": (x @ batch.latent["weights"][..., None])[..., 0],
+            "weights": torch.zeros_like(x[..., 0]),
         }
-        at_x = {name: torch.zeros_like(batch.targets, dtype=torch.float64) for name in (*found, "weights")}
-        for name, values in found.items():
-            at_x[name][:, ::2] = values
-        return {name: values[..., None] for name, values in at_x.items()}
+        return at_each_x(found, batch)
 
     def _at_level(
         self, batch: Batch, level: float
     ) -> tuple[Float[Tensor, "prompt asked"], Float[Tensor, "prompt asked"]]:
         """Predictions if the noise has this level, and the log-likelihood of the y before, up to what levels share."""
         x, y = batch.inputs[:, ::2, : self.d].double(), batch.inputs[:, 1::2, self.d].double()
-        gram, moment = _seen(batch, self.d)
+        gram, moment = seen_before(x, y)
         penalty = self.d * level**2
-        predicted = _ridge(gram, moment, x, penalty)
-        spread = level**2 * (1 + _quadratic(gram, x, penalty))  # the predictive variance of each y
+        predicted = ridge(gram, moment, x, penalty)
+        spread = level**2 * (1 + quadratic(gram, x, penalty))  # the predictive variance of each y
         off = (y - predicted[:, :-1]).square() / spread[:, :-1] + spread[:, :-1].log()
         return predicted, torch.nn.functional.pad(-0.5 * off.cumsum(1), (1, 0))
 
@@ -181,18 +173,16 @@ class AlgorithmSelection:
     def single_penalty(self) -> float:
         """The penalty of the best single ridge: of least error over prompts of all levels."""
         batch = self.sample(_MEASURED, mixed_seed(0, "single ridge", 0))
-        x, seen = batch.inputs[:, ::2, : self.d].double(), _seen(batch, self.d)
+        x, y = batch.inputs[:, ::2, : self.d].double(), batch.inputs[:, 1::2, self.d].double()
+        seen = seen_before(x, y)
         true = (x @ batch.latent["weights"][..., None])[..., 0]
         low, high = (self.d * s**2 for s in (min(self.noises), max(self.noises)))
         tried = torch.logspace(math.log10(low), math.log10(high), _PENALTIES, dtype=torch.float64).tolist()
-        return min(tried, key=lambda one: float((_ridge(*seen, x, one) - true).square().mean()))
+        return min(tried, key=lambda one: float((ridge(*seen, x, one) - true).square().mean()))
 
     def watch(self, model: RealTransformer, seed: int) -> dict[str, float]:
         """The loss."""
-        batch = self.sample(_WATCHED, mixed_seed(fixed_seed(seed), "watched", 0))
-        check_fits(model, batch)
-        with torch.no_grad():
-            return {"loss": float(self.loss(model(batch.inputs), batch))}
+        return {"loss": watched_loss(self, model, _WATCHED, seed)}
 
     def measure(self, model: RealTransformer, seed: int) -> pd.DataFrame:
         """Errors by predictor and level, where the level is decoded, what moving it does, and what each head is worth.
@@ -217,14 +207,9 @@ class AlgorithmSelection:
 
         batch = batch[:_PROBED]
         untrained = self.model(mixed_seed(seed, "weights", 0))
-        points = {
-            f"after {what} {layer}": f"blocks.{layer}.hook_resid_{point}"
-            for layer in range(self.n_layers)
-            for what, point in (("attention", "mid"), ("MLP", "post"))
-        }
+        points = residual_points(self.n_layers)
         scores = decodability(model, untrained, batch, "noise", points.values())
-        for name, one in zip(points, scores.itertuples(), strict=True):
-            rows += [("decodability", name, one.score), ("decodability untrained", name, one.untrained)]
+        rows += decoded(scores, points)
         rows.append(("decodability gained", "best", float(scores["score"].max() - scores["untrained"].max())))
         for name, point in points.items():
             moved = move_latent(model, batch, "noise", point, seed=mixed_seed(seed, "moved", 0))
@@ -233,41 +218,13 @@ class AlgorithmSelection:
             for kind, outputs in (("shift", moved.outputs), ("random shift", moved.at_random)):
                 shifted = (outputs - moved.unmoved)[:, -1, 0].double()
                 rows.append((kind, name, float((shifted * (to - own)).sum() / (to - own).square().sum())))
-        whole = float(self._errors(self._run(model, batch), batch).mean())
-        for component in all_components(model):
-            reader, ids = model.reading(batch.inputs)
-            with ablate(reader, component, how="mean", reference=ids), torch.no_grad():
-                left = self.predictions(reader(ids))
-            rows.append(("error added without", str(component), float(self._errors(left, batch).mean()) - whole))
+        rows += added_without(
+            model, batch, lambda outputs: float(self._errors(self.predictions(outputs), batch).mean())
+        )
         return pd.DataFrame(rows, columns=["measure", "where", "value"])
-
-    def _run(self, model: RealTransformer, batch: Batch) -> Predictions:
-        with torch.no_grad():
-            return self.predictions(model(batch.inputs))
 
     def _errors(self, predictions: Predictions, batch: Batch) -> Float[Tensor, "prompt"]:
         """Each prompt's mean squared difference from w x."""
         x = batch.inputs[:, ::2, : self.d].double()
         true = (x @ batch.latent["weights"][..., None])[..., 0]
         return (predictions[:, ::2, 0] - true).square().mean(1)
-
-
-def _seen(batch: Batch, d: int) -> tuple[Float[Tensor, "prompt asked d d"], Float[Tensor, "prompt asked d"]]:
-    """Before each x: the sum of x x^T, and that of x y."""
-    x, y = batch.inputs[:, :-1:2, :d].double(), batch.inputs[:, 1::2, d:].double()
-    pad = torch.nn.functional.pad
-    gram = (x[..., None] * x[..., None, :]).cumsum(1)
-    return pad(gram, (0, 0, 0, 0, 1, 0)), pad((x * y).cumsum(1), (0, 0, 1, 0))
-
-
-def _ridge(gram: Tensor, moment: Tensor, x: Tensor, penalty: float) -> Float[Tensor, "prompt asked"]:
-    """What ridge regression on the pairs before predicts at each x."""
-    return (x * torch.linalg.solve(_penalised(gram, penalty), moment)).sum(-1)
-
-
-def _quadratic(gram: Tensor, x: Tensor, penalty: float) -> Float[Tensor, "prompt asked"]:
-    return (x * torch.linalg.solve(_penalised(gram, penalty), x)).sum(-1)
-
-
-def _penalised(gram: Tensor, penalty: float) -> Tensor:
-    return gram + penalty * torch.eye(gram.shape[-1], dtype=gram.dtype)

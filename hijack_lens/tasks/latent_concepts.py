@@ -20,11 +20,10 @@ from hijack_lens.core.checks import (
     fixed_seed,
     shown,
 )
-from hijack_lens.core.hook_points import all_components
 from hijack_lens.core.memory import check_memory
-from hijack_lens.hooks.ablate_and_patch import ablate
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models.real import RealTransformer
+from hijack_lens.tasks.measures import added_without, decoded, residual_points
 from hijack_lens.tasks.probes import decodability, move_latent
 from hijack_lens.tasks.task import (
     Bar,
@@ -238,8 +237,7 @@ class LatentConcepts:
 
         points, last = self._points, self.length - 1
         scores = decodability(model, untrained, batch, "table", points.values())
-        for name, one in zip(points, scores.itertuples(), strict=True):
-            rows += [("decodability", name, one.score), ("decodability untrained", name, one.untrained)]
+        rows += decoded(scores, points)
         positions = sorted({last * part // 4 for part in range(5)})
         by_position = decodability(model, untrained, batch, "table", points[self._writes], positions)
         best = (self.posterior(batch.inputs).argmax(-1) == batch.latent["table"][:, None]).double().mean(0)
@@ -261,23 +259,13 @@ class LatentConcepts:
                 ("random KL", name, kl["random"] / kl["un"]),
                 ("unmoved KL", name, kl["un"]),
             ]
-        reader, ids = model.reading(batch.inputs)
-        with torch.no_grad():
-            whole = float(self.loss(model(batch.inputs), batch))
-        for component in all_components(model):
-            with ablate(reader, component, how="mean", reference=ids), torch.no_grad():
-                rows.append(("error added without", str(component), float(self.loss(reader(ids), batch)) - whole))
+        rows += added_without(model, batch, lambda outputs: float(self.loss(outputs, batch)))
         return pd.DataFrame(rows, columns=["measure", "where", "value"])
 
     @property
     def _points(self) -> dict[str, str]:
         """The residual stream's hook points, by what has written last."""
-        places = (("attention", "mid"), ("MLP", "post"))
-        return {
-            f"after {what} {layer}": f"blocks.{layer}.hook_resid_{point}"
-            for layer in range(self.n_layers)
-            for what, point in places
-        }
+        return residual_points(self.n_layers)
 
     @property
     def _writes(self) -> str:

@@ -25,6 +25,7 @@ from hijack_lens.core.checks import (
 from hijack_lens.core.memory import check_memory
 from hijack_lens.hooks.intervention import Intervention, logits_of, record
 from hijack_lens.models.real import RealTransformer
+from hijack_lens.tasks.measures import decoded, residual_points, watched_loss
 from hijack_lens.tasks.probes import decodability
 from hijack_lens.tasks.task import (
     Bar,
@@ -375,10 +376,7 @@ class RelevantPatterns:
     def watch(self, model: RealTransformer, seed: int) -> dict[str, float]:
         """The loss on trained tasks, and the error on unseen ones."""
         seed = fixed_seed(seed)
-        batch = self.sample(_WATCHED, mixed_seed(seed, "watched", 0))
-        check_fits(model, batch)
-        with torch.no_grad():
-            loss = float(self.loss(model(batch.inputs), batch))
+        loss = watched_loss(self, model, _WATCHED, seed)
         unseen = self.prompts(self.unseen, _WATCHED, mixed_seed(seed, "watched", 1))
         return {"loss": loss, "unseen error": _error(model, unseen)}
 
@@ -426,10 +424,9 @@ class RelevantPatterns:
             for which, chosen in (("least", order), ("largest", order.flip(0))):
                 pruned = _error(model, unseen, chosen[: int(fraction * len(order))])
                 rows.append((f"error added, {which} pruned", f"{fraction:g}", pruned - rows[0][2]))
-        points = {"after attention 0": "blocks.0.hook_resid_mid", "after MLP 0": "blocks.0.hook_resid_post"}
+        points = residual_points(1)
         scores = decodability(model, untrained, unseen[:_PROBED], "label", points.values())
-        for name, one in zip(points, scores.itertuples(), strict=True):
-            rows += [("decodability", name, one.score), ("decodability untrained", name, one.untrained)]
+        rows += decoded(scores, points)
         return pd.DataFrame(rows, columns=["measure", "where", "value"])
 
     def _attention(self, model: RealTransformer, batch: Batch) -> float:

@@ -20,10 +20,11 @@ from hijack_lens.core.checks import (
     check_type,
     fixed_seed,
 )
-from hijack_lens.core.hook_points import all_components
-from hijack_lens.hooks.ablate_and_patch import ablate, patch
+from hijack_lens.hooks.ablate_and_patch import patch
 from hijack_lens.hooks.intervention import record
 from hijack_lens.models.real import RealTransformer
+from hijack_lens.tasks.measures import added_without, decoded, residual_points, watched_loss
+from hijack_lens.tasks.pairs import at_each_x, prompts_of, ridge, seen_before
 from hijack_lens.tasks.probes import decodability
 from hijack_lens.tasks.task import (
     Bar,
@@ -178,13 +179,7 @@ class Representations:
         w, x = normal(n, self.d) / self.d**0.5, normal(n, self.n_pairs + 1, self.d)
         said_by = (1 - share) * _features(x, self.layers) + share * _features(x, self._other_layers)
         y = (said_by @ w[..., None])[..., 0] + self.noise * normal(n, self.n_pairs + 1)
-        inputs = torch.zeros(n, 2 * self.n_pairs + 1, self.d + 1)
-        inputs[:, ::2, : self.d], inputs[:, 1::2, self.d] = x.float(), y[:, :-1].float()
-        targets = torch.zeros(n, 2 * self.n_pairs + 1)
-        targets[:, ::2] = y.float()
-        mask = torch.zeros(n, 2 * self.n_pairs + 1, dtype=torch.bool)
-        mask[:, ::2] = True
-        return Batch(inputs, targets, mask, {"weights": w, "features": said_by})
+        return prompts_of(x, y, {"weights": w, "features": said_by})
 
     def model(self, seed: Seed) -> RealTransformer:
         """An untrained transformer that reads the x and y, with learned positions."""
@@ -219,17 +214,11 @@ class Representations:
             "context": _ridge(said_by, y, penalty),
             "weights": bayes,
         }
-        at_x = {name: torch.zeros_like(batch.targets, dtype=torch.float64) for name in found}
-        for name, values in found.items():
-            at_x[name][:, ::2] = values
-        return {name: values[..., None] for name, values in at_x.items()}
+        return at_each_x(found, batch)
 
     def watch(self, model: RealTransformer, seed: int) -> dict[str, float]:
         """The loss."""
-        batch = self.sample(_WATCHED, mixed_seed(fixed_seed(seed), "watched", 0))
-        check_fits(model, batch)
-        with torch.no_grad():
-            return {"loss": float(self.loss(model(batch.inputs), batch))}
+        return {"loss": watched_loss(self, model, _WATCHED, seed)}
 
     def measure(self, model: RealTransformer, seed: int) -> pd.DataFrame:
         """Errors by pairs seen, where the representation is, what moving it does, and whether what reads it is ridge.
@@ -259,12 +248,7 @@ class Representations:
         batch = batch[:_PROBED]
         rows += self._decoded(model, batch, seed)
         rows += self._followed(model, batch, seed)
-        reader, ids = model.reading(batch.inputs)
-        whole = float(_errors(said["model"][:_PROBED], batch).mean())
-        for component in all_components(model):
-            with ablate(reader, component, how="mean", reference=ids), torch.no_grad():
-                left = float(_errors(self.predictions(reader(ids)), batch).mean())
-            rows.append(("error added without", str(component), left - whole))
+        rows += added_without(model, batch, lambda outputs: float(_errors(self.predictions(outputs), batch).mean()))
         names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(self.n_layers)]
         patterns = record(model, batch.inputs, names)[1]
         for layer, name in enumerate(names):
@@ -277,17 +261,12 @@ class Representations:
     def _decoded(self, model: RealTransformer, batch: Batch, seed: int) -> list[tuple[str, str, float]]:
         """How well Phi(x) is read at an x, and at the y that follows, by place; beside the untrained model."""
         untrained, features = self.model(mixed_seed(seed, "weights", 0)), batch.latent["features"]
-        points = {
-            f"after {what} {layer}": f"blocks.{layer}.hook_resid_{point}"
-            for layer in range(self.n_layers)
-            for what, point in (("attention", "mid"), ("MLP", "post"))
-        }
+        points = residual_points(self.n_layers)
         rows = list[tuple[str, str, float]]()
         for measure, index, position in (("decodability", -1, -1), ("decodability at y", -2, -2)):
             one = replace(batch, latent={"features": features[:, index]})
             scores = decodability(model, untrained, one, "features", points.values(), position)
-            for name, found in zip(points, scores.itertuples(), strict=True):
-                rows += [(measure, name, found.score), (f"{measure} untrained", name, found.untrained)]
+            rows += decoded(scores, points, measure)
         return rows
 
     def _followed(self, model: RealTransformer, batch: Batch, seed: int) -> list[tuple[str, str, float]]:
@@ -377,8 +356,4 @@ def _ridge(
     features: Float[Tensor, "prompt asked feature"], y: Float[Tensor, "prompt seen"], penalty: float
 ) -> Float[Tensor, "prompt asked"]:
     """What ridge regression on the pairs before predicts at each x."""
-    seen = features[:, :-1]
-    gram = F.pad((seen[..., None] * seen[..., None, :]).cumsum(1), (0, 0, 0, 0, 1, 0))
-    moment = F.pad((seen * y[..., None]).cumsum(1), (0, 0, 1, 0))
-    gram = gram + penalty * torch.eye(gram.shape[-1], dtype=gram.dtype)
-    return (features * torch.linalg.solve(gram, moment)).sum(-1)
+    return ridge(*seen_before(features, y), features, penalty)
