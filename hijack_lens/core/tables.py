@@ -72,10 +72,11 @@ STYLE = """
 """
 """How results look: in the colours of the page that they stand in, be it light or dark, and as narrow as it is."""
 
-_PAGE = """
+PAGE = """
 :root { color-scheme: light dark }
-body { font-family: system-ui, sans-serif; max-width: 1040px; margin: 1.5em auto; padding: 0 1em }
+body { font-family: system-ui, sans-serif; max-width: 1040px; margin: 1.5em auto; padding: 0 1em; line-height: 1.45 }
 """
+"""How a page of its own begins, whatever stands in it."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Table:
                 table.add_column(name, overflow="fold")
             for row in self.rows:
                 for column, cell in zip(self.columns, row, strict=True):
-                    table.add_row(column, cell, end_section=column == self.columns[-1])
+                    table.add_row(column, cell)
+                table.add_section()
             return table
         for column, side in zip(self.columns, self._sides(), strict=True):
             table.add_column(column, justify=side)
@@ -283,7 +285,7 @@ def page_of(result: Any) -> str:
     """
     return (
         "<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-        f"<title>{escape(report_of(result).title)}</title><style>{_PAGE}</style></head>"
+        f"<title>{escape(report_of(result).title)}</title><style>{PAGE}</style></head>"
         f"<body>{html_of(result)}</body></html>"
     )
 

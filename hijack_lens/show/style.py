@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hijack_lens.core.checks import check_count, check_list, check_number, check_texts, check_type, shown
 from hijack_lens.core.files import check_target, write_atomically
+from hijack_lens.core.tables import PAGE
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#999999"
@@ -26,9 +27,9 @@ PLAIN = "#777777"
 ON_CELL = "#010101"
 """Black in all pages, on cells and boxes that are light in all; plain black is the page's own colour of text."""
 
-PAGE_STYLE = """
-:root { color-scheme: light dark }
-body { font-family: system-ui, sans-serif; max-width: 1040px; margin: 1.5em auto; padding: 0 1em; line-height: 1.45 }
+PAGE_STYLE = (
+    PAGE
+    + """
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 1.6em }
 table { border-collapse: collapse; margin: 1em 0 } th, td { padding: 0.25em 0.8em; text-align: right }
 thead th { border-bottom: 1px solid #999 } td:first-child, th:first-child { text-align: left }
@@ -37,6 +38,7 @@ thead th { border-bottom: 1px solid #999 } td:first-child, th:first-child { text
 .warning { padding: 0.4em 1em; background: #e69f0028; border-left: 4px solid #E69F00 }
 code { background: #88888828; padding: 0 0.2em } .wide { overflow-x: auto } svg { max-width: 100%; height: auto }
 """
+)
 """The style sheet of HTML files."""
 
 _DIVERGING = "PuOr_r"  # purple one way, orange the other
