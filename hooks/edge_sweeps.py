@@ -8,13 +8,13 @@ import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_list, shown
 from hijack_lens.core.circuit import Circuit
 from hijack_lens.core.inputs import Components, circuit_of, components_of
 from hijack_lens.core.memory import memory_budget
+from hijack_lens.core.progress import progress
 from hijack_lens.core.tables import widened
 from hijack_lens.hooks.edge_runs import EdgeRuns
 from hijack_lens.hooks.edges import (
@@ -130,17 +130,17 @@ def path_sweep(
         return into_stream(model, sender, at.read(source[at.name]) - at.read(run[at.name]))
 
     values = widened(base_logits.new_empty(())).new_full((len(edges),), base)
-    with tqdm(total=len(edges), disable=None, unit="edge") as bar:
+    with progress(len(edges), "edge", "path_sweep") as advance:
         if runs is not None:
             for places, found in EdgeRuns(runs, message).values(edges, memory):
                 values[places] = found
-                bar.update(len(places))
+                advance(len(places))
         else:
             _check_ends(model, edges)  # again, since hook points must reach them now
             for place, edge in enumerate(edges):
                 with patch_path(model, edge.sender, edge.receiver, edge.via, source):
                     values[place] = reader(logits_of(model, pair.base))
-                bar.update()
+                advance(1)
     of_source = reader(source_logits)
     by: Literal["incremental", "forward"] = "forward" if runs is None else "incremental"
     screen = None if estimates is None else EdgeScreen(n_edges, estimates, edges[chosen:], values[chosen:])

@@ -8,13 +8,13 @@ import torch
 from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hijack_lens.core.analysis import analysis
 from hijack_lens.core.checks import Seed, as_generator
 from hijack_lens.core.hook_points import is_hooked
 from hijack_lens.core.inputs import model_tokens
 from hijack_lens.core.memory import memory_budget
+from hijack_lens.core.progress import progress
 from hijack_lens.core.tables import widened
 from hijack_lens.core.texts import decoded
 from hijack_lens.hooks.incremental_runs import IncrementalRuns, Method, checked_runs, open_for
@@ -283,10 +283,10 @@ def _sweep(
         rows = rows[reached & patches[rows].pick((current != written).any(0)).cpu()]
         if len(rows):
             jobs.append(Job(activation, layer, patches[rows], written, place[rows]))
-    with tqdm(total=sum(len(job.patches) for job in jobs), disable=None, unit="patch") as bar:
+    with progress(sum(len(job.patches) for job in jobs), "patched run", "the sweep") as advance:
         for place, found in runs.values(jobs, memory):
             values.view(-1)[place] = found
-            bar.update(len(place))
+            advance(len(place))
     of_source = None if source_logits is None else reader(source_logits)
     measured = {"base": unpatched, "source": of_source, "direction": direction, "method": runs.name}
     return _labelled(model, tokens, plan, values, reader, **measured)

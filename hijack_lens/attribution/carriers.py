@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hijack_lens.attribution.frozen import FrozenModel
 from hijack_lens.core.analysis import analysis
@@ -16,6 +15,7 @@ from hijack_lens.core.checks import Seed, as_generator, check_count, check_list,
 from hijack_lens.core.circuit import Component, heads_at
 from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.core.inputs import model_tokens
+from hijack_lens.core.progress import progress
 from hijack_lens.core.spans import token_runs
 from hijack_lens.core.statistics import chance
 from hijack_lens.core.texts import decoded
@@ -72,10 +72,10 @@ def find_carriers(
     cases = _cases(model, prompts, context, weights, repeats)
     generator = as_generator(seed)
     flows = []
-    with tqdm(total=len(cases) + len(_COUNTS) + len(_STRENGTHS), desc="find_carriers", disable=None) as bar:
+    with progress(len(cases) + len(_COUNTS) + len(_STRENGTHS), "step", "find_carriers") as advance:
         for case in cases:
             flows.append(case.flow(model))
-            bar.update()
+            advance(1)
         flow = torch.stack(flows)
         level = chance(flow.flatten(1), generator)
         mean = flow.mean(0)
@@ -92,13 +92,13 @@ def find_carriers(
         by_count = []
         for count in counts:
             by_count.append(_said(model, groups, ranked[:count], TRIED_AT))
-            bar.update()
+            advance(1)
         shares = torch.tensor(by_count)
         heads = tuple(ranked[: counts[int(shares[:, 0].argmax())]])
         by_strength = []
         for strength in _STRENGTHS:
             by_strength.append(_said(model, groups, heads, strength))
-            bar.update()
+            advance(1)
         reached = torch.tensor(by_strength)
     good = (reached[:, 0] >= _NEARLY * reached[:, 0].max()).nonzero().flatten()
     return Carriers(heads, _STRENGTHS[int(good[-1])], flow, level, counts, _STRENGTHS, shares, reached)

@@ -11,13 +11,13 @@ import torch
 from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hijack_lens.core.checks import check_type, shown
 from hijack_lens.core.circuit import Component
 from hijack_lens.core.hook_points import Site, check_hook_points, points_of, sites
 from hijack_lens.core.inputs import Player
 from hijack_lens.core.memory import check_memory
+from hijack_lens.core.progress import progress
 from hijack_lens.hooks.edges import Sender, changes_attn_out, check_sender, into_stream, precedes, sender_site
 from hijack_lens.hooks.intervention import HookFunction, Intervention, draw_rows, logits_of, read_source, stand_in
 from hijack_lens.hooks.patched_runs import BoundMetric, runs_at_once
@@ -197,13 +197,13 @@ class CoalitionRuns:
         """The metric's mean over prompts with only these players present; in float64, on the CPU."""
         at_once = 1 if self.memory is None else runs_at_once(self.model, self.tokens, self.memory)
         worth = []
-        with tqdm(total=len(coalitions), disable=None, unit="run") as bar:
+        with progress(len(coalitions), "run", "shapley") as advance:
             for chunk in coalitions.split(at_once):
                 with Intervention(self.model, edit=self.absence.edits(chunk)):
                     logits = logits_of(self.model, repeat(self.tokens, "batch pos -> (run batch) pos", run=len(chunk)))
                 logits = rearrange(logits, "(run batch) pos d_vocab -> run batch pos d_vocab", run=len(chunk))
                 worth.append(self.reader.each(logits).double().cpu())
-                bar.update(len(chunk))
+                advance(len(chunk))
         found = torch.cat(worth)
         if not bool(found.isfinite().all()):
             first = int((~found.isfinite()).nonzero()[0])

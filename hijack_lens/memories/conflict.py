@@ -7,7 +7,6 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hijack_lens.attribution.direct import direct_memories
 from hijack_lens.attribution.logits import attribute, beyond_whole_paths
@@ -17,6 +16,7 @@ from hijack_lens.core.circuit import Circuit, Margin
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import all_components
 from hijack_lens.core.inputs import Tokens, circuit_of
+from hijack_lens.core.progress import progress
 from hijack_lens.core.tables import Drawn, widened
 from hijack_lens.memories.token_tables import TokenTables, replaced, token_tables
 
@@ -169,7 +169,7 @@ def memory_conflict(
     answers = torch.tensor(tables.answers, device=prompts.device)
     summed_first = beyond_whole_paths(model) is not None and len(answers) > model.cfg.d_model
     done, rows_at_once = 0, 1
-    with tqdm(total=len(prompts), disable=None, delay=1, unit="query", desc="memory_conflict") as bar:
+    with progress(len(prompts), "prompt", "memory_conflict") as advance:
         while done < len(prompts):
             rows = prompts[done : done + rows_at_once]
             if summed_first:
@@ -181,6 +181,6 @@ def memory_conflict(
             parts.append(widened(torch.stack([*by_memory.values(), logits])))
             rows_at_once = max(1, _CELLS * len(rows) // n_cells)
             done += len(rows)
-            bar.update(len(rows))
+            advance(len(rows))
     context, weights, rest, logits = torch.cat(parts, 1)
     return MemoryConflict(**vars(tables), context=context, weights=weights, rest=rest, logits=logits)

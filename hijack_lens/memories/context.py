@@ -9,7 +9,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hijack_lens.attribution.direct import check_additive, check_unembedded
 from hijack_lens.attribution.scores import offset_keys, tolerance
@@ -19,6 +18,7 @@ from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import Saved
 from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.core.inputs import Tokens, circuit_of, one_head
+from hijack_lens.core.progress import progress
 from hijack_lens.core.tables import Drawn, tidy, widened
 from hijack_lens.hooks.edges import changes_attn_out
 from hijack_lens.hooks.intervention import Intervention, logits_of
@@ -218,14 +218,14 @@ def run_with(
     def keep(activation: Tensor, hook: Any, key: str, read: Callable[[Tensor], Tensor]) -> None:
         kept.setdefault(key, []).append(read(activation).detach().clone())
 
-    with tqdm(total=len(prompts), disable=None, delay=1, unit="query", desc="context_memory") as bar:
+    with progress(len(prompts), "prompt", "context_memory") as advance:
         for rows in prompts.split(rows_at_once(model, prompts.shape[1])):
             look = [(name, partial(keep, key=key, read=read)) for key, (name, read) in (wanted | once).items()]
             with Intervention(model, look=look):
                 logits = logits_of(model, rows)
             kept.setdefault("logits", []).append(logits[:, -1, answers])
             once = {}
-            bar.update(len(rows))
+            advance(len(rows))
     return {key: torch.cat(parts) for key, parts in kept.items()}
 
 

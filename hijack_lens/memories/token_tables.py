@@ -10,12 +10,12 @@ import torch
 from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hijack_lens.attribution.direct import check_unembedded
 from hijack_lens.core.checks import as_int, check_count, check_list, check_position, shown
 from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.core.inputs import Tokens, single_prompt, token_ids
+from hijack_lens.core.progress import progress
 from hijack_lens.core.tables import visible
 from hijack_lens.core.texts import n_outputs, outputs_are_tokens, spellings, texts_of
 from hijack_lens.hooks.edges import embeddings
@@ -193,12 +193,12 @@ def context_free(
     edit = [(name, lambda activation, hook: torch.zeros_like(activation)) for name in off]
     look = keeping(found, names)
     at_once = min(rows_at_once(model, 1), _ACTIVATIONS // (model.cfg.d_mlp or model.cfg.d_model))
-    with tqdm(total=len(tokens), disable=None, unit="token", desc="context-free") as bar:
+    with progress(len(tokens), "token", "each token's own run") as advance:
         for rows in tokens.split(max(1, at_once)):
             with Intervention(model, edit=edit, look=look):
                 model(rows[:, None].to(model.cfg.device), stop_at_layer=stop_at_layer)
             yield {name: activation[:, -1] for name, activation in found.items()}
-            bar.update(len(rows))
+            advance(len(rows))
 
 
 def centred(table: Float[Tensor, "key value"]) -> Float[Tensor, "key value"]:

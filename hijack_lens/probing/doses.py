@@ -9,7 +9,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hijack_lens import theory
 from hijack_lens.attribution.frozen import FrozenModel
@@ -21,6 +20,7 @@ from hijack_lens.core.checks import check_count, check_fields, check_list
 from hijack_lens.core.circuit import Circuit, Margin, Strengths
 from hijack_lens.core.files import Saved
 from hijack_lens.core.inputs import circuit_of, own_circuit
+from hijack_lens.core.progress import progress
 from hijack_lens.core.tables import Drawn, tidy
 from hijack_lens.language.facts import Bigram, Fact, FactPrompts, fact_prompts
 from hijack_lens.models.transformer import BigramTransformer
@@ -322,7 +322,7 @@ def dose_response(
     shape = (len(conflicts), repeats + 1)
     parts = {memory: torch.zeros(shape, dtype=torch.float64) for memory in MEMORIES}
     error = 0.0
-    with tqdm(total=shape[0] * shape[1], desc="dose_response", unit="prompt", disable=None) as bar:
+    with progress(shape[0] * shape[1], "prompt", "dose_response") as advance:
         for row, one in enumerate(conflicts):
             doses = _by_sources(model, one) if by_sources else _by_paths(model, one, circuit)
             for n, found in enumerate(doses):
@@ -330,7 +330,7 @@ def dose_response(
                 for memory, part in parts.items():
                     part[row, n] = split[memory]
                 error = max(error, found.completeness_error)
-                bar.update()
+                advance(1)
     margin, fit = Margin(**parts), _strengths(model)
     if fit is None:
         predicted = theory_of_margins(margin.total, torch.tensor([one.lengths for one in conflicts]))
