@@ -117,10 +117,10 @@ class RecordedRun:
             if after is not None:
                 pairs["resid_post"] = (layer.resid_post[:, last:], after[:, last:])
             for part, (ours, theirs) in pairs.items():
-                if not _agree(ours, theirs):
+                if not agree(ours, theirs):
                     return f"the {part} of layer {index}"
         final = self.opened.logits(self.layers[-1].resid_post[:, last])
-        return None if _agree(final, self.logits[:, last]) else "the logits"
+        return None if agree(final, self.logits[:, last]) else "the logits"
 
     def after_attention(self, layer: int, attn_out: Rows, start: int) -> Changed:
         """What attention writes in patched runs from `start` on, taken through the block's MLP."""
@@ -226,6 +226,7 @@ class RecordedRun:
         return changed[[found[group] - 1 for group in groups]]
 
 
-def _agree(ours: Tensor, theirs: Tensor) -> bool:
+def agree(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two ways of computing an activation give the same, to rounding."""
     tolerance = torch.finfo(theirs.dtype).eps ** 0.7  # 1.4e-5 in float32, 1e-11 in float64
     return bool((ours - theirs).abs().max() <= tolerance * (1e-6 + theirs.abs().max()))

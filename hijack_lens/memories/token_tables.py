@@ -19,7 +19,9 @@ from hijack_lens.core.progress import progress
 from hijack_lens.core.tables import visible
 from hijack_lens.core.texts import n_outputs, outputs_are_tokens, spellings, texts_of
 from hijack_lens.hooks.edges import embeddings
+from hijack_lens.hooks.incremental_runs import open_for
 from hijack_lens.hooks.intervention import Intervention, keeping, record
+from hijack_lens.hooks.recorded_run import agree
 
 _MOST_CELLS = 2**27
 """The most numbers in a table: 1 GiB in float64."""
@@ -164,6 +166,9 @@ def replaced(tokens: Int[Tensor, "source"], query_tokens: Sequence[int]) -> Int[
 _ACTIVATIONS = 2**25
 """The most activations at once: 128 MiB in float32."""
 
+_TRIED = 8
+"""On how many tokens runs without attention are compared with the model's."""
+
 _CHECKED = 1000
 """How many logits `check_logits` compares."""
 
@@ -183,22 +188,49 @@ def context_free(
 ) -> Iterator[dict[str, Float[Tensor, "rows features"]]]:
     """Activations of each token's own run, in parts that fit into memory.
 
-    Each token is a prompt of its own. Attention outputs (with biases) and learned positions are set to zero.
+    Each token is a prompt of its own. Attention outputs (with biases) and learned positions are set to zero; of models
+    whose parts are known, attention is not run at all.
     """
-    n_layers = model.cfg.n_layers
-    off = [f"blocks.{layer}.hook_attn_out" for layer in range(n_layers if stop_at_layer is None else stop_at_layer)]
-    if "pos_embed" in embeddings(model):
-        off.append("hook_pos_embed")
-    found: dict[str, Tensor] = {}
-    edit = [(name, lambda activation, hook: torch.zeros_like(activation)) for name in off]
-    look = keeping(found, names)
+    n_blocks = model.cfg.n_layers if stop_at_layer is None else stop_at_layer
+    positions = [("hook_pos_embed", _zeroed)] if "pos_embed" in embeddings(model) else []
+    off = [*((f"blocks.{layer}.hook_attn_out", _zeroed) for layer in range(n_blocks)), *positions]
+    names = list(names)
+
+    def whole(rows: Int[Tensor, "rows"]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        with Intervention(model, edit=off, look=keeping(found, names)):
+            model(rows[:, None], stop_at_layer=stop_at_layer)
+        return {name: activation[:, -1] for name, activation in found.items()}
+
+    opened, _ = open_for(model, "auto")
+
+    def without_attention(rows: Int[Tensor, "rows"]) -> dict[str, Tensor]:
+        assert opened is not None
+        found: dict[str, Tensor] = {}
+        with Intervention(model, edit=positions):
+            x = model(rows[:, None], stop_at_layer=0)
+        with Intervention(model, look=keeping(found, [name for name in names if ".mlp." in name])):
+            for layer, block in enumerate(opened.blocks[:n_blocks]):
+                written = block.mlp_out(x, torch.zeros_like(x))
+                x = x + written
+                found |= {f"blocks.{layer}.hook_mlp_out": written, f"blocks.{layer}.hook_resid_post": x}
+        return {name: found[name].flatten(0, -2) for name in names}
+
+    run = whole
+    if opened is not None:
+        few = tokens[:_TRIED].to(model.cfg.device)
+        ours, theirs = without_attention(few), whole(few)
+        if all(agree(ours[name], theirs[name]) for name in names):
+            run = without_attention
     at_once = min(rows_at_once(model, 1), _ACTIVATIONS // (model.cfg.d_mlp or model.cfg.d_model))
     with progress(len(tokens), "token", "each token's own run") as advance:
         for rows in tokens.split(max(1, at_once)):
-            with Intervention(model, edit=edit, look=look):
-                model(rows[:, None].to(model.cfg.device), stop_at_layer=stop_at_layer)
-            yield {name: activation[:, -1] for name, activation in found.items()}
+            yield run(rows.to(model.cfg.device))
             advance(len(rows))
+
+
+def _zeroed(activation: Tensor, hook: Any) -> Tensor:
+    return torch.zeros_like(activation)
 
 
 def centred(table: Float[Tensor, "key value"]) -> Float[Tensor, "key value"]:
