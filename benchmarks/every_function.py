@@ -117,7 +117,7 @@ CALLS: dict[str, dict[str, Callable[[Any], object]]] = {
     "hooks.attribution_patch": {"": lambda model: hooks.attribution_patch(model, *PAIR, MARGIN)},
     "hooks.edge_attribution": {"all edges": lambda model: hooks.edge_attribution(model, *PAIR, MARGIN, "all")},
     "hooks.patch": {"": run_with(lambda model: hooks.patch(model, HEAD, CORRUPTED))},
-    "hooks.patch_path": {"": run_with(lambda model: hooks.patch_path(model, "L16H0", HEAD, "k", CORRUPTED))},
+    "hooks.patch_path": {"": run_with(lambda model: hooks.patch_path(model, "L16H0", HEAD, "q", CORRUPTED))},
     "hooks.patch_sweep": {
         "": lambda model: hooks.patch_sweep(model, *PAIR, MARGIN),
         "every head": lambda model: hooks.patch_sweep(model, *PAIR, MARGIN, "z"),

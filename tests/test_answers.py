@@ -155,7 +155,28 @@ def test_the_contexts_answer_is_exchanged_for_the_likeliest_other_words(unchecke
     assert swap.measured == pytest.approx(expected, abs=1e-9)
     share = attribute_sources(model, tokens, pair, context=[1, 2, 3]).by_source()["context"][2]
     assert swap.attributed == pytest.approx(float(share[0] - share[1]), abs=1e-9)
-    assert not any("exchanged" in check.what for check in hl.explain(model, tokens, 6, 1, context=[1, 3]).checks)
+    apart = hl.explain(model, tokens, 6, 1, context=[1, 3])
+    assert not any("in the context exchanged" in check.what for check in apart.checks)
+
+
+def test_the_querys_token_that_wrote_most_is_exchanged_for_what_else_is_likely_there(unchecked):
+    model, pair = plain(lambda: hooked("LN", n_layers=3)), [5, 1]
+    tokens = torch.tensor([0, 2, 6, 3, 4, 2, 3])
+    said = hl.explain(model, tokens, 5, 1, context=[1, 2])
+    shares = attribute_sources(model, tokens, pair, context=[1, 2]).by_token()
+    wrote = (shares[:, 0] - shares[:, 1]).tolist()
+    at = max(range(3, 6), key=lambda position: abs(wrote[position]))
+    ranked = model(tokens[None, :at])[0, -1].argsort(descending=True).tolist()
+    others = [token for token in ranked if token not in (*pair, int(tokens[at]))][:2]
+    changed = [torch.cat([tokens[:at], torch.tensor([other]), tokens[at + 1 :]]) for other in others]
+    (check,) = [check for check in said.checks if "in the query" in check.what]
+    assert check.what == f"'{int(tokens[at])}' in the query exchanged for '{others[0]}', '{others[1]}'"
+    assert check.attributed == pytest.approx(wrote[at], abs=1e-9)
+    lost = margin(model, tokens, pair) - sum(margin(model, one, pair) for one in changed) / 2
+    assert check.measured == pytest.approx(lost, abs=1e-9)
+    # A query of one token, the answer's position, has no other.
+    short = hl.explain(model, tokens, 5, 1, context=[1, 2, 3, 4, 5])
+    assert not any("in the query" in check.what for check in short.checks)
 
 
 def test_verdict_and_winner_say_what_the_margin_says():

@@ -244,7 +244,7 @@ def explain_answer(
         model,
         ids,
         attribution,
-        checks=(*asked.swapped(logits), *asked.cut()),
+        checks=(*asked.swapped(logits), *asked.subject(), *asked.cut()),
         doses=asked.doses(),
         names=(c, g),
         whole=asked.whole() if max(map(len, answers)) > 1 else {},
@@ -304,10 +304,28 @@ class _Asked:
                 row[span.start] = other
         where = torch.tensor([span.start for span in inside])
         shares = self.attribution.by_source()["context"][where].sum(0)
-        text = prompt_texts(self.model, torch.tensor(answer))[0]
-        texts = ", ".join(map(repr, prompt_texts(self.model, torch.tensor(others))))
+        return [self._exchanged(answer[0], "context", others, changed, shares)]
+
+    def subject(self) -> list[Check]:
+        """The query's token that wrote most, most often its subject, exchanged for what else is likely in its place."""
+        wrote = self.attribution.by_token()
+        last = len(self.ids) - 1
+        inside = [at for at in (self.attribution.parts == 2).nonzero()[:, 0].tolist() if 0 < at < last]
+        if not inside or not outputs_are_tokens(self.model):
+            return []
+        at = max(inside, key=lambda at: abs(float(wrote[at, 0] - wrote[at, 1])))
+        token = int(self.ids[at])
+        others = _others(self.model, widened(logits_of(self.model, self.ids[None, :at])[0, -1]), [token, *self.pair])
+        if not others:
+            return []
+        changed = self.ids.repeat(len(others), 1)
+        changed[:, at] = torch.tensor(others)
+        return [self._exchanged(token, "query", others, changed, wrote[at])]
+
+    def _exchanged(self, token: int, part: str, others: list[int], changed: Tensor, shares: Tensor) -> Check:
+        text, *texts = map(repr, prompt_texts(self.model, torch.tensor([token, *others])))
         lost = self.total - float(self._margins(changed).mean())
-        return [Check(f"{text!r} in the context exchanged for {texts}", float(shares[0] - shares[1]), lost)]
+        return Check(f"{text} in the {part} exchanged for {', '.join(texts)}", float(shares[0] - shares[1]), lost)
 
     def cut(self) -> list[Check]:
         """The answer's position kept from attending to the context: all heads at once, and the one that brings most."""
