@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
 from hijack_lens import hooks
-from hijack_lens.circuits.bigram_memory import moved, told
+from hijack_lens.circuits.bigram_memory import moved, ratio_of_means, told
 from hijack_lens.circuits.evidence import MIN_ATTENTION
 from hijack_lens.circuits.heads import ablation_effects, draw_repeats, head_scores
 from hijack_lens.core.statistics import chance
@@ -240,6 +240,39 @@ def test_what_predictions_tell_is_mutual_information_and_never_more_for_other_pr
     same = p[:1].expand(6, -1)
     assert told(p, same) == pytest.approx(0, abs=1e-12)
     assert moved(p, p + 3 + p[:1] - torch.arange(6.0)[:, None]) == pytest.approx(0, abs=1e-12)
+
+
+def test_intervals_of_shares_hold_what_all_tokens_would_give():
+    generator = torch.Generator().manual_seed(1)
+    whole = torch.rand(4000, generator=generator, dtype=torch.float64) + 0.1
+    part = whole * (0.4 + 0.3 * torch.randn(4000, generator=generator, dtype=torch.float64))
+    held = []
+    for _ in range(1000):
+        drawn = torch.randint(4000, (32,), generator=generator)
+        ratio, error = ratio_of_means(part[drawn], whole[drawn])
+        held.append(abs(ratio - float(part.mean() / whole.mean())) < error)
+    assert 0.92 < sum(held) / 1000 < 0.98
+
+
+def test_verdicts_give_a_shares_interval_and_say_which_mlps_are_undecided(found):
+    evidence = found[1].evidence
+    share, error = (values.clone() for values in (evidence.bigram.share, evidence.bigram.error))
+    assert bool((error[3] >= 0) & (error[3] < 0.2))
+    share[2:], error[2:] = torch.tensor([0.12, 0.63]), torch.tensor([0.05, 0.2])
+    said = replace(evidence, bigram=replace(evidence.bigram, share=share, error=error)).verdict("bigram")
+    assert said.startswith("bigram memory: L3MLP (63% ± 20% of the context-free prediction)")
+    assert "undecided: " in said
+    assert "L2MLP (12% ± 5%; 10% needed)" in said.split("undecided: ")[1]
+
+
+def test_verdicts_say_why_a_head_that_looks_there_was_not_named(found):
+    evidence = found[1].evidence
+    heads = evidence.induction
+    loud = replace(heads, lost=heads.lost.clone(), regained=heads.regained.clone(), error=heads.error.clone())
+    loud.lost[2, 0], loud.regained[2, 0], loud.error[2, 0] = 0.0, 0.0, 0.001
+    said = replace(evidence, induction=loud).verdict("induction")
+    assert f"; not L2H0 (attention {float(heads.score[2, 0]):.2f}; 0% of the in-context gain lost without it" in said
+    assert "; not " not in evidence.verdict("induction")
 
 
 def test_chance_is_exceeded_once_in_a_hundred_and_does_not_grow_with_what_is_there():

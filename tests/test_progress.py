@@ -29,7 +29,7 @@ def test_a_long_call_says_how_long_it_will_take(name, caplog, monkeypatch):
         CALLS[name](hooked("LN"))
     (said,) = [record.getMessage() for record in caplog.records]
     count = int(said.split(": ")[1].split()[0])
-    assert said.startswith(f"{name} will take about {length(count)}: {count} ")
+    assert said.startswith(f"{name} will take about {length(count)} at this pace: {count} ")
     caplog.clear()
     CALLS[name](hooked("LN"))
     assert not caplog.records

@@ -52,15 +52,16 @@ def bigram_evidence(
     means = contexts.means([*mlps.values(), *heads])
 
     intact = contexts.predict({})
-    information = told(intact, intact)
+    by_token = told_by_token(intact, intact)
+    information = float(by_token.mean())
     off = {name: _constant(mean) for name, mean in means.items()}
     direct = contexts.predict(off)
-    share, effect, null = (torch.full((n_layers,), torch.nan, dtype=torch.float64) for _ in range(3))
+    share, error, effect, null = (torch.full((n_layers,), torch.nan, dtype=torch.float64) for _ in range(4))
     draws = torch.zeros(n_layers, dtype=torch.long)
     for layer, name in mlps.items():
         without = contexts.without(layer, means[name])
-        lost = 1 - told(intact, without) / information if information > 0 else 0.0
-        share[layer] = min(max(lost, 0.0), 1.0)
+        lost = by_token - told_by_token(intact, without)
+        share[layer], error[layer] = ratio_of_means(lost, by_token) if information > 0 else (0.0, 0.0)
         if information >= MIN_INFORMATION and share[layer] >= MIN_SHARE:
             effect[layer] = moved(intact, without)
             drawn: list[float] = []
@@ -70,7 +71,7 @@ def bigram_evidence(
                     break
             null[layer], draws[layer] = max(drawn), len(drawn)
     left = told(intact, direct) / information if information > 0 else 0.0
-    return MLPEvidence(information, share, min(max(left, 0.0), 1.0), effect, null, draws)
+    return MLPEvidence(information, share, error, min(max(left, 0.0), 1.0), effect, null, draws)
 
 
 def _settled(effect: float, drawn: list[float]) -> bool:
@@ -85,13 +86,23 @@ def _settled(effect: float, drawn: list[float]) -> bool:
     return math.log(effect) > statistics.mean(logs) + reach * statistics.stdev(logs)
 
 
-def told(p: Float[Tensor, "token d_vocab"], q: Float[Tensor, "token d_vocab"]) -> float:
-    """What predictions q tell about the current token, in nats, if the truth is p; both are log-probabilities.
+def ratio_of_means(part: Float[Tensor, "token"], whole: Float[Tensor, "token"]) -> tuple[float, float]:
+    """The ratio of two means over the tokens drawn, from 0 to 1; and half its 95% interval (Student's, to first order
+    in the means)."""
+    ratio, count = float(part.mean() / whole.mean()), len(part)
+    spread = float((part - ratio * whole).std() / whole.mean())
+    return min(max(ratio, 0.0), 1.0), student_quantile(count - 1) * spread / math.sqrt(count)
 
-    At most told(p, p), since KL divergence is convex.
-    """
+
+def told_by_token(p: Float[Tensor, "token d_vocab"], q: Float[Tensor, "token d_vocab"]) -> Float[Tensor, "token"]:
+    """What predictions q tell about each token, in nats, if the truth is p; both are log-probabilities."""
     mean = q.logsumexp(0) - math.log(len(q))
-    return float((p.exp() * (q - mean)).sum(-1).mean())
+    return (p.exp() * (q - mean)).sum(-1)
+
+
+def told(p: Float[Tensor, "token d_vocab"], q: Float[Tensor, "token d_vocab"]) -> float:
+    """What they tell about the current token: at most told(p, p), since KL divergence is convex."""
+    return float(told_by_token(p, q).mean())
 
 
 def moved(p: Float[Tensor, "token d_vocab"], q: Float[Tensor, "token d_vocab"]) -> float:

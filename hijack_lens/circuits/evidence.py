@@ -85,6 +85,7 @@ class MLPEvidence:
         share: the part of the information that is lost once the MLP's output no longer depends on the token. Clipped
             to [0, 1] (if more is lost, Q is worse than no prediction). NaN: there is no MLP. Shares need not add up
             to 1: MLPs in series each carry what passes through all of them.
+        error: half the 95% interval of the share (Student's, over the tokens drawn).
         direct_share: the part that is left when no head's or MLP's output depends on the token: what goes directly
             from the embedding to the unembedding; from 0 to 1.
         effect: root mean square, in logits, of how the MLP's output changes the log-probabilities, without changes that
@@ -98,10 +99,17 @@ class MLPEvidence:
 
     information: float
     share: Float[Tensor, "layer"]
+    error: Float[Tensor, "layer"]
     direct_share: float
     effect: Float[Tensor, "layer"]
     null: Float[Tensor, "layer"]
     draws: Int[Tensor, "layer"]
+
+    @property
+    def undecided(self) -> list[Component]:
+        """MLPs whose share is not clearly above or below what it must exceed: other tokens may differ."""
+        near = (self.share - MIN_SHARE).abs() < self.error
+        return [Component(layer, "mlp") for layer in near.nonzero()[:, 0].tolist()]
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,7 +175,11 @@ class CircuitEvidence(Drawn):
             said = f"{ROLE_NAMES[role]}: {', '.join(f'{part} ({self._why(role, part)})' for part in named)}"
         else:
             said = f"no {ROLE_NAMES[role]}: {self._why_no_mlp() if role == 'bigram' else self._why_no_head(role)}"
-        unsure = [] if role == "bigram" else [self._interval(role, part) for part in getattr(self, role).undecided]
+        undecided = getattr(self, role).undecided
+        if named and role != "bigram":
+            left = [part for part in getattr(self, role).candidates if part not in (*named, *undecided)]
+            said += f"; not {', '.join(f'{part} ({self._why(role, part)})' for part in left)}" if left else ""
+        unsure = [self._interval(role, part) for part in undecided]
         return f"{said}; undecided: {', '.join(unsure)}" if unsure else said
 
     @property
@@ -220,13 +232,19 @@ class CircuitEvidence(Drawn):
 
     def _why(self, role: str, part: Component) -> str:
         if role == "bigram":
-            return f"{float(self.bigram.share[part.layer]):.0%} of the context-free prediction"
+            return f"{self._share(part)} of the context-free prediction"
         heads, at = getattr(self, role), (part.layer, part.head)
         lost, regained = (float(values[at]) / self.gain for values in (heads.lost, heads.regained))
         back = f", {regained:.0%} back with it alone" if len(heads.candidates) > 1 else ""
         return f"attention {float(heads.score[at]):.2f}; {lost:.0%} of the in-context gain lost without it{back}"
 
+    def _share(self, mlp: Component) -> str:
+        share, error = (float(values[mlp.layer]) for values in (self.bigram.share, self.bigram.error))
+        return f"{share:.0%} ± {error:.0%}" if error >= 0.005 else f"{share:.0%}"
+
     def _interval(self, role: str, part: Component) -> str:
+        if role == "bigram":
+            return f"{part} ({self._share(part)}; {MIN_SHARE:.0%} needed)"
         heads, at = getattr(self, role), (part.layer, part.head)
         effect, error = max(float(heads.lost[at]), float(heads.regained[at])), float(heads.error[at])
         return f"{part} ({effect:.2f} ± {error:.2f} nats; null {heads.effect_null:.2f})"

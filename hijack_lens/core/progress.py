@@ -32,7 +32,9 @@ def progress(total: int, unit: str, desc: str) -> Iterator[Callable[[int], None]
                 silent = False
                 rest = taken * (total - seen) / seen
                 if rest > _LONG:
-                    _log.warning("%s will take about %s: %s %ss", desc, _shown(taken + rest), f"{total:,}", unit)
+                    _log.warning(
+                        "%s will take about %s at this pace: %s %ss", desc, _shown(taken + rest), f"{total:,}", unit
+                    )
 
         yield advance
 
