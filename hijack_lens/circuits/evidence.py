@@ -136,7 +136,7 @@ class CircuitEvidence(Drawn):
         >>> print(evidence.verdicts)
         previous-token head: L0H0 (attention 1.00; 93% of the in-context gain lost without it)
         induction head: L1H0 (attention 0.89; 99% of the in-context gain lost without it)
-        bigram memory: L1MLP (100% of the context-free prediction)
+        bigram memory: L1MLP (100% ± 6% of the context-free prediction)
         >>> evidence.by_effect
         ()
     """

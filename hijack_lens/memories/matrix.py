@@ -175,7 +175,8 @@ def memory_matrix(
     )
     if len(rows) * len(columns) > _MOST_CELLS:
         raise ValueError(
-            f"key_tokens and value_tokens must be fewer: {len(rows)} by {len(columns)} cells are over {_MOST_CELLS:,}"
+            f"key_tokens and value_tokens must be fewer: {len(rows)} by {len(columns)} cells are over {_MOST_CELLS:,}; "
+            "give some, such as a prompt's"
         )
     if isinstance(language, str):
         check_choice("language", language, ("model",))
