@@ -186,10 +186,11 @@ def _picture(curves: pd.DataFrame, by_kind: pd.DataFrame) -> Picture:
     for place, (kind, own, other, _, asked) in enumerate(bars):
         for x, column, colour in ((place - 0.2, own, "#999999"), (place + 0.2, other, _LINES[kind][0])):
             values = by_kind.loc[kind, column]
-            right.bar(x, values.mean(), width=0.36, color=colour, alpha=0.4)
+            found = over_seeds(values)
+            experiment.bars(right, [x], [found], 0.36, color=colour, alpha=0.4)
             right.plot([x] * len(values), values, "o", color="black", markersize=4)
-            # Above the dots where these are low, else well below them.
-            text, above = asked if column == other else "as trained", values.max() + 0.05
+            # Above the dots and the interval where these are low, else well below them.
+            text, above = asked if column == other else "as trained", max(values.max(), found.high) + 0.05
             right.annotate(
                 text, (x, above if above < 0.5 else 0.05), rotation=90, ha="center", va="bottom", fontsize=11
             )

@@ -297,14 +297,16 @@ def _picture(written: pd.DataFrame, own: pd.DataFrame, settings: Settings) -> Pi
     }
     for n_layers, colour, shift in ((3, blue, -0.19), (2, grey, 0.19)):
         part = own[own["n_layers"] == n_layers]
-        for place, column in enumerate(bars.values()):
-            label = f"{n_layers} layers" if place == 0 else None
-            right.bar(place + shift, part[column].mean(), 0.36, color=colour, alpha=0.75, label=label)
-            right.plot([place + shift] * len(part), part[column], "o", color="black", markersize=3)
+        at = [place + shift for place in range(len(bars))]
+        found = [over_seeds(part[column]) for column in bars.values()]
+        experiment.bars(right, at, found, 0.36, color=colour, alpha=0.75, label=f"{n_layers} layers")
+        for place, column in zip(at, bars.values(), strict=True):
+            right.plot([place] * len(part), part[column], "o", color="black", markersize=3)
     right.hlines([SHARE] * 2, [0.6, 2.6], [1.4, 3.4], "black", "--", linewidth=1, label="three layers lose at least")
     right.set(title="trained: best head of each role, a dot per seed", axisbelow=True)
     right.set_ylabel("attention, or fraction of the in-context gain")
-    right.legend(frameon=False, loc="upper left")
+    right.set_ylim(top=1.2)
+    right.legend(frameon=False, loc="upper left", ncols=3)
     left.set_axisbelow(True)
     experiment.finish((left, right))
     right.set_xticks(range(len(bars)), list(bars), fontsize=9)
