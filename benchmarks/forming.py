@@ -127,9 +127,10 @@ def trained(
     level="char",
     recipe=None,
     seed=0,
+    language_seed=99,
 ):
     if text is None:
-        language = hl.BigramLanguage.dirichlet(d_vocab, concentration, seed=99)
+        language = hl.BigramLanguage.dirichlet(d_vocab, concentration, seed=language_seed)
     else:
         max_vocab = 500 if level == "word" else None
         language = hl.BigramLanguage.from_text(text_of(text), level=level, max_vocab=max_vocab)
@@ -138,10 +139,12 @@ def trained(
     else:
         model = hl.trainable_transformer(language, positions, seed=seed, n_ctx=length)
     options = {None: {}, "counted": COUNTED, "public": PUBLIC}[recipe]
-    config = hl.TrainConfig(triggers, length, seed, n_triggers=n_triggers, eval_lengths=(1,), **options)
-    started = time.perf_counter()
+    config = hl.TrainConfig(
+        triggers, length, seed, n_triggers=n_triggers, eval_sequences=2**13 // length, eval_lengths=(1,), **options
+    )
+    started, before = time.perf_counter(), time.process_time()
     run = hl.train(model, language, config)
-    total = time.perf_counter() - started
+    total, of_cpu = time.perf_counter() - started, time.process_time() - before
     formed = run.formed
     accuracy = run.probe("formed_accuracy" if recipe is None else "in_context_accuracy")
     seconds = run.table.drop_duplicates("step").set_index("step")["seconds"]
@@ -159,17 +162,18 @@ def trained(
         "forming_steps": run.forming_steps,
         "steps": run.step,
         "seconds": round(total, 1),
+        "cpu_seconds": round(of_cpu, 1),
         "cause": formed.cause,
     }
 
 
-def draw(rows):
-    """Where each memory ended, row by row."""
+def draw(rows, orange, file):
+    """Where each memory ended, row by row; the names for which `orange` holds stand out."""
     first = "V 50, Dirichlet .3, 5 frequent, length 128, relative: seed"
     names = [name.replace(first, "V 50, Dirichlet .3, seed") for name in rows]
     picture, places = Picture(10.0, 0.22 * len(rows) + 1.2), range(len(rows))
     left, right = picture.figure.subplots(1, 2, sharey=True)
-    colours = [ORANGE if "recipe" in name else BLUE for name in names]
+    colours = [ORANGE if orange(name) else BLUE for name in rows]
     keys = ("in_context_accuracy", "best_possible", "without_order", "bigram_excess_nats")
     column = {key: [row[key] for row in rows.values()] for key in keys}
     left.scatter(column["in_context_accuracy"], places, c=colours, s=22, zorder=3, label="reached")
@@ -187,13 +191,16 @@ def draw(rows):
     for ax in (left, right):
         ax.grid(axis="y", linewidth=0.3)
         frameless(ax)
-    picture.save(Path(__file__).parents[1] / "docs" / "forming.png")
+    picture.save(Path(__file__).parents[1] / "docs" / file)
 
 
-stored = RESULTS / "forming.json"
-rows = json.loads(stored.read_text())["rows"] if stored.exists() else {}
-for name in sys.argv[1:] or ROWS:
-    if name not in rows or sys.argv[1:]:
-        rows[name] = trained(**ROWS[name])
-        write("forming", {"languages": "dirichlet, seed 99", "rows": {row: rows[row] for row in ROWS if row in rows}})
-draw(rows)
+if __name__ == "__main__":
+    stored = RESULTS / "forming.json"
+    rows = json.loads(stored.read_text())["rows"] if stored.exists() else {}
+    for name in sys.argv[1:] or ROWS:
+        if name not in rows or sys.argv[1:]:
+            rows[name] = trained(**ROWS[name])
+            write(
+                "forming", {"languages": "dirichlet, seed 99", "rows": {row: rows[row] for row in ROWS if row in rows}}
+            )
+    draw(rows, lambda name: "recipe" in name, "forming.png")
