@@ -199,5 +199,5 @@ def _picture(curves: pd.DataFrame, by_kind: pd.DataFrame) -> Picture:
         ax.set_ylim(0, 1.04)
         ax.grid(alpha=0.3, axis="y")
     experiment.finish((left, right), grid=False, title=14, label=13)
-    right.set_xticks(range(len(bars)), [label for *_, label, _ in bars], fontsize=11)
+    right.set_xticks(range(len(bars)), [label for *_, label, _ in bars], fontsize=10)
     return picture
