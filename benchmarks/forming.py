@@ -19,6 +19,7 @@ from common import RESULTS, write
 
 import hijack_lens as hl
 from hijack_lens.show.style import BLUE, ORANGE, Picture, frameless
+from hijack_lens.training.forward import PlainForward
 
 SEEDS = 10  # of the language on which counted steps at a rate of 1e-2 fail
 
@@ -59,8 +60,11 @@ ROWS = {
             "English, characters": {"text": "English", "level": "char"},
         }.items()
     },
+    "long recipe: 5 random": {"triggers": "random", "recipe": "long"},
+    "long recipe: V 20, 5 random": {"d_vocab": 20, "triggers": "random", "recipe": "long"},
 }
-"""The counted recipe is 300 steps at a rate of 1e-2; the public one is that of the code of Bietti et al. 2023."""
+"""The counted recipe is 300 steps at a rate of 1e-2; the public one is that of the code of Bietti et al. 2023; the long
+one finishes with ten times as many steps as the default."""
 
 
 def text_of(kind):
@@ -105,6 +109,7 @@ def public_model(language, seed, length):
 
 
 COUNTED = {"steps": 300, "lr": 1e-2}
+LONG = {"finish_steps": 4000, "evaluate_every": 100}
 PUBLIC = {
     "steps": 1000,
     "loss": "predictable",
@@ -138,7 +143,7 @@ def trained(
         model = public_model(language, seed, length)
     else:
         model = hl.trainable_transformer(language, positions, seed=seed, n_ctx=length)
-    options = {None: {}, "counted": COUNTED, "public": PUBLIC}[recipe]
+    options = {None: {}, "counted": COUNTED, "public": PUBLIC, "long": LONG}[recipe]
     config = hl.TrainConfig(
         triggers, length, seed, n_triggers=n_triggers, eval_sequences=2**13 // length, eval_lengths=(1,), **options
     )
@@ -146,8 +151,12 @@ def trained(
     run = hl.train(model, language, config)
     total, of_cpu = time.perf_counter() - started, time.process_time() - before
     formed = run.formed
-    accuracy = run.probe("formed_accuracy" if recipe is None else "in_context_accuracy")
+    accuracy = run.probe("formed_accuracy" if recipe in (None, "long") else "in_context_accuracy")
     seconds = run.table.drop_duplicates("step").set_index("step")["seconds"]
+    fresh = language.sample(2**16 // length, length, triggers, n_triggers=n_triggers, seed=2**40 + seed).tokens
+    with torch.no_grad():
+        logits = PlainForward(model)(fresh)[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), fresh[:, 1:].flatten())
     reached = accuracy[accuracy >= 0.97 * formed.best].index
     return {
         "formed": bool(formed),
@@ -155,6 +164,7 @@ def trained(
         "best_possible": round(formed.best, 4),
         "without_order": round(formed.shortcut, 4),
         "nats_lost_without_previous_token_head": round(formed.order, 3),
+        "loss_nats": round(float(loss), 4),
         "bigram_excess_nats": round(formed.excess, 4),
         "steps_to_0.97_of_best": int(reached[0]) if len(reached) else None,
         "seconds_to_0.97_of_best": round(float(seconds[reached[0]]), 1) if len(reached) else None,
