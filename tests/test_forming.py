@@ -58,6 +58,8 @@ def test_it_forms_and_then_finishes(formed):
     accuracy = formed.probe("in_context_accuracy")
     assert formed.forming_steps < 600
     assert formed.forming_steps % 20 == 0
+    looks = [step for step in range(formed.step) if step % (20 if step <= formed.forming_steps else 100) == 0]
+    assert list(accuracy.index) == [*looks, formed.step]
     assert formed.step == formed.forming_steps + 100
     assert formed.finished
     assert accuracy.iloc[-1] > 0.95

@@ -46,7 +46,7 @@ class TrainConfig:
         momentum: SGD's.
         betas: AdamW's.
         weight_decay: for either optimizer.
-        evaluate_every: steps between probes.
+        evaluate_every: steps between probes; while finishing, five times as many.
         eval_sequences: how many held-out sequences the probes see, at each length.
         eval_lengths: the lengths of these, as multiples of `length`; those beyond the model's n_ctx are left out.
         checkpoint_every: steps between checkpoints.

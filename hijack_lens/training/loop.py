@@ -91,7 +91,7 @@ class _BigramCourse:
         probed: HeldOut,
     ):
         self.model, self.language, self.config, self.folder, self.probed = model, language, config, folder, probed
-        self.evaluate_every, self.checkpoint_every = config.evaluate_every, config.checkpoint_every
+        self.checkpoint_every = config.checkpoint_every
         self.optimizer = _optimizer(model, config)
         model.formed = None
         self.resumed_at, self.rows, self.forming_steps = _resume(model, language, config, self.optimizer, folder)
@@ -110,6 +110,11 @@ class _BigramCourse:
         self.judge = Judge(model, language, config)
         self.loss: Tensor | None = None
         self.enough = False  # for forming to end
+
+    @property
+    def evaluate_every(self) -> int:
+        # A look takes as long as several steps, and while finishing nothing hangs on it.
+        return self.config.evaluate_every * (5 if self.phase.name == "finishing" else 1)
 
     @property
     def end(self) -> int:
