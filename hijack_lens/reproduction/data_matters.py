@@ -100,6 +100,7 @@ def _measured(settings: Settings, run: TrainingRun, recipe: Recipe) -> dict[str,
         "uniform": run.probe(_ACCURACY, continuations="uniform").iloc[-1],
         "bigram": run.probe(_ACCURACY, continuations="bigram").iloc[-1],
         "other_triggers": behaviour(run.model, unseen)[_ACCURACY],
+        "without_order": experiment.without_order(recipe),
     }
 
 
@@ -108,6 +109,10 @@ def _findings(by_kind: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
     own, others = by_kind["own"], by_kind["other_triggers"]
     took = {kind: f"{over_seeds(steps[kind]):.0f}" for kind in _LINES}
     fewer, rare, random = (over_seeds(steps[kind] - steps[_BASE]) for kind in (_FEW, _RARE, _RANDOM))
+    guessed = {
+        kind: f"guessing without order: {over_seeds(by_kind.loc[kind, 'without_order']):.2f}"
+        for kind in (_BASE, _BIGRAM)
+    }
     dropped = over_seeds(bigram[_BIGRAM] - uniform[_BIGRAM])
     ratio = over_seeds(steps[_BASE] / steps[_BIGRAM])
     lost, behind = (over_seeds(better - others[_BASE]) for better in (own[_BASE], others[_RANDOM]))
@@ -134,15 +139,15 @@ def _findings(by_kind: pd.DataFrame, settings: Settings) -> tuple[Finding, ...]:
         Finding.judged(
             f"trained on bigram-drawn continuations; {setting}",
             f"in-context accuracy is at least {LEARNED} on bigram-drawn ones at every seed, and lower on uniform ones",
-            f"at least {bigram[_BIGRAM].min():.2f}; {over_seeds(uniform[_BIGRAM]):.2f} on uniform ones, lower by "
-            f"{dropped:.2f}",
+            f"at least {bigram[_BIGRAM].min():.2f} ({guessed[_BIGRAM]}); "
+            f"{over_seeds(uniform[_BIGRAM]):.2f} on uniform ones, lower by {dropped:.2f}",
             bool(bigram[_BIGRAM].min() >= LEARNED),
             dropped.above(0.0),
         ),
         Finding(
             f"trained on uniform continuations; {setting}",
             f"in-context accuracy is at least {LEARNED} on uniform and on bigram-drawn ones, at every seed",
-            f"at least {uniform[_BASE].min():.2f} and {bigram[_BASE].min():.2f}",
+            f"at least {uniform[_BASE].min():.2f} and {bigram[_BASE].min():.2f} ({guessed[_BASE]})",
             bool(min(uniform[_BASE].min(), bigram[_BASE].min()) >= LEARNED),
         ),
         Finding.judged(

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from hijack_lens import theory
 from hijack_lens.core.circuit import Strengths
-from hijack_lens.language import BigramLanguage, HijackPrompt, hijack_prompt
+from hijack_lens.language import BigramLanguage, HijackPrompt, hijack_prompt, shortcut_accuracy
 from hijack_lens.models import BigramTransformer, trainable_transformer
 from hijack_lens.reproduction.findings import Estimate
 from hijack_lens.show.style import frameless
@@ -189,6 +189,20 @@ def replicates(
     """Each seed and its run of the recipe, with a progress bar."""
     for seed in tqdm(seeds, desc=desc, disable=None, unit="seed"):
         yield seed, train(replace(recipe, seed=seed))
+
+
+def without_order(recipe: Recipe) -> float:
+    """In-context accuracy without a circuit, on sequences like the recipe's: of guessing what has come up too often."""
+    config = recipe.config
+    sequences = recipe.language.sample(
+        256,
+        config.length,
+        config.triggers,
+        n_triggers=config.n_triggers,
+        continuations=config.continuations,
+        seed=1_000_000 + recipe.seed,
+    )
+    return shortcut_accuracy(recipe.language, sequences)
 
 
 def conflicts_by_trigger(

@@ -52,12 +52,18 @@ def learning_order(settings: Settings = Settings(), train: Train = trained) -> R
         for seed, run in experiment.replicates(train, replace(recipe, n_layers=n_layers), settings.seeds)
     )
     table = pd.DataFrame(
-        {"layers": n_layers, "seed": seed, **_summary(curve)}
+        {
+            "layers": n_layers,
+            "seed": seed,
+            **_summary(curve),
+            "without_order": experiment.without_order(replace(recipe, seed=seed)),
+        }
         for (n_layers, seed), curve in curves.groupby(["layers", "seed"], sort=False)
     )
     two, one = table[table["layers"] == 2], table[table["layers"] == 1]
     later = two["steps_to_in_context"] - two["steps_to_bigrams"]
     before, after = two["accuracy_once_bigrams_are_learned"], two["final_accuracy"]
+    guessed = f"guessing without order would reach {over_seeds(two['without_order']):.2f}"
     n = len(settings.seeds)
     setting = f"{n} models, {settings.d_vocab} tokens, {settings.triggers} triggers, {settings.steps} steps"
     findings = (
@@ -75,7 +81,8 @@ def learning_order(settings: Settings = Settings(), train: Train = trained) -> R
             f"two layers: {setting}",
             f"in-context accuracy is below {LEARNED} once the bigrams are learned, and at least that in the end, "
             "at every seed",
-            f"from at most {before.max():.2f} to at least {after.min():.2f}; gained {over_seeds(after - before):.2f}",
+            f"from at most {before.max():.2f} to at least {after.min():.2f}; gained {over_seeds(after - before):.2f}; "
+            f"{guessed}",
             bool(before.max() < LEARNED <= after.min()),
         ),
         Finding(
@@ -83,7 +90,7 @@ def learning_order(settings: Settings = Settings(), train: Train = trained) -> R
             f"the bigrams are {LEARNED:.0%} learned, yet in-context accuracy stays below {ONE_LAYER_FAILS}, "
             "at every seed",
             f"bigrams {one['final_bigrams_learned'].min():.0%} learned or more; highest accuracy "
-            f"{over_seeds(one['highest_accuracy']):.2f}, at most {one['highest_accuracy'].max():.2f}",
+            f"{over_seeds(one['highest_accuracy']):.2f}, at most {one['highest_accuracy'].max():.2f}; {guessed}",
             bool(one["final_bigrams_learned"].min() >= LEARNED and one["highest_accuracy"].max() < ONE_LAYER_FAILS),
         ),
     )
