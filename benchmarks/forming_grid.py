@@ -82,7 +82,7 @@ def summary(rows, population):
             "drawn": drawn,
             "met": met,
             "share_at_least": round(1 - most_in_population(drawn - met, drawn, every) / every, 3),
-            "unannounced": int((~of_kind["formed"] & (of_kind["cause"] == "")).sum()),
+            "said_not_formed": int((~of_kind["formed"]).sum()),
             "cpu_seconds_at_most": of_kind["cpu_seconds"].max(),
         }
     return found
