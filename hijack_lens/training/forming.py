@@ -26,7 +26,6 @@ class Phase:
         triggers: as in `BigramLanguage.sample`.
         n_triggers: likewise.
         jump: likewise.
-        token_lr: the rate of all but attention and positions, as a multiple of theirs.
         config: the training's.
     """
 
@@ -38,7 +37,6 @@ class Phase:
     triggers: Token | Sequence[Token]
     n_triggers: int | None
     jump: float
-    token_lr: float
     config: TrainConfig
 
     @property
@@ -73,11 +71,10 @@ def phase_at(config: TrainConfig, language: BigramLanguage, positions: str, form
     """
     triggers, n_triggers, length = config.triggers, config.n_triggers, config.length
     if isinstance(config.steps, int):
-        return Phase("train", 0, config.steps, length, config.batch_size, triggers, n_triggers, 0.0, 1.0, config)
-    boost, token_lr = config.boost or 0.0, 1.0
+        return Phase("train", 0, config.steps, length, config.batch_size, triggers, n_triggers, 0.0, config)
+    boost = config.boost or 0.0
     if forming_steps is not None:
         name, start, end = "finishing", forming_steps, forming_steps + config.finishing(language.d_vocab)
-        token_lr = min(max(language.d_vocab / 50, 1.0), 3.0) if config.token_lr is None else config.token_lr
         # Where triggers come by too seldom, the circuit fades. What is jumped to is not learned, so that the optimum is
         # the natural one; but drawn triggers are guessed by how often they come, which must be natural then.
         boost = 0.0 if config.random_triggers else min(boost, KEPT)
@@ -99,8 +96,9 @@ def phase_at(config: TrainConfig, language: BigramLanguage, positions: str, form
         share = float(sequences.predictable.double().mean())
         # Jumps from what is no trigger raise the share from p to (p + jump) / (1 + jump).
         jump = min(max(0.0, (boost - share) / (1 - boost)), 1.0)
-    batch_size = math.ceil(config.tokens_per_step / length)
-    return Phase(name, start, end, length, batch_size, triggers, n_triggers, jump, token_lr, config)
+    return Phase(
+        name, start, end, length, math.ceil(config.tokens_per_step / length), triggers, n_triggers, jump, config
+    )
 
 
 def last_step(config: TrainConfig, d_vocab: int, forming_steps: int | None) -> int:

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,8 @@ class _BigramCourse:
     ):
         self.model, self.language, self.config, self.folder, self.probed = model, language, config, folder, probed
         self.checkpoint_every = config.checkpoint_every
-        self.optimizer = _optimizer(model, config)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = _optimizer(parameters, config)
         model.formed = None
         self.resumed_at, self.rows, self.forming_steps = _resume(model, language, config, self.optimizer, folder)
         model.strengths = None  # training is about to change them
@@ -127,7 +127,7 @@ class _BigramCourse:
             self.sequences = phase.sequences(self.language, block)
         part = slice(index * phase.batch_size, (index + 1) * phase.batch_size)
         for group in self.optimizer.param_groups:
-            group["lr"] = phase.lr_at(step) * (1.0 if group["attends"] else phase.token_lr)
+            group["lr"] = phase.lr_at(step)
         tokens = self.sequences.tokens[part].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             logits = self.forward(tokens)[:, :-1]
@@ -194,13 +194,7 @@ def _check(model: BigramTransformer, language: BigramLanguage, config: TrainConf
         raise ValueError("model has no parameter left to train: all are frozen")
 
 
-def _optimizer(model: BigramTransformer, config: TrainConfig) -> torch.optim.Optimizer:
-    """An optimizer of what is not frozen, in the model's order, in groups that say whether they make attention."""
-    learned = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    parameters = [
-        {"params": [parameter for _, parameter in group], "attends": attends}
-        for attends, group in groupby(learned, lambda one: ".attn." in one[0] or one[0].endswith("W_pos"))
-    ]
+def _optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW(
             parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
