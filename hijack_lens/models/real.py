@@ -31,7 +31,8 @@ class RealTransformer(HookedTransformer):
     """A HookedTransformer that also reads vectors: `inputs @ W_E` at `hook_embed`, positions at `hook_pos_embed`.
 
     Weights are drawn from N(0, 1/fan_in), biases are 0. It has no tokenizer. What of this library takes prompts takes
-    token ids; `reading` makes ids of vectors.
+    token ids; `reading` makes ids of vectors. A module put in the place of `front`, which passes vectors on, is what
+    they go through before the embedding; call `setup()` after, if it has hook points.
 
     Args:
         d_in: numbers per position; for token ids, how many tokens there are.
@@ -111,6 +112,7 @@ class RealTransformer(HookedTransformer):
             warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
             super().__init__(cfg)
         self.positions = positions
+        self.front = torch.nn.Identity()
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 leaf = name.rsplit(".", 1)[-1]
@@ -135,7 +137,7 @@ class RealTransformer(HookedTransformer):
         if any(value is not None for value in (*args[2:], kwargs.get("attention_mask"), kwargs.get("past_kv_cache"))):
             raise ValueError("input must be token ids with an attention mask or a key-value cache, got vectors")
         places = torch.zeros(vectors.shape[:2], dtype=torch.long, device=vectors.device)  # only their shape is read
-        residual, rest = self.get_residual(self.hook_embed(vectors @ self.W_E), 0, tokens=places)
+        residual, rest = self.get_residual(self.hook_embed(self.front(vectors) @ self.W_E), 0, tokens=places)
         return residual, None, rest, None
 
     def reading(self, inputs: Inputs) -> tuple["RealTransformer", Int[Tensor, "prompt pos"]]:
@@ -160,8 +162,9 @@ class RealTransformer(HookedTransformer):
         model.cfg.d_vocab = ids.numel()
         model._modules = dict(self._modules)
         model._parameters, model._buffers = dict(self._parameters), dict(self._buffers)
-        model.embed = type(self.embed)(model.cfg)
-        model.embed.W_E = torch.nn.Parameter((vectors @ self.W_E).detach().flatten(0, 1), requires_grad=False)
+        model.embed, model.front = type(self.embed)(model.cfg), torch.nn.Identity()
+        embedded = (self.front(vectors) @ self.W_E).detach()
+        model.embed.W_E = torch.nn.Parameter(embedded.flatten(0, 1), requires_grad=False)
         model.setup()
         model.eval()
         return model, ids

@@ -1,5 +1,6 @@
 """Claims: what other in-context learners make of their context, each against its own acceptance numbers."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +34,9 @@ def in_context_learner(settings: Settings, train: TrainTask = tasks.train) -> Re
     """A task's models, measured, and held against the task's acceptance numbers, which every seed must meet.
 
     Beside the task's own measures there are, of each seed, the context's "share" by the strength of a conflict, the
-    "rank correlation" (Spearman's) of what is looked at during training with how far the loss has fallen, and how far
-    the model is above exact Bayes by position: in "nats above bayes" or "squared error above bayes".
+    "rank correlation" (Spearman's) of what is looked at during training with how far the loss has fallen, and, where
+    exact Bayes is known, how far the model is above it by position: in "nats above bayes" or "squared error above
+    bayes".
     """
     parts, curves = list[pd.DataFrame](), list[pd.DataFrame]()
     for seed in tqdm(settings.seeds, desc=settings.task.name, disable=None, unit="seed"):
@@ -61,6 +63,7 @@ def _shares(run: TaskRun) -> pd.DataFrame:
         (measure, f"{strength:g}", value)
         for measure, values in (("share", found.share), ("share of bayes", found.bayes))
         for strength, value in zip(found.strengths, values.tolist(), strict=True)
+        if not math.isnan(value)  # exact Bayes, where it is not known
     ]
     return pd.DataFrame(rows, columns=["measure", "where", "value"])
 
@@ -71,7 +74,10 @@ def _above_bayes(run: TaskRun) -> pd.DataFrame:
     Of tokens, that is the divergence of the model's probabilities from Bayes'; of numbers, their squared difference.
     """
     batch = run.task.sample(_COMPARED, mixed_seed(run.seed, "above bayes", 0))
-    bayes = run.task.references(batch)["bayes"].double()
+    references = run.task.references(batch)
+    if "bayes" not in references:
+        return pd.DataFrame(columns=["measure", "where", "value"])
+    bayes = references["bayes"].double()
     with torch.no_grad():
         said = run.task.predictions(run.model(batch.inputs)).double()
     if batch.targets.is_floating_point():
@@ -131,5 +137,7 @@ def _draw_shares(ax: Any, table: pd.DataFrame, doses: Sequence[float]) -> None:
         ("share of bayes", "exact Bayes", {"color": "black", "linestyle": "--", "linewidth": 1.5}),
     ):
         rows = table[table["measure"] == measure]
+        if rows.empty:
+            continue
         shares = rows.assign(dose=rows["where"].map({f"{dose:g}": dose for dose in doses}))
         experiment.draw_by_seed(ax, shares, "dose", "value", {"linewidth": 1, "alpha": 0.4}, label=label, **style)

@@ -6,6 +6,8 @@ In each, the context and the weights may disagree; which decides is one number f
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.affine_recurrence import AffineRecurrence
 from hijack_lens.tasks.algorithm_selection import AlgorithmSelection
+from hijack_lens.tasks.bigram_memories import BigramMemories
+from hijack_lens.tasks.compressed_digits import CompressedDigits
 from hijack_lens.tasks.conflicts import ContextShare, context_share
 from hijack_lens.tasks.latent_concepts import LatentConcepts
 from hijack_lens.tasks.probes import Moved, decodability, move_latent
@@ -19,6 +21,8 @@ __all__ = [
     "AlgorithmSelection",
     "Bar",
     "Batch",
+    "BigramMemories",
+    "CompressedDigits",
     "ContextShare",
     "LatentConcepts",
     "Moved",

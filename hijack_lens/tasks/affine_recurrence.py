@@ -1,6 +1,6 @@
 """Affine recurrence: each number follows from the one before by a line that the prompt does not say."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,8 +14,8 @@ from hijack_lens.attribution import attribute
 from hijack_lens.core.checks import Seed, as_generator, check_count, check_number, check_type, fixed_seed
 from hijack_lens.hooks.intervention import record
 from hijack_lens.models.real import RealTransformer
-from hijack_lens.tasks.measures import added_without, decoded, watched_loss
-from hijack_lens.tasks.probes import decodability
+from hijack_lens.tasks.measures import Row, added_without, decoded, followed, watched_loss
+from hijack_lens.tasks.probes import decodability, move_latent
 from hijack_lens.tasks.task import (
     Bar,
     Batch,
@@ -189,8 +189,9 @@ class AffineRecurrence:
         """Errors by transition, what each part writes, what heads attend to, and what is beyond the training's range.
 
         Errors are mean squared differences from the next number. Decodability is a linear probe's R2, at the position
-        of x_2, the first from which the line is known: of the next number, and of the slope. There the prediction is
-        also taken apart exactly (`attribute`): "copied" and "corrected" are the coefficients with which a part follows
+        of x_2, the first from which the line is known: of the next number, and of the slope. There the slope's sign is
+        moved, and "shift" is how far the prediction follows, were it all of the slope that changes by that. The
+        prediction is also taken apart exactly (`attribute`): "copied" and "corrected" are the coefficients with which a part follows
         x_2 and x_3 - x_2, each of which adds up to 1 over the parts of an ideal model; "R2 up to" is that of what the
         direct path and the layers up to one have written. "score by closeness" is the correlation of a head's attention
         scores with -|x_t - x_s|, over prompts and positions before: less what all keys of a query share, and less the
@@ -215,6 +216,7 @@ class AffineRecurrence:
         for latent, of in (("next", ""), ("slope", " of the slope")):
             scores = decodability(model, untrained, latents, latent, points.values(), _KNOWN)
             rows += decoded(scores, points, f"decodability{of}")
+        rows += _moved(model, batch, points, seed)
         rows += _written(model, batch)
         closeness = _scores_by_closeness(model, batch)
         rows += [(_BY, head, value) for head, value in closeness.items()]
@@ -245,6 +247,25 @@ class AffineRecurrence:
 
 def _errors(predictions: Predictions, batch: Batch) -> Float[Tensor, "pos"]:
     return (predictions[..., 0].double() - batch.targets.double()).square().mean(0)
+
+
+def _moved(model: RealTransformer, batch: Batch, points: Mapping[str, str], seed: int) -> list[Row]:
+    """How far the prediction at the first position that knows the line follows a move of the slope's sign."""
+    positive = batch.latent["slope"] > 0
+    short = Batch(  # which ends there
+        batch.inputs[:, : _KNOWN + 1],
+        batch.targets[:, : _KNOWN + 1],
+        batch.mask[:, : _KNOWN + 1],
+        {**batch.latent, "positive": positive.long()},
+    )
+    far = batch.latent["slope"][positive].mean() - batch.latent["slope"][~positive].mean()
+    rows = list[Row]()
+    for name, point in points.items():
+        moved = move_latent(model, short, "positive", point, seed=mixed_seed(seed, "moved", 0))
+        # With the offset as it was, the next number moves by x times the change of the slope.
+        asked = (2 * moved.to.double() - 1) * far * moved.batch.inputs[:, -1, 0].double()
+        rows += zip(("shift", "random shift"), (name, name), followed(moved, asked), strict=True)
+    return rows
 
 
 def _written(model: RealTransformer, batch: Batch) -> list[tuple[str, str, float]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hijack_lens.core.checks import Seed, as_generator, check_count, check_list, check_number, check_type, fixed_seed
 from hijack_lens.models.real import RealTransformer
-from hijack_lens.tasks.measures import added_without, decoded, residual_points, watched_loss
+from hijack_lens.tasks.measures import added_without, decoded, followed, residual_points, watched_loss
 from hijack_lens.tasks.pairs import at_each_x, prompts_of, quadratic, ridge, seen_before
 from hijack_lens.tasks.probes import decodability, move_latent
 from hijack_lens.tasks.task import (
@@ -215,9 +215,7 @@ class AlgorithmSelection:
             moved = move_latent(model, batch, "noise", point, seed=mixed_seed(seed, "moved", 0))
             ideal = torch.stack([self._at_level(moved.batch, s)[0][:, -1] for s in self.noises], -1)
             own, to = (ideal.gather(-1, one[:, None])[:, 0] for one in (moved.batch.latent["noise"], moved.to))
-            for kind, outputs in (("shift", moved.outputs), ("random shift", moved.at_random)):
-                shifted = (outputs - moved.unmoved)[:, -1, 0].double()
-                rows.append((kind, name, float((shifted * (to - own)).sum() / (to - own).square().sum())))
+            rows += zip(("shift", "random shift"), (name, name), followed(moved, to - own), strict=True)
         rows += added_without(
             model, batch, lambda outputs: float(self._errors(self.predictions(outputs), batch).mean())
         )

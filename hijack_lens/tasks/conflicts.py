@@ -1,5 +1,6 @@
 """How far predictions follow a context that denies what the weights hold: one number for all tasks."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class ContextShare(Saved, Drawn):
         dose: what the strengths are.
         strengths: those that were tried.
         share: the model's, 1 where it says what the context says, 0 where what the weights say.
-        bayes: that of the exact Bayes predictor, which takes the prompts for ordinary ones.
+        bayes: that of the exact Bayes predictor, which takes the prompts for ordinary ones; NaN where it is not known.
 
     Examples:
         >>> task = hl.tasks.LatentConcepts(d_vocab=6, n_tables=2, length=8, d_model=16, n_heads=2)
@@ -89,7 +90,8 @@ def context_share(
         with torch.no_grad():
             said = task.predictions(model(batch.inputs))
         sides = answers["context"], answers["weights"]
-        shares.append((_share(said, *sides), _share(answers["bayes"], *sides)))
+        bayes = _share(answers["bayes"], *sides) if "bayes" in answers else math.nan
+        shares.append((_share(said, *sides), bayes))
     ours, bayes = torch.tensor(shares, dtype=torch.float64).T
     return ContextShare(task.name, task.dose, doses, ours, bayes)
 

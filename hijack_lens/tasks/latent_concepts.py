@@ -23,7 +23,7 @@ from hijack_lens.core.checks import (
 from hijack_lens.core.memory import check_memory
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models.real import RealTransformer
-from hijack_lens.tasks.measures import added_without, decoded, residual_points
+from hijack_lens.tasks.measures import added_without, decoded, nats, residual_points
 from hijack_lens.tasks.probes import decodability, move_latent
 from hijack_lens.tasks.task import (
     Bar,
@@ -230,7 +230,7 @@ class LatentConcepts:
         untrained = self.model(mixed_seed(seed, "weights", 0))
         with torch.no_grad():
             said = {"model": self.predictions(model(batch.inputs)), **self.references(batch)}
-        losses = {name: _nats(one, batch.targets) for name, one in said.items()}
+        losses = {name: nats(one, batch.targets) for name, one in said.items()}
         rows = [("loss", name, value) for name, value in losses.items()]
         rows.append(("loss", "above bayes", losses["model"] - losses["bayes"]))
         batch = batch[:_PROBED]
@@ -270,10 +270,6 @@ class LatentConcepts:
     @property
     def _writes(self) -> str:
         return f"after attention {self.n_layers - 1}"
-
-
-def _nats(predictions: Predictions, targets: Int[Tensor, "prompt pos"]) -> float:
-    return float(-predictions.gather(-1, targets[..., None]).log().mean())
 
 
 def _kl(p: Float[Tensor, "prompt next"], q: Float[Tensor, "prompt next"]) -> Float[Tensor, "prompt"]:

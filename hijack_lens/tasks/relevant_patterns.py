@@ -25,8 +25,8 @@ from hijack_lens.core.checks import (
 from hijack_lens.core.memory import check_memory
 from hijack_lens.hooks.intervention import Intervention, logits_of, record
 from hijack_lens.models.real import RealTransformer
-from hijack_lens.tasks.measures import decoded, residual_points, watched_loss
-from hijack_lens.tasks.probes import decodability
+from hijack_lens.tasks.measures import added_without, decoded, followed, residual_points, watched_loss
+from hijack_lens.tasks.probes import decodability, move_latent
 from hijack_lens.tasks.task import (
     Bar,
     Batch,
@@ -424,9 +424,17 @@ class RelevantPatterns:
             for which, chosen in (("least", order), ("largest", order.flip(0))):
                 pruned = _error(model, unseen, chosen[: int(fraction * len(order))])
                 rows.append((f"error added, {which} pruned", f"{fraction:g}", pruned - rows[0][2]))
-        points = residual_points(1)
-        scores = decodability(model, untrained, unseen[:_PROBED], "label", points.values())
+        points, unseen = residual_points(1), unseen[:_PROBED]
+        scores = decodability(model, untrained, unseen, "label", points.values())
         rows += decoded(scores, points)
+        sides = replace(unseen, latent={"side": (unseen.latent["label"] + 1) // 2})
+        for name, point in points.items():
+            moved = move_latent(model, sides, "side", point, seed=mixed_seed(seed, "moved", 0))
+            to = moved.to.double() * 2 - 1
+            # The answer's sign is the label, whatever its size: all the way is to the mirrored answer.
+            asked = 2 * to * moved.unmoved[:, -1, 0].double().abs().mean()
+            rows += zip(("shift", "random shift"), (name, name), followed(moved, asked), strict=True)
+        rows += added_without(model, unseen, lambda outputs: _wrong(outputs, unseen))
         return pd.DataFrame(rows, columns=["measure", "where", "value"])
 
     def _attention(self, model: RealTransformer, batch: Batch) -> float:

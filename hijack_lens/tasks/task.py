@@ -231,7 +231,10 @@ class Task(Protocol):
         """What a model's outputs predict."""
 
     def references(self, batch: Batch) -> dict[str, Predictions]:
-        """What ideal predictors say, "bayes" among them; of a conflict's prompts, also its "context" and "weights"."""
+        """What ideal predictors say; of a conflict's prompts, also its "context" and "weights".
+
+        Exact Bayes is among them, as "bayes", where it is known.
+        """
 
     def conflict(self, strength: float, n: int, seed: Seed) -> Batch:
         """Prompts whose context denies what the weights hold, the more the stronger."""

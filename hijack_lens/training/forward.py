@@ -38,7 +38,7 @@ class PlainForward:
     def __call__(self, tokens: Inputs) -> Float[Tensor, "batch pos d_vocab_out"]:
         """The model's outputs at every position; of vectors, for models that read them."""
         model, by_token = self.model, not tokens.is_floating_point() and not self._adds_positions
-        x = tokens @ model.W_E if tokens.is_floating_point() else F.embedding(tokens, model.W_E)
+        x = model.front(tokens) @ model.W_E if tokens.is_floating_point() else F.embedding(tokens, model.W_E)
         if self._adds_positions:
             x = x + model.W_pos[: tokens.shape[1]]
         block: Any
