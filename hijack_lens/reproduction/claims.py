@@ -42,6 +42,8 @@ from hijack_lens.reproduction.winner_prediction import winner_prediction
 from hijack_lens.tasks import (
     AffineRecurrence,
     AlgorithmSelection,
+    BigramMemories,
+    CompressedDigits,
     LatentConcepts,
     RelevantPatterns,
     Representations,
@@ -96,6 +98,14 @@ def _claim(experiment: Callable[..., Result]) -> Claim:
 
 
 _TASKS = {
+    "bigram-memories": Claim(
+        "A model of bigrams that any context may overrule weighs the two as exact Bayes does; the context's answer comes "
+        "by a head of the first layer and one of the second, which writes it.",
+        BigramMemories.source,
+        in_context_learner,
+        OfTask(BigramMemories()),
+        OfTask(shortened(BigramMemories(d_vocab=8, length=24), 600), (0, 1, 2)),
+    ),
     "latent-concepts": Claim(
         "A model whose prompts each follow one of a few hidden bigram tables predicts as exact Bayes does; attention "
         "writes which table it is, and the last MLP's weights hold the tables.",
@@ -149,6 +159,28 @@ _TASKS = {
         in_context_learner,
         OfTask(RelevantPatterns(delta=None)),
         OfTask(RelevantPatterns(delta=None), (0, 1, 2)),
+    ),
+    "digits-few-labels": Claim(
+        "A student that sees digits through 2 x 2 measurements, and has labels of few, names them better with the prior "
+        "of a teacher that saw them whole.",
+        CompressedDigits.source,
+        in_context_learner,
+        OfTask(CompressedDigits()),
+        OfTask(CompressedDigits(), (0, 1, 2)),
+    ),
+    "digits": Claim(
+        "With all labels it hardly does.",
+        CompressedDigits.source,
+        in_context_learner,
+        OfTask(CompressedDigits(labels=1197)),
+        OfTask(CompressedDigits(labels=1197), (0, 1, 2)),
+    ),
+    "digits-finer": Claim(
+        "Nor does it with 3 x 3 measurements, which nearly suffice.",
+        CompressedDigits.source,
+        in_context_learner,
+        OfTask(CompressedDigits(3, 3, labels=1197)),
+        OfTask(CompressedDigits(3, 3, labels=1197), (0, 1, 2)),
     ),
 }
 
@@ -308,12 +340,12 @@ def reproduce(
 
 
 def _compared(outcomes: Mapping[str, dict[str, Any]]) -> str:
-    """The learners among the outcomes in one figure, if there are several."""
-    learners = {
-        name: (_TASKS[name].full.task.dose, pd.DataFrame(one["table"]))
-        for name, one in outcomes.items()
-        if name in _TASKS and one["table"]
-    }
+    """The learners among the outcomes in one figure, if there are several; each by its first claim there."""
+    kinds, learners = set[type](), dict[str, tuple[str, pd.DataFrame]]()
+    for name, one in outcomes.items():
+        if name in _TASKS and one["table"] and type(task := _TASKS[name].full.task) not in kinds:
+            kinds.add(type(task))
+            learners[name] = task.dose, pd.DataFrame(one["table"])
     return comparison(learners).html() if len(learners) > 1 else ""
 
 

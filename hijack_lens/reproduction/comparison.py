@@ -31,7 +31,7 @@ def comparison(learners: Mapping[str, tuple[str, pd.DataFrame]]) -> Picture:
     By row: the error above exact Bayes' by position; the context's share by dose, and exact Bayes'; how well the latent
     is decoded by place, and in the untrained model; how far the answer moves where the latent is patched, 1 being all
     the way, and where as long a step is random; and the error that the mean ablation of each component adds. Bands and
-    whiskers are 95% intervals over seeds.
+    whiskers are 95% intervals over seeds. What a table does not hold is said in its place.
 
     Args:
         learners: by name, what the dose of its conflict is, and a table of seed, measure, where and value.
@@ -72,14 +72,15 @@ def _above_bayes(ax: Any, by: Mapping[Any, pd.DataFrame]) -> None:
             ax.set(xlabel="position", ylabel=f"({unit})", ylim=(0, None))
             whole_ticks(ax.xaxis)
             return
-    _not_measured(ax)
+    _none(ax, "none: exact Bayes\nis not known")
 
 
 def _shares(ax: Any, by: Mapping[Any, pd.DataFrame], dose: str) -> None:
     if "share" not in by:
-        return _not_measured(ax)
+        return _none(ax)
     _line(ax, by["share"], color=BLUE, label="model")
-    _line(ax, by["share of bayes"], color="black", linestyle="--", linewidth=1, label="exact Bayes")
+    if "share of bayes" in by:
+        _line(ax, by["share of bayes"], color="black", linestyle="--", linewidth=1, label="exact Bayes")
     ax.set(xlabel=dose, ylim=(min(0.0, ax.get_ylim()[0]), None))
     ax.legend(frameon=False, fontsize=6)
 
@@ -95,7 +96,7 @@ def _bars(ax: Any, found: list[tuple[pd.DataFrame | None, str]]) -> None:
     """Bars by place, with their whiskers; the first of several in front."""
     known = [(one, colour) for one, colour in found if one is not None]
     if not known:
-        return _not_measured(ax)
+        return _none(ax)
     places, width = known[0][0].index, 0.8 / len(known)
     for index, (one, colour) in enumerate(known):
         at = [place + index * width for place in range(len(places))]
@@ -109,6 +110,6 @@ def _brief(place: str) -> str:
     return place.removeprefix("after ").replace("attention ", "A").replace("MLP ", "M")
 
 
-def _not_measured(ax: Any) -> None:
-    ax.text(0.5, 0.5, "not measured", ha="center", va="center", transform=ax.transAxes, color=GREY, fontsize=8)
+def _none(ax: Any, why: str = "not measured") -> None:
+    ax.text(0.5, 0.5, why, ha="center", va="center", transform=ax.transAxes, color=GREY, fontsize=8)
     ax.set(xticks=[], yticks=[])

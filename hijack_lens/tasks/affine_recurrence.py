@@ -189,9 +189,9 @@ class AffineRecurrence:
         """Errors by transition, what each part writes, what heads attend to, and what is beyond the training's range.
 
         Errors are mean squared differences from the next number. Decodability is a linear probe's R2, at the position
-        of x_2, the first from which the line is known: of the next number, and of the slope. There the slope's sign is
-        moved, and "shift" is how far the prediction follows, were it all of the slope that changes by that. The
-        prediction is also taken apart exactly (`attribute`): "copied" and "corrected" are the coefficients with which a part follows
+        of x_2, the first from which the line is known: of the next number, and of the slope. There the offset's sign is
+        moved, and "shift" is how far the prediction follows: 1 is by as much as the mean offsets differ. The prediction is
+        also taken apart exactly (`attribute`): "copied" and "corrected" are the coefficients with which a part follows
         x_2 and x_3 - x_2, each of which adds up to 1 over the parts of an ideal model; "R2 up to" is that of what the
         direct path and the layers up to one have written. "score by closeness" is the correlation of a head's attention
         scores with -|x_t - x_s|, over prompts and positions before: less what all keys of a query share, and less the
@@ -250,20 +250,16 @@ def _errors(predictions: Predictions, batch: Batch) -> Float[Tensor, "pos"]:
 
 
 def _moved(model: RealTransformer, batch: Batch, points: Mapping[str, str], seed: int) -> list[Row]:
-    """How far the prediction at the first position that knows the line follows a move of the slope's sign."""
-    positive = batch.latent["slope"] > 0
-    short = Batch(  # which ends there
-        batch.inputs[:, : _KNOWN + 1],
-        batch.targets[:, : _KNOWN + 1],
-        batch.mask[:, : _KNOWN + 1],
-        {**batch.latent, "positive": positive.long()},
-    )
-    far = batch.latent["slope"][positive].mean() - batch.latent["slope"][~positive].mean()
+    """How far the prediction at the first position that knows the line follows a move of the offset's sign."""
+    offset = batch.latent["offset"]
+    positive, upto = offset > 0, slice(_KNOWN + 1)
+    latent = {**batch.latent, "positive": positive.long()}
+    short = Batch(batch.inputs[:, upto], batch.targets[:, upto], batch.mask[:, upto], latent)  # which ends there
+    far = offset[positive].mean() - offset[~positive].mean()
     rows = list[Row]()
     for name, point in points.items():
         moved = move_latent(model, short, "positive", point, seed=mixed_seed(seed, "moved", 0))
-        # With the offset as it was, the next number moves by x times the change of the slope.
-        asked = (2 * moved.to.double() - 1) * far * moved.batch.inputs[:, -1, 0].double()
+        asked = (2 * moved.to.double() - 1) * far
         rows += zip(("shift", "random shift"), (name, name), followed(moved, asked), strict=True)
     return rows
 

@@ -50,7 +50,9 @@ def decoded(scores: pd.DataFrame, places: Iterable[str], measure: str = "decodab
     return rows
 
 
-def moved_to_class(model: RealTransformer, batch: Batch, latent: str, points: Mapping[str, str], seed: int) -> list[Row]:
+def moved_to_class(
+    model: RealTransformer, batch: Batch, latent: str, points: Mapping[str, str], seed: int
+) -> list[Row]:
     """How far the last answer turns to the class that a latent is moved to, at each place, and at random.
 
     For models whose outputs are logits of the latent's classes: the divergence of the prediction from that class, over
