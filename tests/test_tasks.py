@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import sklearn.datasets  # noqa: F401 (its import draws from the global state)
 import torch
 from models_for_tests import close
 from refusals import refused
@@ -18,6 +19,8 @@ from hijack_lens import hooks, tasks
 from hijack_lens.tasks import (
     AffineRecurrence,
     AlgorithmSelection,
+    BigramMemories,
+    CompressedDigits,
     LatentConcepts,
     RealTransformer,
     RelevantPatterns,
@@ -25,6 +28,8 @@ from hijack_lens.tasks import (
     Schedule,
     affine_recurrence,
     algorithm_selection,
+    bigram_memories,
+    compressed_digits,
     latent_concepts,
     relevant_patterns,
     representations,
@@ -37,13 +42,16 @@ REGRESSION = AlgorithmSelection(2, 4, d_model=16, n_layers=2, n_heads=2, schedul
 AFFINE = AffineRecurrence(5, d_model=16, n_heads=2, schedule=SHORT)
 REPRESENTED = Representations(3, 4, d_model=16, n_heads=2, schedule=SHORT)
 PATTERNS = RelevantPatterns(9, 5, 6, 0.6, d_mlp=12, schedule=SHORT)
-TASKS = [CONCEPTS, REGRESSION, PATTERNS, AFFINE, REPRESENTED]
+BIGRAMS = BigramMemories(5, 0.5, 0.4, 12, d_model=16, schedule=SHORT)
+DIGITS = CompressedDigits(2, 3, d_model=8, n_heads=2, schedule=SHORT)
+TASKS = [CONCEPTS, REGRESSION, PATTERNS, AFFINE, REPRESENTED, BIGRAMS, DIGITS]
 
 
 @pytest.fixture
 def few(monkeypatch):
     """Looks and measures on few prompts."""
-    for module in (latent_concepts, algorithm_selection, relevant_patterns, affine_recurrence, representations):
+    modules = latent_concepts, algorithm_selection, relevant_patterns, affine_recurrence, representations
+    for module in (*modules, bigram_memories):
         for name in ("_WATCHED", "_MEASURED", "_PROBED"):
             monkeypatch.setattr(module, name, 64)
     monkeypatch.setattr(relevant_patterns, "_CLASSIFIED", 16)
@@ -64,8 +72,12 @@ def test_prompts_depend_on_their_seed_alone_and_the_last_position_is_asked(task,
     for name, values in one.latent.items():
         assert torch.equal(one[2:5].latent[name], values[2:5])
     model = task.model(0)
-    for said in (task.predictions(model(one.inputs)), *task.references(one).values()):
-        assert said.shape == task.references(one)["bayes"].shape
+    references = task.references(one)
+    shape = task.predictions(model(one.inputs)).shape
+    assert {said.shape for said in references.values()} == {shape}
+    assert ("bayes" in references) == (task is not DIGITS)
+    shares = tasks.context_share(task, model, [1], n=5)
+    assert bool(shares.bayes.isnan().all()) == (task is DIGITS)
 
 
 def test_a_task_in_another_world_has_other_tables_and_the_same_settings():
@@ -475,6 +487,159 @@ def test_scikit_learn_labels_prompts_as_it_does_when_asked_directly(few):
     assert table["error of few examples", "SVM"] < 0.5
 
 
+def test_bayes_on_bigram_memories_is_the_sum_over_what_may_follow_a_token_by_hand():
+    """For each token by itself, either the bigrams or one of all continuations, as often as they came so far."""
+    batch = BIGRAMS.sample(6, 3)
+    denied = BIGRAMS.conflict(2.0, 6, 3)
+    pi_b = BIGRAMS.bigrams.tolist()
+    for one in (batch, denied):
+        found = BIGRAMS.references(one)
+        for row, prompt in enumerate(one.inputs.tolist()):
+            for t, token in enumerate(prompt):
+                after = [b for a, b in itertools.pairwise(prompt[: t + 1]) if a == token]
+                joint = [0.6 * math.prod(pi_b[token][b] for b in after) * p for p in pi_b[token]]
+                for forced in range(5):
+                    joint[forced] += 0.4 / 5 * all(b == forced for b in after)
+                context = [after.count(b) / len(after) if after else 0.2 for b in range(5)]
+                for name, expected in (
+                    ("bayes", [p / sum(joint) for p in joint]),
+                    ("context", context),
+                    ("weights", pi_b[token]),
+                ):
+                    close(found[name][row, t], torch.tensor(expected, dtype=torch.float64), atol=1e-12)
+
+
+def test_triggers_are_followed_by_their_continuation_and_other_tokens_by_the_bigrams():
+    task = BigramMemories(5, 0.5, 0.4, 60)
+    batch = task.sample(2000, 0)
+    forced = batch.latent["continuation"].gather(1, batch.inputs)
+    assert bool((batch.targets == forced)[forced >= 0].all())
+    assert abs(float((batch.latent["continuation"] >= 0).double().mean()) - 0.4) < 0.02
+    counts = torch.zeros(5, 5, dtype=torch.float64)
+    free = forced < 0
+    counts.index_put_((batch.inputs[free], batch.targets[free]), torch.ones(()).double(), accumulate=True)
+    close(counts / counts.sum(-1, keepdim=True), task.bigrams, atol=0.03)
+
+
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_a_context_that_denies_a_bigram_says_so_as_often_as_asked(repeats):
+    task = BigramMemories(6, 0.3, 0.5, 20)
+    batch = task.conflict(float(repeats), 500, 0)
+    asked, said = batch.inputs[:, -1], batch.latent["continuation"]
+    at = batch.inputs == asked[:, None]
+    assert at.sum(1).tolist() == [repeats + 1] * 500
+    assert bool((batch.targets == said[:, None])[at].all())
+    assert not bool((said == task.bigrams.argmax(-1)[asked]).any())
+    assert not bool((said == asked).any())
+    others = task.bigrams.clone()[batch.inputs[:, :-1], batch.inputs[:, 1:]]
+    chained = ~at[:, :-1] & ~at[:, 1:]
+    assert float(others[chained].min()) > 1e-8  # of the chain, but for what is written in
+    close(task.references(batch)["context"][:, -1], torch.nn.functional.one_hot(said, 6).double(), atol=0)
+
+
+def test_digits_are_sensed_by_products_with_both_modes_and_students_start_at_the_decomposition():
+    from sklearn.datasets import load_digits
+
+    task = replace(DIGITS, prior=False)
+    model, batch = task.model(3), task.held_out
+    images, digits = (one[task._order.numpy()] for one in (load_digits().images / 16, load_digits().target))
+    close(batch.inputs, torch.tensor(images[1197:]).float(), atol=0)
+    assert batch.targets[:, -1].tolist() == digits[1197:].tolist() == batch.latent["digit"].tolist()
+    trained = images[:1197]
+    for axis, rank, matrix in ((1, 2, model.front.sense_rows), (2, 3, model.front.sense_columns)):
+        unfolded = np.moveaxis(trained, axis, 0).reshape(8, -1)
+        left = np.linalg.svd(unfolded)[0][:, :rank] if axis else None
+        ours = matrix.detach().double().numpy()
+        close(torch.tensor(ours.T @ ours), torch.tensor(left @ left.T), atol=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.front.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    front = {name: one.detach().double().numpy() for name, one in model.front.named_parameters()}
+    x = batch.inputs[:3].double().numpy()
+    measured = front["sense_rows"] @ x @ front["sense_columns"].T
+    decoded = front["decode_rows"].T @ measured @ front["decode_columns"]
+    _, cache = model.run_with_cache(batch.inputs[:3])
+    close(cache["front.hook_measured"].double(), torch.tensor(measured), atol=1e-4)
+    close(model.front(batch.inputs[:3]).double(), torch.tensor(decoded), atol=1e-4)
+    close(cache["hook_embed"], model.front(batch.inputs[:3]) @ model.W_E, atol=0)
+
+
+def test_a_model_with_a_front_is_read_and_trained_through_it():
+    model, x = DIGITS.model(1), DIGITS.held_out.inputs[:4]
+    reader, ids = model.reading(x)
+    assert torch.equal(reader(ids), model(x))
+    close(hl.training.forward.PlainForward(model)(x), model(x), atol=1e-5)
+    run = tasks.train(DIGITS, 1)
+    for name, before in DIGITS.model(mixed_seed(1, "weights", 0)).front.named_parameters():
+        assert not torch.equal(before, dict(run.model.front.named_parameters())[name])
+
+
+def test_a_prior_is_the_teachers_transformer_and_its_answers_to_all_training_images():
+    teacher, without = DIGITS.teacher, replace(DIGITS, prior=False)
+    assert not hasattr(teacher.front, "sense_rows")
+    theirs = dict(teacher.named_parameters())
+    for name, parameter in DIGITS.model(5).named_parameters():
+        assert name.startswith("front.") or torch.equal(parameter, theirs[name])
+    assert not torch.equal(without.model(5).W_E, teacher.W_E)
+    order, images = DIGITS._order, compressed_digits._digits()[0]
+    for task, count in ((DIGITS, 1197), (without, 150)):
+        batch = task.sample(3000, 0)
+        known = {image.numpy().tobytes() for image in images[order[:count]]}
+        assert {image.numpy().tobytes() for image in batch.inputs} <= known
+        assert len({image.numpy().tobytes() for image in batch.inputs}) > 0.8 * min(count, 1300)
+        answers = batch.latent["answers"]
+        if task is DIGITS:
+            close(answers, teacher(batch.inputs)[:, -1].double().softmax(-1).detach(), atol=1e-6)
+        else:
+            close(answers, torch.nn.functional.one_hot(batch.latent["digit"], 10).double(), atol=0)
+        outputs = torch.randn(3000, 8, 10, generator=torch.Generator().manual_seed(1))
+        expected = -(answers * outputs[:, -1].double().log_softmax(-1)).sum(-1).mean()
+        assert float(task.loss(outputs, batch)) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_measurements_are_taken_away_one_by_one_and_all_at_once():
+    task = replace(DIGITS, prior=False)
+    model, batch = task.model(0), task.held_out
+    table = task.measure(model, 0).set_index(["measure", "where"])["value"]
+    x, front = batch.inputs, model.front
+
+    def wrong(kept):
+        measured = torch.einsum("ai,nij,bj->nab", front.sense_rows, x, front.sense_columns)
+        measured = torch.where(kept, measured, measured.mean(0))
+        decoded = torch.einsum("nab,ai,bj->nij", measured, front.decode_rows, front.decode_columns)
+        model.front = torch.nn.Identity()
+        try:
+            said = model(decoded)[:, -1]
+        finally:
+            model.front = front
+        return float((said.argmax(-1) != batch.latent["digit"]).double().mean()), said.double().softmax(-1)
+
+    every = torch.ones(2, 3, dtype=torch.bool)
+    kept = every.clone()
+    kept[1, 2] = False
+    assert table["error added without a measurement", "row 1, column 2"] == pytest.approx(
+        wrong(kept)[0] - wrong(every)[0], abs=0.004
+    )
+    assert table["accuracy by measurements gone", "0"] == pytest.approx(1 - wrong(every)[0], abs=0.004)
+    gone, said = wrong(~every)
+    assert table["accuracy by measurements gone", "6"] == pytest.approx(1 - gone, abs=0.004)
+    assert table["accuracy by measurements gone", "6"] < 0.2
+    w = torch.bincount(task.sample(20000, 0).latent["digit"], minlength=10).double() / 20000
+    away = torch.nn.functional.one_hot(batch.latent["digit"], 10).double() - w
+    share = float(((said.detach() - w) * away).sum() / away.square().sum())
+    assert table["share by measurements gone", "6"] == pytest.approx(share, abs=0.01)
+    assert "student, no prior" not in table["accuracy"].index
+
+    denied = task.conflict(1.0, 5, 0)
+    close(denied.inputs, compressed_digits._digits()[0][task._order[:1197]].mean(0).expand(5, 8, 8), atol=1e-6)
+    close(
+        model.front(task.conflict(0.25, 5, 0).inputs),
+        torch.lerp(model.front(task.conflict(0.0, 5, 0).inputs), model.front(denied.inputs), 0.25),
+        atol=1e-5,
+    )
+
+
 # Training
 
 
@@ -711,7 +876,8 @@ def test_every_claim_is_about_something_that_is_measured(task, few):
     for bar in task.claims:
         if bar.measure not in ("rank correlation", "share"):  # over training, and over doses
             assert (bar.measure, bar.where) in found.index
-    assert float(found["loss" if task is CONCEPTS else "error"].iloc[0]) > 0
+    assert found.index[0][0] in ("loss", "error", "accuracy")
+    assert found.iloc[0] > 0
 
 
 def test_a_bar_is_met_on_its_side_and_by_no_nan():

@@ -99,8 +99,8 @@ def _claim(experiment: Callable[..., Result]) -> Claim:
 
 _TASKS = {
     "bigram-memories": Claim(
-        "A model of bigrams that any context may overrule weighs the two as exact Bayes does; the context's answer comes "
-        "by a head of the first layer and one of the second, which writes it.",
+        "A model of bigrams that any context may overrule weighs the two nearly as exact Bayes does; the context's "
+        "answer comes by a head of the first layer and one of the second, which writes it.",
         BigramMemories.source,
         in_context_learner,
         OfTask(BigramMemories()),
@@ -161,8 +161,8 @@ _TASKS = {
         OfTask(RelevantPatterns(delta=None), (0, 1, 2)),
     ),
     "digits-few-labels": Claim(
-        "A student that sees digits through 2 x 2 measurements, and has labels of few, names them better with the prior "
-        "of a teacher that saw them whole.",
+        "A student that sees digits through 2 x 2 measurements, and has labels of few, names them better with the "
+        "prior of a teacher whose sensing is a network.",
         CompressedDigits.source,
         in_context_learner,
         OfTask(CompressedDigits()),

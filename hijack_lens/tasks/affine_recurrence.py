@@ -190,7 +190,7 @@ class AffineRecurrence:
 
         Errors are mean squared differences from the next number. Decodability is a linear probe's R2, at the position
         of x_2, the first from which the line is known: of the next number, and of the slope. There the offset's sign is
-        moved, and "shift" is how far the prediction follows: 1 is by as much as the mean offsets differ. The prediction is
+        moved, and "shift" is how far the prediction follows: 1 is by as much as mean offsets differ. The prediction is
         also taken apart exactly (`attribute`): "copied" and "corrected" are the coefficients with which a part follows
         x_2 and x_3 - x_2, each of which adds up to 1 over the parts of an ideal model; "R2 up to" is that of what the
         direct path and the layers up to one have written. "score by closeness" is the correlation of a head's attention

@@ -83,7 +83,12 @@ class BigramMemories:
         >>> task = hl.tasks.BigramMemories(d_vocab=5, length=20)
         >>> denied = task.conflict(2, n=3, seed=0)
         >>> denied.inputs[0], int(denied.latent["continuation"][0])
-        >>> said = task.references(denied)["bayes"][0, -1]
+        (tensor([3, 3, 4, 0, 4, 0, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4]), 0)
+        >>> for name, said in task.references(denied).items():
+        ...     print(name, [round(p, 2) for p in said[0, -1].tolist()])
+        bayes [0.96, 0.01, 0.03, 0.0, 0.0]
+        context [1.0, 0.0, 0.0, 0.0, 0.0]
+        weights [0.1, 0.23, 0.59, 0.03, 0.05]
     """
 
     d_vocab: int = 16
@@ -131,9 +136,11 @@ class BigramMemories:
         return replace(self, world=check_count("seed", seed))
 
     @functools.cached_property
-    def language(self) -> BigramLanguage:
-        """The language."""
-        return BigramLanguage.dirichlet(self.d_vocab, self.concentration, seed=self.world).floored(_FLOOR)
+    def bigrams(self) -> Float[Tensor, "token next"]:
+        """What the weights must hold: in each row, the probabilities of the next token."""
+        language = BigramLanguage.dirichlet(self.d_vocab, self.concentration, seed=self.world)
+        rows = language.floored(_FLOOR).pi_b
+        return rows / rows.sum(-1, keepdim=True)
 
     def sample(self, n: int, seed: Seed) -> Batch:
         """Prompts; the latent is, per token, its "continuation" in this sequence, or -1."""
@@ -141,7 +148,7 @@ class BigramMemories:
         drawn = torch.randint(self.d_vocab, (n, self.d_vocab), generator=generator)
         is_trigger = torch.rand(n, self.d_vocab, generator=generator) < self.triggered
         forced = torch.where(is_trigger, drawn, -1)
-        return self._prompts(forced, torch.full((n, self.length), -1), self.language.pi_b, generator, forced)
+        return self._prompts(forced, torch.full((n, self.length), -1), self.bigrams, generator, forced)
 
     def conflict(self, strength: float, n: int, seed: Seed) -> Batch:
         """Prompts that end with a token which another has followed before, so many times and nothing else.
@@ -153,7 +160,7 @@ class BigramMemories:
             raise ValueError(f"strength must be a number of repeats below {self.length / 2:g}, got {shown(strength)}")
         generator = as_generator(seed)
         asked = torch.randint(self.d_vocab, (n,), generator=generator)
-        first = self.language.pi_b.argmax(-1)[asked]
+        first = self.bigrams.argmax(-1)[asked]
         allowed = torch.ones(n, self.d_vocab).scatter_(1, torch.stack([asked, first], 1), 0)
         continuation = torch.multinomial(allowed, 1, generator=generator)
         forced = torch.full((n, self.d_vocab), -1).scatter_(1, asked[:, None], continuation)
@@ -161,7 +168,7 @@ class BigramMemories:
         written = torch.full((n, self.length), -1)
         written.scatter_(1, 2 * pairs, asked[:, None].expand(-1, int(repeats)))
         written[:, -1] = asked
-        others = self.language.pi_b.expand(n, -1, -1).clone()
+        others = self.bigrams.expand(n, -1, -1).clone()
         others.scatter_(2, asked[:, None, None].expand(-1, self.d_vocab, 1), 0)
         return self._prompts(forced, written, others, generator, continuation[:, 0])
 
@@ -178,12 +185,11 @@ class BigramMemories:
         cumulated = (pi_b / pi_b.sum(-1, keepdim=True)).cumsum(-1).expand(n, -1, -1)
         uniform, rows = torch.rand(length + 1, n, 1, generator=generator, dtype=torch.float64), torch.arange(n)
         tokens = torch.empty(n, length + 1, dtype=torch.long)
-        current = torch.randint(self.d_vocab, (n,), generator=generator)
+        current = torch.randint(self.d_vocab, (n,), generator=generator)  # before the first
         for position in range(length + 1):
-            if position:
-                drawn = torch.searchsorted(cumulated[rows, current], uniform[position])[:, 0]
-                must = forced[rows, current]
-                current = torch.where(must >= 0, must, drawn.clamp_max(self.d_vocab - 1))
+            drawn = torch.searchsorted(cumulated[rows, current], uniform[position])[:, 0]
+            must = forced[rows, current]
+            current = torch.where(must >= 0, must, drawn.clamp_max(self.d_vocab - 1))
             if position < length:
                 current = torch.where(written[:, position] >= 0, written[:, position], current)
             tokens[:, position] = current
@@ -206,14 +212,14 @@ class BigramMemories:
         return outputs.double().softmax(-1)
 
     def references(self, batch: Batch) -> dict[str, Predictions]:
-        """The exact "bayes"; the bigrams as the "weights"' answer; and what followed each token so far as the "context"'s.
+        """The exact "bayes"; the bigrams as the "weights"' answer; what followed each token so far as the "context"'s.
 
         Of a token that is new, the context says all tokens alike.
         """
         check_batch(batch, ["continuation"], None, self.d_vocab)
         n, length = batch.inputs.shape
         check_memory(8 * 8 * n * length * self.d_vocab, batch=n)
-        pi_b, inputs = self.language.pi_b, batch.inputs
+        pi_b, inputs = self.bigrams, batch.inputs
         # Before each position: how often each token followed this position's token.
         steps = F.one_hot(inputs[:, 1:], self.d_vocab).double()
         earlier = torch.ones(length, length - 1, dtype=torch.double).tril(-1)
@@ -233,7 +239,7 @@ class BigramMemories:
         return {"loss": watched_loss(self, model, _WATCHED, seed)}
 
     def measure(self, model: RealTransformer, seed: int) -> pd.DataFrame:
-        """Losses; and of a conflict's prompts, where the context's answer is, what moving it does, and each part's worth.
+        """Losses; and, in a conflict, where the context's answer is, what moving it does, and what each part is worth.
 
         The conflict's prompts say it three times. Decodability of the continuation is a linear probe's accuracy at the
         last position, where it is moved, too; "moved KL" is the divergence from the token moved to, over what it is

@@ -83,10 +83,10 @@ class CompressedDigits:
         ('digits from 3 x 3 measurements, 150 labels, without prior', 'after Tran et al., arXiv 2002.07203: sm')
         >>> batch = task.held_out
         >>> batch.inputs.shape, batch.latent["digit"][:4]
-        (torch.Size([600, 8, 8]), tensor([9, 3, 8, 1]))
+        (torch.Size([600, 8, 8]), tensor([5, 1, 2, 1]))
         >>> said = task.references(batch)["pixels"][:, -1].argmax(-1)
         >>> print(f"right by all pixels: {(said == batch.latent['digit']).double().mean():.2f}")
-        right by all pixels: 0.91
+        right by all pixels: 0.90
     """
 
     rows: int = 2
@@ -217,8 +217,8 @@ class CompressedDigits:
     def references(self, batch: Batch) -> dict[str, Predictions]:
         """What scikit-learn's logistic regression on all "pixels" makes of the labelled images; no exact Bayes.
 
-        Also the digit itself as the "context"'s answer, and how often each is among the labelled, as the "weights"'. All
-        but the last position say the latter.
+        Also the digit itself as the "context"'s answer, and how often each is among the labelled, as the "weights"'.
+        All but the last position say the latter.
         """
         check_batch(batch, ["digit"], _SIDE)
         try:
@@ -364,14 +364,16 @@ class _Networks(nn.Module):
     def __init__(self, measurements: int, generator: torch.Generator):
         super().__init__()
         pixels = _SIDE * _SIDE
-        self.sense = nn.Sequential(nn.Linear(pixels, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, measurements))
-        self.decode = nn.Sequential(nn.Linear(measurements, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, pixels))
-        with torch.no_grad():
-            for layer in (*self.sense, *self.decode):
-                if isinstance(layer, nn.Linear):
-                    drawn = torch.randn(layer.weight.shape, generator=generator, dtype=torch.float64)
-                    layer.weight.copy_(drawn / layer.in_features**0.5)
-                    layer.bias.zero_()
+
+        def layer(d_in: int, d_out: int) -> nn.Module:
+            linear = nn.utils.skip_init(nn.Linear, d_in, d_out)  # which would draw from the global generator
+            with torch.no_grad():
+                linear.weight.copy_(torch.randn(d_out, d_in, generator=generator) / d_in**0.5)
+                linear.bias.zero_()
+            return linear
+
+        self.sense = nn.Sequential(layer(pixels, _HIDDEN), nn.ReLU(), layer(_HIDDEN, measurements))
+        self.decode = nn.Sequential(layer(measurements, _HIDDEN), nn.ReLU(), layer(_HIDDEN, pixels))
 
     def forward(self, images: Images) -> Images:
         return self.decode(self.sense(images.flatten(1))).view_as(images)

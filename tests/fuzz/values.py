@@ -85,6 +85,8 @@ def learners() -> list[Any]:
         hl.tasks.AffineRecurrence(4, **small),
         hl.tasks.Representations(2, 3, n_layers=2, **small),
         hl.tasks.RelevantPatterns(6, 4, 5, n_shifts=1, d_mlp=8, schedule=schedule),
+        hl.tasks.BigramMemories(4, length=LENGTH, **small),
+        hl.tasks.CompressedDigits(2, 2, **small),
     ]
 
 
@@ -113,7 +115,7 @@ BY_NAME: dict[str, Any] = {
     "ax": st.builds(lambda: matplotlib.figure.Figure().add_subplot()),
     "image": st.just(np.eye(3)),
     "result": st.deferred(lambda: st.sampled_from([one for kept in pool().values() for one in kept])),
-    "latent": st.sampled_from(["table", "noise", "weights", "slope", "features", "label"]),
+    "latent": st.sampled_from(["table", "noise", "weights", "slope", "features", "label", "digit", "continuation"]),
     "point": st.sampled_from(["hook_embed", "blocks.1.hook_resid_post"]),
     "points": st.sampled_from(["hook_embed", ["blocks.0.hook_attn_out", "hook_embed"]]),
     "repo_id": st.none(),  # nothing is uploaded
