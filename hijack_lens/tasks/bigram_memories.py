@@ -227,7 +227,7 @@ class BigramMemories:
         followed = same @ steps
         seen = followed.sum(-1)
         free = math.log(1 - self.triggered) + torch.xlogy(followed, pi_b[inputs]).sum(-1)
-        trigger = math.log(self.triggered) - math.log(self.d_vocab) * (seen > 0)
+        trigger = math.log(self.triggered) - math.log(self.d_vocab) * (seen > 0).double()
         trigger = trigger.masked_fill((followed > 0).sum(-1) > 1, -math.inf)
         share = torch.sigmoid(trigger - free)[..., None]
         context = torch.where(seen[..., None] > 0, followed / seen[..., None].clamp_min(1), 1 / self.d_vocab)
