@@ -1,7 +1,7 @@
 """The claims on other in-context learners: what is measured, and verdicts that a model without the effect loses."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pandas as pd
@@ -12,7 +12,15 @@ from hijack_lens import cli, reproduction, tasks
 from hijack_lens.reproduction import claims, in_context_learners
 from hijack_lens.reproduction.comparison import comparison
 from hijack_lens.reproduction.in_context_learners import Settings, in_context_learner
-from hijack_lens.tasks import AlgorithmSelection, Bar, LatentConcepts, Schedule, TaskRun, latent_concepts
+from hijack_lens.tasks import (
+    AlgorithmSelection,
+    Bar,
+    CompressedDigits,
+    LatentConcepts,
+    Schedule,
+    TaskRun,
+    latent_concepts,
+)
 
 PLACE = "after attention 1"
 
@@ -122,7 +130,7 @@ def test_a_comparison_has_a_row_per_learner_and_says_what_was_not_measured(resul
     assert len(axes) == 2 * 5
     assert [[one.get_text() for one in ax.texts] for ax in axes] == [
         *([[]] * 5),
-        ["not measured"],
+        ["none: exact Bayes\nis not known"],
         [],
         ["not measured"],
         ["not measured"],
@@ -147,17 +155,42 @@ def test_a_comparison_has_a_row_per_learner_and_says_what_was_not_measured(resul
     assert [one.get_height() for one in axes[9].patches] == [math.pi]
 
 
-def test_a_page_on_several_learners_ends_with_their_comparison(monkeypatch, tmp_path):
-    small = reproduction.Claim("It learns.", "here", in_context_learner, Settings(TASK, (5,)), Settings(TASK, (5, 6)))
+@dataclass(frozen=True)
+class Other(Small):
+    """A learner of another kind."""
+
+
+def test_a_page_on_several_learners_ends_with_their_comparison_each_by_its_first_claim(monkeypatch, tmp_path):
     for name in ("_WATCHED", "_MEASURED", "_PROBED"):
         monkeypatch.setattr(latent_concepts, name, 200)
-    for name in ("latent-concepts", "affine-recurrence"):
+    other = Other(5, 3, 0.3, 8, d_model=16, n_heads=2, schedule=Schedule(4))
+    for name, task in (("latent-concepts", TASK), ("algorithm-selection", TASK), ("affine-recurrence", other)):
+        settings = Settings(task, (5,))
+        small = reproduction.Claim("It learns.", "here", in_context_learner, settings, replace(settings, seeds=(5, 6)))
         monkeypatch.setitem(reproduction.CLAIMS, name, small)
         monkeypatch.setitem(claims._TASKS, name, small)
-    one = reproduction.reproduce(tmp_path, True, ["latent-concepts"], workers=1)
-    assert "id='comparison'" not in one.report.read_text()
+    compared = []
+    monkeypatch.setattr(claims, "comparison", lambda learners: compared.append([*learners]) or comparison(learners))
+    alike = reproduction.reproduce(tmp_path, True, ["latent-concepts", "algorithm-selection"], workers=1)
+    assert "id='comparison'" not in alike.report.read_text()
     both = reproduction.reproduce(tmp_path, True, ["latent-concepts", "affine-recurrence"], workers=1)
     assert both.report.read_text().index("id='comparison'") > both.report.read_text().index("id='affine-recurrence'")
+    assert compared == [["latent-concepts", "affine-recurrence"]]
+
+
+def test_where_bayes_is_not_known_shares_are_the_models_alone():
+    """Of a task without it, the rest of the claim's table and picture is there."""
+    task = CompressedDigits(prior=False, d_model=8, n_heads=2, schedule=Schedule(2, evaluate_every=2))
+    found = in_context_learner(Settings(task, (5,)))
+    measures = set(found.table["measure"])
+    assert "share" in measures
+    assert not measures & {"share of bayes", "nats above bayes", "squared error above bayes"}
+    assert found.table["value"][found.table["measure"] == "share"].notna().all()
+    right = found.figure.figure.axes[2]
+    assert len(right.lines) == 1 + 1
+    picture = comparison({"digits": (task.dose, found.table)})
+    said = [[one.get_text() for one in ax.texts] for ax in picture.figure.axes]
+    assert said == [["none: exact Bayes\nis not known"], [], [], [], []]
 
 
 def test_claims_come_in_two_groups(monkeypatch, tmp_path, capsys):

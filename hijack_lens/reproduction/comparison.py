@@ -19,8 +19,8 @@ _PLACE = r"(after )?(attention|MLP) \d+"
 _TITLES = (
     "error above Bayes",
     "context's share",
-    "latent decoded",
-    "answer moved by patching",
+    "latent decoded\n(grey: before training)",
+    "answer moved by patching\n(grey: a random step)",
     "error added by ablation",
 )
 
@@ -55,7 +55,7 @@ def comparison(learners: Mapping[str, tuple[str, pd.DataFrame]]) -> Picture:
         _bars(row[3], list(zip(found, (BLUE, GREY), strict=True)))
         _bars(row[4], [(by.get("error added without"), ORANGE)])
         row[0].set_ylabel("\n".join([textwrap.fill(name.replace("-", " "), 20), row[0].get_ylabel()]).strip())
-    experiment.finish(grid.flat, title=9, label=7, tick=6)
+    experiment.finish(grid.flat, title=10, label=8, tick=7)
     return picture
 
 
@@ -82,7 +82,7 @@ def _shares(ax: Any, by: Mapping[Any, pd.DataFrame], dose: str) -> None:
     if "share of bayes" in by:
         _line(ax, by["share of bayes"], color="black", linestyle="--", linewidth=1, label="exact Bayes")
     ax.set(xlabel=dose, ylim=(min(0.0, ax.get_ylim()[0]), None))
-    ax.legend(frameon=False, fontsize=6)
+    ax.legend(frameon=False, fontsize=7)
 
 
 def _line(ax: Any, found: pd.DataFrame, **options: Any) -> None:
