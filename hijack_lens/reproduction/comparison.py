@@ -54,8 +54,8 @@ def comparison(learners: Mapping[str, tuple[str, pd.DataFrame]]) -> Picture:
             found = [None if one is None else one.assign(mean=1 - one["mean"]) for one in found]
         _bars(row[3], list(zip(found, (BLUE, GREY), strict=True)))
         _bars(row[4], [(by.get("error added without"), ORANGE)])
-        row[0].set_ylabel("\n".join([textwrap.fill(name.replace("-", " "), 20), row[0].get_ylabel()]).strip())
-    experiment.finish(grid.flat, title=10, label=8, tick=7)
+        row[0].set_ylabel("\n".join([textwrap.fill(name.replace("-", " "), 12), row[0].get_ylabel()]).strip())
+    experiment.finish(grid.flat, title=10, label=8, tick=6.5)
     return picture
 
 
@@ -82,7 +82,8 @@ def _shares(ax: Any, by: Mapping[Any, pd.DataFrame], dose: str) -> None:
     if "share of bayes" in by:
         _line(ax, by["share of bayes"], color="black", linestyle="--", linewidth=1, label="exact Bayes")
     ax.set(xlabel=dose, ylim=(min(0.0, ax.get_ylim()[0]), None))
-    ax.legend(frameon=False, fontsize=7)
+    if ax.get_subplotspec().is_first_row():  # which the other rows share
+        ax.legend(frameon=False, fontsize=7)
 
 
 def _line(ax: Any, found: pd.DataFrame, **options: Any) -> None:
