@@ -112,7 +112,7 @@ class RealTransformer(HookedTransformer):
             warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
             super().__init__(cfg)
         self.positions = positions
-        self.front = torch.nn.Identity()
+        self.front: torch.nn.Module = torch.nn.Identity()
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 leaf = name.rsplit(".", 1)[-1]

@@ -55,7 +55,7 @@ def comparison(learners: Mapping[str, tuple[str, pd.DataFrame]]) -> Picture:
         _bars(row[3], list(zip(found, (BLUE, GREY), strict=True)))
         _bars(row[4], [(by.get("error added without"), ORANGE)])
         row[0].set_ylabel("\n".join([textwrap.fill(name.replace("-", " "), 12), row[0].get_ylabel()]).strip())
-    experiment.finish(grid.flat, title=10, label=8, tick=6.5)
+    experiment.finish(grid.flat, title=10, label=8, tick=6)
     return picture
 
 

@@ -81,6 +81,8 @@ class BigramMemories:
 
     Examples:
         >>> task = hl.tasks.BigramMemories(d_vocab=5, length=20)
+        >>> task.bigrams.shape, task.doses[-1]
+        (torch.Size([5, 5]), 8.0)
         >>> denied = task.conflict(2, n=3, seed=0)
         >>> denied.inputs[0], int(denied.latent["continuation"][0])
         (tensor([3, 3, 4, 0, 4, 0, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4]), 0)

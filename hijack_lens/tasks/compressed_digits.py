@@ -81,6 +81,8 @@ class CompressedDigits:
         >>> task = hl.tasks.CompressedDigits(rows=3, columns=3, prior=False)
         >>> task.name, task.source[:39]
         ('digits from 3 x 3 measurements, 150 labels, without prior', 'after Tran et al., arXiv 2002.07203: sm')
+        >>> task.claims[0].statement, task.teacher.cfg.n_layers
+        ('digits held out are named right', 1)
         >>> batch = task.held_out
         >>> batch.inputs.shape, batch.latent["digit"][:4]
         (torch.Size([600, 8, 8]), tensor([5, 1, 2, 1]))
