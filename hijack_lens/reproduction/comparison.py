@@ -15,6 +15,7 @@ ABOVE_BAYES = {"nats above bayes": "nats", "squared error above bayes": "squared
 
 _WIDTH, _HEIGHT = 40 / 3, 7.5  # inches: a slide of 16:9
 _MOVED = (("shift", "random shift"), ("follows the query", ""), ("moved KL", "random KL"))
+_UPRIGHT = 10  # bars whose names fit beside each other
 _PLACE = r"(after )?(attention|MLP) \d+"
 _TITLES = (
     "error above Bayes",
@@ -54,7 +55,7 @@ def comparison(learners: Mapping[str, tuple[str, pd.DataFrame]]) -> Picture:
             found = [None if one is None else one.assign(mean=1 - one["mean"]) for one in found]
         _bars(row[3], list(zip(found, (BLUE, GREY), strict=True)))
         _bars(row[4], [(by.get("error added without"), ORANGE)])
-        row[0].set_ylabel("\n".join([textwrap.fill(name.replace("-", " "), 12), row[0].get_ylabel()]).strip())
+        row[0].set_ylabel("\n".join([textwrap.fill(name.replace("-", " "), 16), row[0].get_ylabel()]).strip())
     experiment.finish(grid.flat, title=10, label=8, tick=6)
     return picture
 
@@ -103,7 +104,8 @@ def _bars(ax: Any, found: list[tuple[pd.DataFrame | None, str]]) -> None:
         at = [place + index * width for place in range(len(places))]
         one = one.reindex(places)
         ax.bar(at, one["mean"], width, yerr=one["reach"].fillna(0), color=colour, error_kw={"linewidth": 0.7})
-    ax.set_xticks([place + 0.4 - width / 2 for place in range(len(places))], [_brief(place) for place in places])
+    middles = [place + 0.4 - width / 2 for place in range(len(places))]
+    ax.set_xticks(middles, [_brief(place) for place in places], rotation=90 if len(places) > _UPRIGHT else 0)
     ax.axhline(0, color="black", linewidth=0.5)
 
 
