@@ -1,7 +1,8 @@
 """Builds the documentation, warnings as errors, and reads every page of it in a browser with the network off.
 
 Fails where a public name is not in the reference; on a console error, a request that leaves the site, a link within it
-that leads nowhere, a search that finds nothing. The folder to build into may follow; else it is docs/_build/html.
+that leads nowhere, a search that does not find first what it should. The folder to build into may follow; else it is
+docs/_build/html.
 """
 
 import functools
@@ -25,6 +26,15 @@ import hijack_lens as hl
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "docs/_build/html").resolve()
+
+FOUND = {
+    "ablate": "how-to/ablate.html",
+    "phase": "how-to/phase_diagram.html",
+    "save": "how-to/save_and_reload.html",
+    "metric": "how-to/write_a_metric.html",
+    "find_circuit": "reference/circuits.html",
+}
+"""What a search for a word must find first."""
 
 started = time.time()
 subprocess.run([sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", ROOT / "docs", SITE], check=True)
@@ -63,8 +73,11 @@ with sync_playwright() as playwright:
         found = tab.evaluate("[...document.querySelectorAll('a[href]')].map(one => one.href)")
         links |= {(at, link.removeprefix(home)) for link in found if link.startswith(home)}
     at = "search.html"
-    tab.goto(home + "search.html?q=find_circuit")
-    tab.wait_for_selector("#search-results li", timeout=30_000)
+    for word, wanted in FOUND.items():
+        tab.goto(f"{home}search.html?q={word}")
+        first = tab.wait_for_selector("#search-results li > a", timeout=30_000).get_attribute("href")
+        if urldefrag(first).url != wanted:
+            faults.append(f"{at}: {word!r} finds {first} first, not {wanted}")
     dark = browser.new_page(color_scheme="dark")
     dark.goto(home + "index.html")
     shade = dark.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)")

@@ -51,6 +51,7 @@ html_title = "hijack-lens"
 html_static_path = ["_static"]
 html_favicon = "_static/favicon.svg"
 html_css_files = ["site.css"]
+html_search_scorer = str(DOCS / "_static/scorer.js")
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
 

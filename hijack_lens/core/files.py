@@ -169,7 +169,8 @@ def read_safetensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str,
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
     if not ours:
-        raise ValueError(f"{path} is not a {kind} file")
+        other = header.get("format") if isinstance(header, dict) else None
+        raise ValueError(f"{path} is not a {kind} file" + (f", but a {shown(other)} one" if other else ""))
     if sums is not None:
         found = _checksums(tensors, metadata["hijack_lens"])
         written = sums if isinstance(sums, dict) else {}

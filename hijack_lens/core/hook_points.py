@@ -17,7 +17,7 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 
 from hijack_lens.core.checks import check_choice, shown
-from hijack_lens.core.circuit import Component
+from hijack_lens.core.circuit import ROLE_NAMES, Component
 
 NEEDS_FLAG = {
     "hook_result": "use_attn_result",
@@ -105,7 +105,7 @@ def check_hook_points(model: Any, names: Iterable[str], argument: str = "compone
 
 def _check_hook_point(model: Any, known: Mapping[str, Any], name: str, edits: bool) -> None:
     if not isinstance(name, str) or name not in known:
-        close = difflib.get_close_matches(str(name)[:200], known, n=3)
+        close = difflib.get_close_matches(str(name)[:200], [*known, *ROLE_NAMES], n=3)
         hint = f"; close to it: {', '.join(close)}" if close else ""
         raise ValueError(f"{shown(name)} is not a hook point of this {type(model).__name__}{hint}")
     leaf = name.rsplit(".", 1)[-1]

@@ -356,7 +356,8 @@ class Shown:
             self._save_data(path)
         else:
             known = SHOWN_AS if drawn else SHOWN_AS[:2]
-            raise ValueError(f"path must end in one of {', '.join(known)}, got {shown(str(path))}")
+            data = "any other keeps the data" if isinstance(self, Saved) else f"{type(self).__name__} is not kept as data"
+            raise ValueError(f"path must end in one of {', '.join(known)}, got {shown(str(path))}; {data}")
 
 
 @report_of.register
