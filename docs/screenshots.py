@@ -1,9 +1,12 @@
-"""Draws every kind of result as a notebook shows it, light, dark and narrow: python docs/screenshots.py [NAME ...]
+"""Draws every kind of result as a notebook shows it, and every kind of page, light, dark, narrow and printed.
+
+    python docs/screenshots.py [NAME ...]
 
 The pictures lie in docs/_build/screenshots, which git ignores.
 """
 
 import os
+import runpy
 import shutil
 import sys
 import tempfile
@@ -15,7 +18,7 @@ from results import example_of, results
 import hijack_lens as hl
 
 OUT = Path(__file__).parent / "_build" / "screenshots"
-LOOKS = {"light": ("light", 860), "dark": ("dark", 860), "narrow": ("light", 420)}
+LOOKS = {"light": ("light", 860), "dark": ("dark", 860), "narrow": ("light", 420), "printed": ("dark", 700)}
 _DARK = "background:#111;color:#e3e3e3"
 
 
@@ -24,6 +27,19 @@ def page(shown: str, theme: str) -> str:
     style = f"font:14px system-ui,sans-serif;margin:12px;{_DARK if theme == 'dark' else ''}"
     meta = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
     return f"<!DOCTYPE html>{meta}<body style='{style}'>{shown}</body>"
+
+
+def pages() -> dict[str, str]:
+    """What else is shown: explorers, views and reports, as pages of their own."""
+    given = runpy.run_path(str(Path(__file__).parent / "examples.py"))
+    model, prompt = given["model"], given["prompt"]
+    runs = hl.explore_runs(model, prompt.clean, prompt.corrupted, hl.metrics.margin(prompt))
+    shown = {"show.View": hl.show.attention(model, prompt)._repr_html_()}
+    for explorer in (hl.explore(), runs):
+        explorer.save("explorer.html")
+        shown[f"explorer.{type(explorer).__name__}"] = Path("explorer.html").read_text(encoding="utf-8")
+    hl.write_report(hl.explain(model, prompt), "report.html")
+    return shown | {"show.write_report": Path("report.html").read_text(encoding="utf-8")}
 
 
 def main(names: list[str]) -> None:
@@ -36,16 +52,18 @@ def main(names: list[str]) -> None:
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
         os.chdir(folder)  # examples write files
-        for name, kind in results().items():
-            short = name.removeprefix("hijack_lens.")
+        made = {name.removeprefix("hijack_lens."): kind for name, kind in results().items()}
+        for short, kind in (made | pages()).items():
             if names and not any(one in short for one in names):
                 continue
-            shown = hl.show.html_of(example_of(kind))
+            shown = kind if isinstance(kind, str) else hl.show.html_of(example_of(kind))
             for look, (theme, width) in LOOKS.items():
-                opened = shown if look == "light" else shown.replace("<details>", "<details open>")
+                opened = shown if look in ("light", "printed") else shown.replace("<details>", "<details open>")
                 path = Path(folder) / "page.html"
-                path.write_text(page(opened, theme), encoding="utf-8")
+                path.write_text(opened if opened.startswith("<!DOCTYPE") else page(opened, theme), encoding="utf-8")
                 sheet = browser.new_page(viewport={"width": width, "height": 60}, color_scheme=theme)
+                if look == "printed":
+                    sheet.emulate_media(media="print")
                 sheet.goto(path.as_uri())
                 wide = sheet.evaluate("document.documentElement.scrollWidth")
                 sheet.screenshot(path=str(OUT / f"{short}-{look}.png"), full_page=True)

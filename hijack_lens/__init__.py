@@ -10,7 +10,7 @@ import lazy_loader
 from hijack_lens.core import installed  # noqa: F401  # says at once if TransformerLens is too old, too new or missing
 from hijack_lens.core.showing import shown_by
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 shown_by("hijack_lens.show")  # the result classes do not import this module

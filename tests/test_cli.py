@@ -222,6 +222,16 @@ def test_training_goes_on_until_the_circuit_has_formed(capsys, monkeypatch, tmp_
     assert json.loads(out)["formed"] == list(formed.formed.lines)
 
 
+def test_a_terminal_says_what_takes_long_and_then_forgets_it(capsys, monkeypatch):
+    language = hl.BigramLanguage.dirichlet(12, seed=0)
+    hl.associative_transformer(language, n_ctx=16).save_pretrained("mine")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    code, _, err = run(capsys, monkeypatch, "explain", "--model", "mine", "--length", "16", "--repeats", "1", width=15)
+    said = err.split("\r")
+    assert (code, said[::2]) == (0, ["Loading Transf", "Loading mine .", "Explaining ...", ""])
+    assert said[1::2] == [" " * 14] * 3
+
+
 def test_an_unknown_command_is_bad_input_and_none_shows_help(capsys, monkeypatch):
     code, _, err = run(capsys, monkeypatch, "explode")
     assert code == 2

@@ -1,6 +1,8 @@
 """The documents lead somewhere: each link to a file, in the repository; none to a file, on a package index."""
 
 import importlib.metadata
+import inspect
+import pkgutil
 import re
 import runpy
 import sys
@@ -45,3 +47,26 @@ def test_the_package_was_built_with_that_readme():
     assert "Description-Content-Type: text/markdown" in fields
     assert "https://arxiv.org/abs/2412.11459" in readme
     assert files_linked(readme) == []
+
+
+def new_names():
+    """The right column of the CHANGELOG's tables of renames: each dotted name, with its arguments if it has some."""
+    section = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("### Renamed, and moved")[2]
+    cells = re.findall(r"^\| .+? \| (.+) \|$", section.partition("\n### ")[0], flags=re.MULTILINE)
+    named = r"(?<!column )(?<!option )(?<!its )`([A-Za-z_][\w.]*)(\([\w=, ]*\))?`(?!s)"
+    return sorted({found for cell in cells for found in re.findall(named, cell)})
+
+
+@pytest.mark.parametrize(("name", "arguments"), new_names(), ids="".join)
+def test_what_the_changelog_renames_to_is_there(name, arguments):
+    above, _, last = f"hijack_lens.{name}".rpartition(".")
+    fields = getattr(pkgutil.resolve_name(above), "__dataclass_fields__", {})
+    thing = fields[last] if last in fields else pkgutil.resolve_name(f"{above}.{last}")
+    known = inspect.signature(thing).parameters if arguments else {}
+    assert set(re.findall(r"\w+", arguments)) <= set(known)
+
+
+def test_the_tables_of_renames_are_read():
+    names = dict(new_names())
+    assert len(names) > 100
+    assert (names["BigramTransformer"], names["hooks.ablate"]) == ("", "(components=)")

@@ -1,10 +1,12 @@
 """Text that breaks pages and pictures elsewhere: markup, mathematics, halves of characters, marks of byte order."""
 
+import io
 import tempfile
 import unicodedata
 import warnings
 
 import matplotlib.ticker
+import numpy as np
 import pytest
 import torch
 from bridges_for_tests import scattered
@@ -12,6 +14,7 @@ from browser_for_tests import Opened
 from matplotlib import font_manager
 from matplotlib.mathtext import MathTextParser
 from models_for_tests import hooked
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -197,3 +200,19 @@ def test_a_byte_order_mark_is_no_token():
         assert plain.encode("\ufeffAb c").tolist() == plain.encode("Ab c").tolist()
     bridge = of_bytes("bridge", False)
     assert torch.equal(hl.attribute(bridge, "\ufeffab").tokens, hl.attribute(bridge, "ab").tokens)
+
+
+@pytest.mark.skipif(matplotlib.__version_info__ < (3, 11), reason="matplotlib lays out scripts from 3.11 on")
+def test_hebrew_is_drawn_from_right_to_left():
+    def ink(text):
+        picture = Picture(3.0, 1.0)
+        picture.figure.text(0.5, 0.5, text, fontsize=40, ha="center", va="center")
+        drawn = np.asarray(Image.open(io.BytesIO(picture.png())).convert("L")) < 128
+        columns = drawn.any(0).nonzero()[0]
+        return drawn[:, columns[0] : columns[-1] + 1]
+
+    first, second, both = ink("ש"), ink("ו"), ink("שו")
+    width = first.shape[1]
+    assert first.shape[1] > 2 * second.shape[1]  # a wide letter and a narrow one
+    assert np.abs(both[:, -width:].sum(1) - first.sum(1)).max() <= 3  # what is written first stands on the right
+    assert not np.abs(both[:, :width].sum(1) - first.sum(1)).max() <= 3

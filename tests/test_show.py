@@ -305,3 +305,51 @@ def test_attention_of_a_bridge_without_tokenizer():
         torch.tensor(props["attention"]), cache["blocks.1.attn.hook_pattern"][0, 1], atol=6e-5, rtol=0
     )
     assert props["tokens"] == ["3", "1", "4", "1", "5"]
+
+
+WIDE = "(() => document.documentElement.scrollWidth - document.documentElement.clientWidth)()"
+CUT = """[...document.querySelectorAll(".wide")].filter(one => one.scrollWidth > one.clientWidth + 1).length"""
+
+
+@pytest.mark.browser
+def test_on_a_phone_panels_stand_below_one_another_and_wide_tables_flow(explanation, browser, tmp_path):
+    evidence = hl.find_circuit(explanation.model).evidence
+    evidence.save(path := tmp_path / "evidence.html")
+    page = Opened(browser, path, drawn="svg").page
+    page.evaluate("document.querySelector('details').open = true")
+    tops = "[...document.querySelectorAll('svg')].map(one => one.getBoundingClientRect().top)"
+    assert len(set(page.evaluate(tops))) == 1
+    page.set_viewport_size({"width": 420, "height": 900})
+    assert len(set(page.evaluate(tops))) == len(page.evaluate(tops)) == 3
+    assert (page.evaluate(WIDE), page.evaluate(CUT)) == (0, 0)
+    row = page.locator("tbody tr").first.locator("td")
+    name = "(cell) => getComputedStyle(cell, '::before').content"
+    assert [one.evaluate(name) for one in row.all()][:3] == ['"role "', '"component "', '"score "']
+    assert "L0H0" in row.nth(1).inner_text()
+
+
+@pytest.mark.browser
+def test_on_paper_a_result_is_black_on_white_open_and_not_cut(explanation, browser, tmp_path):
+    explanation.attribution.save(alone := tmp_path / "attribution.html")
+    report = hl.write_report(explanation, tmp_path / "report.html")
+    for path, drawn in ((alone, "svg"), (report, "canvas")):
+        page = Opened(browser, path, drawn).page
+        page.emulate_media(media="print", color_scheme="dark")
+        page.set_viewport_size({"width": 700, "height": 900})
+        assert (page.evaluate(WIDE), page.evaluate(CUT)) == (0, 0)
+        style = "getComputedStyle(document.querySelector('.hijack-lens'))"
+        assert page.evaluate(f"[{style}.color, {style}.backgroundColor]") == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
+        assert all(table.bounding_box()["height"] > 20 for table in page.locator("table").all())
+        assert page.locator("table").count() > 0
+
+
+@pytest.mark.browser
+def test_circuitsvis_draws_on_the_ground_of_its_page(explanation, browser, tmp_path):
+    page = Opened(browser, hl.write_report(explanation, tmp_path / "report.html")).page
+    filtered = "getComputedStyle(document.querySelector('.hijack-lens-view')).filter"
+    for theme, media, wanted in (("light", "screen", "none"), ("dark", "screen", "invert"), ("dark", "print", "none")):
+        page.emulate_media(media=media, color_scheme=theme)
+        assert page.evaluate(filtered).startswith(wanted)
+    page.emulate_media(media="screen", color_scheme="dark")
+    page.evaluate("document.body.dataset.jpThemeLight = 'true'")  # a light notebook on a dark desktop
+    assert page.evaluate(filtered) == "none"

@@ -1,7 +1,10 @@
 """The command line: `hijack-lens COMMAND`. Commands are imported when they are asked for: all else answers at once."""
 
 import re
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.metadata import version
 from typing import NoReturn
@@ -51,6 +54,20 @@ def main() -> None:
         fail(str(error))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+@contextmanager
+def working(said: str) -> Iterator[None]:
+    """Says on a terminal what is being done; afterwards the line is gone."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    line = f"{' '.join(said.split())} ..."[: shutil.get_terminal_size().columns - 1]
+    print(line, end="\r", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print(" " * len(line), end="\r", file=sys.stderr, flush=True)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from rich.text import Text
 
 import hijack_lens as hl
+from hijack_lens.cli import working
 from hijack_lens.core.checks import check_path
 from hijack_lens.core.circuit import ROLE_NAMES
 from hijack_lens.core.inputs import own_circuit, single_prompt
@@ -97,18 +98,21 @@ def explain_answers(
     if not prompt:
         raise ValueError("--prompt must be a text, got ''")
     assert name is not None
-    model = load_model(name)
+    with working(f"Loading {name}"):
+        model = load_model(name)
     with texts_begin(prepend_bos):
         tokens = single_prompt(model, prompt, "--prompt")[0]
     found: dict[str, Any] = {"model": str(name), "prompt": prompt}
     intro: list[str | Text] = [Text("prompt  ", style="bold").append(prompt, style="dim")]
-    circuit = hl.find_circuit(model, seed=seed) if find_circuit else own_circuit(model)
+    with working("Looking for the circuit"):
+        circuit = hl.find_circuit(model, seed=seed) if find_circuit else own_circuit(model)
     if circuit is None:
         for option, given in (("--answer", answer), ("--foil", foil)):
             spelled_ways(model, option, given)
         if answer.strip() == foil.strip():
             raise ValueError(f"--answer and --foil must be different tokens, got {answer!r} and {foil!r}")
-        asked_of: Any = hl.explain(model, tokens, answer, foil, context=context)
+        with working("Explaining"):
+            asked_of: Any = hl.explain(model, tokens, answer, foil, context=context)
         pair = asked_of.attribution.answers
     else:
         pair = token_id(model, "--answer", answer), token_id(model, "--foil", foil)
@@ -126,4 +130,6 @@ def explain_answers(
     found["circuit"] = {role: [str(part) for part in getattr(circuit, role)] for role in ROLE_NAMES}
     found["evidence"] = None if evidence is None else evidence.verdicts.splitlines()
     intro += [f"circuit: {circuit}", *([] if evidence is None else [evidence.verdicts])]
-    return hl.explain(model, tokens, *pair, circuit=circuit, context=context), found, intro
+    with working("Explaining"):
+        explanation = hl.explain(model, tokens, *pair, circuit=circuit, context=context)
+    return explanation, found, intro

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 import hijack_lens as hl
-from hijack_lens.cli import fail
+from hijack_lens.cli import fail, working
 
 
 def explain(
@@ -70,10 +70,11 @@ def explain(
         as_json: Print JSON instead of tables, and write a report only where --out is given.
         out: Where to write the report, in place of what is there. [default: hijack-lens-report.html]
     """
-    from hijack_lens.cli import asking, saying
-    from hijack_lens.core.files import check_target
-    from hijack_lens.core.memory import check_memory
-    from hijack_lens.models.loading import is_hugging_face
+    with working("Loading TransformerLens"):
+        from hijack_lens.cli import asking, saying
+        from hijack_lens.core.files import check_target
+        from hijack_lens.core.memory import check_memory
+        from hijack_lens.models.loading import is_hugging_face
 
     if out is None and not as_json:
         out = Path("hijack-lens-report.html")
@@ -98,7 +99,8 @@ def explain(
             raise ValueError(f"--model {str(model)!r} is a language model: ask it with --prompt, --answer and --foil")
         else:
             asking.refuse(written, "--model, which brings its own")
-            trained = hl.BigramTransformer.from_pretrained(model)
+            with working(f"Loading {model}"):
+                trained = hl.BigramTransformer.from_pretrained(model)
             language, triggers = trained.language, trained.triggers
         check_memory(12 * length * 3 * language.d_vocab, **{"--length": length})  # the table of positions
         q, c, g = asking.conflict(language, trigger, in_context, global_candidate, triggers)
@@ -106,7 +108,8 @@ def explain(
         if model is None:
             chosen = hl.Strengths(**{name: value for name, value in strengths.items() if value is not None})
             trained = hl.associative_transformer(language, None, positions or "relative", chosen, n_ctx=length)
-        explanation = hl.explain(trained, conflict)
+        with working("Explaining"):
+            explanation = hl.explain(trained, conflict)
         found, intro = saying.found(explanation, conflict), saying.intro(conflict)
     there = out is not None and out.is_file()
     report = None if out is None else hl.write_report(explanation, out).resolve()

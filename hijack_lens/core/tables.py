@@ -52,12 +52,41 @@ _LINES, _WIDTH = 15, 120
 _ROWS = 20
 """Rows of a DataFrame that a report shows."""
 
+_LETTERS = 54
+"""As wide as a table may be to fit into 420 pixels: see `NARROW`."""
+
 _PICTURES = (".png", ".svg", ".pdf")
 
 SHOWN_AS = (".html", ".csv", *_PICTURES)
 """The extensions of files that hold what a result shows, not the result itself."""
 
-STYLE = """
+NARROW = """
+@media (max-width: 480px) {
+  .hijack-lens .wide table { font-size: 12.5px }
+  .hijack-lens .wide :is(th, td) { padding: 0.15em 0.4em }
+  .hijack-lens-flowing :is(tbody, tr) { display: block }
+  .hijack-lens-flowing tr { padding: 0.4em 0; border-bottom: 1px solid }
+  .hijack-lens .wide .hijack-lens-flowing td { display: inline-block; padding: 0 1em 0 0; white-space: normal }
+  .hijack-lens .wide .hijack-lens-flowing :is(thead, td:empty) { display: none }
+  .hijack-lens-flowing td::before { content: attr(data-column) " "; opacity: 0.75 }
+}
+"""
+"""On a phone: tables that are too wide have no columns, but cells that bear the columns' names, and flow."""
+
+PRINTED = """
+@media print {
+  .hijack-lens, .hijack-lens-view { color: #000; background: #fff; filter: none !important }
+  .hijack-lens .wide { overflow: visible !important }
+  .hijack-lens table { font-size: 80%; overflow-wrap: anywhere }
+  :is(.hijack-lens, .hijack-lens-view) :is(svg, img) { min-width: 0 !important; max-width: 100% !important }
+  .hijack-lens details::details-content { display: block; content-visibility: visible; block-size: auto }
+  :is(.hijack-lens, .hijack-lens-view) :is(tr, svg, img) { break-inside: avoid }
+}
+"""
+"""On paper: black on white, all tables open, and nothing beyond the edge."""
+
+STYLE = (
+    """
 .hijack-lens { max-width: 100%; line-height: 1.45 }
 .hijack-lens > .text { display: none }
 .hijack-lens > .shown { display: block !important }
@@ -70,12 +99,16 @@ STYLE = """
 .hijack-lens summary { cursor: pointer; opacity: 0.8 }
 .hijack-lens .note { font-size: 85%; opacity: 0.85 }
 """
+    + NARROW
+    + PRINTED
+)
 """How results look: in the colours of the page that they stand in, be it light or dark, and as narrow as it is."""
 
-PAGE = """
-:root { color-scheme: light dark }
-body { font-family: system-ui, sans-serif; max-width: 1040px; margin: 1.5em auto; padding: 0 1em; line-height: 1.45 }
-"""
+PAGE = f"""
+:root {{ color-scheme: light dark }}
+body {{ font-family: system-ui, sans-serif; max-width: 1040px; margin: 1.5em auto; padding: 0 1em; line-height: 1.45 }}
+@media print {{ :root {{ color-scheme: light }} body {{ max-width: none; margin: 0; padding: 0 }} }}
+{NARROW}{PRINTED}"""
 """How a page of its own begins, whatever stands in it."""
 
 
@@ -105,9 +138,7 @@ class Table:
         from rich.table import Table as RichTable
 
         table = RichTable(title=self.title or None)
-        cells = zip(self.columns, *self.rows, strict=True)
-        needed = sum(3 + max(len(word) for cell in column for word in cell.split() or [""]) for column in cells) + 1
-        if width is not None and needed > width:
+        if width is not None and self._letters() + 1 > width:
             table.show_header, table.box = False, box.SIMPLE
             for name in ("column", "cell"):
                 table.add_column(name, overflow="fold")
@@ -128,8 +159,8 @@ class Table:
         rows = self.rows[: len(self.rows) - self.total]
         if len(rows) <= n:
             return self
-        more = [f"… {len(rows) - n} more", *[""] * (len(self.columns) - 1)]
-        return replace(self, rows=[*rows[:n], more, *last], ruled=[row for row in self.ruled if row < n])
+        rows, more = rows[:n], _more(len(rows) - n, len(self.columns))
+        return replace(self, rows=[*rows, more, *last], ruled=[row for row in self.ruled if row < n])
 
     def text(self) -> str:
         """As plain text, 120 characters wide at most."""
@@ -143,22 +174,36 @@ class Table:
     def html(self) -> str:
         """As an HTML table with its title above."""
         sides = self._sides()
+        flows = self._letters() > _LETTERS
+        names = [f" data-column='{escape(name)}'" if flows else "" for name in self.columns]
 
         def line(cells: Sequence[str], tag: str, weight: str = "") -> str:
             written = (
-                f"<{tag} style='text-align:{side}{weight}'>{cell if isinstance(cell, Markup) else escape(cell)}</{tag}>"
-                for cell, side in zip(cells, sides, strict=True)
+                f"<{tag}{name if tag == 'td' else ''} style='text-align:{side}{weight}'>"
+                f"{cell if isinstance(cell, Markup) else escape(cell)}</{tag}>"
+                for cell, side, name in zip(cells, sides, names, strict=True)
             )
             return f"<tr>{''.join(written)}</tr>"
 
         last = len(self.rows) - 1 if self.total else None
         body = "".join(line(row, "td", ";font-weight:600" * (index == last)) for index, row in enumerate(self.rows))
         title = f"<p>{escape(self.title)}</p>" if self.title else ""
-        return f"{title}<table><thead>{line(self.columns, 'th')}</thead><tbody>{body}</tbody></table>"
+        kind = " class='hijack-lens-flowing'" if flows else ""
+        return f"{title}<table{kind}><thead>{line(self.columns, 'th')}</thead><tbody>{body}</tbody></table>"
+
+    def _letters(self) -> int:
+        """How wide it is, with three letters between columns, if no word or number is cut."""
+        cells = zip(self.columns, *self.rows, strict=True)
+        return sum(3 + max(len(word) for cell in column for word in cell.split() or [""]) for column in cells)
 
     def _sides(self) -> list[Any]:
         align = self.align + self.align[-1] * (len(self.columns) - len(self.align))
         return [_ALIGN[letter] for letter in align]
+
+
+def _more(rows: int, columns: int) -> list[str]:
+    """The row that says how many are left out."""
+    return [f"… {rows} more", *[""] * (columns - 1)]
 
 
 def table_of(frame: "pd.DataFrame", title: str = "", rows: int = _ROWS) -> Table:
@@ -178,7 +223,7 @@ def table_of(frame: "pd.DataFrame", title: str = "", rows: int = _ROWS) -> Table
     listed = [[cell(value) for value in row] for row in frame.head(rows).itertuples(index=False, name=None)]
     align = "".join("r" if number else "l" for number in numbers) or "l"
     if len(frame) > rows:
-        listed.append([f"… {len(frame) - rows} more", *[""] * (len(numbers) - 1)])
+        listed.append(_more(len(frame) - rows, len(numbers)))
     return Table([str(name).replace("_", " ") for name in frame.columns], listed, align, title)
 
 
@@ -356,7 +401,8 @@ class Shown:
             self._save_data(path)
         else:
             known = SHOWN_AS if drawn else SHOWN_AS[:2]
-            data = "any other keeps the data" if isinstance(self, Saved) else f"{type(self).__name__} is not kept as data"
+            kept = isinstance(self, Saved)
+            data = "any other keeps the data" if kept else f"{type(self).__name__} is not kept as data"
             raise ValueError(f"path must end in one of {', '.join(known)}, got {shown(str(path))}; {data}")
 
 

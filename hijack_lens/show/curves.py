@@ -104,7 +104,7 @@ def dose_curves(result: DoseResponse) -> Picture:
     means, n = result.by_repeats(), list(result.repeats)
     several = len(result.conflicts) > 1
     of = f"mean of {len(result.conflicts)} facts" if several else result.conflicts[0].name
-    picture = Picture(8.0, 5.6)
+    picture = Picture(6.4, 4.8)
     ax = picture.figure.add_subplot()
     ax.axhline(0, color="black", linewidth=0.8)
     if several:
@@ -167,7 +167,7 @@ def formed_report(formed: Formed) -> Report:
 def formed_bars(formed: Formed) -> Picture:
     """What each memory reached, and what was asked of it."""
     frame = formed.to_pandas()
-    picture = Picture(6.6, 1.9)
+    picture = Picture(6.4, 1.9)
     ax = picture.figure.add_subplot()
     colours = [COLOURS[memory] for memory in frame["memory"]]
     ax.barh(range(len(frame)), frame["reached"].fillna(0.0), color=colours, height=0.6)
@@ -187,7 +187,7 @@ def formed_bars(formed: Formed) -> Picture:
 @picture_of.register
 def birth_of_memories(run: TrainingRun) -> Picture:
     """How much of each memory has been learned, by training step."""
-    picture = Picture(8.0, 5.0)
+    picture = Picture(6.4, 4.4)
     ax = picture.figure.add_subplot()
     excess = run.probe("bigram_excess")
     ax.plot(

@@ -15,7 +15,6 @@ def dual_report(dual: DualModel) -> Report:
         f"model that {len(dual.updates)} positions train, against the head's output",
         tables=[Table(("features", "median error", "least", "most"), rows, align="rrrr")],
         notes=[f"Errors are relative to the output's norm. The softmax kernel itself: {dual.exact_error:.1e}."],
-        figure=lambda: dual_curves(dual).svg(),
     )
 
 

@@ -90,7 +90,7 @@ def margin_bars(explanation: Explanation) -> Picture:
     (c, g), split = explanation.names, explanation.attribution is not None
     off = "at its mean" if explanation.deep else "off"
     rows = ["whole model", *(f"{name} {off}" for name in explanation.ablated)]
-    picture = Picture(8.0, 1.3 + 0.5 * len(rows))
+    picture = Picture(6.4, 1.3 + 0.5 * len(rows))
     ax = picture.figure.add_subplot()
     high, low = stacked_bars(ax, 0, explanation.margin, 0.62) if split else ([0.0], [0.0])
     box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.85, "edgecolor": "none"}
@@ -150,7 +150,7 @@ def _page(explanation: Explanation | AnswerExplanation, body: str) -> str:
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>hijack-lens: which memory wrote the logit?</title>
-<style>{PAGE_STYLE}</style><script>{circuitsvis_script()}</script></head><body>
+<style>{PAGE_STYLE}</style><script>{circuitsvis_script()}</script></head><body class="hijack-lens">
 <h1>Which memory wrote the logit?</h1>
 <p class="verdict {explanation.winner}">{escape(explanation.verdict)}</p>
 {body}

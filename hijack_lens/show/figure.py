@@ -2,17 +2,21 @@
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.category import StrCategoryFormatter
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter, Formatter, FuncFormatter, LogFormatterMathtext
+from matplotlib.transforms import Bbox
 
 from hijack_lens.show.glyphs import give_fonts, written
 
@@ -35,9 +39,9 @@ class LiteralFigure(Figure):
                     (axis.get_minor_formatter, axis.set_minor_formatter),
                 ):
                     if isinstance(formatter := get(), LogFormatterMathtext):
-                        set_formatter(_Unparsed(formatter))
+                        set_formatter(_Rewritten(formatter, _in_letters))
                     elif isinstance(formatter, _NAMES):
-                        set_formatter(_Written(formatter))
+                        set_formatter(_Rewritten(formatter, written))
                 axis.get_ticklabels()  # makes them, so that they are among the texts
             for text in self.findobj(Text):
                 text.set(parse_math=False, usetex=False, text=written(text.get_text()))
@@ -60,8 +64,6 @@ class LiteralFigure(Figure):
 
         matplotlib's layout makes room for the names of ticks, but not for a title or label longer than its axes.
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
         for _ in range(_ROUNDS):
             self.draw_without_rendering()
             renderer = FigureCanvasAgg(self).get_renderer()
@@ -71,6 +73,35 @@ class LiteralFigure(Figure):
             if not any(thinned) and missing.max() < _SLACK:
                 return
             self.set_size_inches(*np.minimum(size + missing, _INCHES))
+
+    def strips(self) -> Iterator[Bbox]:
+        """Panels that can be read one by one, from left to right: where each is, in inches, while all else is hidden.
+
+        What lies above or below another stays with it, as do a colour bar and axes whose rows are named only by those
+        to the left of them.
+        """
+        renderer = FigureCanvasAgg(self).get_renderer()
+        shown = [one for one in (*self.axes, *self.legends, *self.texts) if one.get_visible()]
+        boxes = [(one.get_tightbbox(renderer), one) for one in shown]
+        placed = sorted(((box, one) for box, one in boxes if box is not None), key=lambda pair: pair[0].x0)
+        found: list[tuple[Bbox, bool]] = []
+        for box, artist in placed:
+            last, stands = found[-1] if found else (box, False)
+            if found and (box.x0 < last.x1 or not stands or not _is_read_alone(artist)):
+                found[-1] = Bbox.union([last, box]), stands or isinstance(artist, Axes)
+            else:
+                found.append((box, isinstance(artist, Axes)))
+        width, height = self.bbox.size
+        cuts = [(one.x1 + other.x0) / 2 for (one, _), (other, _) in itertools.pairwise(found)]
+        for (left, right), (part, _) in zip(itertools.pairwise([0.0, *cuts, width]), found, strict=True):
+            hidden = [artist for box, artist in placed if not left <= (box.x0 + box.x1) / 2 <= right]
+            for artist in hidden:
+                artist.set_visible(False)
+            try:
+                yield Bbox(np.array([[left, max(0.0, part.y0 - 2.0)], [right, height]]) / self.dpi)
+            finally:
+                for artist in hidden:
+                    artist.set_visible(True)
 
     def _missing(self, renderer: Any) -> np.ndarray:
         """The inches of width and height that would help."""
@@ -94,6 +125,14 @@ class LiteralFigure(Figure):
         return [text for text in found if text.get_text() and text.get_visible()]
 
 
+def _is_read_alone(artist: Artist) -> bool:
+    """Whether it is axes that name their own rows, and no colour bar: these are named on the right."""
+    if not isinstance(artist, Axes) or artist.yaxis.get_label_position() == "right":
+        return False
+    named = artist.yaxis.get_tick_params().get("labelleft", True)
+    return bool(artist.get_ylabel() or (named and any(map(Text.get_text, artist.get_yticklabels()))))
+
+
 def _thin(axis: Axis, renderer: Any) -> bool:
     """Whether an axis had names of ticks that overlap: they are turned upright or, if they are, every other one left.
 
@@ -114,34 +153,25 @@ def _thin(axis: Axis, renderer: Any) -> bool:
     return True
 
 
-class _Written(Formatter):
-    """The names of ticks, which matplotlib looks up each time that it draws them."""
+class _Rewritten(Formatter):
+    """The names of ticks, which matplotlib looks up each time that it draws them, put in other letters."""
 
-    def __init__(self, names: Formatter):
-        self.names = names
+    def __init__(self, names: Formatter, rewrite: Callable[[str], str]):
+        self.names, self.rewrite = names, rewrite
 
     def __call__(self, x: Any, pos: int | None = None) -> str:
-        return written(self.names(x, pos))
+        return self.rewrite(self.names(x, pos))
 
     def format_ticks(self, values: Any) -> list[str]:
         """The names of all ticks at once."""
-        return [written(name) for name in self.names.format_ticks(values)]
+        return list(map(self.rewrite, self.names.format_ticks(values)))
 
     def set_locs(self, locs: Any) -> None:
-        """Tells which ticks there are."""
+        """Tells which ticks there are, by which some formatters decide what to label."""
         self.names.set_locs(locs)
 
 
-class _Unparsed(Formatter):
-    """Ticks of a logarithmic axis, which matplotlib labels in mathematics only, in plain letters."""
-
-    def __init__(self, parsed: LogFormatterMathtext):
-        self.parsed = parsed
-
-    def __call__(self, x: Any, pos: int | None = None) -> str:
-        text = re.sub(r"\^\{(.*?)\}", lambda power: power[1].translate(_RAISED), self.parsed(x, pos))
-        return text.removeprefix(r"$\mathdefault{").removesuffix("}$").replace(r"\times", "×")
-
-    def set_locs(self, locs: Any) -> None:
-        """Tells which ticks there are, by which the formatter decides what to label."""
-        self.parsed.set_locs(locs)
+def _in_letters(parsed: str) -> str:
+    """A label of a logarithmic axis, which matplotlib writes in mathematics only."""
+    text = re.sub(r"\^\{(.*?)\}", lambda power: power[1].translate(_RAISED), parsed)
+    return text.removeprefix(r"$\mathdefault{").removesuffix("}$").replace(r"\times", "×")

@@ -53,7 +53,7 @@ def path_bars(result: LogitAttribution) -> Picture:
         of, margin = _margin(result)
         return margins_picture(margin, of, _each(result))
     rows = _rows(result)[:-1][:_BARS]
-    picture = Picture(7.5, 1.2 + 0.28 * max(len(rows), 2))
+    picture = Picture(6.4, 1.2 + 0.28 * max(len(rows), 2))
     ax = picture.figure.add_subplot()
     ax.barh(range(len(rows)), [row[-1] for row in rows], color=[COLOURS[row[1]] for row in rows], height=0.7)
     ax.axvline(0, color="black", linewidth=1)

@@ -23,7 +23,7 @@ def margins_picture(margin: Margin, label: str, row: str) -> Picture:
     """
     flat = Margin(*(part.detach().cpu().double().flatten() for part in (margin.context, margin.weights, margin.rest)))
     n = flat.total.numel()
-    picture = Picture(7.0, 3.4 if n > _BARS else 1.4 + 0.26 * n)
+    picture = Picture(6.4, 3.4 if n > _BARS else 1.4 + 0.26 * n)
     ax = picture.figure.add_subplot()
     if n > _BARS:
         for memory, colour in COLOURS.items():

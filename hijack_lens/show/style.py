@@ -106,24 +106,35 @@ class Picture:
             alt: what it shows, for readers who do not see it; by default its axes' titles and labels.
         """
         check_type("alt", alt, str)
-        buffer = io.StringIO()
         with self.figure.fitted():
-            self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        element = _UNUSED.sub("", buffer.getvalue()[buffer.getvalue().index("<svg") :])
-        element = element.replace("#000000", "currentColor")
-        name = escape(alt or self.alt, quote=True)
-        return element.replace(
-            "<svg", f'<svg role="img" aria-label="{name}" fill="currentColor" style="{self._size}"', 1
-        )
+            return self._element(f'role="img" aria-label="{self._name(alt)}"', self.figure.bbox_inches)
 
     def html(self, alt: str = "") -> str:
-        """The picture for a page: as SVG or, where that would be large, as PNG on white."""
-        drawn = self.svg(alt)
-        if len(drawn) <= _LARGEST:
-            return drawn
+        """The picture for a page: as SVG or, where that would be large, as PNG on white.
+
+        Panels that stand side by side, and can be read one by one, stand below one another in a narrow page.
+        """
+        check_type("alt", alt, str)
+        with self.figure.fitted():
+            drawn = [self._element("", strip) for strip in self.figure.strips()]
+        named = f'role="img" aria-label="{self._name(alt)}"'
+        if sum(map(len, drawn)) <= _LARGEST:
+            return f'<div {named} style="display:flex;flex-wrap:wrap;align-items:flex-start">{"".join(drawn)}</div>'
         data = base64.b64encode(self.png(dpi=100)).decode()
-        name = escape(alt or self.alt, quote=True)
-        return f'<img alt="{name}" style="{self._size};background:white" src="data:image/png;base64,{data}">'
+        style = f"{_size(self.figure.get_size_inches()[0])};background:white"
+        return f'<img alt="{self._name(alt)}" style="{style}" src="data:image/png;base64,{data}">'
+
+    def _element(self, attributes: str, part: Any) -> str:
+        """A part of the fitted picture, a box in inches, as an SVG element."""
+        buffer = io.StringIO()
+        plain = {"transparent": True, "metadata": {"Date": None, "Creator": None}}
+        self.figure.savefig(buffer, format="svg", bbox_inches=part, **plain)
+        element = _UNUSED.sub("", buffer.getvalue()[buffer.getvalue().index("<svg") :])
+        element = element.replace("#000000", "currentColor")
+        return element.replace("<svg", f'<svg {attributes} fill="currentColor" style="{_size(part.width)}"', 1)
+
+    def _name(self, alt: str) -> str:
+        return escape(alt or self.alt, quote=True)
 
     @property
     def alt(self) -> str:
@@ -134,12 +145,6 @@ class Picture:
             axes = " against ".join(filter(None, (up, across)))
             parts += [": ".join(filter(None, (ax.get_title(), axes)))]
         return "; ".join(filter(None, [self.figure.get_suptitle(), *parts])).replace("\n", " ")
-
-    @property
-    def _size(self) -> str:
-        """As wide as its page, but no narrower than it is legible: there it scrolls."""
-        width = _PIXELS * self.figure.get_size_inches()[0]
-        return f"width:{width:.0f}px;max-width:max(100%, {_SMALLEST * width:.0f}px);height:auto"
 
     def png(self, dpi: int = 120) -> bytes:
         """The picture as the bytes of a PNG file."""
@@ -157,6 +162,13 @@ class Picture:
 
     def _repr_html_(self) -> str:
         return f"<div style='overflow-x:auto'>{self.html()}</div>"
+
+
+def _size(inches: float) -> str:
+    """As wide as its page, or its part of a row, but no narrower than it is legible: there it scrolls."""
+    width = round(_PIXELS * inches)
+    least = round(_SMALLEST * width)
+    return f"width:{width}px;min-width:{least}px;max-width:min(100%, {width}px);flex:{width} 1 {least}px;height:auto"
 
 
 def frameless(*axes: Any) -> None:

@@ -34,7 +34,7 @@ def strengths_report(fit: FittedStrengths) -> Report:
 def strengths_bars(fit: FittedStrengths) -> Picture:
     """The strengths, and the share of each memory's table that they explain."""
     frame = fit.to_pandas()
-    picture = Picture(7.0, 2.2)
+    picture = Picture(6.4, 2.2)
     axes = picture.figure.subplots(1, 2, sharey=True)
     colours = [COLOURS["weights" if memory == "bigram" else "context"] for memory in frame["memory"]]
     names = [memory.replace("_", " ") for memory in frame["memory"]]
@@ -109,11 +109,12 @@ def table_maps(tables: Tables) -> Picture:
         table = getattr(tables, name).detach().cpu().double().numpy()
         drawn = heatmap(ax, table, spread=spread_of(table))
         ax.set_title(name.replace("_", " "), fontsize=9)
+        ax.set_xlabel("column", fontsize=8)
         ax.tick_params(labelsize=7)
         for axis in (ax.xaxis, ax.yaxis):
             whole_ticks(axis, 5)
         bar = picture.figure.colorbar(drawn, ax=ax)
         bar.ax.tick_params(labelsize=7)
-    picture.figure.supxlabel("column", fontsize=9)
-    picture.figure.supylabel("row (token)", fontsize=9)
+    for ax in axes[: len(names) : _MAPS_PER_ROW]:
+        ax.set_ylabel("row (token)", fontsize=8)
     return picture

@@ -22,6 +22,7 @@ from hijack_lens.core.checks import check_fields, check_number, check_texts, che
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit
 from hijack_lens.core.hook_points import SINK, is_deep
 from hijack_lens.core.inputs import Components, circuit_of, components_of, prompt_texts, single_prompt
+from hijack_lens.core.tables import PRINTED
 from hijack_lens.hooks.intervention import record
 from hijack_lens.show.logits import shaded_prompt
 from hijack_lens.show.style import COLOURS, Picture, heatmap
@@ -59,6 +60,15 @@ _LOADED = """await (window.hijackLensViews ??= (async () => {
     return new Function(`${await new Response(stream).text()}; return CircuitsVis;`)();
 })())"""
 """Circuitsvis in a page of many views: each brings the script, in a third of its size; the first unpacks it for all."""
+
+
+_DARK = """
+@media (prefers-color-scheme: dark) { .hijack-lens-view { filter: invert(0.92) hue-rotate(180deg) } }
+:is([data-jp-theme-light=false], [data-theme=dark], .vscode-dark) .hijack-lens-view {
+  filter: invert(0.92) hue-rotate(180deg) }
+:is([data-jp-theme-light=true], [data-theme=light], .vscode-light) .hijack-lens-view { filter: none }
+"""
+"""circuitsvis draws on white. A dark page, or notebook, turns its lightness round and keeps its hues."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,7 @@ class View:
             boxes.append(f'<div style="min-width:0;padding-left:1em">{title}<div id="{name}">{panel.still}</div></div>')
         drawn = f"<script>(async () => {{ const lens = {lens}; {''.join(calls)} }})();</script>" if calls else ""
         return (
+            f"<style>{_DARK}{PRINTED}</style>"
             '<figure class="hijack-lens-view" style="max-width:1000px;margin:1em 0;background:white;color:#222;'
             'overflow-x:auto">'
             f'<figcaption style="font-size:90%">{escape(self.caption)}</figcaption>'
@@ -175,7 +186,7 @@ def attention(
         said = f"So many tokens are drawn in blocks: a cell shows the largest of {side} × {side}."
     return View(
         tuple(panels),
-        "Attention patterns, from 0 (white) to 1, or to what is said (blue): each row is a destination token, which "
+        "Attention patterns, from 0 to 1, or to what is said (blue): each row is a destination token, which "
         f"attends, each column a source token, which is attended to. {said}",
     )
 

@@ -213,7 +213,7 @@ def capacity_curves(result: MemoryCapacity) -> Picture:
     frameless(*axes)
     axes[0].set_ylim(-0.02, 1.04)
     axes[1].legend(frameon=False)
-    picture.figure.suptitle(f"{result.d_vocab} tokens, three directions each; {len(result.seeds)} seeds", fontsize=11)
+    axes[0].set_title(f"{result.d_vocab} tokens, three directions each; {len(result.seeds)} seeds", fontsize=11)
     return picture
 
 
