@@ -188,8 +188,10 @@ def test_verdict_and_winner_say_what_the_margin_says():
         context, weights = float(said.margin.context), float(said.margin.weights)
         if said.total > 0:
             opening = "The context wins" if context > 0 else "The weights speak for the context's answer"
+            opening = "Both memories agree" if min(context, weights) > 0 else opening
         else:
             opening = "The weights win" if weights < 0 else "The context speaks against its own answer"
+            opening = "Both memories agree" if max(context, weights) < 0 else opening
         first, second = ("5", "1") if said.total > 0 else ("1", "5")
         gave = f"the context gave {context:+.2f}, the weights {weights:+.2f}"
         assert said.verdict.startswith(f"{opening}: '{first}' over '{second}' by {abs(said.total):.2f} logits; {gave}")

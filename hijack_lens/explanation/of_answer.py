@@ -155,7 +155,9 @@ class AnswerExplanation(Drawn):
             said = f"Neither memory wins: {c} and {g} have the same logit"
         else:
             preferred, other = (c, g) if total > 0 else (g, c)
-            if total > 0:
+            if context * total > 0 and weights * total > 0:
+                wins = "Both memories agree"
+            elif total > 0:
                 wins = "The context wins" if context > 0 else "The weights speak for the context's answer"
             else:
                 wins = "The weights win" if weights < 0 else "The context speaks against its own answer"
