@@ -81,28 +81,39 @@ def zeros(name, activation):
     return torch.zeros_like(activation)
 
 
-def looped(model, tokens, written, components, layers=None, positions=range(4), units=(None,)):
-    """Logits of each patched run, [component, layer, position, unit, batch, pos, d_vocab]."""
+def looped(model, tokens, written, components, layers=None, positions=range(4), units=(None,), alone=False):
+    """Logits of each patched run, [component, layer, position, unit, batch, pos, d_vocab].
+
+    Prompts do not see one another, so that those of a component and layer share a run; unless they are to be `alone`,
+    where a hook of the user's sees the whole batch.
+    """
     layers = range(model.cfg.n_layers) if layers is None else layers
-    labels = (components, layers, positions, units)
-    runs = [_patched_logits(model, tokens, written, *patch) for patch in itertools.product(*labels)]
-    return torch.stack(runs).unflatten(0, tuple(len(one) for one in labels))
+    each = list(itertools.product(positions, units))
+    groups = [[one] for one in each] if alone else [each]
+    runs = [
+        _patched_logits(model, tokens, written, component, layer, group)
+        for component, layer in itertools.product(components, layers)
+        for group in groups
+    ]
+    return torch.cat(runs).unflatten(0, (len(components), len(layers), len(positions), len(units)))
 
 
-def _patched_logits(model, tokens, written, component, layer, position, unit):
-    name = f"blocks.{layer}.{PLACES[component]}"
-    where = slice(None) if position is None else position
+def _patched_logits(model, tokens, written, component, layer, patches):
+    name, n_prompts = f"blocks.{layer}.{PLACES[component]}", len(tokens)
     every = slice(None)
-    index = (every, where) if unit is None else (every, where, unit)
-    index = (every, unit, where) if component == "pattern" else index  # [batch, head, query, key]
 
     def write(activation, hook):
         edited = activation.clone()
-        edited[index] = written(name, activation)[index]
+        for (position, unit), rows in zip(patches, edited.split(n_prompts), strict=True):
+            where = every if position is None else position
+            index = (every, where) if unit is None else (every, where, unit)
+            index = (every, unit, where) if component == "pattern" else index  # [batch, head, query, key]
+            rows[index] = written(name, rows)[index]
         return edited
 
     with torch.no_grad():
-        return model.run_with_hooks(tokens, fwd_hooks=[(name, write)])
+        logits = model.run_with_hooks(tokens.repeat(len(patches), 1), fwd_hooks=[(name, write)])
+    return logits.unflatten(0, (len(patches), n_prompts))
 
 
 def measured(logits, metric):
@@ -156,8 +167,8 @@ def agrees(model, components, **plan):
     """A denoising sweep equals the loop, in whatever way it is computed by default; the sweep."""
     sweep = patch_sweep(model, CLEAN, CORRUPTED, hl.logit_diff(1, 2), components, **plan)
     units = (None,) if sweep.unit is None else range(n_units(model, sweep.activations[0]))
-    expected = measured(looped(model, CORRUPTED, cached(model, CLEAN), sweep.activations, units=units), difference(-1))
-    close(sweep.values, expected.view_as(sweep.values), atol=1e-10)
+    logits = looped(model, CORRUPTED, cached(model, CLEAN), sweep.activations, units=units, alone=True)
+    close(sweep.values, measured(logits, difference(-1)).view_as(sweep.values), atol=1e-10)
     assert sweep.effect.abs().max() > 0.05
     return sweep
 
@@ -531,7 +542,9 @@ def test_hooks_of_the_users_take_part_in_every_run(hooked_model, unchecked):
         for components in (("resid_pre", "attn_out"), ("z",)):
             assert agrees(model, components).method == "forward"
         ablated = ablate_sweep(model, CLEAN, of_all_positions, "mlp_out", "all")
-        expected = measured(looped(model, CLEAN, zeros, ["mlp_out"], positions=(None,)), of_all_positions)
+        expected = measured(
+            looped(model, CLEAN, zeros, ["mlp_out"], positions=(None,), alone=True), of_all_positions
+        )
         close(ablated.values, expected.squeeze(-1))
         for sweep in (
             lambda: patch_sweep(model, CLEAN, CORRUPTED, hl.logit_diff(1, 2), method="incremental"),
