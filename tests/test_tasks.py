@@ -22,6 +22,8 @@ from hijack_lens.tasks import (
     BigramMemories,
     CompressedDigits,
     LatentConcepts,
+    LinearPrompts,
+    LogisticPrompts,
     RealTransformer,
     RelevantPatterns,
     Representations,
@@ -39,12 +41,14 @@ from hijack_lens.training.data import mixed_seed
 SHORT = Schedule(6, batch_size=4, evaluate_every=2, checkpoint_every=2, warmup=2)
 CONCEPTS = LatentConcepts(5, 3, 0.5, 7, d_model=16, n_heads=2, schedule=SHORT)
 REGRESSION = AlgorithmSelection(2, 4, d_model=16, n_layers=2, n_heads=2, schedule=SHORT)
+KINDS = (LinearPrompts(0.3), LinearPrompts(0.3, 1), LogisticPrompts(3.0))
+MIXED = replace(REGRESSION, kinds=KINDS)
 AFFINE = AffineRecurrence(5, d_model=16, n_heads=2, schedule=SHORT)
 REPRESENTED = Representations(3, 4, d_model=16, n_heads=2, schedule=SHORT)
 PATTERNS = RelevantPatterns(9, 5, 6, 0.6, d_mlp=12, schedule=SHORT)
 BIGRAMS = BigramMemories(5, 0.5, 0.4, 12, d_model=16, schedule=SHORT)
 DIGITS = CompressedDigits(2, 3, d_model=8, n_heads=2, schedule=SHORT)
-TASKS = [CONCEPTS, REGRESSION, PATTERNS, AFFINE, REPRESENTED, BIGRAMS, DIGITS]
+TASKS = [CONCEPTS, REGRESSION, MIXED, PATTERNS, AFFINE, REPRESENTED, BIGRAMS, DIGITS]
 
 
 @pytest.fixture
@@ -153,14 +157,13 @@ def test_ridges_are_scikit_learns_and_bayes_weighs_them_by_numerical_integration
             x = batch.inputs[row, ::2, :d].double().numpy()
             y = batch.inputs[row, 1::2, d].double().numpy()
             for n in range(1, 5):
-                for level in task.noises:
-                    ridge = Ridge(alpha=d * level**2, fit_intercept=False).fit(x[:n], y[:n])
-                    expected = float(ridge.predict(x[n : n + 1])[0])
-                    assert abs(float(found[f"ridge {level:g}"][row, 2 * n]) - expected) < 1e-8
+                for kind in task.kinds:
+                    ridge = Ridge(alpha=d * kind.noise**2, fit_intercept=False).fit(x[:n], y[:n])
+                    assert abs(float(found[kind.name][row, 2 * n]) - float(ridge.predict(x[n : n + 1])[0])) < 1e-8
                 single = Ridge(alpha=task.single_penalty, fit_intercept=False).fit(x[:n], y[:n])
                 assert abs(float(found["single ridge"][row, 2 * n]) - float(single.predict(x[n : n + 1])[0])) < 1e-8
                 if d == 1:
-                    assert abs(float(found["bayes"][row, 2 * n]) - integrated(x, y, n, task.noises)) < 1e-8
+                    assert abs(float(found["bayes"][row, 2 * n]) - integrated(x, y, n, (0.1, 1.0))) < 1e-8
             assert float(found["bayes"][row, 0]) == 0
 
 
@@ -176,17 +179,139 @@ def integrated(x, y, n, noises):
     return float(mean / weight)
 
 
-def test_regression_prompts_hold_what_they_were_drawn_with():
-    task = AlgorithmSelection(3, 6, (0.2, 2.0))
-    batch = task.conflict(4.0, 4000, 0)
-    clean = (batch.inputs[:, ::2, :3].double() @ batch.latent["weights"][..., None])[..., 0]
-    close(task.references(batch)["context"][:, ::2, 0], clean, atol=1e-12)
-    noise = batch.targets[:, ::2].double() - clean
-    for index, level in enumerate(task.noises):
-        assert abs(float(noise[batch.latent["noise"] == index].std()) / level - 1) < 0.05
-    assert abs(float(batch.latent["weights"].std()) / (4 / 3**0.5) - 1) < 0.05
-    close(batch.inputs[:, 1::2, 3], batch.targets[:, :-2:2], atol=0)
-    assert float(batch.inputs[:, ::2, 3].abs().max()) == float(batch.inputs[:, 1::2, :3].abs().max()) == 0
+def of_kind(batch, index):
+    """The prompts of one kind."""
+    return batch[(batch.latent["kind"] == index).nonzero()[:, 0]]
+
+
+def test_bayes_on_sparse_weights_is_the_sum_over_all_sets_of_them_by_hand():
+    """Each set, and each noise, is a Gaussian process, whose density scipy knows."""
+    from scipy.stats import multivariate_normal
+
+    kinds = (LinearPrompts(0.2), LinearPrompts(0.5, 1), LinearPrompts(0.3, 2))
+    task = AlgorithmSelection(4, 5, kinds)
+    batch = task.sample(6, 3)
+    found = {name: one[..., 0] for name, one in task.references(batch).items()}
+    for row in range(6):
+        x, y = batch.inputs[row, ::2, :4].double().numpy(), batch.inputs[row, 1::2, 4].double().numpy()
+        for seen in range(1, 6):
+            weight, mean = np.zeros(3), np.zeros(3)
+            for index, kind in enumerate(kinds):
+                sets = list(itertools.combinations(range(4), kind.nonzero or 4))
+                for one in sets:
+                    read = x[:, list(one)] / len(one) ** 0.5
+                    covariance = read[:seen] @ read[:seen].T + kind.noise**2 * np.eye(seen)
+                    p = multivariate_normal(np.zeros(seen), covariance).pdf(y[:seen]) / len(sets)
+                    weight[index] += p
+                    mean[index] += p * (read[seen] @ read[:seen].T @ np.linalg.solve(covariance, y[:seen]))
+            assert abs(float(found["bayes"][row, 2 * seen]) - mean.sum() / weight.sum()) < 1e-8
+            for kind, expected in zip(kinds, mean / weight, strict=True):
+                assert abs(float(found[kind.name][row, 2 * seen]) - expected) < 1e-8
+            own = (mean / weight)[int(batch.latent["kind"][row])]
+            assert abs(float(found["oracle"][row, 2 * seen]) - own) < 1e-8
+
+
+@pytest.mark.parametrize(("d", "slope"), [(1, 1.0), (1, 8.0), (2, 3.0), (2, 8.0)])
+def test_bayes_on_labels_is_the_integral_over_weights_by_another_rule(d, slope):
+    """Gauss and Legendre's rule in many short pieces along each axis, turned to that of the longest x."""
+    from scipy.special import expit
+
+    task = AlgorithmSelection(d, 5, (LogisticPrompts(slope), LinearPrompts(0.5)))
+    batch = of_kind(task.sample(12, 2), 0)
+    found = {name: one[..., 0] for name, one in task.references(batch).items()}
+    node, part = np.polynomial.legendre.leggauss(12)
+    edges = np.linspace(-8.5, 8.5, 61) / d**0.5
+    at = ((edges[1:] + edges[:-1])[:, None] + np.diff(edges)[:, None] * node).ravel() / 2
+    each = np.outer(np.diff(edges) / 2, part).ravel()
+    axes, parts = np.meshgrid(*[at] * d), np.meshgrid(*[each] * d)
+    w = np.stack([one.ravel() for one in axes], -1)
+    prior = np.prod([one.ravel() for one in parts], 0) * np.exp(-d * (w**2).sum(1) / 2)
+    assert len(batch) >= 4
+    for row in range(4):
+        x, y = batch.inputs[row, ::2, :d].double().numpy(), batch.inputs[row, 1::2, d].double().numpy()
+        assert set(y) <= {-1, 1}
+        longest = x[np.linalg.norm(x, axis=1).argmax()]
+        turned = w @ np.linalg.qr(np.stack([longest, np.roll(longest, 1) * [1, -1][:d]], 1))[0][:, :d].T
+        for seen in range(6):
+            p = prior * expit(slope * turned @ x[:seen].T * y[:seen]).prod(1)
+            expected = float((p * (2 * expit(slope * turned @ x[seen]) - 1)).sum() / p.sum())
+            assert abs(float(found[f"logistic, slope {slope:g}"][row, 2 * seen]) - expected) < 1e-8
+            if seen:  # by then it is plain that these are labels
+                assert abs(float(found["bayes"][row, 2 * seen]) - expected) < 1e-8
+        assert abs(float(found["bayes"][row, 0])) < 1e-12
+
+
+def test_numbers_and_labels_are_told_apart_and_each_kind_is_weighed_by_what_it_gives_its_own():
+    batch = MIXED.sample(300, 1)
+    found = {name: one[:, 2::2, 0] for name, one in MIXED.references(batch).items()}
+    labels = batch.latent["kind"] == 2
+    close(found["bayes"][labels], found["oracle"][labels], atol=0)
+    without = replace(MIXED, kinds=KINDS[:2])
+    numbers = without.references(batch[(~labels).nonzero()[:, 0]])  # of the other kinds
+    close(found["bayes"][~labels], numbers["bayes"][:, 2::2, 0], atol=1e-12)
+
+    labelled = of_kind(MIXED.sample(400, 5), 2)
+    slopes = replace(MIXED, kinds=(LogisticPrompts(1.0), LogisticPrompts(6.0)))
+    x, y = labelled.inputs[:, ::2, :2].double(), labelled.inputs[:, 1::2, 2].double()
+    said, log_p = map(torch.stack, zip(*algorithm_selection.posteriors(slopes.kinds, x, y), strict=True))
+    bayes = algorithm_selection.posteriors((LogisticPrompts(1.0),), x, y)[0]
+    close(said[0], bayes[0], atol=0)
+    whole = ((1 + y[:, 0] * 0) / 2).log()  # before any, both labels are as likely
+    close(log_p[:, :, 1], whole.expand(2, -1), atol=1e-12)
+
+
+def test_sparse_weights_are_any_few_of_them_and_labels_are_as_often_as_they_should():
+    task = AlgorithmSelection(4, 3, (LinearPrompts(0.2, 1), LinearPrompts(0.2, 2)))
+    batch = task.sample(8000, 0)
+    for index, (count, sets) in enumerate([(1, 4), (2, 6)]):
+        weights = batch.latent["weights"][batch.latent["kind"] == index]
+        there, often = (weights != 0).unique(dim=0, return_counts=True)
+        assert bool((there.sum(1) == count).all())
+        assert len(often) == sets
+        assert float((often / len(weights) - 1 / sets).abs().max()) < 0.03
+        assert abs(float(weights.square().sum(1).mean()) - 1) < 0.06
+    task = AlgorithmSelection(2, 9, (LogisticPrompts(2.0), LinearPrompts()))
+    batch = of_kind(task.sample(6000, 0), 0)
+    z = (batch.inputs[:, ::2, :2].double() @ batch.latent["weights"][..., None])[..., 0]
+    close(task.references(batch)["context"][:, ::2, 0], (2 / (1 + (-2 * z).exp()) - 1), atol=1e-12)
+    y = batch.targets[:, ::2]
+    assert bool((y.abs() == 1).all())
+    for low, high in ((-2, -1), (-0.5, 0), (0.5, 0.6), (1, 3)):
+        there = (z > low) & (z < high)
+        assert abs(float(y[there].mean()) - float((z[there]).tanh().mean())) < 0.04
+
+
+def test_scikit_learns_estimators_are_beside_the_model_at_the_last_x(few):
+    from sklearn.linear_model import Lasso, LogisticRegression, Ridge
+
+    model = MIXED.model(1)
+    table = MIXED.measure(model, 3).set_index(["measure", "where"])["value"]
+    batch = MIXED.sample(64, mixed_seed(3, "measured", 0))
+    penalty = 0.3 * math.sqrt(2 * math.log(2) / 4)
+    tried = [
+        [Ridge(alpha=2 * 0.09, fit_intercept=False)],
+        [Lasso(alpha=c * penalty, fit_intercept=False) for c in (0.1, 0.2, 0.5, 1, 2)],
+        [LogisticRegression(C=9 / 2, fit_intercept=False)],
+    ]
+    answers = MIXED.references(batch)["context"][:, -1, 0].tolist()
+    for index, (kind, estimators) in enumerate(zip(KINDS, tried, strict=True)):
+        rows = (batch.latent["kind"] == index).nonzero()[:, 0].tolist()
+        errors = np.zeros((len(estimators), len(rows)))
+        for i, estimator in enumerate(estimators):
+            for j, row in enumerate(rows):
+                x, y = batch.inputs[row, ::2, :2].double().numpy(), batch.inputs[row, 1::2, 2].double().numpy()
+                if index < 2:
+                    said = estimator.fit(x[:-1], y).predict(x[-1:])[0]
+                elif len(set(y)) == 1:
+                    said = y[0]
+                else:
+                    said = estimator.fit(x[:-1], y).predict_proba(x[-1:])[0] @ [-1, 1]
+                errors[i, j] = (said - answers[row]) ** 2
+        half = len(rows) // 2
+        expected = errors[errors[:, :half].mean(1).argmin(), half:].mean()
+        assert table[f"error of {kind.name} at the last x", "scikit-learn"] == pytest.approx(expected)
+        ours = (model(batch.inputs)[rows[half:], -1, 0].detach().double() - torch.tensor(answers)[rows[half:]]).square()
+        assert table["error over scikit-learn's", kind.name] == pytest.approx(float(ours.mean()) / expected)
 
 
 def prompts_of(x, a, b):
@@ -935,8 +1060,20 @@ test_a_bad_value_is_refused_by_name = refused(
     {
         "d_vocab must be at least 2, got 1": lambda: LatentConcepts(1),
         "concentration must be a finite number > 0": lambda: LatentConcepts(concentration=0.0),
-        "noises must be two or more different levels": lambda: AlgorithmSelection(noises=(1.0,)),
-        "noises must be a finite number > 0, got 0": lambda: AlgorithmSelection(noises=(1.0, 0)),
+        "kinds must be two or more different ones": lambda: AlgorithmSelection(
+            kinds=(LinearPrompts(), LinearPrompts())
+        ),
+        "kinds must be linear where d is more than 2, got .*d=3": lambda: replace(MIXED, d=3),
+        "kinds must have at most d=1 weights that are not 0": lambda: AlgorithmSelection(
+            1, kinds=(LinearPrompts(), LinearPrompts(nonzero=2))
+        ),
+        "noise must be a finite number > 0, got 0": lambda: LinearPrompts(0),
+        "nonzero must be at least 1, got 0": lambda: LinearPrompts(nonzero=0),
+        "slope must be at most 8, got 9": lambda: LogisticPrompts(9.0),
+        "batch must be of this task's 2 kinds, got": lambda: REGRESSION.references(MIXED.sample(20, 0)),
+        "batch must hold shorter x": lambda: MIXED.references(
+            replace(MIXED.sample(2, 0), inputs=1e4 * MIXED.sample(2, 0).inputs)
+        ),
         "n_relevant must be less than d=4, got 4": lambda: RelevantPatterns(4, 4),
         "n_shifts must be less than half of n_relevant=6, got 3": lambda: RelevantPatterns(n_shifts=3),
         "share must be at most 1, got 1.5": lambda: RelevantPatterns(share=1.5),
@@ -978,6 +1115,7 @@ test_a_value_of_a_bad_type_is_refused_by_name = refused(
     TypeError,
     {
         "schedule must be a Schedule, got 5": lambda: LatentConcepts(schedule=5),
+        "kinds must be LinearPrompts and LogisticPrompts, got 0.1": lambda: AlgorithmSelection(kinds=(0.1, 1.0)),
         "task must be a task of hijack_lens.tasks": lambda: tasks.train("concepts"),
         "model must be a RealTransformer, got None": lambda: tasks.context_share(CONCEPTS, None),
         "seed must be an int, got 'earth'": lambda: CONCEPTS.in_world("earth"),

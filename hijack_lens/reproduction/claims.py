@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,8 @@ from hijack_lens.tasks import (
     BigramMemories,
     CompressedDigits,
     LatentConcepts,
+    LinearPrompts,
+    LogisticPrompts,
     RelevantPatterns,
     Representations,
     shortened,
@@ -97,6 +99,12 @@ def _claim(experiment: Callable[..., Result]) -> Claim:
     return Claim(module.STATEMENT, module.SOURCE, experiment, module.Settings(), module.QUICK)
 
 
+_QUICK_SEEDS = (0, 1)
+"""Of each task: quick forms take minutes together."""
+
+_LABELS = AlgorithmSelection(n_pairs=8, kinds=(LinearPrompts(0.3), LogisticPrompts(3.0)))
+_SPARSE = AlgorithmSelection(n_pairs=8, kinds=(LinearPrompts(0.3, nonzero=1), LinearPrompts(1.0, nonzero=1)))
+
 _TASKS = {
     "bigram-memories": Claim(
         "A model of bigrams that any context may overrule weighs the two nearly as exact Bayes does; the context's "
@@ -112,21 +120,35 @@ _TASKS = {
         LatentConcepts.source,
         in_context_learner,
         OfTask(LatentConcepts(), (5, 6, 7, 8, 9)),  # at 0 to 4, the schedule was found wanting
-        OfTask(shortened(LatentConcepts(length=20), 700), (0, 1, 2)),
+        OfTask(shortened(LatentConcepts(length=20), 700), _QUICK_SEEDS),
     ),
     "algorithm-selection": Claim(
         "A model that learns regression at several noise levels beats every single ridge: it selects by the prompt.",
         AlgorithmSelection.source,
         in_context_learner,
         OfTask(AlgorithmSelection()),
-        OfTask(shortened(AlgorithmSelection(n_pairs=8, n_layers=2), 1500), (0, 1, 2)),
+        OfTask(shortened(AlgorithmSelection(n_pairs=8, n_layers=2), 1000), _QUICK_SEEDS),
     ),
     "algorithm-selection-wide": Claim(
         "It does so in more dimensions.",
         AlgorithmSelection.source,
         in_context_learner,
         OfTask(AlgorithmSelection(d=5, n_pairs=20)),
-        OfTask(shortened(AlgorithmSelection(d=4, n_pairs=10, n_layers=2), 1500), (0, 1, 2)),
+        OfTask(shortened(AlgorithmSelection(d=3, n_pairs=8, n_layers=2), 800), _QUICK_SEEDS),
+    ),
+    "algorithm-selection-labels": Claim(
+        "One model does linear and logistic regression, each where the prompt is of its kind.",
+        AlgorithmSelection.source,
+        in_context_learner,
+        OfTask(shortened(_LABELS, 4000)),
+        OfTask(shortened(replace(_LABELS, n_pairs=5, n_layers=2), 800), _QUICK_SEEDS),
+    ),
+    "algorithm-selection-sparse": Claim(
+        "Where few weights are not 0, a model does better than Lasso, at either of two noise levels.",
+        AlgorithmSelection.source,
+        in_context_learner,
+        OfTask(shortened(_SPARSE, 4000)),
+        OfTask(shortened(replace(_SPARSE, n_layers=2), 800), _QUICK_SEEDS),
     ),
     "affine-recurrence": Claim(
         "A model of attention alone that continues affine recurrences copies the last number first and corrects it in "
@@ -134,7 +156,7 @@ _TASKS = {
         AffineRecurrence.source,
         in_context_learner,
         OfTask(AffineRecurrence()),
-        OfTask(shortened(AffineRecurrence(n_transitions=8), 1000), (0, 1, 2)),
+        OfTask(shortened(AffineRecurrence(n_transitions=8), 1000), _QUICK_SEEDS),
     ),
     "representations": Claim(
         "Where labels are linear in a fixed nonlinear representation, a model's lower layers compute it, and its upper "
@@ -142,7 +164,7 @@ _TASKS = {
         Representations.source,
         in_context_learner,
         OfTask(Representations()),
-        OfTask(shortened(Representations(d=2, n_pairs=6), 700), (0, 1, 2)),
+        OfTask(shortened(Representations(d=2, n_pairs=6), 700), _QUICK_SEEDS),
     ),
     "relevant-patterns": Claim(
         "Attention and an MLP, without residual paths, label by whichever two patterns the examples are about, also by "
@@ -150,7 +172,7 @@ _TASKS = {
         RelevantPatterns.source,
         in_context_learner,
         OfTask(RelevantPatterns()),
-        OfTask(shortened(RelevantPatterns(), 200), (0, 1, 2)),
+        OfTask(shortened(RelevantPatterns(), 200), _QUICK_SEEDS),
     ),
     "relevant-patterns-from-noise": Claim(
         "What makes it general is where W_Q and W_K start: from random ones, with all else the same, it learns the "
@@ -158,7 +180,7 @@ _TASKS = {
         RelevantPatterns.source,
         in_context_learner,
         OfTask(RelevantPatterns(delta=None)),
-        OfTask(RelevantPatterns(delta=None), (0, 1, 2)),
+        OfTask(RelevantPatterns(delta=None), _QUICK_SEEDS),
     ),
     "digits-few-labels": Claim(
         "A student that sees digits through 2 x 2 measurements, and has labels of few, names them better with the "

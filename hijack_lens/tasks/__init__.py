@@ -9,6 +9,7 @@ from hijack_lens.tasks.algorithm_selection import AlgorithmSelection
 from hijack_lens.tasks.bigram_memories import BigramMemories
 from hijack_lens.tasks.compressed_digits import CompressedDigits
 from hijack_lens.tasks.conflicts import ContextShare, context_share
+from hijack_lens.tasks.kinds import LinearPrompts, LogisticPrompts
 from hijack_lens.tasks.latent_concepts import LatentConcepts
 from hijack_lens.tasks.probes import Moved, decodability, move_latent
 from hijack_lens.tasks.relevant_patterns import RelevantPatterns
@@ -25,6 +26,8 @@ __all__ = [
     "CompressedDigits",
     "ContextShare",
     "LatentConcepts",
+    "LinearPrompts",
+    "LogisticPrompts",
     "Moved",
     "RealTransformer",
     "RelevantPatterns",

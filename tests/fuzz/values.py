@@ -82,6 +82,7 @@ def learners() -> list[Any]:
     return [
         hl.tasks.LatentConcepts(5, 2, 0.5, LENGTH, **small),
         hl.tasks.AlgorithmSelection(2, 3, **small),
+        hl.tasks.AlgorithmSelection(2, 3, (hl.tasks.LinearPrompts(0.1, 1), hl.tasks.LogisticPrompts(1.0)), **small),
         hl.tasks.AffineRecurrence(4, **small),
         hl.tasks.Representations(2, 3, n_layers=2, **small),
         hl.tasks.RelevantPatterns(6, 4, 5, n_shifts=1, d_mlp=8, schedule=schedule),
@@ -115,7 +116,7 @@ BY_NAME: dict[str, Any] = {
     "ax": st.builds(lambda: matplotlib.figure.Figure().add_subplot()),
     "image": st.just(np.eye(3)),
     "result": st.deferred(lambda: st.sampled_from([one for kept in pool().values() for one in kept])),
-    "latent": st.sampled_from(["table", "noise", "weights", "slope", "features", "label", "digit", "continuation"]),
+    "latent": st.sampled_from(["table", "kind", "weights", "slope", "features", "label", "digit", "continuation"]),
     "point": st.sampled_from(["hook_embed", "blocks.1.hook_resid_post"]),
     "points": st.sampled_from(["hook_embed", ["blocks.0.hook_attn_out", "hook_embed"]]),
     "repo_id": st.none(),  # nothing is uploaded
@@ -214,7 +215,7 @@ def fill_pool(seed: int) -> None:
     _POOL[hl.Component], _POOL[hl.Circuit] = [hl.Component(1, "head", 0), hl.Component(0, "mlp")], [CIRCUIT]
     _POOL[hl.tasks.Task] = learners()
     for one in learners():
-        _POOL[type(one)] = [one]
+        _POOL.setdefault(type(one), []).append(one)
         _POOL.setdefault(hl.tasks.RealTransformer, []).append(one.model(0))
         _POOL.setdefault(hl.tasks.Batch, []).append(one.sample(8, 0))
     classes = {one.function for one in targets() if inspect.isclass(one.function)} - set(_POOL)
