@@ -92,6 +92,9 @@ class AlgorithmSelection:
         >>> errors = [(said[name] - said["context"]).square().mean() for name in ("bayes", "single ridge")]
         >>> [round(float(error), 2) for error in errors]
         [0.18, 0.24]
+        >>> labels = hl.tasks.AlgorithmSelection(kinds=(hl.tasks.LinearPrompts(0.3), hl.tasks.LogisticPrompts()))
+        >>> labels.claims[-1].statement
+        "on logistic prompts it is no worse than scikit-learn's logistic regression"
     """
 
     d: int = 2

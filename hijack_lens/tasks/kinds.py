@@ -53,6 +53,8 @@ class LinearPrompts:
         >>> batch = hl.tasks.AlgorithmSelection(d=4, n_pairs=6, kinds=kinds).sample(4, seed=0)
         >>> batch.latent["kind"], (batch.latent["weights"] != 0).sum(-1)
         (tensor([0, 1, 1, 0]), tensor([4, 1, 1, 4]))
+        >>> [(kind.family, kind.name) for kind in kinds]
+        [('linear', 'linear, noise 0.1'), ('sparse', '1-sparse, noise 0.1')]
     """
 
     noise: float = 0.1
@@ -89,6 +91,8 @@ class LogisticPrompts:
         >>> batch = hl.tasks.AlgorithmSelection(n_pairs=3, kinds=kinds).sample(4, seed=0)
         >>> batch.latent["kind"], batch.targets[1, ::2]
         (tensor([0, 1, 1, 0]), tensor([ 1.,  1.,  1., -1.]))
+        >>> kinds[1].name
+        'logistic, slope 3'
     """
 
     slope: float = 3.0
