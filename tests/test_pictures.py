@@ -131,7 +131,10 @@ OF_MODELS = ("language", "circuit", "matrix", "neurons", "evidence", "tables", "
 """Those that do not depend on a prompt."""
 
 ASKED = [
-    (name, case) for case in CASES for name in PICTURES if name not in OF_MODELS or case in ("eight, short", "one, long")
+    (name, case)
+    for case in CASES
+    for name in PICTURES
+    if name not in OF_MODELS or case in ("eight, short", "one, long")
 ]
 
 

@@ -542,9 +542,7 @@ def test_hooks_of_the_users_take_part_in_every_run(hooked_model, unchecked):
         for components in (("resid_pre", "attn_out"), ("z",)):
             assert agrees(model, components).method == "forward"
         ablated = ablate_sweep(model, CLEAN, of_all_positions, "mlp_out", "all")
-        expected = measured(
-            looped(model, CLEAN, zeros, ["mlp_out"], positions=(None,), alone=True), of_all_positions
-        )
+        expected = measured(looped(model, CLEAN, zeros, ["mlp_out"], positions=(None,), alone=True), of_all_positions)
         close(ablated.values, expected.squeeze(-1))
         for sweep in (
             lambda: patch_sweep(model, CLEAN, CORRUPTED, hl.logit_diff(1, 2), method="incremental"),

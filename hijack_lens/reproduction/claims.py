@@ -236,7 +236,7 @@ def claims_of(group: Group) -> list[str]:
 
     Examples:
         >>> hl.reproduction.claims_of("tasks")[:3]
-        ['latent-concepts', 'algorithm-selection', 'algorithm-selection-wide']
+        ['bigram-memories', 'latent-concepts', 'algorithm-selection']
     """
     check_choice("group", group, ("papers", "tasks"))
     return [name for name in CLAIMS if (name in _TASKS) == (group == "tasks")]

@@ -127,7 +127,7 @@ class Picture:
     def _element(self, attributes: str, part: Any) -> str:
         """A part of the fitted picture, a box in inches, as an SVG element."""
         buffer = io.StringIO()
-        plain = {"transparent": True, "metadata": {"Date": None, "Creator": None}}
+        plain: dict[str, Any] = {"transparent": True, "metadata": {"Date": None, "Creator": None}}
         self.figure.savefig(buffer, format="svg", bbox_inches=part, **plain)
         element = _UNUSED.sub("", buffer.getvalue()[buffer.getvalue().index("<svg") :])
         element = element.replace("#000000", "currentColor")
