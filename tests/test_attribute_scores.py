@@ -496,7 +496,7 @@ def test_log_odds_have_a_picture_and_a_line_of_text():
         (ax,) = maps(odds.picture())
         assert float(ax.images[0].get_array().sum()) == pytest.approx(odds.total + odds.entropy, abs=1e-10)
         assert f"log-odds {odds.total:+.3g}" in ax.get_title()
-        assert odds._repr_html_().count("role=\"img\"") == 1
+        assert odds._repr_html_().count('role="img"') == 1
     assert "4 others" in str(several)
     assert f"entropy {several.entropy:.4g}" in str(several)
     assert "against key 3" in str(single)

@@ -606,7 +606,7 @@ def test_evidence_shows_itself_as_text_and_html(found):
     for part in ("L1H0", "L3H2", "L3MLP", "previous-token head"):
         assert part in text
         assert part in html
-    assert html.count("role=\"img\"") == 1
+    assert html.count('role="img"') == 1
 
 
 def test_the_picture_frames_the_named_heads(found):
