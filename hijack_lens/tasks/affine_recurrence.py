@@ -198,7 +198,7 @@ class AffineRecurrence:
         mean over prompts. For "error over copying", slopes and numbers leave the training's range one by one.
         """
         batch = self.sample(_MEASURED, mixed_seed(fixed_seed(seed), "measured", 0))
-        check_fits(model, batch)
+        check_fits(model, batch, self)
         with torch.no_grad():
             said = {"model": self.predictions(model(batch.inputs)), **self.references(batch)}
         errors = {name: _errors(said[name], batch) for name in ("model", "bayes", "least squares", "copy")}

@@ -240,7 +240,7 @@ class AlgorithmSelection:
         the second, over prompts.
         """
         batch = self.sample(_MEASURED, mixed_seed(fixed_seed(seed), "measured", 0))
-        check_fits(model, batch)
+        check_fits(model, batch, self)
         with torch.no_grad():
             said = {**self.references(batch), "model": self.predictions(model(batch.inputs))}
         rows = list[Row]()

@@ -250,7 +250,7 @@ class BigramMemories:
         token before, and of the last position, to the continuation.
         """
         batch = self.sample(_MEASURED, mixed_seed(fixed_seed(seed), "measured", 0))
-        check_fits(model, batch)
+        check_fits(model, batch, self)
         with torch.no_grad():
             said = {"model": self.predictions(model(batch.inputs)), **self.references(batch)}
         losses = {name: nats(said[name], batch.targets) for name in ("model", "bayes", "weights")}

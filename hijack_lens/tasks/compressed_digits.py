@@ -246,7 +246,7 @@ class CompressedDigits:
     def watch(self, model: RealTransformer, seed: int) -> dict[str, float]:
         """The loss and the accuracy on the images held out."""
         fixed_seed(seed)
-        check_fits(model, self.held_out)
+        check_fits(model, self.held_out, self)
         with torch.no_grad():
             outputs = model(self.held_out.inputs)
             return {"loss": float(self.loss(outputs, self.held_out)), "accuracy": 1 - _wrong(outputs, self.held_out)}
@@ -262,7 +262,7 @@ class CompressedDigits:
         answers. Where the student has the prior, the same is said of one without, trained with the same seed.
         """
         batch, seed = self.held_out, fixed_seed(seed)
-        check_fits(model, batch)
+        check_fits(model, batch, self)
         without = replace(self, prior=False)
         students = {"": model}
         if self.prior:

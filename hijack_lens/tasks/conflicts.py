@@ -85,7 +85,7 @@ def context_share(
     shares = list[tuple[float, float]]()
     for index, strength in enumerate(doses):
         batch = task.conflict(strength, n, mixed_seed(seed, "conflict", index))
-        check_fits(model, batch)
+        check_fits(model, batch, task)
         answers = task.references(batch)
         with torch.no_grad():
             said = task.predictions(model(batch.inputs))

@@ -211,7 +211,7 @@ class LatentConcepts:
     def watch(self, model: RealTransformer, seed: int) -> dict[str, float]:
         """The loss, and how well the table is decoded after the second attention, at the last position."""
         batch = self.sample(_WATCHED, mixed_seed(fixed_seed(seed), "watched", 0))
-        check_fits(model, batch)
+        check_fits(model, batch, self)
         with torch.no_grad():
             loss = float(self.loss(model(batch.inputs), batch))
         score = decodability(model, model, batch, "table", self._points[self._writes])["score"]
@@ -226,7 +226,7 @@ class LatentConcepts:
         of a component adds to the loss.
         """
         batch = self.sample(_MEASURED, mixed_seed(fixed_seed(seed), "measured", 0))
-        check_fits(model, batch)
+        check_fits(model, batch, self)
         untrained = self.model(mixed_seed(seed, "weights", 0))
         with torch.no_grad():
             said = {"model": self.predictions(model(batch.inputs)), **self.references(batch)}

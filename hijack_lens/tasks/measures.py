@@ -23,7 +23,7 @@ Row = tuple[str, str, float]
 def watched_loss(task: Task, model: RealTransformer, n: int, seed: int) -> float:
     """The loss on as many held-out prompts, which are the same throughout a training."""
     batch = task.sample(n, mixed_seed(fixed_seed(seed), "watched", 0))
-    check_fits(model, batch)
+    check_fits(model, batch, task)
     with torch.no_grad():
         return float(task.loss(model(batch.inputs), batch))
 

@@ -395,7 +395,7 @@ class RelevantPatterns:
             return of.prompts(pairs, _MEASURED, mixed_seed(seed, "measured", next(drawn)), **options)
 
         unseen = prompts()
-        check_fits(model, unseen)
+        check_fits(model, unseen, self)
         untrained = self.model(mixed_seed(seed, "weights", 0))
         strange = [(a, b) for a, b in self.unseen if (b, a) not in self.trained]
         kinds = {"trained": self.trained, "reversed": [(b, a) for a, b in self.trained], "strange": strange}

@@ -232,7 +232,7 @@ class Representations:
         blocks that were not trained.
         """
         batch = self.sample(_MEASURED, mixed_seed(fixed_seed(seed), "measured", 0))
-        check_fits(model, batch)
+        check_fits(model, batch, self)
         with torch.no_grad():
             said = {"model": self.predictions(model(batch.inputs)), **self.references(batch)}
         errors = {name: _errors(said[name], batch) for name in ("model", "bayes", "oracle", "ridge on x")}

@@ -256,14 +256,19 @@ def prompt_count(n: object, numbers: int) -> int:
     return count
 
 
-def check_fits(model: object, batch: Batch) -> None:
-    """`model` is one that reads the prompts."""
+def check_fits(model: object, batch: Batch, task: Task | None = None) -> None:
+    """`model` is one that reads the prompts, and writes what the task, if it is given, takes for predictions."""
     check_type("model", model, RealTransformer)
     assert isinstance(model, RealTransformer)
     try:
         check_inputs(model, "prompts", batch.inputs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"model must be one that reads the prompts: {error}") from error
+    if task is not None:
+        try:
+            task.predictions(torch.zeros(1, batch.mask.shape[1], model.cfg.d_vocab_out))
+        except ValueError as error:
+            raise ValueError(f"model must be one that writes the task's outputs: {error}") from error
 
 
 def check_outputs(outputs: object, d_out: int, batch: Batch | None = None) -> None:
