@@ -1115,6 +1115,9 @@ test_a_bad_value_is_refused_by_name = refused(
             replace(BIGRAMS, d_vocab=BIGRAMS.d_vocab + 3).model(0), 0
         ),
         "results must hold at least one": lambda: hl.show.context_shares([]),
+        "latent must be one of classes 0, 1, ..., got 'label', which holds -1": lambda: tasks.move_latent(
+            PATTERNS.model(0), PATTERNS.sample(8, 0), "label", "hook_embed"
+        ),
     },
 )
 test_a_value_of_a_bad_type_is_refused_by_name = refused(

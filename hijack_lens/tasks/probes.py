@@ -184,6 +184,8 @@ def move_latent(
     classes, half, generator = batch.latent[latent], len(batch) // 2, as_generator(seed)
     if classes.is_floating_point() or classes.ndim != 1:
         raise ValueError(f"latent must be one of classes, got {latent!r}, which holds numbers")
+    if int(classes.min()) < 0:
+        raise ValueError(f"latent must be one of classes 0, 1, ..., got {latent!r}, which holds {int(classes.min())}")
     count = int(classes.max()) + 1
     counts = torch.bincount(classes[:half], minlength=count)
     if count < 2 or int(counts.min()) == 0:
