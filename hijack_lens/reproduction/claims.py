@@ -100,7 +100,7 @@ def _claim(experiment: Callable[..., Result]) -> Claim:
 
 
 _QUICK_SEEDS = (0, 1)
-"""Of each task: quick forms take minutes together."""
+"""Of the tasks that take longest, so that all quick forms together take minutes."""
 
 _LABELS = AlgorithmSelection(n_pairs=8, kinds=(LinearPrompts(0.3), LogisticPrompts(3.0)))
 _SPARSE = AlgorithmSelection(n_pairs=8, kinds=(LinearPrompts(0.3, nonzero=1), LinearPrompts(1.0, nonzero=1)))

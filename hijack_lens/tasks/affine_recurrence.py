@@ -15,6 +15,7 @@ from hijack_lens.core.checks import Seed, as_generator, check_count, check_numbe
 from hijack_lens.hooks.intervention import record
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.measures import Row, added_without, decoded, followed, watched_loss
+from hijack_lens.tasks.outputs import OneNumber
 from hijack_lens.tasks.probes import decodability, move_latent
 from hijack_lens.tasks.task import (
     Bar,
@@ -23,7 +24,6 @@ from hijack_lens.tasks.task import (
     Schedule,
     check_batch,
     check_fits,
-    check_outputs,
     prompt_count,
 )
 from hijack_lens.training.data import mixed_seed
@@ -45,7 +45,7 @@ _BY, _OVER = "score by closeness", "error over copying"
 
 
 @dataclass(frozen=True)
-class AffineRecurrence:
+class AffineRecurrence(OneNumber):
     """x_{t+1} = a x_t + b, with a slope and an offset of its own for each prompt: a task of arXiv 2410.17438.
 
     a and b are uniform in (-1, 1), x_0 is standard normal, and nothing is noisy. Position t holds x_t and predicts
@@ -151,16 +151,6 @@ class AffineRecurrence:
         """An untrained transformer without MLPs that reads the numbers, with learned positions."""
         sizes: dict[str, Any] = {"d_model": self.d_model, "n_layers": self.n_layers, "n_heads": self.n_heads}
         return RealTransformer(1, 1, self.n_transitions, **sizes, d_mlp=0, seed=seed, device="cpu")
-
-    def loss(self, outputs: Float[Tensor, "prompt pos d_out"], batch: Batch) -> Float[Tensor, ""]:
-        """The mean squared difference from the next number."""
-        check_outputs(outputs, 1, batch)
-        return (outputs[..., 0] - batch.targets)[batch.mask].square().mean()
-
-    def predictions(self, outputs: Float[Tensor, "prompt pos d_out"]) -> Predictions:
-        """The one number."""
-        check_outputs(outputs, 1)
-        return outputs.double()
 
     def references(self, batch: Batch) -> dict[str, Predictions]:
         """The exact "bayes", "least squares" with the shortest (a, b) that fits best, and "copy", the last number.

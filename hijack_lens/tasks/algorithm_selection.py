@@ -33,6 +33,7 @@ from hijack_lens.tasks.kinds import (
     supports,
 )
 from hijack_lens.tasks.measures import Row, added_without, decoded, followed, residual_points, watched_loss
+from hijack_lens.tasks.outputs import OneNumber
 from hijack_lens.tasks.pairs import at_each_x, prompts_of, ridge, seen_before
 from hijack_lens.tasks.probes import decodability, move_latent
 from hijack_lens.tasks.task import (
@@ -42,7 +43,6 @@ from hijack_lens.tasks.task import (
     Schedule,
     check_batch,
     check_fits,
-    check_outputs,
     prompt_count,
 )
 from hijack_lens.training.data import mixed_seed
@@ -64,7 +64,7 @@ _FITTED = 1024
 
 
 @dataclass(frozen=True)
-class AlgorithmSelection:
+class AlgorithmSelection(OneNumber):
     """Regression of several kinds, of which a prompt is one: Bai et al. (arXiv 2306.04637), section 4.
 
     A prompt is x_1, y_1, ..., x_n, y_n, x, with weights w of its own and x_i ~ N(0, I). Its kind says what w is drawn
@@ -173,16 +173,6 @@ class AlgorithmSelection:
         """An untrained transformer that reads the x and y, with learned positions."""
         sizes: dict[str, Any] = {"d_model": self.d_model, "n_layers": self.n_layers, "n_heads": self.n_heads}
         return RealTransformer(self.d + 1, 1, 2 * self.n_pairs + 1, **sizes, seed=seed, device="cpu")
-
-    def loss(self, outputs: Float[Tensor, "prompt pos d_out"], batch: Batch) -> Float[Tensor, ""]:
-        """The mean squared difference from the noisy y."""
-        check_outputs(outputs, 1, batch)
-        return (outputs[..., 0] - batch.targets)[batch.mask].square().mean()
-
-    def predictions(self, outputs: Float[Tensor, "prompt pos d_out"]) -> Predictions:
-        """The one number."""
-        check_outputs(outputs, 1)
-        return outputs.double()
 
     def references(self, batch: Batch) -> dict[str, Predictions]:
         """The exact "bayes", the "oracle" that is told the kind, exact Bayes by kind, and the best "single ridge".

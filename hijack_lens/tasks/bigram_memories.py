@@ -3,7 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 import torch
@@ -25,6 +25,7 @@ from hijack_lens.hooks.intervention import record
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.measures import added_without, decoded, moved_to_class, nats, residual_points, watched_loss
+from hijack_lens.tasks.outputs import NextToken
 from hijack_lens.tasks.probes import decodability
 from hijack_lens.tasks.task import (
     Bar,
@@ -33,7 +34,6 @@ from hijack_lens.tasks.task import (
     Schedule,
     check_batch,
     check_fits,
-    check_outputs,
     prompt_count,
 )
 from hijack_lens.training.data import mixed_seed
@@ -60,7 +60,7 @@ _WRITES, _ATTENDS, _ADDED = "after attention 1", "attention to the continuation"
 
 
 @dataclass(frozen=True)
-class BigramMemories:
+class BigramMemories(NextToken):
     """A bigram language in which the context may overrule the weights: after Bietti et al. (arXiv 2306.00802).
 
     Sequences follow a bigram language, but each token is, with a probability and for one sequence, a trigger: always
@@ -198,21 +198,6 @@ class BigramMemories:
         mask = torch.ones(n, length, dtype=torch.bool)
         return Batch(tokens[:, :-1], tokens[:, 1:], mask, {"continuation": continuation})
 
-    def model(self, seed: Seed) -> RealTransformer:
-        """An untrained transformer of token ids, with learned positions."""
-        sizes: dict[str, Any] = {"d_model": self.d_model, "n_layers": self.n_layers, "n_heads": self.n_heads}
-        return RealTransformer(self.d_vocab, self.d_vocab, self.length, **sizes, seed=seed, device="cpu")
-
-    def loss(self, outputs: Float[Tensor, "prompt pos d_out"], batch: Batch) -> Float[Tensor, ""]:
-        """The next token's cross-entropy, in nats."""
-        check_outputs(outputs, self.d_vocab, batch)
-        return F.cross_entropy(outputs[batch.mask], batch.targets[batch.mask])
-
-    def predictions(self, outputs: Float[Tensor, "prompt pos d_out"]) -> Predictions:
-        """The next token's probabilities."""
-        check_outputs(outputs, self.d_vocab)
-        return outputs.double().softmax(-1)
-
     def references(self, batch: Batch) -> dict[str, Predictions]:
         """The exact "bayes"; the bigrams as the "weights"' answer; what followed each token so far as the "context"'s.
 
@@ -265,11 +250,9 @@ class BigramMemories:
         batch = batch[:_PROBED]
         rows += added_without(model, batch, lambda outputs: float(self.loss(outputs, batch)))
         asked = denied.latent["continuation"]
-        for _, where, value in added_without(
-            model, denied, lambda outputs: float(F.cross_entropy(outputs[:, -1].double(), asked))
-        ):
-            rows.append((_ADDED, where, value))
-        added = {where: value for measure, where, value in rows if measure == _ADDED}
+        costs = added_without(model, denied, lambda outputs: float(F.cross_entropy(outputs[:, -1].double(), asked)))
+        added = {where: value for _, where, value in costs}
+        rows += [(_ADDED, *cost) for cost in added.items()]
         names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(self.n_layers)]
         patterns = record(model, denied.inputs, names)[1]
         copied = F.pad(denied.inputs[:, :-1] == denied.inputs[:, -1:], (1, 0))[:, None]

@@ -15,7 +15,8 @@ from transformer_lens.hook_points import HookPoint
 from hijack_lens.core.checks import Seed, as_generator, check_count, check_fraction, check_type, fixed_seed
 from hijack_lens.hooks.intervention import Intervention, logits_of
 from hijack_lens.models.real import RealTransformer
-from hijack_lens.tasks.measures import added_without, decoded, moved_to_class, residual_points
+from hijack_lens.tasks.conflicts import share_of
+from hijack_lens.tasks.measures import Row, added_without, decoded, moved_to_class, residual_points
 from hijack_lens.tasks.probes import decodability
 from hijack_lens.tasks.task import (
     Bar,
@@ -270,7 +271,8 @@ class CompressedDigits:
         said = {name: self.predictions(one(batch.inputs).detach()) for name, one in students.items()}
         with torch.no_grad():
             teacher = self.predictions(self.teacher(batch.inputs))
-        named = {"student": said[""], "teacher": teacher, "pixels": self.references(batch)["pixels"]}
+        answers = self.references(batch)
+        named = {"student": said[""], "teacher": teacher, "pixels": answers["pixels"]}
         if self.prior:
             named["student, no prior"] = said[", no prior"]
         accuracy = {name: 1 - _wrong(one, batch) for name, one in named.items()}
@@ -284,14 +286,14 @@ class CompressedDigits:
         rows += moved_to_class(model, batch, "digit", points, seed)
         rows += added_without(model, batch, lambda outputs: _wrong(outputs, batch))
         for name, student in students.items():
-            rows += self._by_measurements(student, name, mixed_seed(seed, "orders", 0))
+            rows += self._by_measurements(student, name, answers, mixed_seed(seed, "orders", 0))
         return pd.DataFrame(rows, columns=["measure", "where", "value"])
 
-    def _by_measurements(self, model: RealTransformer, of: str, seed: int) -> list[tuple[str, str, float]]:
+    def _by_measurements(
+        self, model: RealTransformer, of: str, answers: dict[str, Predictions], seed: int
+    ) -> list[Row]:
         """What the student does with some measurements at their means."""
         batch, count = self.held_out, self.rows * self.columns
-        answers = self.references(batch)
-        away = (answers["context"] - answers["weights"])[:, -1]
 
         def run(gone: Int[Tensor, "gone"]) -> tuple[float, float]:
             """The share of images named wrong, and the context's share."""
@@ -303,11 +305,11 @@ class CompressedDigits:
 
             with torch.no_grad(), Intervention(model, edit=[(_MEASURED, hook_fn)]):
                 outputs = logits_of(model, batch.inputs)
-            moved = (self.predictions(outputs) - answers["weights"])[:, -1]
-            return _wrong(outputs, batch), float((moved * away).sum() / away.square().sum())
+            share = share_of(self.predictions(outputs), answers["context"], answers["weights"])
+            return _wrong(outputs, batch), share
 
         whole, _ = run(torch.arange(0))
-        rows = list[tuple[str, str, float]]()
+        rows = list[Row]()
         for one in range(count):
             place = f"row {one // self.columns}, column {one % self.columns}"
             rows.append((f"error added without a measurement{of}", place, run(torch.tensor([one]))[0] - whole))

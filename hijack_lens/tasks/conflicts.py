@@ -90,12 +90,13 @@ def context_share(
         with torch.no_grad():
             said = task.predictions(model(batch.inputs))
         sides = answers["context"], answers["weights"]
-        bayes = _share(answers["bayes"], *sides) if "bayes" in answers else math.nan
-        shares.append((_share(said, *sides), bayes))
+        bayes = share_of(answers["bayes"], *sides) if "bayes" in answers else math.nan
+        shares.append((share_of(said, *sides), bayes))
     ours, bayes = torch.tensor(shares, dtype=torch.float64).T
     return ContextShare(task.name, task.dose, doses, ours, bayes)
 
 
-def _share(said: Predictions, context: Predictions, weights: Predictions) -> float:
+def share_of(said: Predictions, context: Predictions, weights: Predictions) -> float:
+    """The context's share at the last position: see `context_share`."""
     away, asked = (one[:, -1].double() - weights[:, -1].double() for one in (said, context))
     return float((away * asked).sum() / (asked**2).sum())

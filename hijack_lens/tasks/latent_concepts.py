@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 import torch
@@ -24,6 +24,7 @@ from hijack_lens.core.memory import check_memory
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.measures import added_without, decoded, nats, residual_points
+from hijack_lens.tasks.outputs import NextToken
 from hijack_lens.tasks.probes import decodability, move_latent
 from hijack_lens.tasks.task import (
     Bar,
@@ -32,7 +33,6 @@ from hijack_lens.tasks.task import (
     Schedule,
     check_batch,
     check_fits,
-    check_outputs,
     prompt_count,
 )
 from hijack_lens.training.data import mixed_seed
@@ -57,7 +57,7 @@ _WRITES = "after attention 1"
 
 
 @dataclass(frozen=True)
-class LatentConcepts:
+class LatentConcepts(NextToken):
     """Bigram tables as concepts: a tokens' analogue of Han et al. (arXiv 2412.12276), whose concepts are linear maps.
 
     A prompt's first token is uniform; each next one is drawn from a table's row, the same table all along. So the exact
@@ -165,21 +165,6 @@ class LatentConcepts:
             rows = cumulated[table[:, step], tokens[:, step]]
             tokens[:, step + 1] = torch.searchsorted(rows, drawn[step])[:, 0].clamp_max(self.d_vocab - 1)
         return Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(n, length, dtype=torch.bool), latent)
-
-    def model(self, seed: Seed) -> RealTransformer:
-        """An untrained transformer of token ids, with learned positions."""
-        sizes: dict[str, Any] = {"d_model": self.d_model, "n_layers": self.n_layers, "n_heads": self.n_heads}
-        return RealTransformer(self.d_vocab, self.d_vocab, self.length, **sizes, seed=seed, device="cpu")
-
-    def loss(self, outputs: Float[Tensor, "prompt pos d_out"], batch: Batch) -> Float[Tensor, ""]:
-        """The next token's cross-entropy, in nats."""
-        check_outputs(outputs, self.d_vocab, batch)
-        return F.cross_entropy(outputs[batch.mask], batch.targets[batch.mask])
-
-    def predictions(self, outputs: Float[Tensor, "prompt pos d_out"]) -> Predictions:
-        """The next token's probabilities."""
-        check_outputs(outputs, self.d_vocab)
-        return outputs.double().softmax(-1)
 
     def posterior(self, inputs: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos table"]:
         """The probability of each table, given the tokens up to each position; all tables are equally likely before."""

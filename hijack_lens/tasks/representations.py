@@ -24,6 +24,7 @@ from hijack_lens.hooks.ablate_and_patch import patch
 from hijack_lens.hooks.intervention import record
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.measures import added_without, decoded, residual_points, watched_loss
+from hijack_lens.tasks.outputs import OneNumber
 from hijack_lens.tasks.pairs import at_each_x, prompts_of, ridge, seen_before
 from hijack_lens.tasks.probes import decodability
 from hijack_lens.tasks.task import (
@@ -33,7 +34,6 @@ from hijack_lens.tasks.task import (
     Schedule,
     check_batch,
     check_fits,
-    check_outputs,
     prompt_count,
 )
 from hijack_lens.tasks.training import train
@@ -61,7 +61,7 @@ _FOLLOWS, _PASTE = "follows the query", "pasted error over bayes"
 
 
 @dataclass(frozen=True)
-class Representations:
+class Representations(OneNumber):
     """Noisy linear regression on a fixed nonlinear representation: after Guo et al. (arXiv 2310.10616).
 
     A prompt is x_1, y_1, ..., x_n, y_n, x: with w ~ N(0, I/d) of its own, x_i ~ N(0, I) and y_i = w Phi(x_i) + noise.
@@ -185,16 +185,6 @@ class Representations:
         """An untrained transformer that reads the x and y, with learned positions."""
         sizes: dict[str, Any] = {"d_model": self.d_model, "n_layers": self.n_layers, "n_heads": self.n_heads}
         return RealTransformer(self.d + 1, 1, 2 * self.n_pairs + 1, **sizes, seed=seed, device="cpu")
-
-    def loss(self, outputs: Float[Tensor, "prompt pos d_out"], batch: Batch) -> Float[Tensor, ""]:
-        """The mean squared difference from the noisy y."""
-        check_outputs(outputs, 1, batch)
-        return (outputs[..., 0] - batch.targets)[batch.mask].square().mean()
-
-    def predictions(self, outputs: Float[Tensor, "prompt pos d_out"]) -> Predictions:
-        """The one number."""
-        check_outputs(outputs, 1)
-        return outputs.double()
 
     def references(self, batch: Batch) -> dict[str, Predictions]:
         """The exact "bayes", the "oracle" that is told w, and "ridge on x", with a constant and the penalty d.
