@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,7 +72,11 @@ ROLE_NAMES = {"previous_token": "previous-token head", "induction": "induction h
 _HEADS = ("head", 'attention heads, each a Component or its place ("L0H1")')
 
 
-@dataclass(frozen=True, repr=False)
+_Role = Component | str | Sequence[Component | str]
+"""What a role is given as."""
+
+
+@dataclass(frozen=True, repr=False, init=False)
 class Circuit(Saved, Drawn):
     """The components that carry the two memories; a role may have several or none.
 
@@ -99,9 +103,12 @@ class Circuit(Saved, Drawn):
     bigram: tuple[Component, ...] = ()
     evidence: Any = field(default=None, compare=False, repr=False)
 
-    def __post_init__(self) -> None:
-        for role in ROLE_NAMES:
-            object.__setattr__(self, role, _players(role, getattr(self, role)))
+    def __init__(
+        self, previous_token: _Role = (), induction: _Role = (), bigram: _Role = (), evidence: Any = None
+    ) -> None:
+        for role, given in zip(ROLE_NAMES, (previous_token, induction, bigram), strict=True):
+            object.__setattr__(self, role, _players(role, given))
+        object.__setattr__(self, "evidence", evidence)
 
     def __iter__(self) -> Iterator[tuple[str, Component]]:
         for role in ROLE_NAMES:
