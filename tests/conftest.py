@@ -3,7 +3,6 @@
 Nothing here may import hijack_lens: pytest reads this file while the run-time shape checks are being set up.
 """
 
-import collections
 import gc
 import os
 import random
@@ -29,16 +28,21 @@ settings.register_profile(
 settings.load_profile("hijack-lens")
 
 
-_cases: collections.Counter = collections.Counter()
+_first: dict[str, pytest.Item] = {}
+
+
+def pytest_collection_finish(session):
+    for item in session.items:
+        _first.setdefault(item.nodeid.split("[")[0], item)
+    gc.collect()  # what was imported stays: the garbage collector need not look at it again and again
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Of the cases of one test, each process checks shapes in one: all others run the library as its users do."""
-    test = item.nodeid.split("[")[0]
-    _cases[test] += 1
+    """Of the cases of one test, shapes are checked in the first: all others run the library as its users do."""
     before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.jaxtyping_disable = before or _cases[test] > 1
+    jaxtyping.config.jaxtyping_disable = before or _first[item.nodeid.split("[")[0]] is not item
     try:
         return (yield)
     finally:
@@ -73,9 +77,3 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
         yield chromium
         chromium.close()
-
-
-def pytest_collection_finish():
-    """What was imported stays: the garbage collector need not look at it again and again."""
-    gc.collect()
-    gc.freeze()
