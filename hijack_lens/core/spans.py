@@ -11,7 +11,7 @@ from hijack_lens.core.checks import as_int, check_text, shown
 from hijack_lens.core.inputs import indices
 from hijack_lens.core.texts import UNDECODED, decoded, known_ids, spellings
 
-Span = str | int | Iterable[str | int] | None
+Span = str | int | Iterable[str | int] | Int[Tensor, "word"] | None
 """A part of a prompt: a text, or several, wherever they occur; or positions, negative ones counted from the end."""
 
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)]*\s+|\n+")
