@@ -147,6 +147,6 @@ def test_no_text_is_cut_and_none_lies_on_another(name, case, unchecked):
     except ValueError:
         assert len(case.prompt) == 1  # a prompt that is too short for it
         return
-    picture.png()  # fitted as it is drawn
-    FigureCanvasAgg(picture.figure)
-    assert faults(picture.figure) == []
+    with picture.figure.fitted():  # as it is where it is saved or shown
+        FigureCanvasAgg(picture.figure)
+        assert faults(picture.figure) == []

@@ -148,12 +148,12 @@ class Picture:
 
     def png(self, dpi: int = 120) -> bytes:
         """The picture as the bytes of a PNG file."""
-        self.figure.fit()
-        size = check_count("dpi", dpi, minimum=_DPI) * self.figure.get_size_inches()
-        if max(size) >= 2**16 or math.prod(size) > 2**28:
-            raise ValueError(f"dpi must be smaller for a picture this large, got {shown(dpi)}")
-        buffer = io.BytesIO()
+        dpi = check_count("dpi", dpi, minimum=_DPI)
         with self.figure.fitted():
+            size = dpi * self.figure.get_size_inches()
+            if max(size) >= 2**16 or math.prod(size) > 2**28:
+                raise ValueError(f"dpi must be smaller for a picture this large, got {shown(dpi)}")
+            buffer = io.BytesIO()
             self.figure.savefig(buffer, format="png", dpi=dpi)
         return buffer.getvalue()
 
