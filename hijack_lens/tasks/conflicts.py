@@ -82,6 +82,8 @@ def context_share(
     n, seed = check_count("n", n, minimum=1), fixed_seed(seed)
     given = task.doses if strengths is None else check_list("strengths", strengths, "numbers")
     doses = tuple(check_number("strengths", one) for one in given)
+    if not doses:
+        raise ValueError("strengths must hold at least one number, got none")
     shares = list[tuple[float, float]]()
     for index, strength in enumerate(doses):
         batch = task.conflict(strength, n, mixed_seed(seed, "conflict", index))
