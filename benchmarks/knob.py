@@ -2,48 +2,59 @@
 
 Every knob's strength is chosen on the capitals alone, by the same rule: the largest that makes nearly the largest share
 of prompts say the context's answer. Then all are tried on 30 facts of each relation, denied by other words than those.
+Turned off ("off"), the answers should be those that the model gives where nothing is said; and what it writes with the
+knob turned ("fluency") should be as good text as what it writes without, judged by the model as it is. Parts may be
+named; the others' results are kept.
+
+    python benchmarks/knob.py off fluency
 """
 
+import contextlib
+import itertools
+import json
+import sys
 import time
 from dataclasses import dataclass
 
 import torch
-from common import write
+from common import RESULTS, write
+from scipy.stats import binomtest
 
-from hijack_lens import Fact, find_carriers, hooks
+from hijack_lens import Component, Fact, find_carriers, hooks
+from hijack_lens.core.statistics import student_quantile
 from hijack_lens.language import RELATIONS
 from hijack_lens.language.facts import fact_prompts
 from hijack_lens.models import load_model
 
 STRENGTHS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0)
 TRIED = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-N_FACTS = 30
+N_FACTS, N_CONTINUED, N_WRITTEN = 30, 6, 16
 
 
-def turned(model, carriers, case, strength):
-    with hooks.steer(model, carriers, case.fact.context, strength=strength):
+def turned(model, heads, case, strength):
+    with hooks.scale(model, heads, strength, source=case.fact.context):
         return model(case.said)[0, -1]
 
 
-def whole_heads(model, carriers, case, strength):
-    with hooks.scale(model, carriers.heads, strength):
+def whole_heads(model, heads, case, strength):
+    with hooks.scale(model, heads, strength):
         return model(case.said)[0, -1]
 
 
-def contrast(model, carriers, case, strength):
+def contrast(model, heads, case, strength):
     """Logits with the context, less those without it (Shi et al. 2024, context-aware decoding)."""
     return strength * model(case.said)[0, -1] - (strength - 1) * model(case.alone)[0, -1]
 
 
-def run_twice(model, carriers, case, strength):
+def run_twice(model, heads, case, strength):
     """What the heads wrote in a first run is added to what they write in a second (arXiv 2503.10996)."""
-    names = sorted({f"blocks.{head.layer}.attn.hook_z" for head in carriers.heads})
+    names = sorted({f"blocks.{head.layer}.attn.hook_z" for head in heads})
     _, first = model.run_with_cache(case.said, names_filter=lambda name: name in names)
 
     def add(name):
         def hook_fn(z, hook):
             changed = z.clone()
-            for head in carriers.heads:
+            for head in heads:
                 if f"blocks.{head.layer}." in name:
                     added = first["z", head.layer][:, -1].view(*z.shape[:1], *z.shape[2:])
                     changed[:, -1, head.head] += (strength - 1) * added[:, head.head]
@@ -68,10 +79,10 @@ class Case:
 KNOBS = {"carriers": turned, "whole heads": whole_heads, "contrast": contrast, "run twice": run_twice}
 
 
-def measured(model, carriers, cases, knob, strength):
+def measured(model, heads, cases, knob, strength):
     margins, context, weights = [], 0, 0
     for case in cases:
-        logits = knob(model, carriers, case, strength)
+        logits = knob(model, heads, case, strength)
         c, g = case.pair
         margins.append(float(logits[c] - logits[g]))
         best = int(logits.argmax())
@@ -99,47 +110,135 @@ def prepared(model, facts):
     return found
 
 
-def main():
-    torch.set_grad_enabled(False)
-    model = load_model("smollm2-135m")
-    facts = RELATIONS["capital"].facts(seed=0)
+def margins(model, result):
+    """Finds the carriers, and tries all knobs."""
     started = time.perf_counter()
-    carriers = find_carriers(model, facts)
-    seconds = time.perf_counter() - started
+    carriers = find_carriers(model, RELATIONS["capital"].facts(seed=0))
+    seconds, heads = time.perf_counter() - started, carriers.heads
     print(carriers)
-    chosen_on = prepared(model, facts)
+    chosen_on = prepared(model, RELATIONS["capital"].facts(seed=0))
     strengths = {"carriers": carriers.strength}
     for name, knob in KNOBS.items():
         if name != "carriers":
-            shares = [measured(model, carriers, chosen_on, knob, at)["says_context"] for at in TRIED]
+            shares = [measured(model, heads, chosen_on, knob, at)["says_context"] for at in TRIED]
             strengths[name] = max(at for at, share in zip(TRIED, shares, strict=True) if share >= 0.95 * max(shares))
             print(name, dict(zip(TRIED, shares, strict=True)), "->", strengths[name], flush=True)
-    rows = {}
-    for relation, listed in RELATIONS.items():
-        cases = prepared(model, listed.facts(seed=1)[:N_FACTS])
-        row = {f"{at:g}": measured(model, carriers, cases, turned, at) for at in STRENGTHS}
+    result["heads"] = [str(head) for head in heads]
+    result |= {"strength": carriers.strength, "seconds_to_find": round(seconds, 1), "relations": {}}
+    for relation, cases in held_out(model):
+        row = {f"{at:g}": measured(model, heads, cases, turned, at) for at in STRENGTHS}
         row |= {
-            f"{name} at {strengths[name]:g}": measured(model, carriers, cases, knob, strengths[name])
+            f"{name} at {strengths[name]:g}": measured(model, heads, cases, knob, strengths[name])
             for name, knob in KNOBS.items()
             if name != "carriers"
         }
-        rows[relation] = row
+        result["relations"][relation] = row
         print(
             relation,
             {name: (one["margin"], one["follows"], one["says_context"]) for name, one in row.items()},
             flush=True,
         )
-        write(
-            "knob",
-            {
-                "model": "SmolLM2-135M-Instruct",
-                "heads": [str(head) for head in carriers.heads],
-                "strength": carriers.strength,
-                "seconds_to_find": round(seconds, 1),
-                "relations": rows,
-            },
-        )
+        write("knob", result)
+
+
+def off(model, result):
+    """How often the context is followed with the knob at 0 and 1, of facts that the model knows when nothing is said.
+
+    Apart from these, those whose denial says what the weights hold for second best of the relation's answers.
+    """
+    heads, found = heads_of(result), {}
+    for relation, cases in held_out(model):
+        answers = torch.tensor(sorted({token for case in cases for token in case.pair}))
+        found[relation] = []
+        for case in cases:
+            alone, off, on = model(case.alone)[0, -1], *(turned(model, heads, case, at) for at in (0.0, 1.0))
+            c, g = case.pair
+            if alone[c] < alone[g]:
+                second = int((alone[answers] > alone[c]).sum()) == 1
+                found[relation].append((second, bool(off[c] > off[g]), bool(on[c] > on[g])))
+        print(relation, counted(found[relation]), flush=True)
+    every = [row for rows in found.values() for row in rows]
+    result["off"] = {relation: counted(rows) for relation, rows in found.items()} | {
+        "all": counted(every),
+        "all, the denial is the weights' second": counted([row for row in every if row[0]]),
+        "all, it is not": counted([row for row in every if not row[0]]),
+    }
+
+
+def counted(rows):
+    """Shares, with Wilson's 95% intervals."""
+    told = {"known_facts": len(rows)}
+    for name, column in (("follows at 0", 1), ("follows at 1", 2)):
+        count = sum(row[column] for row in rows)
+        low, high = binomtest(count, len(rows)).proportion_ci(method="wilson")
+        told[name] = {"share": round(count / len(rows), 3), "interval": [round(float(low), 3), round(float(high), 3)]}
+    return told
+
+
+def fluency(model, result):
+    """Greedy continuations with each knob at the recommended strength: how likely the model as it is finds them, how
+    often they repeat a pair of tokens; without their first token, the answer, which the knob is to change."""
+    heads, strength = heads_of(result), result["strength"]
+    knobs = {
+        "as it is": lambda case: contextlib.nullcontext(),
+        "carriers": lambda case: hooks.scale(model, heads, strength, source=case.fact.context),
+        "whole heads": lambda case: hooks.scale(model, heads, strength),
+    }
+    rows, texts = {name: [] for name in knobs}, {}
+    for relation, cases in held_out(model):
+        for case in cases[:N_CONTINUED]:
+            for name, knob in knobs.items():
+                with knob(case):
+                    written = model.generate(
+                        case.said, max_new_tokens=N_WRITTEN, do_sample=False, return_type="tokens", verbose=False
+                    )
+                start = case.said.shape[1]
+                told = written[0, start + 1 :].tolist()
+                likely = model(written)[0, start:-1].log_softmax(-1)
+                log_prob = float(likely[range(len(told)), told].mean())
+                pairs = list(itertools.pairwise(told))
+                rows[name].append((log_prob, 1 - len(set(pairs)) / len(pairs)))
+                texts.setdefault(relation, {})[name] = model.tokenizer.decode(written[0])  # the last case's
+        print(relation, texts[relation], flush=True)
+    as_it_is = torch.tensor(rows["as it is"])
+    result["fluency"] = {
+        name: {
+            "log_prob_per_token": spread(found[:, 0]),
+            "less_than_as_it_is": spread((as_it_is - found)[:, 0]),
+            "repeated_pairs": spread(found[:, 1]),
+        }
+        for name, found in ((name, torch.tensor(values)) for name, values in rows.items())
+    } | {"continuations": len(as_it_is), "tokens": N_WRITTEN, "examples": texts}
+
+
+def spread(values):
+    reach = student_quantile(len(values) - 1) * float(values.std()) / len(values) ** 0.5
+    return {"mean": round(float(values.mean()), 3), "interval": round(reach, 3)}
+
+
+def held_out(model):
+    """Facts that no choice was made on, by relation."""
+    for relation, listed in RELATIONS.items():
+        yield relation, prepared(model, listed.facts(seed=1)[:N_FACTS])
+
+
+def heads_of(result):
+    return tuple(Component.of(name) for name in result["heads"])
+
+
+PARTS = {"margins": margins, "off": off, "fluency": fluency}
+
+
+def main(asked):
+    torch.set_grad_enabled(False)
+    stored = RESULTS / "knob.json"
+    result = json.loads(stored.read_text()) if stored.exists() else {}
+    result = {"model": "SmolLM2-135M-Instruct"} | {key: value for key, value in result.items() if key != "machine"}
+    model = load_model("smollm2-135m")
+    for part in asked or PARTS:
+        PARTS[part](model, result)
+        write("knob", result)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -10,11 +10,18 @@ from bridges_for_tests import gpt2_like
 from handmade_for_tests import STRENGTHS, save_handmade, save_with_bpe
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_for_tests import CIRCUIT, close, handwritten, hooked
+from models_for_tests import CIRCUIT, close, handwritten, hooked, prompts
+from plain_network import Run, run
 from refusals import refused
+from test_sources import BRIDGES, MODERN
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedTokenizerFast
 
 import hijack_lens as hl
+from hijack_lens.attribution.frozen import FrozenModel
 from hijack_lens.language import Bigram, Fact, counterfactuals
 from hijack_lens.probing import DoseResponse, dose_response, fact_prompts
 from hijack_lens.probing.doses import crossing, theory_of_margins
@@ -187,6 +194,59 @@ def test_without_a_circuit_each_dose_is_split_by_its_source_tokens(family, handm
             for part, value in expected.items():
                 assert float(found.margin.parts[part][row, n]) == pytest.approx(float(value), abs=2e-4)
     assert "split by source tokens" in str(found)
+
+
+WORDS = ["<end>", "the", "king", "of", "Spain", "is", "Oslo", "Rome", ".", "we", "say"]
+
+
+def speaking(norm, act):
+    """A HookedTransformer whose tokens are words, with random weights."""
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, "<end>"))
+    words.pre_tokenizer = Whitespace()
+    model = hooked(norm, act, n_layers=3, d_vocab=len(WORDS), n_ctx=40, default_prepend_bos=False)
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<end>", bos_token="<end>")
+    return model
+
+
+@pytest.mark.parametrize("lead", ["", "we say ."])
+@pytest.mark.parametrize(("norm", "act"), [("LN", "gelu"), ("RMS", "silu"), (None, "relu")])
+def test_the_statements_share_is_that_of_what_the_questions_tokens_read(norm, act, lead):
+    """Against a plain network with some rows of its patterns, scales and gates taken from its other run."""
+    model = speaking(norm, act)
+    found = dose_response(model, Fact("Spain", "Rome", "Oslo", "the king of {subject} is {answer} ."), 3, lead=lead)
+    (one,) = found.conflicts
+    assert one.query == 5
+    rows = 5 if lead else 4  # without a lead, the first token of the question is the prompt's as well
+    runs = [run(model, one.tokens(n)[None]) for n in range(4)]
+
+    def margin(n, responds):
+        """The prompt of one dose, whose last rows respond as in another's."""
+        mixed, other = Run(patterns=runs[n].patterns), runs[responds]
+        for kind in ("scales", "gates"):
+            for key, own in getattr(runs[n], kind).items():
+                last = getattr(other, kind)[key][:, -rows:]
+                getattr(mixed, kind)[key] = torch.cat([own[:, :-rows], last], 1)
+        logits = run(model, one.tokens(n)[None], frozen=mixed).logits[0, -1]
+        return float(logits[one.context] - logits[one.weights])
+
+    for n in range(1, 4):
+        assert margin(n, n) == pytest.approx(float(found.margin.total[0, n]))
+        expected = (margin(n, n) - margin(0, n) + margin(n, 0) - margin(0, 0)) / 2
+        assert float(found.statements[0, n]) == pytest.approx(expected, abs=1e-9)
+    assert float(found.statements[0, 0]) == 0.0
+    assert float(found.statements.abs().max()) > 0.01
+    assert found.to_pandas()["statements"].tolist() == found.statements.flatten().tolist()
+    assert f"{float(found.statements[0, 3]):+.3f}" in str(found)
+
+
+@pytest.mark.parametrize("family", ["GPT-2", *MODERN])
+def test_a_run_that_responds_as_itself_is_itself(family):
+    bridge = BRIDGES[family]() if family in BRIDGES else gpt2_like()
+    tokens = prompts(2, 6, d_vocab=13)
+    frozen = FrozenModel.of(bridge, tokens)
+    for n in (1, 4, 6):
+        logits = frozen.answering(torch.tensor([2, 9]), n, frozen)
+        close(logits, frozen.logits[:, [2, 9]], atol=1e-5 * float(frozen.logits.abs().max()))
 
 
 @given(

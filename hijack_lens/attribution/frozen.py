@@ -6,7 +6,7 @@ these readings at every depth (Elhage et al. 2021, "A Mathematical Framework for
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -61,6 +61,19 @@ class FrozenAttention:
         v = self._shared(torch.einsum("bahqs,baqhe->bashe", pattern, z))
         return _transposed(self.ln, torch.einsum("baske,kme->basm", v, self.W_V), keys)
 
+    def out(self, x: Float[Tensor, "batch row d_model"], responses: "FrozenAttention") -> Tensor:
+        """What the heads write at the last positions, from the stream there, with another run's scales of the norms.
+
+        At positions before these, their values are those of this run.
+        """
+        n = x.shape[1]
+        v = torch.einsum("brm,kme->brke", _last(responses.ln, n)(x), self.W_V)
+        v = torch.cat([self.v[:, :-n], v if self.b_V is None else v + self.b_V], 1)
+        v = v.repeat_interleave(self.pattern.shape[1] // v.shape[2], 2)
+        z = torch.einsum("bhrs,bshe->brhe", self.pattern[:, :, -n:], v)
+        wrote = torch.einsum("brhe,hem->brm", z, self.W_O)
+        return _last(responses.after, n)(wrote if self.b_O is None else wrote + self.b_O) * self.factor
+
     def value_biases(self, z: Float[Tensor, "batch answer row head d_head"], rows: slice) -> Tensor:
         """What the biases of values, and of the norm before them, add where the heads write."""
         constant = z.new_zeros(self.W_V.shape[0], self.W_V.shape[2]) if self.b_V is None else self.b_V
@@ -101,6 +114,15 @@ class LinearMLP:
         g = pre @ self.W_in.T
         biases = biases + _constant(self.b_in, post if self.late else pre) + _constant(self.ln.b, g)
         return _transposed(self.ln, g, rows), biases
+
+    def out(self, x: Float[Tensor, "batch row d_model"]) -> Float[Tensor, "batch row d_model"]:
+        """What the MLP writes at the last positions, from the stream there."""
+        n = x.shape[1]
+        b_in = self.W_in.new_zeros(1) if self.b_in is None else self.b_in
+        pre = _last(self.ln, n)(x) @ self.W_in
+        post = self.gates[:, -n:] * (pre if self.late else pre + b_in) + (b_in if self.late else 0.0)
+        wrote = post @ self.W_out
+        return _last(self.after, n)(wrote if self.b_out is None else wrote + self.b_out) * self.factor
 
 
 @dataclass(frozen=True)
@@ -189,6 +211,22 @@ class FrozenModel:
         found[order, :, before] = wrote.permute(2, 0, 1, 3)
         return found
 
+    def answering(
+        self, answers: Int[Tensor, "answer"], n: int, responses: "FrozenModel"
+    ) -> Float[Tensor, "batch answer"]:
+        """Some logits, if the last n positions read what they read here and respond to it as they do in another run.
+
+        What they read: by the patterns of this run, and at positions before these the values of this run. How they
+        respond: the norms' scales and the MLPs' gates.
+        """
+        x = self.start[:, -n:]
+        for (heads, _), (their_heads, their_mlp) in zip(self.blocks, responses.blocks, strict=True):
+            brought = heads.out(x, their_heads)
+            into = x if self.parallel else x + brought
+            x = x + brought + (0.0 if their_mlp is None else their_mlp.out(into))
+        W_U, b_U, caps = responses._unembedding(answers)
+        return caps * (responses.final(x[:, -1:])[:, 0] @ W_U.T + b_U)
+
     def _step(
         self, block: tuple[FrozenAttention, LinearMLP | None], g: Readings, rows: slice
     ) -> tuple[Readings, Float[Tensor, "batch answer row head d_head"], Tensor]:
@@ -199,13 +237,18 @@ class FrozenModel:
         biases = added + more + heads.value_biases(z, rows)
         return g + through + heads.stream(z, rows, rows), z, biases
 
-    def _unembedded(self, answers: Int[Tensor, "answer"]) -> tuple[Readings, Tensor]:
-        """How the answers' logits read the last stream at the query; and what the biases add."""
+    def _unembedding(self, answers: Int[Tensor, "answer"]) -> tuple[Tensor, Tensor, Float[Tensor, "batch answer"]]:
+        """Some columns of the unembedding, and what this run's cap of the logits multiplies each by."""
         W_U, b_U = self.model.W_U[:, answers].T, self.model.b_U[answers]
-        caps = self.logits.new_ones(len(self.logits), 1)
+        caps = self.logits.new_ones(len(self.logits), len(answers))
         if getattr(self.model.cfg, "output_logits_soft_cap", None) not in (None, -1.0, 0.0):
             before = self.final(self.last)[:, 0] @ W_U.T + b_U
             caps = torch.where(before == 0, 1.0, self.logits[:, answers] / before)
+        return W_U, b_U, caps
+
+    def _unembedded(self, answers: Int[Tensor, "answer"]) -> tuple[Readings, Tensor]:
+        """How the answers' logits read the last stream at the query; and what the biases add."""
+        W_U, b_U, caps = self._unembedding(answers)
         g = (caps[..., None] * W_U)[:, :, None]
         biases = caps[..., None] * b_U[:, None] + _constant(self.final.b, g)
         return _transposed(self.final, g, slice(None)), biases
@@ -230,6 +273,11 @@ class Traced:
 
 def _transposed(norm: LinearNorm, g: Readings, rows: slice) -> Readings:
     return norm.transposed(g, None if norm.scale is None else norm.scale[:, None, rows])
+
+
+def _last(norm: LinearNorm, n: int) -> LinearNorm:
+    """A norm at the last positions alone."""
+    return norm if norm.scale is None else replace(norm, scale=norm.scale[:, -n:])
 
 
 def _constant(bias: Tensor | None, g: Tensor) -> Tensor:

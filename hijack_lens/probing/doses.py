@@ -21,7 +21,7 @@ from hijack_lens.core.circuit import Circuit, Margin, Strengths
 from hijack_lens.core.files import Saved
 from hijack_lens.core.inputs import circuit_of, own_circuit
 from hijack_lens.core.progress import progress
-from hijack_lens.core.tables import Drawn, tidy
+from hijack_lens.core.tables import Drawn, tidy, widened
 from hijack_lens.language.facts import Bigram, Fact, FactPrompts, fact_prompts
 from hijack_lens.models.transformer import BigramTransformer
 from hijack_lens.theory.flips import Flip
@@ -160,6 +160,10 @@ class DoseResponse(Saved, Drawn):
         theory: what the two-layer theory predicts for the same prompts.
         completeness_error: the largest |sum over paths - logit| of all attributions; only rounding error.
         by_source: whether margins are split by source tokens, without a circuit.
+        statements: without a circuit, how much of the margin's change against the prompt without statements is due to
+            what the question's tokens read: more of the statements, and less of each other and of the first token. The
+            rest of the change is how they respond to it, by norm scales and MLP gates. Both are means of two exact
+            differences, one with the other half as it is with the statements, one as it is without (Shapley values).
 
     Examples:
         >>> doses = hl.dose_response(model, hl.Bigram("q", weights="u", context="e"), repeats=3)
@@ -175,6 +179,7 @@ class DoseResponse(Saved, Drawn):
     theory: DoseTheory
     completeness_error: float
     by_source: bool = False
+    statements: Float[Tensor, "fact dose"] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -184,6 +189,8 @@ class DoseResponse(Saved, Drawn):
         for part in (*self.margin.parts.values(), self.theory.margin):
             if tuple(part.shape) != shape:
                 raise ValueError(f"margin must have shape {shape}, got {tuple(part.shape)}")
+        if self.statements is not None and tuple(self.statements.shape) != shape:
+            raise ValueError(f"statements must have shape {shape}, got {tuple(self.statements.shape)}")
 
     @classmethod
     def _from_older(
@@ -222,8 +229,13 @@ class DoseResponse(Saved, Drawn):
         return torch.tensor([crossing(row) for row in self.margin.total.tolist()], dtype=torch.float64)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per fact and number of repeats: fact, repeats, length, context, weights, rest, total, theory."""
+        """One row per fact and number of repeats: fact, repeats, length, context, weights, rest, total, theory.
+
+        Before theory, statements, where there are any.
+        """
         parts, lengths = self.margin.parts, self.lengths
+        if self.statements is not None:
+            parts = {**parts, "statements": self.statements}
         rows = [
             (
                 one.name,
@@ -321,11 +333,12 @@ def dose_response(
 
     shape = (len(conflicts), repeats + 1)
     parts = {memory: torch.zeros(shape, dtype=torch.float64) for memory in MEMORIES}
+    statements = torch.zeros(shape, dtype=torch.float64)
     error = 0.0
     with progress(shape[0] * shape[1], "prompt", "dose_response") as advance:
         for row, one in enumerate(conflicts):
             doses = _by_sources(model, one) if by_sources else _by_paths(model, one, circuit)
-            for n, found in enumerate(doses):
+            for n, (found, statements[row, n]) in enumerate(doses):
                 split = found.margin(one.context, one.weights).parts
                 for memory, part in parts.items():
                     part[row, n] = split[memory]
@@ -336,25 +349,42 @@ def dose_response(
         predicted = theory_of_margins(margin.total, torch.tensor([one.lengths for one in conflicts]))
     else:
         predicted = theory_of_weights(fit, conflicts, margin.total)
-    return DoseResponse(conflicts, margin, circuit, predicted, error, by_sources)
+    return DoseResponse(conflicts, margin, circuit, predicted, error, by_sources, statements if by_sources else None)
 
 
-def _by_paths(model: Any, one: FactPrompts, circuit: Circuit) -> Iterator[LogitAttribution]:
+def _by_paths(model: Any, one: FactPrompts, circuit: Circuit) -> Iterator[tuple[LogitAttribution, float]]:
     for n in range(len(one.prompts)):
-        yield attribute(model, one.tokens(n), circuit=circuit, answers=[one.context, one.weights])
+        yield attribute(model, one.tokens(n), circuit=circuit, answers=[one.context, one.weights]), math.nan
 
 
-def _by_sources(model: Any, one: FactPrompts) -> Iterator[LogitAttribution]:
-    """Each prompt is the beginning of the next: a single run of the longest holds them all."""
+def _by_sources(model: Any, one: FactPrompts) -> Iterator[tuple[LogitAttribution, float]]:
+    """Each dose's attribution, and what its statements do by being read.
+
+    Each prompt is the beginning of the next: a single run of the longest holds them all.
+    """
     check_linear(model)
     device = model.cfg.device
     answers = torch.tensor([one.context, one.weights], device=device)
     longest = torch.tensor(one.prompts[-1], device=device)[None]
-    for run in FrozenModel.at(model, longest, [length - 1 for length in one.lengths]):
+    runs = FrozenModel.at(model, longest, [length - 1 for length in one.lengths])
+    # Where nothing leads, the question's first token is the prompt's first without statements, and is no other's twin.
+    question = max(1, min(one.query, one.lengths[0] - 1))
+
+    def margin(logits: Float[Tensor, "1 answer"]) -> float:
+        context, weights = widened(logits)[0].tolist()
+        return context - weights
+
+    alone = runs[0]
+    for run in runs:
         length = run.query + 1
         stated = range(1, length - one.query) if length > one.lengths[0] else ()
         parts = parts_with(stated, run.query)[None]
-        yield attribution_of_runs(model, longest[:, :length], [run], answers, parts)[0]
+        read = 0.0
+        if stated:
+            at_its_own = run.logits[:, answers] - alone.answering(answers, question, run)
+            at_other = run.answering(answers, question, alone) - alone.logits[:, answers]
+            read = margin(at_its_own + at_other) / 2
+        yield attribution_of_runs(model, longest[:, :length], [run], answers, parts)[0], read
 
 
 def _strengths(model: Any) -> FittedStrengths | None:

@@ -26,7 +26,7 @@ def dose_report(result: DoseResponse) -> Report:
 
 def _by_repeats(result: DoseResponse) -> Table:
     several = len(result.conflicts) > 1
-    last = ("theory",) if _fits(result) else ()
+    last = (("statements",) if result.statements is not None else ()) + (("theory",) if _fits(result) else ())
     columns = ("repeats", "tokens", "context", "weights", "rest", "total", *(("± sd",) if several else ()), *last)
     rows = [
         [
@@ -34,7 +34,7 @@ def _by_repeats(result: DoseResponse) -> Table:
             f"{row['length']:.4g}",
             *(f"{row[part]:+.3f}" for part in ("context", "weights", "rest", "total")),
             *([f"{row['spread']:.3f}"] if several else []),
-            *([f"{row['theory']:+.3f}"] if last else []),
+            *(f"{row[name]:+.3f}" for name in last),
         ]
         for row in result.by_repeats().to_dict("records")
     ]
@@ -80,6 +80,11 @@ def _notes(result: DoseResponse) -> list[str]:
         notes = [f"The two-layer theory does not fit these margins (R² = {theory.r2:.3f}), and is not shown."]
     if result.by_source:
         notes.append("Margins are split by source tokens: the context is all that was said before the question.")
+    if result.statements is not None:
+        notes.append(
+            "Statements: how much of the change against 0 repeats is due to what the question's tokens read, of the "
+            "statements and no longer elsewhere; norms and MLPs responding make up for the rest."
+        )
     elif not result.circuit.induction:
         notes.append("No induction head is named in the circuit, so nothing counts as the context's.")
     if not all(result.known):
