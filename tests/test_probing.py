@@ -14,11 +14,9 @@ from models_for_tests import CIRCUIT, close, handwritten, hooked, prompts
 from plain_network import Run, run
 from refusals import refused
 from test_sources import BRIDGES, MODERN
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from test_words import folders
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 import hijack_lens as hl
 from hijack_lens.attribution.frozen import FrozenModel
@@ -196,27 +194,20 @@ def test_without_a_circuit_each_dose_is_split_by_its_source_tokens(family, handm
     assert "split by source tokens" in str(found)
 
 
-WORDS = ["<end>", "the", "king", "of", "Spain", "is", "Oslo", "Rome", ".", "we", "say"]
-
-
-def speaking(norm, act):
-    """A HookedTransformer whose tokens are words, with random weights."""
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, "<end>"))
-    words.pre_tokenizer = Whitespace()
-    model = hooked(norm, act, n_layers=3, d_vocab=len(WORDS), n_ctx=40, default_prepend_bos=False)
-    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<end>", bos_token="<end>")
-    return model
-
-
-@pytest.mark.parametrize("lead", ["", "we say ."])
+@pytest.mark.parametrize("begun", [True, False])
 @pytest.mark.parametrize(("norm", "act"), [("LN", "gelu"), ("RMS", "silu"), (None, "relu")])
-def test_the_statements_share_is_that_of_what_the_questions_tokens_read(norm, act, lead):
+def test_the_statements_share_is_that_of_what_the_questions_tokens_read(norm, act, begun):
     """Against a plain network with some rows of its patterns, scales and gates taken from its other run."""
-    model = speaking(norm, act)
-    found = dose_response(model, Fact("Spain", "Rome", "Oslo", "the king of {subject} is {answer} ."), 3, lead=lead)
+    tokenizer = AutoTokenizer.from_pretrained(folders() / "words")
+    model = hooked(norm, act, n_layers=3, d_vocab=len(tokenizer), n_ctx=40)
+    model.set_tokenizer(tokenizer)
+    model.circuit = None
+    fact = Fact("Spain", "Paris", "Oslo", "we say of {subject} is {answer} .")
+    found = dose_response(model, fact, 3, prepend_bos=begun)
     (one,) = found.conflicts
     assert one.query == 5
-    rows = 5 if lead else 4  # without a lead, the first token of the question is the prompt's as well
+    assert one.lengths[0] == 5 + begun
+    rows = 5 if begun else 4  # else the question's first token is the prompt's as well
     runs = [run(model, one.tokens(n)[None]) for n in range(4)]
 
     def margin(n, responds):
