@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import hijack_lens as hl
 from hijack_lens import hooks
-from hijack_lens.circuits.bigram_memory import moved, ratio_of_means, told
+from hijack_lens.circuits.bigram_memory import Scrambles, moved, ratio_of_means, told
 from hijack_lens.circuits.evidence import MIN_ATTENTION
 from hijack_lens.circuits.heads import ablation_effects, draw_repeats, head_scores
 from hijack_lens.core.statistics import chance
@@ -265,6 +265,39 @@ def test_verdicts_give_a_shares_interval_and_say_which_mlps_are_undecided(found)
     assert "L2MLP (12% ± 5%; 10% needed)" in said.split("undecided: ")[1]
 
 
+def test_verdicts_say_how_far_an_mlps_effect_lies_from_what_random_directions_reach(found):
+    evidence = found[1].evidence
+    excess, reach = torch.full((4,), torch.nan).double(), torch.full((4,), torch.nan).double()
+    excess[2], reach[2] = 3.5, 0.9
+    bigram = replace(evidence.bigram, excess=excess, excess_error=reach)
+    assert hl.Component(2, "mlp") in bigram.undecided
+    said = replace(evidence, bigram=bigram).verdict("bigram").split("undecided: ")[1]
+    assert "L2MLP (moves logits 3.5 ± 0.9 standard deviations more than in random directions; 2.9 needed)" in said
+    plain = replace(bigram, excess_error=reach / 2)
+    assert hl.Component(2, "mlp") not in plain.undecided
+
+
+def test_an_effect_that_many_scrambles_leave_open_is_no_longer_drawn_for():
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(excess, count):
+        logs = 0.1 * torch.randn(count, 1, generator=generator, dtype=torch.float64)
+        levels = (2 * (logs - logs.mean()) / logs.std() * 0.1).exp().expand(-1, 32)
+        largest = float(levels.max())
+        own = max(math.exp(0.2 * excess), largest * 1.0001) * torch.ones(32, dtype=torch.float64)
+        return Scrambles(own, levels)
+
+    for excess, count, settled in ((2.9, 63, False), (2.9, 64, True), (9.0, 20, True), (9.0, 19, False)):
+        found = drawn(excess, count)
+        assert found.settled == settled
+        z, error = found.excess
+        assert z == pytest.approx(max(excess, z))
+        assert error > 0
+    near = drawn(2.9, 64)
+    assert near.null > float(near.drawn.mean(1).sqrt().max())  # others would be larger
+    assert drawn(9.0, 64).null == pytest.approx(float(drawn(9.0, 64).drawn.mean(1).sqrt().max()), rel=1)
+
+
 def test_verdicts_say_why_a_head_that_looks_there_was_not_named(found):
     evidence = found[1].evidence
     heads = evidence.induction
@@ -410,8 +443,12 @@ def test_a_head_that_only_its_effect_gives_away_is_named_as_such():
     assert evidence.by_effect == TWO_LAYERS.previous_token
     share = float(evidence.others[0, 0]) / evidence.gain
     assert share > 0.5
-    said = f"L0H0 ({share:.0%} of the in-context gain lost without it)"
+    error = float(evidence.others_error[0, 0]) / evidence.gain
+    said = f"L0H0 ({share:.0%} ± {error:.0%} of the in-context gain lost without it)"
     assert evidence.verdicts.splitlines()[3:] == [f"by effect alone, with attention of neither role: {said}"]
+    near = replace(evidence, others_null=(share + 0.5 * error) * evidence.gain)
+    needed = f"where {share + 0.5 * error:.0%} of the in-context gain must be lost: L0H0 ({share:.0%} ± {error:.0%})"
+    assert near.verdicts.splitlines()[3:] == [f"undecided by effect alone, {needed}"]
     assert evidence.verdict("previous_token").startswith("no previous-token head: the best score 0.")
 
 

@@ -1,15 +1,21 @@
 """How much of a model's context-free prediction each MLP carries."""
 
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hijack_lens.circuits.evidence import MIN_INFORMATION, MIN_SHARE, MLPEvidence
+from hijack_lens.circuits.evidence import (
+    MIN_INFORMATION,
+    MIN_SHARE,
+    SCRAMBLES_ABOVE,
+    MLPEvidence,
+    needed_excess,
+)
 from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.core.statistics import student_quantile
 from hijack_lens.core.tables import widened
@@ -22,9 +28,12 @@ _N_CONTEXTS = 8
 _N_SCRAMBLES = 499
 """So many that a random model's MLP exceeds all of them in 1 of 500 cases."""
 
-_ENOUGH, _CONFIDENCE = 20, 1 - 4e-4
-"""After so many scrambles, those to come are predicted: an effect that lies above their interval needs no more. It is
-exceeded in 1 of 5000 cases, a tenth of what all scrambles allow."""
+_FEW, _ENOUGH, _MANY = 3, 20, 64
+"""Scrambles after which they say how effects spread; after which those to come are predicted; and after which an effect
+that may lie on either side of what is needed, were there more, is left undecided."""
+
+_CONFIDENCE = 1 - 4e-4
+"""An effect needs no more scrambles if it lies above what these let expect of others in all but 1 of 5000 cases."""
 
 _MOST_AT_ONCE = 32
 """Scrambles per run: most models without a bigram memory are recognised after the first few."""
@@ -56,42 +65,117 @@ def bigram_evidence(
     information = float(by_token.mean())
     off = {name: _constant(mean) for name, mean in means.items()}
     direct = contexts.predict(off)
-    share, error, effect, null = (torch.full((n_layers,), torch.nan, dtype=torch.float64) for _ in range(4))
+    share, error, effect, null, excess, excess_error = (
+        torch.full((n_layers,), torch.nan, dtype=torch.float64) for _ in range(6)
+    )
     draws = torch.zeros(n_layers, dtype=torch.long)
     for layer, name in mlps.items():
         without = contexts.without(layer, means[name])
         lost = by_token - told_by_token(intact, without)
         share[layer], error[layer] = ratio_of_means(lost, by_token) if information > 0 else (0.0, 0.0)
         if information >= MIN_INFORMATION and share[layer] >= MIN_SHARE:
-            effect[layer] = moved(intact, without)
-            drawn: list[float] = []
+            own, drawn = moved_by_token(intact, without), []
             for scrambled in contexts.scrambled(layer, means[name]):
-                drawn.append(moved(scrambled, without))
-                if _settled(float(effect[layer]), drawn):
+                drawn.append(moved_by_token(scrambled, without))
+                found = Scrambles(own, torch.stack(drawn))
+                if found.settled:
                     break
-            null[layer], draws[layer] = max(drawn), len(drawn)
+            effect[layer], null[layer], draws[layer] = found.effect, found.null, len(drawn)
+            excess[layer], excess_error[layer] = found.excess
     left = told(intact, direct) / information if information > 0 else 0.0
-    return MLPEvidence(information, share, error, min(max(left, 0.0), 1.0), effect, null, draws)
+    direct_share = min(max(left, 0.0), 1.0)
+    return MLPEvidence(information, share, error, direct_share, effect, null, draws, excess, excess_error)
 
 
-def _settled(effect: float, drawn: list[float]) -> bool:
-    """Whether more scrambles would not change what these say about an effect."""
-    count = len(drawn)
-    if drawn[-1] >= effect:
-        return True
-    if count < _ENOUGH or min(drawn) == 0:
-        return False
-    logs = [math.log(one) for one in drawn]  # of a norm: closer to a normal variable
-    reach = student_quantile(count - 1, _CONFIDENCE) * math.sqrt(1 + 1 / count)
-    return math.log(effect) > statistics.mean(logs) + reach * statistics.stdev(logs)
+@dataclass(frozen=True)
+class Scrambles:
+    """How an MLP's output changes predictions, beside what it does in random directions.
+
+    Attributes:
+        own: mean square change of each token's predictions.
+        drawn: the same of each scramble.
+    """
+
+    own: Float[Tensor, "token"]
+    drawn: Float[Tensor, "draw token"]
+
+    @property
+    def effect(self) -> float:
+        """The root mean square change."""
+        return float(self.own.mean().sqrt())
+
+    @property
+    def null(self) -> float:
+        """What the effect must exceed: all scrambles; where these leave it open, also what they let expect."""
+        largest = float(self._effects.max())
+        return max(largest, math.exp(self._expected(1 - 2 * SCRAMBLES_ABOVE))) if self._open else largest
+
+    @property
+    def excess(self) -> tuple[float, float]:
+        """How many standard deviations the effect's logarithm lies above the scrambles' mean; half its 95% interval.
+
+        To first order; over the tokens that were drawn as well as the scrambles.
+        """
+        if self._logs is None:
+            return math.nan, math.nan
+        z, of_draws = self._of_draws
+        each = (self.own / self.own.mean() - (self.drawn / self.drawn.mean(1, keepdim=True)).mean(0)) / 2
+        of_tokens = student_quantile(len(each) - 1) * float(each.std() / self._logs.std()) / math.sqrt(len(each))
+        return z, math.hypot(of_draws, of_tokens)
+
+    @property
+    def settled(self) -> bool:
+        """Whether more scrambles would not change what these say."""
+        if float(self._effects[-1]) >= self.effect:
+            return True
+        if len(self.drawn) < _ENOUGH or self._logs is None:
+            return False
+        return self._open or math.log(self.effect) > self._expected(_CONFIDENCE)
+
+    @property
+    def _open(self) -> bool:
+        """Whether the effect is not plainly on either side after many scrambles, none of them as large."""
+        if len(self.drawn) < _MANY or self._logs is None or bool((self._effects >= self.effect).any()):
+            return False
+        excess, reach = self._of_draws
+        return abs(excess - needed_excess()) < reach
+
+    @property
+    def _of_draws(self) -> tuple[float, float]:
+        """The excess, and half its 95% interval over draws alone."""
+        assert self._logs is not None
+        count = len(self._logs)
+        z = (math.log(self.effect) - float(self._logs.mean())) / float(self._logs.std())
+        return z, student_quantile(count - 1) * math.sqrt(1 / count + z**2 / (2 * count))
+
+    @property
+    def _effects(self) -> Float[Tensor, "draw"]:
+        return self.drawn.mean(1).sqrt()
+
+    @property
+    def _logs(self) -> Float[Tensor, "draw"] | None:
+        """Logarithms of the scrambles' effects, closer to a normal variable; `None` where they say too little."""
+        logs = self._effects.log()
+        return logs if len(logs) > _FEW and float(logs.std()) > 0 and bool(logs.isfinite().all()) else None
+
+    def _expected(self, confidence: float) -> float:
+        """The upper end of the interval of another scramble's logarithm."""
+        assert self._logs is not None
+        count = len(self._logs)
+        reach = student_quantile(count - 1, confidence) * math.sqrt(1 + 1 / count)
+        return float(self._logs.mean()) + reach * float(self._logs.std())
 
 
 def ratio_of_means(part: Float[Tensor, "token"], whole: Float[Tensor, "token"]) -> tuple[float, float]:
-    """The ratio of two means over the tokens drawn, from 0 to 1; and half its 95% interval (Student's, to first order
-    in the means)."""
+    """The ratio of two means over the tokens drawn, from 0 to 1; and half its 95% interval.
+
+    Student's, to first order in the means; or, where that is more, what a single token makes of the ratio.
+    """
     ratio, count = float(part.mean() / whole.mean()), len(part)
     spread = float((part - ratio * whole).std() / whole.mean())
-    return min(max(ratio, 0.0), 1.0), student_quantile(count - 1) * spread / math.sqrt(count)
+    without = (part.sum() - part) / (whole.sum() - whole)
+    reach = max(student_quantile(count - 1) * spread / math.sqrt(count), float((without - ratio).abs().max()))
+    return min(max(ratio, 0.0), 1.0), reach
 
 
 def told_by_token(p: Float[Tensor, "token d_vocab"], q: Float[Tensor, "token d_vocab"]) -> Float[Tensor, "token"]:
@@ -107,9 +191,14 @@ def told(p: Float[Tensor, "token d_vocab"], q: Float[Tensor, "token d_vocab"]) -
 
 def moved(p: Float[Tensor, "token d_vocab"], q: Float[Tensor, "token d_vocab"]) -> float:
     """Root mean square of p - q, without its parts that are the same for all tokens or for all predictions."""
+    return float(moved_by_token(p, q).mean().sqrt())
+
+
+def moved_by_token(p: Float[Tensor, "token d_vocab"], q: Float[Tensor, "token d_vocab"]) -> Float[Tensor, "token"]:
+    """Its square for each token, before the mean over tokens."""
     change = p - q
     change = change - change.mean(-1, keepdim=True)
-    return float((change - change.mean(0)).square().mean().sqrt())
+    return (change - change.mean(0)).square().mean(-1).double().cpu()
 
 
 def _constant(value: Tensor) -> Edit:

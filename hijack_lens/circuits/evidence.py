@@ -1,6 +1,7 @@
 """The evidence for each component of a circuit that was found, and why others were not named."""
 
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import pandas as pd
@@ -30,6 +31,14 @@ MIN_INFORMATION = 0.1
 
 MIN_SHARE = 0.1
 """MLPs that carry a smaller part of the context-free prediction are not named."""
+
+SCRAMBLES_ABOVE = 1 / 500
+"""An MLP is not named if its output in random directions has a larger effect in more cases."""
+
+
+def needed_excess() -> float:
+    """The standard deviations by which a normal variable exceeds its mean in just so many cases."""
+    return NormalDist().inv_cdf(1 - SCRAMBLES_ABOVE)
 
 
 @dataclass(frozen=True)
@@ -91,10 +100,13 @@ class MLPEvidence:
         effect: root mean square, in logits, of how the MLP's output changes the log-probabilities, without changes that
             all v or all predicted tokens share. NaN: not measured, since the share had ruled the MLP out.
         null: what the effect must exceed: the largest effect of the same output over 499 random draws that shuffle the
-            residual stream's coordinates and flip their signs. Drawing stops at the first that is as large; and after
-            20, once the effect lies above what they let expect of others in all but 1 of 5000 cases, if logarithms of
-            effects are normal.
+            residual stream's coordinates and flip their signs. Drawing stops at the first that is as large; after 20,
+            once the effect lies above what they let expect of others in all but 1 of 5000 cases, if logarithms of
+            effects are normal; and after 64 if it may lie on either side of 1 of 500 cases, which is then the null.
         draws: how many were drawn.
+        excess: how many standard deviations the effect's logarithm lies above the mean of the draws'; a normal variable
+            exceeds 2.88 in 1 of 500 cases. NaN: one of the first three draws was as large, or some are zero.
+        excess_error: half its 95% interval, over draws and over tokens.
     """
 
     information: float
@@ -104,11 +116,15 @@ class MLPEvidence:
     effect: Float[Tensor, "layer"]
     null: Float[Tensor, "layer"]
     draws: Int[Tensor, "layer"]
+    excess: Float[Tensor, "layer"]
+    excess_error: Float[Tensor, "layer"]
 
     @property
     def undecided(self) -> list[Component]:
-        """MLPs whose share is not clearly above or below what it must exceed: other tokens may differ."""
-        near = (self.share - MIN_SHARE).abs() < self.error
+        """MLPs whose share or effect is not clearly above or below what it must exceed: other tokens, and other draws
+        of random directions, may differ."""
+        near_share = ((self.share - MIN_SHARE).abs() < self.error) & ~(self.effect <= self.null)
+        near = near_share | ((self.excess - needed_excess()).abs() < self.excess_error)
         return [Component(layer, "mlp") for layer in near.nonzero()[:, 0].tolist()]
 
 
@@ -127,6 +143,7 @@ class CircuitEvidence(Drawn):
         others: nats of in-context gain lost when only this head is switched off, of heads that attend as neither role
             does. NaN: not measured, since it does, or since its layer's such heads together lose too little, or since
             there is no gain.
+        others_error: half the 95% intervals of these (Student's, over prompts).
         others_null: what that must exceed.
         n_prompts: prompts scored; as many others were used for ablation where the first 8 of them left it open.
         period: tokens that each prompt repeats.
@@ -148,6 +165,7 @@ class CircuitEvidence(Drawn):
     gain: float
     gain_null: float
     others: Float[Tensor, "layer head"]
+    others_error: Float[Tensor, "layer head"]
     others_null: float
     n_prompts: int
     period: int
@@ -187,12 +205,21 @@ class CircuitEvidence(Drawn):
         """The verdicts on all roles, one per line; and on the heads that only their effect gives away, if any."""
         lines = list(map(self.verdict, ROLE_NAMES))
         if self.by_effect:
-            lost = {str(part): float(self.others[part.layer, part.head]) / self.gain for part in self.by_effect}
             named = ", ".join(
-                f"{part} ({share:.0%} of the in-context gain lost without it)" for part, share in lost.items()
+                f"{part} ({self._lost(part)} of the in-context gain lost without it)" for part in self.by_effect
             )
             lines.append(f"by effect alone, with attention of neither role: {named}")
+        near = ((self.others - self.others_null).abs() < self.others_error).nonzero().tolist()
+        if near:
+            parts = [Component(layer, "head", head) for layer, head in near]
+            unsure = ", ".join(f"{part} ({self._lost(part)})" for part in parts)
+            needed = f"{self.others_null / self.gain:.0%}"
+            lines.append(f"undecided by effect alone, where {needed} of the in-context gain must be lost: {unsure}")
         return "\n".join(lines)
+
+    def _lost(self, part: Component) -> str:
+        lost, error = (float(values[part.layer, part.head]) / self.gain for values in (self.others, self.others_error))
+        return f"{lost:.0%} ± {error:.0%}"
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per role and component that might have it.
@@ -244,6 +271,12 @@ class CircuitEvidence(Drawn):
 
     def _interval(self, role: str, part: Component) -> str:
         if role == "bigram":
+            excess, reach = (float(values[part.layer]) for values in (self.bigram.excess, self.bigram.excess_error))
+            if abs(excess - needed_excess()) < reach:
+                return (
+                    f"{part} (moves logits {excess:.1f} ± {reach:.1f} standard deviations more than in random "
+                    f"directions; {needed_excess():.1f} needed)"
+                )
             return f"{part} ({self._share(part)}; {MIN_SHARE:.0%} needed)"
         heads, at = getattr(self, role), (part.layer, part.head)
         effect, error = max(float(heads.lost[at]), float(heads.regained[at])), float(heads.error[at])

@@ -148,13 +148,13 @@ def find_circuit(
         fits["previous_token"][last:] = False
         before, previous_heads = judge("previous_token", previous)
         bigram = bigram_evidence(model, drawn_from, first, longest, generator, bar.update)
-        others, others_null = torch.full_like(target, torch.nan), torch.nan
+        unmeasured = torch.full_like(target, torch.nan)
+        others = unmeasured, unmeasured, torch.nan
         if gain > gain_null:
-            others, others_null = _others(model, held_out[:N_SCREENED], looks_elsewhere, gain, generator, bar.update)
+            some = held_out[:N_SCREENED]
+            others = _others(model, some, looks_elsewhere, gain, generator, bar.update)
     roles = (previous_heads, induction_heads, _named_mlps(bigram))
-    evidence = CircuitEvidence(
-        Circuit(*roles), before, induction, bigram, gain, gain_null, others, others_null, n_prompts, period
-    )
+    evidence = CircuitEvidence(Circuit(*roles), before, induction, bigram, gain, gain_null, *others, n_prompts, period)
     return Circuit(*roles, evidence=evidence)
 
 
@@ -165,24 +165,32 @@ def _others(
     gain: float,
     generator: torch.Generator,
     tick: Callable[[], object],
-) -> tuple[Float[Tensor, "layer head"], float]:
-    """What is lost without each of these heads, and what that must exceed: layer by layer first, which is cheap."""
+) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"], float]:
+    """What is lost without each of these heads, half its interval, and what it must exceed.
+
+    Layer by layer first, which is cheap; then head by head where a layer's may be enough.
+    """
     heads = [Component(layer, "head", head) for layer, head in looks_elsewhere.nonzero().tolist()]
     layers = [tuple(group) for _, group in itertools.groupby(heads, lambda head: head.layer)]
 
-    def without(groups: Sequence[tuple[Component, ...]]) -> tuple[list[float], float]:
+    def without(groups: Sequence[tuple[Component, ...]]) -> tuple[list[float], list[float], float]:
         if not groups:
-            return [], math.nan
+            return [], [], math.nan
         found = lost_alone(model, prompts, groups, tick)
-        return found.mean(0).tolist(), max(MIN_EFFECT * gain, chance(found, generator))
+        return found.mean(0).tolist(), _reach(found).tolist(), max(MIN_EFFECT * gain, chance(found, generator))
 
-    together, null = without(layers)
-    alone = [(head,) for layer, mean in zip(layers, together, strict=True) if mean > null for head in layer]
-    each, null = without(alone)
-    lost = torch.full(looks_elsewhere.shape, torch.nan, dtype=torch.float64)
-    for (head,), mean in zip(alone, each, strict=True):
-        lost[head.layer, head.head] = mean
-    return lost, null
+    together, reach, null = without(layers)
+    alone = [
+        (head,)
+        for layer, mean, error in zip(layers, together, reach, strict=True)
+        if mean + error > null
+        for head in layer
+    ]
+    each, reach, null = without(alone)
+    lost, errors = (torch.full(looks_elsewhere.shape, torch.nan, dtype=torch.float64) for _ in range(2))
+    for (head,), mean, error in zip(alone, each, reach, strict=True):
+        lost[head.layer, head.head], errors[head.layer, head.head] = mean, error
+    return lost, errors, null
 
 
 def _judged(
