@@ -24,8 +24,8 @@ BEFORE = {
     2: (0, 2),
     6: (0, 3, 6),
 }  # by the number of other statements, how many of them stand before the denial
-FIRST, LAST = "first of 6", "after 6"
-NAMES = {(0, 0): "alone", (2, 0): "first of 2", (2, 2): "after 2", (6, 0): FIRST, (6, 3): "amid 6", (6, 6): LAST}
+FIRST, LAST = "before 6", "after 6"
+NAMES = {(0, 0): "alone", (2, 0): "before 2", (2, 2): "after 2", (6, 0): FIRST, (6, 3): "amid 6", (6, 6): LAST}
 
 
 def others(relation, fact, generator):
@@ -101,16 +101,26 @@ def draw(result):
     """How often the denial is followed by place, and by relation how much its place matters."""
     picture = Picture(9.0, 4.2)
     left, right = picture.figure.subplots(1, 2)
-    for name, colour in (("alone", PLAIN), (FIRST, ORANGE), ("amid 6", GREEN), (LAST, BLUE)):
+    lines = (("alone", PLAIN), (FIRST, ORANGE), ("amid 6", GREEN), (LAST, BLUE))
+    for shift, (name, colour) in zip((-0.06, -0.02, 0.02, 0.06), lines, strict=True):
         rows = [result["all"]["places"][f"{name}, denied {times}x"]["follows"] for times in DENIED]
         shares = [row["share"] for row in rows]
         reach = [[abs(row["share"] - row["interval"][side]) for row in rows] for side in (0, 1)]
-        left.errorbar(DENIED, shares, reach, color=colour, marker="o", markersize=4, capsize=3, label=name)
+        left.errorbar(
+            [times + shift for times in DENIED],
+            shares,
+            reach,
+            color=colour,
+            marker="o",
+            markersize=4,
+            capsize=3,
+            label=name,
+        )
     left.set_xticks(DENIED)
     left.set_ylim(0, 1)
     left.set_xlabel("times denied")
     left.set_ylabel("share of facts that follow the denial")
-    left.legend(title="the denial's place", fontsize=8, title_fontsize=8)
+    left.legend(title="the denial's place", fontsize=8, title_fontsize=8, loc="upper left")
     of = {"all": result["all"], **result["relations"]}
     for shift, times, colour in ((-0.2, 1, PLAIN), (0.0, 2, GREEN), (0.2, 3, BLUE)):
         moved = [row["margin_first_less_last_of_6"][f"denied {times}x"] for row in of.values()]
@@ -120,8 +130,8 @@ def draw(result):
     right.set_yticks(range(len(of)), list(of))
     right.invert_yaxis()
     right.axvline(0, color="black", linewidth=0.8)
-    right.set_xlabel("margin with the denial first of 6 others,\nless with it last, in logits")
-    right.legend(title="denied", fontsize=8, title_fontsize=8)
+    right.set_xlabel("margin with the denial before 6 others,\nless with it after them, in logits")
+    right.legend(title="denied", fontsize=8, title_fontsize=8, loc="upper left")
     for ax in (left, right):
         frameless(ax)
     picture.save(Path(__file__).parents[1] / "docs" / "denial_place.png")
