@@ -23,16 +23,13 @@ def verdicts(evidence):
         named, undecided = getattr(evidence.circuit, role), getattr(evidence, role).undecided
         said = {str(part): "undecided" for part in undecided}
         told[role] = {str(part): said.get(str(part), "named") for part in named} | said
-    near = (evidence.others - evidence.others_null).abs() < evidence.others_error
-    named = {str(part): "undecided" if near[part.layer, part.head] else "named" for part in evidence.by_effect}
-    left = {f"L{layer}H{head}": "undecided" for layer, head in near.nonzero().tolist()}
-    return told | {"by effect alone": named | left}
+    return told
 
 
 def flips(rows):
     """Components that are named at one seed and plainly not at another."""
     found = {}
-    for role in (*ROLES, "by effect alone"):
+    for role in ROLES:
         told = [row["verdicts"][role] for row in rows]
         parts = sorted({part for one in told for part, said in one.items() if said == "named"})
         found[role] = [part for part in parts if not all(part in one for one in told)]
@@ -50,7 +47,7 @@ def main():
         started = time.process_time()
         evidence = find_circuit(model, n_prompts=N_PROMPTS, seed=seed).evidence
         seconds = round(time.process_time() - started, 1)
-        said = evidence.verdicts.splitlines()
+        said = [evidence.verdict(role) for role in ROLES]
         rows[str(seed)] = {"cpu_seconds": seconds, "verdicts": verdicts(evidence), "said": said}
         rows[str(seed)]["mlp_draws"] = int(evidence.bigram.draws.sum())
         result = {"model": "SmolLM2-135M-Instruct", "n_prompts": N_PROMPTS, "seeds": rows}

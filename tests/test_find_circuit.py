@@ -291,8 +291,8 @@ def test_an_effect_that_many_scrambles_leave_open_is_no_longer_drawn_for():
         found = drawn(excess, count)
         assert found.settled == settled
         z, error = found.excess
-        assert z == pytest.approx(max(excess, z))
-        assert error > 0
+        assert math.isnan(z) == (count < 64)
+        assert math.isnan(error) or error > 0
     near = drawn(2.9, 64)
     assert near.null > float(near.drawn.mean(1).sqrt().max())  # others would be larger
     assert drawn(9.0, 64).null == pytest.approx(float(drawn(9.0, 64).drawn.mean(1).sqrt().max()), rel=1)

@@ -30,7 +30,7 @@ _N_SCRAMBLES = 499
 
 _FEW, _ENOUGH, _MANY = 3, 20, 64
 """Scrambles after which they say how effects spread; after which those to come are predicted; and after which an effect
-that may lie on either side of what is needed, were there more, is left undecided."""
+that may lie on either side of what is needed is left undecided, where few fit into memory at once and each is costly."""
 
 _CONFIDENCE = 1 - 4e-4
 """An effect needs no more scrambles if it lies above what these let expect of others in all but 1 of 5000 cases."""
@@ -75,9 +75,10 @@ def bigram_evidence(
         share[layer], error[layer] = ratio_of_means(lost, by_token) if information > 0 else (0.0, 0.0)
         if information >= MIN_INFORMATION and share[layer] >= MIN_SHARE:
             own, drawn = moved_by_token(intact, without), []
+            many = _MANY if contexts.at_once() < _MOST_AT_ONCE else _N_SCRAMBLES
             for scrambled in contexts.scrambled(layer, means[name]):
                 drawn.append(moved_by_token(scrambled, without))
-                found = Scrambles(own, torch.stack(drawn))
+                found = Scrambles(own, torch.stack(drawn), many)
                 if found.settled:
                     break
             effect[layer], null[layer], draws[layer] = found.effect, found.null, len(drawn)
@@ -94,10 +95,12 @@ class Scrambles:
     Attributes:
         own: mean square change of each token's predictions.
         drawn: the same of each scramble.
+        many: after how many of them what they leave open is left undecided.
     """
 
     own: Float[Tensor, "token"]
     drawn: Float[Tensor, "draw token"]
+    many: int = _MANY
 
     @property
     def effect(self) -> float:
@@ -114,9 +117,10 @@ class Scrambles:
     def excess(self) -> tuple[float, float]:
         """How many standard deviations the effect's logarithm lies above the scrambles' mean; half its 95% interval.
 
-        To first order; over the tokens that were drawn as well as the scrambles.
+        To first order; over the tokens that were drawn as well as the scrambles. NaN where the scrambles decide.
         """
-        if self._logs is None:
+        exceeded = bool((self._effects >= self.effect).any())
+        if self._logs is None or not (exceeded or self._open):
             return math.nan, math.nan
         z, of_draws = self._of_draws
         each = (self.own / self.own.mean() - (self.drawn / self.drawn.mean(1, keepdim=True)).mean(0)) / 2
@@ -135,7 +139,11 @@ class Scrambles:
     @property
     def _open(self) -> bool:
         """Whether the effect is not plainly on either side after many scrambles, none of them as large."""
-        if len(self.drawn) < _MANY or self._logs is None or bool((self._effects >= self.effect).any()):
+        if (
+            not self.many <= len(self.drawn) < _N_SCRAMBLES
+            or self._logs is None
+            or bool((self._effects >= self.effect).any())
+        ):
             return False
         excess, reach = self._of_draws
         return abs(excess - needed_excess()) < reach
@@ -240,15 +248,19 @@ class _Contexts:
         """Predictions with an MLP's output the same for all tokens."""
         return self._with_mlp(layer, 1, _constant(mean))[0]
 
-    def scrambled(self, layer: int, mean: Float[Tensor, "d_model"]) -> Iterator[Float[Tensor, "token d_vocab"]]:
-        """Predictions with the token-specific part of an output turned in random directions of the residual stream."""
-        d_model, device, length = len(mean), mean.device, self.prompts.shape[1]
+    def at_once(self) -> int:
+        """How many scrambles are run at once."""
+        length = self.prompts.shape[1]
         fit = (
             rows_at_once(self.model, length) // _N_CONTEXTS
             if self.run is None
             else _MEMORY // self.run.bytes_of(length)
         )
-        at_once = max(1, min(fit, _MOST_AT_ONCE))
+        return max(1, min(fit, _MOST_AT_ONCE))
+
+    def scrambled(self, layer: int, mean: Float[Tensor, "d_model"]) -> Iterator[Float[Tensor, "token d_vocab"]]:
+        """Predictions with the token-specific part of an output turned in random directions of the residual stream."""
+        d_model, device, at_once = len(mean), mean.device, self.at_once()
         for done in range(0, _N_SCRAMBLES, at_once):
             count = min(at_once, _N_SCRAMBLES - done)
             shuffle = torch.rand(count, d_model, generator=self.generator).argsort(1).to(device)

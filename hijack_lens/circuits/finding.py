@@ -168,7 +168,7 @@ def _others(
 ) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"], float]:
     """What is lost without each of these heads, half its interval, and what it must exceed.
 
-    Layer by layer first, which is cheap; then head by head where a layer's may be enough.
+    Layer by layer first, which is cheap.
     """
     heads = [Component(layer, "head", head) for layer, head in looks_elsewhere.nonzero().tolist()]
     layers = [tuple(group) for _, group in itertools.groupby(heads, lambda head: head.layer)]
@@ -179,13 +179,8 @@ def _others(
         found = lost_alone(model, prompts, groups, tick)
         return found.mean(0).tolist(), _reach(found).tolist(), max(MIN_EFFECT * gain, chance(found, generator))
 
-    together, reach, null = without(layers)
-    alone = [
-        (head,)
-        for layer, mean, error in zip(layers, together, reach, strict=True)
-        if mean + error > null
-        for head in layer
-    ]
+    together, _, null = without(layers)
+    alone = [(head,) for layer, mean in zip(layers, together, strict=True) if mean > null for head in layer]
     each, reach, null = without(alone)
     lost, errors = (torch.full(looks_elsewhere.shape, torch.nan, dtype=torch.float64) for _ in range(2))
     for (head,), mean, error in zip(alone, each, reach, strict=True):
