@@ -30,7 +30,7 @@ _N_SCRAMBLES = 499
 
 _FEW, _ENOUGH, _MANY = 3, 20, 64
 """Scrambles after which they say how effects spread; after which those to come are predicted; and after which an effect
-that may lie on either side of what is needed is left undecided, where few fit into memory at once and each is costly."""
+that may lie on either side of what is needed is left undecided, where few fit into memory at once."""
 
 _CONFIDENCE = 1 - 4e-4
 """An effect needs no more scrambles if it lies above what these let expect of others in all but 1 of 5000 cases."""
