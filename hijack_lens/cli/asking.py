@@ -104,8 +104,10 @@ def explain_answers(
         tokens = single_prompt(model, prompt, "--prompt")[0]
     found: dict[str, Any] = {"model": str(name), "prompt": prompt}
     intro: list[str | Text] = [Text("prompt  ", style="bold").append(prompt, style="dim")]
-    with working("Looking for the circuit"):
-        circuit = hl.find_circuit(model, seed=seed) if find_circuit else own_circuit(model)
+    circuit = own_circuit(model)
+    if find_circuit:
+        with working("Looking for the circuit"):
+            circuit = hl.find_circuit(model, seed=seed)
     if circuit is None:
         for option, given in (("--answer", answer), ("--foil", foil)):
             spelled_ways(model, option, given)

@@ -10,7 +10,7 @@ from hijack_lens.attribution.shapley_values import ShapleyValues
 from hijack_lens.circuits.evidence import CircuitEvidence
 from hijack_lens.core.circuit import ROLE_NAMES
 from hijack_lens.core.tables import Report, Table, picture_of, report_of
-from hijack_lens.show.style import BLUE, GREY, ORANGE, Picture, frameless, heatmap, write_beside
+from hijack_lens.show.style import BLUE, GREY, ORANGE, Picture, frameless, heatmap, name_rows, write_beside
 
 _LEGEND = (
     "Heads: score is attention; effect, the nats of in-context gain lost without the head; on its own, those it brings "
@@ -116,7 +116,7 @@ def shapley_bars(result: ShapleyValues) -> Picture:
     n = len(result.players)
     scored = bool(result.interactions.isfinite().any())
     side = max(2.4, min(0.5 * n, 9.0))
-    picture = Picture(6.0 + scored * (side + 1.8), 2.0 + side)
+    picture = Picture(6.0 + scored * (side + 2.8), 2.0 + side)
     axes = picture.figure.subplots(1, 1 + scored, squeeze=False, sharey=True, width_ratios=[4.5, side][: 1 + scored])[0]
 
     ax = axes[0]
@@ -134,6 +134,7 @@ def shapley_bars(result: ShapleyValues) -> Picture:
     ax.set_title(f"Shapley values: {result.empty:+.3g} with none, {result.full:+.3g} with all", fontsize=10)
     frameless(ax)
     if scored:
+        name_rows(*axes)
         ax, decimals = axes[1], 0 if n <= _PLAYERS_WITH_NUMBERS else None
         drawn = heatmap(
             ax, result.interactions, columns=result.labels, decimals=decimals, named=_PLAYERS_NAMED, rotation=90

@@ -140,7 +140,7 @@ def dose_curves(result: DoseResponse) -> Picture:
     ax.set_ylabel("logit of the context's answer\n− logit of the weights'")
     ax.set_title(of, fontsize=11, pad=18)
     frameless(ax)
-    picture.figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    picture.figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return picture
 
 

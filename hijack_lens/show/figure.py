@@ -1,6 +1,7 @@
 """A figure whose texts say what is written, in any script; imported when the first picture is drawn."""
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from hijack_lens.show.glyphs import give_fonts, written
 _NAMES = (FixedFormatter, FuncFormatter, StrCategoryFormatter)
 _ROUNDS = 8
 _SLACK = 0.02  # inches
+_LABEL = 3.6  # inches, of a title or label that stays in one line whatever its axes
 _INCHES = 400.0
 _RAISED = str.maketrans("-−0123456789", "⁻⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -62,15 +64,17 @@ class LiteralFigure(Figure):
     def fit(self) -> None:
         """Grows until no text is cut and no title or label lies on another; ticks too close to be named lose names.
 
-        matplotlib's layout makes room for the names of ticks, but not for a title or label longer than its axes.
+        matplotlib's layout makes room for the names of ticks, but not for a title or label longer than its axes:
+        long ones are broken into lines.
         """
         for _ in range(_ROUNDS):
             self.draw_without_rendering()
             renderer = FigureCanvasAgg(self).get_renderer()
-            thinned = [_thin(axis, renderer) for axis in self.findobj(Axis)]
+            changed = [_thin(axis, renderer) for axis in self.findobj(Axis)]
+            changed += [self._break(text, renderer) for text in self._labels()]
             size = self.get_size_inches()
             missing = self._missing(renderer)
-            if not any(thinned) and missing.max() < _SLACK:
+            if not any(changed) and missing.max() < _SLACK:
                 return
             self.set_size_inches(*np.minimum(size + missing, _INCHES))
 
@@ -102,6 +106,20 @@ class LiteralFigure(Figure):
             finally:
                 for artist in hidden:
                     artist.set_visible(True)
+
+    def _break(self, text: Text, renderer: Any) -> bool:
+        """Whether a title or label was longer than its axes: its longest line is broken at the space in its middle."""
+        side = 0 if text.get_rotation() == 0 else 1
+        room = max((text.axes or self).bbox.size[side], _LABEL * self.dpi)
+        lines = text.get_text().split("\n")
+        longest = max(range(len(lines)), key=lambda i: len(lines[i]))
+        spaces = [i for i, letter in enumerate(lines[longest]) if letter == " "]
+        if text.get_window_extent(renderer).size[side] <= room or not spaces:
+            return False
+        middle = min(spaces, key=lambda i: abs(2 * i - len(lines[longest])))
+        lines[longest] = f"{lines[longest][:middle].rstrip()}\n{lines[longest][middle:].lstrip()}"
+        text.set_text("\n".join(lines))
+        return True
 
     def _missing(self, renderer: Any) -> np.ndarray:
         """The inches of width and height that would help."""
@@ -142,8 +160,7 @@ def _thin(axis: Axis, renderer: Any) -> bool:
         return False
     ticks, labels = list(axis.get_majorticklocs()), axis.get_ticklabels()
     side = 0 if isinstance(axis, XAxis) else 1
-    boxes = [label.get_window_extent(renderer) for label in labels if label.get_text()]
-    ends = sorted((box.min[side], box.max[side]) for box in boxes)
+    ends = sorted(_along(label, side, renderer) for label in labels if label.get_text())
     if all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ends)):
         return False
     if side == 0 and labels[0].get_rotation() == 0:
@@ -151,6 +168,15 @@ def _thin(axis: Axis, renderer: Any) -> bool:
     else:
         axis.set_ticks(ticks[::2], [label.get_text() for label in labels[: len(ticks) : 2]])
     return True
+
+
+def _along(label: Text, side: int, renderer: Any) -> tuple[float, float]:
+    """Where a tick's name begins and ends along its axis; of slanted ones, which run side by side, as far as one is high."""
+    box, slant = label.get_window_extent(renderer), math.sin(math.radians(label.get_rotation()))
+    if side == 0 and 0.0 < slant < 0.99:
+        height = label.get_size() / 72 * label.get_figure(root=True).dpi
+        return box.max[0] - height / slant, box.max[0]
+    return box.min[side], box.max[side]
 
 
 class _Rewritten(Formatter):

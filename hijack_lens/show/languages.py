@@ -10,7 +10,7 @@ from hijack_lens.language import BigramLanguage, HijackPrompt, SampledSequences
 from hijack_lens.language.sequences import ranked_by_frequency
 from hijack_lens.show.style import BLUE, GREEN, GREY, ON_CELL, ORANGE, Picture, heatmap
 
-_TOKENS, _ROWS, _ACROSS = 32, 8, 32
+_TOKENS, _ROWS, _ACROSS, _WIDEST = 32, 8, 32, 6.2  # of a line of boxes, in inches: it fits a phone
 _LETTERS = 6
 _PREDICTABLE = {"other": GREY, "trigger": GREEN, "follows from the context": BLUE, "jump": ORANGE}
 
@@ -109,18 +109,19 @@ def _strips(
     """Tokens in boxes: of one prompt, on several lines; of several, the start of each on a line."""
     from matplotlib.patches import Patch, Rectangle
 
+    drawn = tokens[:, : _ROWS * _ACROSS if len(tokens) == 1 else _ACROSS].tolist()
+    named = [[str(token) if texts is None else _short(texts[token]) for token in row] for row in drawn]
+    width = 0.16 + 0.085 * max(len(name) for line in named for name in line)
+    across = min(_ACROSS, len(named[0]), int(_WIDEST / width))
     rows: list[Any] = []
-    for row, line in zip(tokens.tolist(), shades, strict=True):
-        cells = list(zip(row, line, strict=True))
-        several = [cells[i : i + _ACROSS] for i in range(0, len(cells), _ACROSS)]
-        rows += several[:_ROWS] if len(tokens) == 1 else several[:1]
-    names = [[str(token) if texts is None else _short(texts[token]) for token, _ in row] for row in rows]
-    width = 0.16 + 0.085 * max(len(name) for line in names for name in line)
-    across = max(map(len, rows))
+    for line, shade in zip(named, shades, strict=True):
+        cells = list(zip(line, shade, strict=False))
+        several = [cells[i : i + across] for i in range(0, len(cells), across)]
+        rows += several[: 2 * _ROWS] if len(tokens) == 1 else several[:1]
     picture = Picture(max(4.6, 0.4 + width * across), 0.75 + 0.32 * len(rows))
     ax = picture.figure.add_subplot()
-    for y, (row, line) in enumerate(zip(rows, names, strict=True)):
-        for x, ((_, colour), name) in enumerate(zip(row, line, strict=True)):
+    for y, row in enumerate(rows):
+        for x, (name, colour) in enumerate(row):
             ax.add_patch(Rectangle((x + 0.04, y + 0.06), 0.92, 0.88, color=colour, linewidth=0))
             ink = "black" if len(colour) > 7 else "white" if colour != GREY else ON_CELL
             ax.text(x + 0.5, y + 0.5, name, ha="center", va="center", fontsize=8, family="monospace", color=ink)

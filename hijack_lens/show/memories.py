@@ -13,11 +13,12 @@ from hijack_lens.core.tables import Report, Table, picture_of, report_of
 from hijack_lens.memories.conflict import MemoryConflict
 from hijack_lens.memories.context import ContextMemory
 from hijack_lens.memories.token_tables import centred
-from hijack_lens.show.style import ON_CELL, Picture, frameless, heatmap, spread_of, stacked_bars
+from hijack_lens.show.style import ON_CELL, Picture, frameless, heatmap, name_rows, spread_of, stacked_bars
 
 _ROWS_SHOWN = 20
 _MOST = 32
 _CELL = 0.24  # inches
+_WIDEST = 4.6  # inches, of a map: it fits a phone
 _PARTS = ("context", "weights", "rest", "margin")
 
 
@@ -86,7 +87,7 @@ def context_map(memory: ContextMemory, query_tokens: Tokens = None, answers: Tok
         answers: columns, likewise.
     """
     rows, columns = memory.chosen(query_tokens, answers, _MOST)
-    picture = Picture(2.2 + 1.2 * _CELL * len(columns), 1.4 + 1.2 * _CELL * len(rows))
+    picture = Picture(2.0 + min(1.2 * _CELL * len(columns), _WIDEST), 1.4 + 1.2 * _CELL * len(rows))
     ax = picture.figure.add_subplot()
     drawn = _map(ax, memory, _image(memory.values, rows, columns), rows, columns)
     ax.set_ylabel("query: the last token")
@@ -113,22 +114,26 @@ def conflict_maps(conflict: MemoryConflict, query_tokens: Tokens = None, answers
     if answers is None:
         columns = sorted({*columns, *c, *g})
     images = [_image(table, rows, columns) for table in (conflict.context, conflict.weights)]
-    wide = _CELL * len(columns)
-    picture = Picture(6.0 + 2 * wide, 1.6 + _CELL * max(len(rows), 4))
+    wide = min(_CELL * len(columns), _WIDEST)
+    cell = wide / len(columns) / _CELL
+    picture = Picture(7.0 + 2 * wide, 1.6 + _CELL * max(len(rows), 4))
     axes = picture.figure.subplots(1, 3, sharey=True, width_ratios=[wide, wide, 3.0])
-    for ax, image, title in zip(axes, images, ("the context's memory", "the weights' memory"), strict=False):
+    name_rows(*axes)
+    for ax, image, title in zip(axes, images, ("○ the context's memory", "□ the weights' memory"), strict=False):
         drawn = _map(ax, conflict, image, rows, columns, spread_of(np.stack(images)))
         ax.set_title(title, fontsize=10)
+        ax.set_xlabel("answer (bold: in conflict)")
         for colour, halo in (("white", 1.6), (ON_CELL, 0.0)):  # legible on cells of any colour
             for candidates, marker in ((c, "o"), (g, "s")):
                 for row, answer in enumerate(candidates):
                     if answer in columns:
                         width = halo + (1.8 if c[row] != g[row] else 0.7)
-                        ax.plot(columns.index(answer), row, marker, mfc="none", mec=colour, ms=9, mew=width)
+                        ax.plot(
+                            columns.index(answer), row, marker, mfc="none", mec=colour, ms=9 * cell, mew=width * cell
+                        )
     axes[0].set_ylabel("query: the last token")
     picture.figure.colorbar(drawn, ax=axes[:2].tolist(), label="logit, less the row's mean", pad=0.02)
     _margins(axes[2], conflict, rows)
-    picture.figure.suptitle("○ what the context says   □ what the weights say   (bold: in conflict)", fontsize=10)
     return picture
 
 
@@ -142,9 +147,8 @@ def _margins(ax: Any, conflict: MemoryConflict, rows: Sequence[int]) -> None:
     ax.plot(total, against, "D", color="black", ms=5, label="total")
     ax.set_xlabel("← weights win      context wins →")
     ax.set_title("margin: logit ○ − logit □", fontsize=10)
-    ax.tick_params(axis="y", labelleft=False)
     frameless(ax)
-    ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower right", ncols=4, frameon=False, fontsize=9)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=2, frameon=False, fontsize=9)
 
 
 def _image(table: Float[Tensor, "query answer"], rows: Sequence[int], columns: Sequence[int]) -> np.ndarray:

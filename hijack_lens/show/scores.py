@@ -103,7 +103,7 @@ def _maps(
     images, rows = _fewer(images, labels[0], axis=1)
     images, columns = _fewer(images, labels[1], axis=2)
     across = min(len(images), _MAPS_PER_ROW)
-    width, height = 3.0 + across * max(2.2, 0.52 * len(columns)), 2.2 + max(1.2, 0.36 * len(rows))
+    width, height = 1.4 + across * (1.6 + max(2.2, 0.52 * len(columns))), 2.2 + max(1.2, 0.36 * len(rows))
     picture, axes, lowest, first = map_axes(len(images), across, width, 0.6 + -(-len(images) // across) * height)
     for ax, image, name in zip(axes, images, titles, strict=True):
         drawn = heatmap(ax, image, rows, columns, spread=spread_of(images), decimals=2, rotation=90, fontsize=8)

@@ -182,6 +182,12 @@ def whole_ticks(axis: Any, most: int = 9) -> None:
     axis.get_major_locator().set_params(integer=True, nbins=most)
 
 
+def name_rows(*axes: Any) -> None:
+    """Has axes that share their rows name them all: each can then be read alone, below the others in a narrow page."""
+    for ax in axes:
+        ax.tick_params(axis="y", labelleft=True)
+
+
 def map_axes(count: int, across: int, width: float, height: float) -> tuple[Picture, Any, Any, Any]:
     """A picture with `count` maps in rows: its axes, the lowest axes of each column, and the first of each row."""
     picture = Picture(width, height)
@@ -192,6 +198,7 @@ def map_axes(count: int, across: int, width: float, height: float) -> tuple[Pict
         ax.remove()
     for ax in lowest:
         ax.tick_params(labelbottom=True)
+    name_rows(*axes[:count])
     return picture, axes[:count], lowest, axes[::across]
 
 

@@ -14,12 +14,13 @@ _LARGEST = 5
 _ROWS_NAMED, _POSITIONS_NAMED = 40, 64
 _MAPS_PER_ROW = 3
 _FEW_ROWS, _MANY_POSITIONS = 8, 16
+_WIDEST = 4.6  # inches, of a map: it fits a phone
 
 _EDGES_SHOWN = 20
 _NEGLIGIBLE = 1e-3
 """Edges below this share of the largest effect are left out of tables."""
 
-_CELLS_WITH_NUMBERS = 250
+_SENDERS_WITH_NUMBERS, _EDGES_WIDEST = 8, 3.5
 _POINTS = 2000
 
 
@@ -98,7 +99,7 @@ def sweep_maps(sweep: Sweep, normalised: bool | None = None) -> Picture:
     across = 1 if flat else min(n_maps, _MAPS_PER_ROW)
     of_map = 1.0 + max(0.5, 0.16 * n_rows) if flat else 1.6 + min(7.0, max(1.2, 0.16 * n_rows))
     height = 0.6 + -(-n_maps // across) * of_map
-    width = 2.2 + across * min(6.0, max(2.6, 0.16 * n_positions))
+    width = 1.4 + across * (0.6 + min(_WIDEST, max(2.6, 0.16 * n_positions)))
     picture, axes, lowest, first = map_axes(n_maps, across, width, height)
     labels = [
         f"L{layer}" if sweep.unit is None else f"L{layer}{'H' if sweep.unit == 'head' else 'N'}{unit}"
@@ -184,30 +185,30 @@ def _hidden(sizes: Tensor, shown: list[int]) -> str:
 
 @picture_of.register
 def edge_map(sweep: PathSweep) -> Picture:
-    """Effects of a sweep's edges: senders against the inputs of receivers. Cells without an edge are grey.
+    """Effects of a sweep's edges: the inputs of receivers against senders. Cells without an edge are grey.
 
     Colours are centred on no effect.
     """
     senders = list(dict.fromkeys(edge.sender for edge in sweep.edges))
     # The embedding comes first and reaches every input, in the model's order.
     inputs = list(dict.fromkeys((edge.receiver, edge.via) for edge in sweep.edges))
-    image = np.full((len(senders), len(inputs)), np.nan)
-    row, column = ({end: place for place, end in enumerate(ends)} for ends in (senders, inputs))
+    image = np.full((len(inputs), len(senders)), np.nan)
+    row, column = ({end: place for place, end in enumerate(ends)} for ends in (inputs, senders))
     for edge, effect in zip(sweep.edges, sweep.effect.cpu().double().tolist(), strict=True):
-        image[row[edge.sender], column[edge.receiver, edge.via]] = effect
-    picture = Picture(3.4 + min(0.55 * len(inputs), 14.0), 2.6 + min(0.38 * len(senders), 12.0))
+        image[row[edge.receiver, edge.via], column[edge.sender]] = effect
+    picture = Picture(3.2 + min(0.55 * len(senders), _EDGES_WIDEST), 2.6 + min(0.34 * len(inputs), 14.0))
     ax = picture.figure.add_subplot()
     drawn = heatmap(
         ax,
         image,
-        [name_of(sender, sweep.circuit) for sender in senders],
         [name_of(receiver, sweep.circuit) + (f" {via}" if via != "unembed" else "") for receiver, via in inputs],
-        decimals=0 if image.size <= _CELLS_WITH_NUMBERS else None,
+        [name_of(sender, sweep.circuit) for sender in senders],
+        decimals=0 if len(senders) <= _SENDERS_WITH_NUMBERS else None,
         rotation=90,
         fontsize=9,
     )
-    ax.set_xlabel("receiver and its input (grey: no such edge)")
-    ax.set_ylabel("sender")
+    ax.set_xlabel("sender (grey: no such edge)")
+    ax.set_ylabel("receiver and its input")
     picture.figure.colorbar(drawn, ax=ax, label=f"change of {sweep.metric}", pad=0.02)
     sent = "clean messages, corrupted run" if sweep.direction == "denoise" else "corrupted messages, clean run"
     picture.figure.suptitle(f"path patching, edge by edge: {sent}", fontsize=10)

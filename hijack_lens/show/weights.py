@@ -10,7 +10,7 @@ from hijack_lens.core.tables import Report, Table, picture_of, report_of
 from hijack_lens.memories.capacity import MEMORIES, MemoryCapacity
 from hijack_lens.memories.matrix import MemoryMatrix
 from hijack_lens.memories.neurons import MemoryNeurons
-from hijack_lens.show.style import COLOURS, PLAIN, Picture, frameless, heatmap, whole_ticks
+from hijack_lens.show.style import COLOURS, PLAIN, Picture, frameless, heatmap, name_rows, whole_ticks
 
 _ROWS = 20
 _TOKENS = 3
@@ -79,6 +79,7 @@ def neuron_map(result: MemoryNeurons, most: int = 12) -> Picture:
     )
     picture = Picture(12.0, 1.7 + 0.36 * len(rows))
     axes = picture.figure.subplots(1, 2, sharey=True)
+    name_rows(*axes)
     for ax, (title, label, tokens, numbers, text) in zip(axes, sides, strict=True):
         image, chosen = numbers[rows, :_RANKS], tokens[rows, :_RANKS].tolist()
         # Tokens that leave a neuron off are not its keys.
