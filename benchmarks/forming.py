@@ -197,7 +197,7 @@ def draw(rows, orange, file):
     right.scatter(column["bigram_excess_nats"], places, c=colours, s=22)
     right.axvline(0.05, color="black", linestyle=":", linewidth=1)
     right.set_xscale("log")
-    right.set_xlabel("loss above the true bigrams', in nats (dotted: 0.05)")
+    right.set_xlabel("loss above the true bigrams',\nin nats (dotted: 0.05)")
     for ax in (left, right):
         ax.grid(axis="y", linewidth=0.3)
         frameless(ax)

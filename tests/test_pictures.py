@@ -150,3 +150,29 @@ def test_no_text_is_cut_and_none_lies_on_another(name, case, unchecked):
     with picture.figure.fitted():  # as it is where it is saved or shown
         FigureCanvasAgg(picture.figure)
         assert faults(picture.figure) == []
+
+
+def test_slanted_names_of_ticks_run_side_by_side_and_all_stay_where_there_is_room():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    for slant, n_names, every in ((30, 6, 1), (60, 6, 1), (30, 16, 2)):
+        picture = hl.show.Picture(4.0, 3.0)
+        names = [f"attention of layer {layer}" for layer in range(n_names)]
+        ax = picture.figure.add_subplot()
+        ax.set_xticks(range(n_names), names, rotation=slant, ha="right")
+        picture.png()
+        FigureCanvasAgg(picture.figure).draw()
+        shown = [label.get_text() for label in ax.get_xticklabels() if label.get_text()]
+        assert shown == names[::every]
+
+
+def test_a_label_longer_than_its_axes_is_broken_between_words():
+    picture = hl.show.Picture(4.0, 3.0)
+    ax = picture.figure.add_subplot()
+    ax.set_xlabel(label := f"weights win: {LONG!r} or the context wins: {LONG!r}, by logits")
+    ax.set_title("short")
+    picture.png()
+    assert ax.get_xlabel().count("\n") >= 1
+    assert ax.get_xlabel().replace("\n", " ") == label
+    assert ax.get_title() == "short"
+    assert picture.figure.get_size_inches()[0] < 6.0

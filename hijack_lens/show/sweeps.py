@@ -98,8 +98,10 @@ def sweep_maps(sweep: Sweep, normalised: bool | None = None) -> Picture:
     flat = n_rows <= _FEW_ROWS and n_positions > _MANY_POSITIONS  # such maps are stacked
     across = 1 if flat else min(n_maps, _MAPS_PER_ROW)
     of_map = 1.0 + max(0.5, 0.16 * n_rows) if flat else 1.6 + min(7.0, max(1.2, 0.16 * n_rows))
-    height = 0.6 + -(-n_maps // across) * of_map
-    width = 1.4 + across * (0.6 + min(_WIDEST, max(2.6, 0.16 * n_positions)))
+    below = across == 1 and n_positions > _MANY_POSITIONS  # the colour bar, so that positions have all the width
+    height = 0.6 + 0.7 * below + -(-n_maps // across) * of_map
+    widest = _WIDEST + 1.2 * below
+    width = (0.2 if below else 1.4) + across * (0.6 + min(widest, max(2.6, 0.16 * n_positions)))
     picture, axes, lowest, first = map_axes(n_maps, across, width, height)
     labels = [
         f"L{layer}" if sweep.unit is None else f"L{layer}{'H' if sweep.unit == 'head' else 'N'}{unit}"
@@ -115,7 +117,8 @@ def sweep_maps(sweep: Sweep, normalised: bool | None = None) -> Picture:
         ax.set_ylabel("layer" if sweep.unit is None else f"layer and {sweep.unit}")
     verb = {"denoise": "clean patched into corrupted", "noise": "corrupted patched into clean", "ablate": "ablated"}
     scale = "0 = corrupted, 1 = clean" if normalised else "change from the unpatched run"
-    picture.figure.colorbar(drawn, ax=axes.tolist(), label=f"{sweep.metric}\n{scale}", pad=0.02)
+    place: dict[str, Any] = {"location": "bottom", "aspect": 40} if below else {"pad": 0.02}
+    picture.figure.colorbar(drawn, ax=axes.tolist(), label=f"{sweep.metric}\n{scale}", **place)
     picture.figure.suptitle(verb[sweep.direction], fontsize=10)
     return picture
 
