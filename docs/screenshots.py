@@ -19,6 +19,8 @@ import hijack_lens as hl
 
 OUT = Path(__file__).parent / "_build" / "screenshots"
 LOOKS = {"light": ("light", 860), "dark": ("dark", 860), "narrow": ("light", 420), "printed": ("dark", 700)}
+SCROLLS = """[document.documentElement, ...document.querySelectorAll(".wide")].some(
+    one => one.scrollWidth > one.clientWidth + 1)"""
 _DARK = "background:#111;color:#e3e3e3"
 
 
@@ -65,10 +67,10 @@ def main(names: list[str]) -> None:
                 if look == "printed":
                     sheet.emulate_media(media="print")
                 sheet.goto(path.as_uri())
-                wide = sheet.evaluate("document.documentElement.scrollWidth")
+                wide = sheet.evaluate(SCROLLS)
                 sheet.screenshot(path=str(OUT / f"{short}-{look}.png"), full_page=True)
                 sheet.close()
-                print(f"{short}, {look}: {len(shown):,} bytes{'; wider than its page' * (wide > width)}", flush=True)
+                print(f"{short}, {look}: {len(shown):,} bytes{'; scrolls sideways' * wide}", flush=True)
         browser.close()
 
 

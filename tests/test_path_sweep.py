@@ -374,16 +374,16 @@ def test_the_map_shows_effects_and_leaves_what_is_no_edge_blank(sweep):
     image = ax.images[0].get_array()
     rows = [label.get_text() for label in ax.get_yticklabels()]
     columns = [label.get_text() for label in ax.get_xticklabels()]
-    assert rows[:3] == ["embed", "pos_embed", "L0H0"]
-    assert columns[-1] == "unembed"
+    assert columns[:3] == ["embed", "pos_embed", "L0H0"]
+    assert rows[-1] == "unembed"
     assert (~image.mask).sum() == len(sweep.edges)
     for edge, effect in zip(sweep.edges, sweep.effect.tolist(), strict=True):
         sender, _, receiver = edge.label(CIRCUIT).partition(" → ")
-        assert image[rows.index(sender), columns.index(receiver)] == effect
+        assert image[rows.index(receiver), columns.index(sender)] == effect
     low, high = ax.images[0].get_clim()
     assert -low == high == pytest.approx(float(sweep.effect.abs().max()))
-    assert ax.get_xlabel() == "receiver and its input (grey: no such edge)"
-    assert ax.get_ylabel() == "sender"
+    assert ax.get_xlabel() == "sender (grey: no such edge)"
+    assert ax.get_ylabel() == "receiver and its input"
     assert bar.get_ylabel() == "change of logit 1 − logit 2"
     assert len(ax.texts) == len(sweep.edges)
     assert picture.png().startswith(b"\x89PNG")
