@@ -378,7 +378,7 @@ def test_pictures_show_the_numbers():
         expected = (shown - shown.mean(1, keepdim=True)).numpy()
         np.testing.assert_allclose(ax.images[0].get_array(), expected, atol=1e-12)
         assert name in ax.get_title()
-        assert ax.get_xlabel() == "answer"
+        assert ax.get_xlabel() == "answer (bold: in conflict)"
     assert context.images[0].get_clim() == weights.images[0].get_clim()
     margins = next(ax for ax in figure.axes if "margin" in ax.get_title())
     total = next(line for line in margins.lines if line.get_label() == "total")
