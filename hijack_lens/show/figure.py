@@ -174,8 +174,7 @@ def _along(label: Text, side: int, renderer: Any) -> tuple[float, float]:
     """Where a tick's name begins and ends along its axis; slanted ones run side by side, a line's height apart."""
     box, slant = label.get_window_extent(renderer), math.sin(math.radians(label.get_rotation()))
     if side == 0 and 0.0 < slant < 0.99:
-        height = label.get_size() / 72 * label.get_figure(root=True).dpi
-        return box.max[0] - height / slant, box.max[0]
+        return box.max[0] - renderer.points_to_pixels(label.get_fontsize()) / slant, box.max[0]
     return box.min[side], box.max[side]
 
 
