@@ -1107,7 +1107,9 @@ test_a_bad_value_is_refused_by_name = refused(
         "latent must be one of classes": lambda: moved("number", "hook_embed"),
         "batch must hold each of 2 classes": lambda: moved(kind=torch.zeros(200, dtype=torch.long)),
         "point must be .batch, pos, d.": lambda: moved("kind", "blocks.0.attn.hook_z"),
-        "strengths must hold at least one number, got none": lambda: tasks.context_share(CONCEPTS, CONCEPTS.model(0), []),
+        "strengths must hold at least one number, got none": lambda: tasks.context_share(
+            CONCEPTS, CONCEPTS.model(0), []
+        ),
         "strengths must be a finite number": lambda: tasks.context_share(CONCEPTS, CONCEPTS.model(0), [-1]),
         "model must be one that writes the task's outputs: outputs must be .*, got shape": lambda: tasks.context_share(
             CONCEPTS, replace(CONCEPTS, d_vocab=CONCEPTS.d_vocab + 3).model(0)
