@@ -36,6 +36,7 @@ def pytest_collection_finish(session):
         _first.setdefault(item.nodeid.split("[")[0], item)
     gc.collect()  # what was imported stays: the garbage collector need not look at it again and again
     gc.freeze()
+    gc.set_threshold(50_000, 10, 10)  # and of what tests make, little is in circles
 
 
 @pytest.hookimpl(wrapper=True)
