@@ -267,6 +267,10 @@ def test_processes_find_what_one_does_and_one_that_dies_fails_its_claim_alone(tm
     assert left == right
 
 
+def at_least(*given):
+    return reproduction.Finding.at_least("one", "another", *given)
+
+
 test_refusals = refused(
     ValueError,
     {
@@ -274,5 +278,8 @@ test_refusals = refused(
         "claims must be one or several different ones": lambda: reproduction.reproduce("x", claims=[]),
         "workers must be at least 1, got 0": lambda: reproduction.reproduce("x", workers=0),
         "out must be a folder, got the file": lambda: reproduction.reproduce(__file__),
+        "threshold must be a number that a float can hold, got ": lambda: at_least([0.0], 10**400),
+        "by_seed must be a number that a float can hold, got ": lambda: at_least([10**400], 0.0),
+        "spec must be a format for numbers, such as '.1%', got 'q'": lambda: at_least([0.0], 0.0, "q"),
     },
 )

@@ -1,6 +1,7 @@
 """What an experiment finds: estimates over seeds, the thresholds that they meet, and the verdict that follows."""
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -80,6 +81,8 @@ class Finding:
         for name, value in [("threshold", threshold), *(("by_seed", value) for value in values)]:
             if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
                 raise TypeError(f"{name} must be a number, got {shown(value)}")
+            if isinstance(value, int) and abs(value) > sys.float_info.max:
+                raise ValueError(f"{name} must be a number that a float can hold, got {shown(value)}")
         check_type("spec", spec, str)
         found = over_seeds(values)
         try:
