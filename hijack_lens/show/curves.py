@@ -80,13 +80,13 @@ def _notes(result: DoseResponse) -> list[str]:
         notes = [f"The two-layer theory does not fit these margins (R² = {theory.r2:.3f}), and is not shown."]
     if result.by_source:
         notes.append("Margins are split by source tokens: the context is all that was said before the question.")
+    elif not result.circuit.induction:
+        notes.append("No induction head is named in the circuit, so nothing counts as the context's.")
     if result.statements is not None:
         notes.append(
             "Statements: how much of the change against 0 repeats is due to what the question's tokens read, of the "
             "statements and no longer elsewhere; norms and MLPs responding make up for the rest."
         )
-    elif not result.circuit.induction:
-        notes.append("No induction head is named in the circuit, so nothing counts as the context's.")
     if not all(result.known):
         unknown = [one.name for one, known in zip(result.conflicts, result.known, strict=True) if not known]
         notes.append(
