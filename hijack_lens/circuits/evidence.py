@@ -102,8 +102,8 @@ class MLPEvidence:
         null: what the effect must exceed: the largest effect of the same output over 499 random draws that shuffle the
             residual stream's coordinates and flip their signs. Drawing stops at the first that is as large; after 20,
             once the effect lies above what they let expect of others in all but 1 of 5000 cases, if logarithms of
-            effects are normal; and, in large
-            models, after 64 if it may lie on either side of 1 of 500 cases, which is then the null.
+            effects are normal; and, in large models, after 64 if it may lie on either side of 1 of 500 cases, which is
+            then the null.
         draws: how many were drawn.
         excess: how many standard deviations the effect's logarithm lies above the mean of the draws'; a normal variable
             exceeds 2.88 in 1 of 500 cases. NaN: the draws decide (none is as large, or one of the first three), or some

@@ -13,12 +13,11 @@ from hijack_lens.core.tables import Report, Table, picture_of, report_of
 from hijack_lens.memories.conflict import MemoryConflict
 from hijack_lens.memories.context import ContextMemory
 from hijack_lens.memories.token_tables import centred
-from hijack_lens.show.style import ON_CELL, Picture, frameless, heatmap, name_rows, spread_of, stacked_bars
+from hijack_lens.show.style import MAP_WIDEST, ON_CELL, Picture, frameless, heatmap, name_rows, spread_of, stacked_bars
 
 _ROWS_SHOWN = 20
 _MOST = 32
 _CELL = 0.24  # inches
-_WIDEST = 4.6  # inches, of a map: it fits a phone
 _PARTS = ("context", "weights", "rest", "margin")
 
 
@@ -87,7 +86,7 @@ def context_map(memory: ContextMemory, query_tokens: Tokens = None, answers: Tok
         answers: columns, likewise.
     """
     rows, columns = memory.chosen(query_tokens, answers, _MOST)
-    picture = Picture(2.0 + min(1.2 * _CELL * len(columns), _WIDEST), 1.4 + 1.2 * _CELL * len(rows))
+    picture = Picture(2.0 + min(1.2 * _CELL * len(columns), MAP_WIDEST), 1.4 + 1.2 * _CELL * len(rows))
     ax = picture.figure.add_subplot()
     drawn = _map(ax, memory, _image(memory.values, rows, columns), rows, columns)
     ax.set_ylabel("query: the last token")
@@ -114,7 +113,7 @@ def conflict_maps(conflict: MemoryConflict, query_tokens: Tokens = None, answers
     if answers is None:
         columns = sorted({*columns, *c, *g})
     images = [_image(table, rows, columns) for table in (conflict.context, conflict.weights)]
-    wide = min(_CELL * len(columns), _WIDEST)
+    wide = min(_CELL * len(columns), MAP_WIDEST)
     cell = wide / len(columns) / _CELL
     picture = Picture(7.0 + 2 * wide, 1.6 + _CELL * max(len(rows), 4))
     axes = picture.figure.subplots(1, 3, sharey=True, width_ratios=[wide, wide, 3.0])

@@ -25,6 +25,7 @@ PLAIN = "#777777"
 """Of what belongs to no memory: as legible on white as on black."""
 
 ON_CELL = "#010101"
+MAP_WIDEST = 4.6  # inches: it fits a phone
 """Black in all pages, on cells and boxes that are light in all; plain black is the page's own colour of text."""
 
 PAGE_STYLE = (

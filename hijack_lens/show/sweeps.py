@@ -8,13 +8,12 @@ from torch import Tensor
 from hijack_lens.core.tables import Report, Table, picture_of, report_of, table_of, visible
 from hijack_lens.hooks.edges import name_of
 from hijack_lens.hooks.sweep_results import Comparison, EdgeScreen, PathSweep, Sweep
-from hijack_lens.show.style import BLUE, GREY, Picture, frameless, heatmap, map_axes, spread_of
+from hijack_lens.show.style import BLUE, GREY, MAP_WIDEST, Picture, frameless, heatmap, map_axes, spread_of
 
 _LARGEST = 5
 _ROWS_NAMED, _POSITIONS_NAMED = 40, 64
 _MAPS_PER_ROW = 3
 _FEW_ROWS, _MANY_POSITIONS = 8, 16
-_WIDEST = 4.6  # inches, of a map: it fits a phone
 
 _EDGES_SHOWN = 20
 _NEGLIGIBLE = 1e-3
@@ -100,7 +99,7 @@ def sweep_maps(sweep: Sweep, normalised: bool | None = None) -> Picture:
     of_map = 1.0 + max(0.5, 0.16 * n_rows) if flat else 1.6 + min(7.0, max(1.2, 0.16 * n_rows))
     below = across == 1 and n_positions > _MANY_POSITIONS  # the colour bar, so that positions have all the width
     height = 0.6 + 0.7 * below + -(-n_maps // across) * of_map
-    widest = _WIDEST + 1.2 * below
+    widest = MAP_WIDEST + 1.2 * below
     width = (0.2 if below else 1.4) + across * (0.6 + min(widest, max(2.6, 0.16 * n_positions)))
     picture, axes, lowest, first = map_axes(n_maps, across, width, height)
     labels = [
