@@ -9,17 +9,15 @@ others' results are kept.
     python benchmarks/agreement.py stated
 """
 
-import json
 import sys
 import time
 
 import torch
-from common import RESULTS, write
+from common import by_parts
 
 from hijack_lens import attribute_sources, dose_response, explain
 from hijack_lens.language import RELATIONS
 from hijack_lens.language.facts import fact_prompts
-from hijack_lens.models import load_model
 
 FACTS, SEED, OTHERS = 20, 5, 4
 STATED, STATED_SEED, DOSES = 3, 31, 8
@@ -55,7 +53,7 @@ def swapped(model, fact, others, repeats):
     return share, margin(model, tokens, pair) - sum(margin(model, one, pair) for one in changed) / len(changed)
 
 
-def exchanged(model):
+def exchanged(model, result):
     """Shares of the context's answer beside what exchanging it changes."""
     once, twice = [], []
     for name, relation in RELATIONS.items():
@@ -71,10 +69,11 @@ def exchanged(model):
                 once.append(pairs[0])
                 twice.append(pairs[1])
         print(name, len(once), flush=True)
-    return {"answer said once, exchanged": correlation(once), "answer said twice, exchanged": correlation(twice)}
+    result["answer said once, exchanged"] = correlation(once)
+    result["answer said twice, exchanged"] = correlation(twice)
 
 
-def stated(model):
+def stated(model, result):
     """Shares of the statements beside how they move the margin, over doses."""
     by_relation, tokens = {}, []
     for name, relation in RELATIONS.items():
@@ -90,14 +89,14 @@ def stated(model):
         by_relation[name] = list(zip(found.statements[:, 1:].flatten().tolist(), moved, strict=True))
         tokens += zip(found.margin.context[:, 1:].flatten().tolist(), moved, strict=True)
         print(name, correlation(by_relation[name]), flush=True)
-    return {
+    result |= {
         f"statements, said 1 to {DOSES} times": correlation([pair for pairs in by_relation.values() for pair in pairs]),
         "the same by relation": {name: correlation(pairs) for name, pairs in by_relation.items()},
         "the statements' tokens alone": correlation(tokens),
     }
 
 
-def forwards(model):
+def forwards(model, result):
     """What the analyses of one prompt cost, in forward passes of it."""
     prompt = "The capital of France is London. The capital of France is"
 
@@ -116,23 +115,13 @@ def forwards(model):
         ),
         "explain, with its interventions": lambda: explain(model, prompt, "London", "Paris"),
     }
-    costs = {name: round(min(seconds(run, 2) for _ in range(3)) / alone, 1) for name, run in told.items()}
-    return {"forward_passes": costs}
+    result["forward_passes"] = {
+        name: round(min(seconds(run, 2) for _ in range(3)) / alone, 1) for name, run in told.items()
+    }
 
 
 PARTS = {"exchanged": exchanged, "stated": stated, "forwards": forwards}
 
 
-def main(asked):
-    torch.set_grad_enabled(False)
-    stored = RESULTS / "agreement.json"
-    result = json.loads(stored.read_text()) if stored.exists() else {}
-    result = {"model": "SmolLM2-135M-Instruct"} | {key: value for key, value in result.items() if key != "machine"}
-    model = load_model("smollm2-135m")
-    for part in asked or PARTS:
-        result |= PARTS[part](model)
-        write("agreement", result)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    by_parts("agreement", PARTS, sys.argv[1:])

@@ -8,11 +8,9 @@ docs/denial_place.png.
 from pathlib import Path
 
 import torch
-from common import write
+from common import mean_of, share_of, write
 from facts import usable
-from scipy.stats import binomtest
 
-from hijack_lens.core.statistics import student_quantile
 from hijack_lens.language import RELATIONS, Fact
 from hijack_lens.language.facts import fact_prompts
 from hijack_lens.models import load_model
@@ -59,40 +57,28 @@ def asked(model, fact, stated):
     return rows
 
 
-def mean(values):
-    x = torch.tensor(values, dtype=torch.float64)
-    return {
-        "mean": round(float(x.mean()), 2),
-        "interval": round(student_quantile(len(x) - 1) * float(x.std()) / len(x) ** 0.5, 2),
-    }
-
-
-def share(values):
-    found = binomtest(sum(values), len(values)).proportion_ci(method="wilson")
-    return {
-        "share": round(sum(values) / len(values), 3),
-        "interval": [round(float(found.low), 3), round(float(found.high), 3)],
-    }
-
-
 def told(facts):
     """The table of several facts' rows, with 95% intervals; and the denial first less last of six, fact by fact."""
     table = {}
     for place, name in NAMES.items():
         for times in DENIED:
             margins, away = zip(*(rows[(*place, times)] for rows in facts), strict=True)
-            follows = share([margin > 0 for margin in margins])
-            row = {"tokens_to_the_end": round(sum(away) / len(away), 1), "margin": mean(margins), "follows": follows}
+            follows = share_of([margin > 0 for margin in margins])
+            row = {
+                "tokens_to_the_end": round(sum(away) / len(away), 1),
+                "margin": mean_of(margins, 2),
+                "follows": follows,
+            }
             flipped = [any(rows[(*place, n)][0] > 0 for n in range(1, times + 1)) for rows in facts]
-            table[f"{name}, denied {times}x"] = row | {"flipped_by_then": share(flipped)}
+            table[f"{name}, denied {times}x"] = row | {"flipped_by_then": share_of(flipped)}
     moved = [[rows[6, 0, times][0] - rows[6, 6, times][0] for rows in facts] for times in DENIED]
-    undenied = {f"{total} others": mean([rows[total, 0, 0][0] for rows in facts]) for total in BEFORE}
+    undenied = {f"{total} others": mean_of([rows[total, 0, 0][0] for rows in facts], 2) for total in BEFORE}
     return {
         "facts": len(facts),
         "margin_undenied": undenied,
         "places": table,
         "margin_first_less_last_of_6": {
-            f"denied {times}x": mean(values) for times, values in zip(DENIED, moved, strict=True)
+            f"denied {times}x": mean_of(values, 2) for times, values in zip(DENIED, moved, strict=True)
         },
     }
 

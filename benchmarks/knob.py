@@ -11,20 +11,16 @@ named; the others' results are kept.
 
 import contextlib
 import itertools
-import json
 import sys
 import time
 from dataclasses import dataclass
 
 import torch
-from common import RESULTS, write
-from scipy.stats import binomtest
+from common import by_parts, mean_of, share_of, write
 
 from hijack_lens import Component, Fact, find_carriers, hooks
-from hijack_lens.core.statistics import student_quantile
 from hijack_lens.language import RELATIONS
 from hijack_lens.language.facts import fact_prompts
-from hijack_lens.models import load_model
 
 STRENGTHS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0)
 TRIED = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -166,13 +162,8 @@ def off(model, result):
 
 
 def counted(rows):
-    """Shares, with Wilson's 95% intervals."""
-    told = {"known_facts": len(rows)}
-    for name, column in (("follows at 0", 1), ("follows at 1", 2)):
-        count = sum(row[column] for row in rows)
-        low, high = binomtest(count, len(rows)).proportion_ci(method="wilson")
-        told[name] = {"share": round(count / len(rows), 3), "interval": [round(float(low), 3), round(float(high), 3)]}
-    return told
+    columns = {"follows at 0": 1, "follows at 1": 2}
+    return {"known_facts": len(rows)} | {name: share_of([row[i] for row in rows]) for name, i in columns.items()}
 
 
 def fluency(model, result):
@@ -203,17 +194,12 @@ def fluency(model, result):
     as_it_is = torch.tensor(rows["as it is"])
     result["fluency"] = {
         name: {
-            "log_prob_per_token": spread(found[:, 0]),
-            "less_than_as_it_is": spread((as_it_is - found)[:, 0]),
-            "repeated_pairs": spread(found[:, 1]),
+            "log_prob_per_token": mean_of(found[:, 0], 3),
+            "less_than_as_it_is": mean_of((as_it_is - found)[:, 0], 3),
+            "repeated_pairs": mean_of(found[:, 1], 3),
         }
         for name, found in ((name, torch.tensor(values)) for name, values in rows.items())
     } | {"continuations": len(as_it_is), "tokens": N_WRITTEN, "examples": texts}
-
-
-def spread(values):
-    reach = student_quantile(len(values) - 1) * float(values.std()) / len(values) ** 0.5
-    return {"mean": round(float(values.mean()), 3), "interval": round(reach, 3)}
 
 
 def held_out(model):
@@ -229,16 +215,5 @@ def heads_of(result):
 PARTS = {"margins": margins, "off": off, "fluency": fluency}
 
 
-def main(asked):
-    torch.set_grad_enabled(False)
-    stored = RESULTS / "knob.json"
-    result = json.loads(stored.read_text()) if stored.exists() else {}
-    result = {"model": "SmolLM2-135M-Instruct"} | {key: value for key, value in result.items() if key != "machine"}
-    model = load_model("smollm2-135m")
-    for part in asked or PARTS:
-        PARTS[part](model, result)
-        write("knob", result)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    by_parts("knob", PARTS, sys.argv[1:])
