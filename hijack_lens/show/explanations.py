@@ -102,7 +102,7 @@ def margin_bars(explanation: Explanation) -> Picture:
     ax.set_yticks(range(len(rows)), rows)
     ax.invert_yaxis()
     extent = [*high, *low, explanation.total, *explanation.ablated.values()]
-    room = 0.15 * ((max(extent) - min(extent)) or 1.0)  # for the numbers beside the bars
+    room = 0.2 * ((max(extent) - min(extent)) or 1.0)  # for the numbers beside the bars
     ax.set_xlim(min(extent) - room, max(extent) + room)
     ax.set_xlabel(f"weights win: {g!r}   ←   logit {c!r} − logit {g!r}   →   context wins: {c!r}")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
