@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hijack_lens.core.checks import check_count, check_fields, check_list, check_number, check_shapes, fixed_seed
 from hijack_lens.core.files import Saved
@@ -85,7 +86,7 @@ def context_share(
     if not doses:
         raise ValueError("strengths must hold at least one number, got none")
     shares = list[tuple[float, float]]()
-    for index, strength in enumerate(doses):
+    for index, strength in enumerate(tqdm(doses, desc="context_share", unit="dose", disable=None)):
         batch = task.conflict(strength, n, mixed_seed(seed, "conflict", index))
         check_fits(model, batch, task)
         answers = task.references(batch)
