@@ -8,7 +8,7 @@ import signal
 import pandas as pd
 import pytest
 import torch
-from trainable_for_tests import LANGUAGE, TRIGGERS, build, same_weights
+from trainable_for_tests import LANGUAGE, TRIGGERS, build, same_weights, weights
 
 import hijack_lens as hl
 from hijack_lens.training.verdict import Judge
@@ -123,6 +123,35 @@ def test_the_first_step_leaves_out_what_was_jumped_to(sampled):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10, msg=name)
 
 
+@pytest.mark.parametrize(("random", "counts_for"), [(False, 0.2), (True, 1.0)])
+def test_what_a_trigger_that_continues_with_itself_counts_for_while_finishing(random, counts_for, sampled):
+    def config(finish_steps):
+        options = {"optimizer": "sgd", "momentum": 0.0, "warmup": 0, "lr": 0.1, "final_lr": 1.0, "max_steps": 1}
+        return quick(*(("random", 3) if random else ()), finish_steps=finish_steps, tokens_per_step=360, **options)
+
+    by_hand = hl.train(build(), LANGUAGE, config(0)).model
+    sampled.clear()
+    model = hl.train(build(), LANGUAGE, config(1)).model
+    data = [call[3] for call in sampled if call[:2] == (16 * 30, 12)][-1]
+    log_probs = by_hand(data.tokens[:30]).log_softmax(-1)
+    total, weight, repeats = 0.0, 0.0, 0
+    for i in range(30):
+        for t in range(11):
+            token, after = data.tokens[i, t : t + 2].tolist()
+            again = token == after and token in data.triggers[i] and bool(data.predictable[i, t])
+            repeats += again
+            one = counts_for if again else 1.0
+            total, weight = total - one * log_probs[i, t, after], weight + one
+    assert 0 < repeats < int(data.predictable[:30, :-1].sum())
+    parameters = [one for one in by_hand.parameters() if one.requires_grad]
+    gradients = torch.autograd.grad(total / weight, parameters, allow_unused=True, materialize_grads=True)
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter -= 0.1 * gradient
+    for (name, ours), theirs in zip(model.named_parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10, msg=name)
+
+
 def test_without_a_circuit_forming_ends_after_its_most_steps():
     run = hl.train(build(n_layers=1), LANGUAGE, quick(formed_at=1.0))
     assert (run.forming_steps, run.step, run.finished) == (20, 35, True)
@@ -173,6 +202,33 @@ def test_the_learning_rate_of_finishing_steps():
     assert config.lr_at(100) == pytest.approx(0.1)
 
 
+def finishing_step(d_vocab, **changes):
+    """What one step of plain SGD after forming adds to each parameter, per unit of `lr`."""
+    language = hl.BigramLanguage.dirichlet(d_vocab, 1.0, seed=0)
+    options = {"optimizer": "sgd", "momentum": 0.0, "max_steps": 1, "warmup": 0, "lr": 0.01, "final_lr": 1.0}
+    before, after = (
+        weights(
+            hl.train(
+                build("absolute", language=language),
+                language,
+                quick(finish_steps=finish_steps, **options, **changes),
+            ).model
+        )
+        for finish_steps in (0, 1)
+    )
+    return {name: (after[name] - before[name]) / 0.01 for name in after}
+
+
+@pytest.mark.parametrize(("d_vocab", "by_default"), [(20, 1.0), (100, 2.0), (200, 3.0)])
+def test_finishing_steps_learn_tokens_faster_the_more_there_are(d_vocab, by_default):
+    slow = finishing_step(d_vocab, token_lr=1.0)
+    for multiple, step in ((by_default, finishing_step(d_vocab)), (0.5, finishing_step(d_vocab, token_lr=0.5))):
+        for name, change in step.items():
+            attends = ".attn." in name or name.endswith("W_pos")
+            torch.testing.assert_close(change, slow[name] * (1.0 if attends else multiple), rtol=1e-6, atol=1e-9)
+    assert all(slow[name].abs().max() > 0 for name in ("embed.W_E", "unembed.W_U", "pos_embed.W_pos"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -183,6 +239,7 @@ def test_the_learning_rate_of_finishing_steps():
         ({"formed_at": 1.5}, "formed_at must lie between 0 and 1, got 1.5"),
         ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
         ({"finish_steps": -1}, "finish_steps must be at least 0, got -1"),
+        ({"token_lr": 0.0}, "token_lr must be a finite number > 0, got 0.0"),
         ({"forming_lr": 0.0}, "forming_lr must be a finite number > 0, got 0.0"),
         ({"forming_length": 1}, "forming_length must be at least 2, got 1"),
         ({"tokens_per_step": 0}, "tokens_per_step must be at least 1, got 0"),

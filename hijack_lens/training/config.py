@@ -63,6 +63,9 @@ class TrainConfig:
         finish_steps: steps after forming, on natural sequences, save that triggers which are the same in all of them
             make at least a tenth of the tokens follow from the context (with a boost). By default 400, and for larger
             vocabularies than 100 tokens 6 more for each, up to 1,000.
+        token_lr: the rate of embeddings, MLPs and unembedding in finishing steps, as a multiple of `lr`, which is that
+            of attention and positions: these lose the circuit at rates that suit the bigrams. By default d_vocab / 50,
+            but at least 1 and at most 3, since of more tokens each comes by less often.
         forming_lr: constant learning rate while forming, after `warmup` steps.
         forming_length: tokens per sequence while forming, at most; absolute positions need all of `length`.
         tokens_per_step: tokens per step, while forming and finishing.
@@ -101,6 +104,7 @@ class TrainConfig:
     formed_at: float = 0.95
     max_steps: int = 600
     finish_steps: int | None = None
+    token_lr: float | None = None
     forming_lr: float = 3e-3
     forming_length: int = 64
     tokens_per_step: int = 4096
@@ -151,6 +155,8 @@ class TrainConfig:
             check_count(name, getattr(self, name), minimum=minimum)
         if self.finish_steps is not None:
             check_count("finish_steps", self.finish_steps)
+        if self.token_lr is not None:
+            check_number("token_lr", self.token_lr, positive=True)
         check_number("forming_lr", self.forming_lr, positive=True)
 
     def _plain_triggers(self) -> str | tuple[Token, ...]:

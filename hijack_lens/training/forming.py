@@ -4,6 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from hijack_lens.language import BigramLanguage, SampledSequences, Token
 from hijack_lens.language.sequences import ranked_by_frequency
 from hijack_lens.training.config import UNTIL_FORMED, TrainConfig
@@ -11,6 +15,9 @@ from hijack_lens.training.data import BLOCK, data_seed
 
 KEPT = 0.1
 """Share of tokens that follow from the context while finishing, at least, where triggers are the same throughout."""
+
+AGAIN = 0.2
+"""What a token counts for in the loss that a trigger is followed by since it continues with itself, while finishing."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,7 @@ class Phase:
         triggers: as in `BigramLanguage.sample`.
         n_triggers: likewise.
         jump: likewise.
+        token_lr: the rate of all but attention and positions, as a multiple of theirs.
         config: the training's.
     """
 
@@ -37,6 +45,7 @@ class Phase:
     triggers: Token | Sequence[Token]
     n_triggers: int | None
     jump: float
+    token_lr: float
     config: TrainConfig
 
     @property
@@ -62,6 +71,22 @@ class Phase:
             seed=data_seed(self.config, self.name, block),
         )
 
+    def weights(self, sequences: SampledSequences) -> Float[Tensor, "n next"] | None:
+        """What each next token counts for in the loss; `None` if all count alike."""
+        weighted = self.name == "finishing" and not self.config.random_triggers
+        if self.config.loss == "predictable":
+            weights = sequences.predictable[:, :-1].float()
+        elif self.forming or weighted:  # nothing tells where jumps come, and the bigrams must not learn them
+            weights = 1.0 - sequences.jumped[:, :-1].float()
+        else:
+            return None
+        if not weighted:
+            return weights
+        # A trigger that continues with itself is followed by nothing else: by their number such tokens would teach that
+        # the trigger comes again, in place of its match.
+        again = sequences.predictable[:, :-1] & (sequences.tokens[:, 1:] == sequences.tokens[:, :-1])
+        return weights * torch.where(again, AGAIN, 1.0)
+
 
 def phase_at(config: TrainConfig, language: BigramLanguage, positions: str, forming_steps: int | None) -> Phase:
     """The phase that a training is in: `forming_steps` is how many forming took, `None` if it has not ended.
@@ -71,10 +96,11 @@ def phase_at(config: TrainConfig, language: BigramLanguage, positions: str, form
     """
     triggers, n_triggers, length = config.triggers, config.n_triggers, config.length
     if isinstance(config.steps, int):
-        return Phase("train", 0, config.steps, length, config.batch_size, triggers, n_triggers, 0.0, config)
-    boost = config.boost or 0.0
+        return Phase("train", 0, config.steps, length, config.batch_size, triggers, n_triggers, 0.0, 1.0, config)
+    boost, token_lr = config.boost or 0.0, 1.0
     if forming_steps is not None:
         name, start, end = "finishing", forming_steps, forming_steps + config.finishing(language.d_vocab)
+        token_lr = min(max(language.d_vocab / 50, 1.0), 3.0) if config.token_lr is None else config.token_lr
         # Where triggers come by too seldom, the circuit fades. What is jumped to is not learned, so that the optimum is
         # the natural one; but drawn triggers are guessed by how often they come, which must be natural then.
         boost = 0.0 if config.random_triggers else min(boost, KEPT)
@@ -96,9 +122,8 @@ def phase_at(config: TrainConfig, language: BigramLanguage, positions: str, form
         share = float(sequences.predictable.double().mean())
         # Jumps from what is no trigger raise the share from p to (p + jump) / (1 + jump).
         jump = min(max(0.0, (boost - share) / (1 - boost)), 1.0)
-    return Phase(
-        name, start, end, length, math.ceil(config.tokens_per_step / length), triggers, n_triggers, jump, config
-    )
+    batch_size = math.ceil(config.tokens_per_step / length)
+    return Phase(name, start, end, length, batch_size, triggers, n_triggers, jump, token_lr, config)
 
 
 def last_step(config: TrainConfig, d_vocab: int, forming_steps: int | None) -> int:

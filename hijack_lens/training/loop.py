@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,7 @@ class _BigramCourse:
     ):
         self.model, self.language, self.config, self.folder, self.probed = model, language, config, folder, probed
         self.checkpoint_every = config.checkpoint_every
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = _optimizer(parameters, config)
+        self.optimizer = _optimizer(model, config)
         model.formed = None
         self.resumed_at, self.rows, self.forming_steps = _resume(model, language, config, self.optimizer, folder)
         model.strengths = None  # training is about to change them
@@ -106,6 +106,7 @@ class _BigramCourse:
         if config.compile:
             self.forward = torch.compile(self.forward)
         self.sequences: SampledSequences | None = None
+        self.weights: Tensor | None = None
         self.phase = phase_at(config, language, model.positions, self.forming_steps)
         self.judge = Judge(model, language, config)
         self.loss: Tensor | None = None
@@ -125,22 +126,19 @@ class _BigramCourse:
         block, index = divmod(step - phase.start, BLOCK)
         if self.sequences is None or index == 0:
             self.sequences = phase.sequences(self.language, block)
+            self.weights = phase.weights(self.sequences)
         part = slice(index * phase.batch_size, (index + 1) * phase.batch_size)
         for group in self.optimizer.param_groups:
-            group["lr"] = phase.lr_at(step)
+            group["lr"] = phase.lr_at(step) * (1.0 if group["attends"] else phase.token_lr)
         tokens = self.sequences.tokens[part].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             logits = self.forward(tokens)[:, :-1]
-        answers = tokens[:, 1:]
-        if config.loss == "predictable":
-            chosen = self.sequences.predictable[part][:, :-1].to(device)
-            logits, answers = logits[chosen], answers[chosen]
-        elif phase.jump:  # nothing tells where jumps come, and the bigrams must not learn them
-            chosen = ~self.sequences.jumped[part][:, :-1].to(device)
-            logits, answers = logits[chosen], answers[chosen]
-        self.loss = F.cross_entropy(
-            logits.flatten(0, -2).float() if config.bf16 else logits.flatten(0, -2), answers.flatten()
-        )
+        logits, answers = logits.flatten(0, 1).float() if config.bf16 else logits.flatten(0, 1), tokens[:, 1:].flatten()
+        if self.weights is None:
+            self.loss = F.cross_entropy(logits, answers)
+        else:
+            weights = self.weights[part].to(logits).flatten()
+            self.loss = F.cross_entropy(logits, answers, reduction="none") @ weights / weights.sum()
         self.optimizer.zero_grad()
         self.loss.backward()
         self.optimizer.step()
@@ -194,7 +192,13 @@ def _check(model: BigramTransformer, language: BigramLanguage, config: TrainConf
         raise ValueError("model has no parameter left to train: all are frozen")
 
 
-def _optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+def _optimizer(model: BigramTransformer, config: TrainConfig) -> torch.optim.Optimizer:
+    """An optimizer of what is not frozen, in the model's order, in groups that say whether they make attention."""
+    learned = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parameters = [
+        {"params": [parameter for _, parameter in group], "attends": attends}
+        for attends, group in groupby(learned, lambda one: ".attn." in one[0] or one[0].endswith("W_pos"))
+    ]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(
             parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
