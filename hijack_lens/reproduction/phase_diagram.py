@@ -232,7 +232,7 @@ def _picture(answers: dict[str, list[pd.DataFrame]], boundaries: Sequence[Tensor
     for name in recipes:
         _draw_trained(axes[2], pd.concat(answers[name]), boundaries)
         axes[2].set(title=f"trained, {len(boundaries)} seeds ({name})", xlabel=labels["repeats"])
-        black += "; of trained models each seed's at four strengths, where c and g occur nowhere else"
+        black += " (for trained models one a seed, from four fitted strengths)"
     for ax in axes:
         ax.set_ylabel("log π(g|q) − log π(c|q), the weights' preference (nats)")
     patches = [matplotlib.patches.Patch(color=light[winner], label=f"{winner} won") for winner in light]
