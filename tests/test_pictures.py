@@ -5,7 +5,7 @@ import itertools
 import matplotlib
 import pytest
 import torch
-from matplotlib.text import Text
+from matplotlib.text import Annotation, Text
 
 import hijack_lens as hl
 
@@ -124,7 +124,13 @@ def faults(figure):
         for (one, a), (other, b) in itertools.combinations(found, 2)
         if min(a.x1, b.x1) - max(a.x0, b.x0) > 1.5 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1.5
     ]
-    return cut + on_another
+    beside = [(text, ax) for ax in figure.axes for text in ax.texts if isinstance(text, Annotation)]
+    outside = [
+        f"{text.get_text()!r}, beside a bar, lies outside its axes"
+        for text, ax in beside
+        if text.xyann[1] == 0 and not all(map(ax.bbox.padded(1.5).containsx, text.get_window_extent().intervalx))
+    ]
+    return cut + on_another + outside
 
 
 OF_MODELS = ("language", "circuit", "matrix", "neurons", "evidence", "tables", "strengths")

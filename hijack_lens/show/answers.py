@@ -137,5 +137,4 @@ def _bars(ax: Any, names: list[str], values: np.ndarray, colours: list[str]) -> 
     ax.invert_yaxis()
     for row, value in enumerate(values):
         write_beside(ax, f"{value:+.2f}", float(value), row, 3, fontsize=7)
-    ax.margins(x=0.3)
     frameless(ax)

@@ -125,7 +125,6 @@ def shapley_bars(result: ShapleyValues) -> Picture:
     if n <= _PLAYERS_WITH_NUMBERS:
         for row, value in enumerate(values):
             write_beside(ax, f"{value:+.3g}", value + np.copysign(error[row], value), row, 5)
-        ax.margins(x=0.2)  # for the numbers beside the bars
     ax.axvline(0, color="black", linewidth=1)
     named = range(0, n, -(-n // _PLAYERS_NAMED))
     ax.set_yticks(named, [result.labels[i] for i in named])

@@ -182,7 +182,6 @@ def formed_bars(formed: Formed) -> Picture:
         write_beside(ax, "none" if math.isnan(value) else f"{value:.3f}", end, row, 8)
     ax.set_yticks(range(len(frame)), frame["measure"])
     ax.set_ylim(len(frame) - 0.4, -0.6)
-    ax.margins(x=0.2)
     ax.set_title(f"{formed.short} (black: asked)", fontsize=9)
     ax.set_xlabel("fraction, or nats")
     frameless(ax)

@@ -92,7 +92,8 @@ def margin_bars(explanation: Explanation) -> Picture:
     rows = ["whole model", *(f"{name} {off}" for name in explanation.ablated)]
     picture = Picture(6.4, 1.3 + 0.5 * len(rows))
     ax = picture.figure.add_subplot()
-    high, low = stacked_bars(ax, 0, explanation.margin, 0.62) if split else ([0.0], [0.0])
+    if split:
+        stacked_bars(ax, 0, explanation.margin, 0.62)
     box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.85, "edgecolor": "none"}
     for row, total in enumerate([explanation.total, *explanation.ablated.values()]):
         if row or not split:
@@ -101,9 +102,6 @@ def margin_bars(explanation: Explanation) -> Picture:
         write_beside(ax, f"{total:+.2f}", total, row, 9, bbox=box, color=ON_CELL)
     ax.set_yticks(range(len(rows)), rows)
     ax.invert_yaxis()
-    extent = [*high, *low, explanation.total, *explanation.ablated.values()]
-    room = 0.2 * ((max(extent) - min(extent)) or 1.0)  # for the numbers beside the bars
-    ax.set_xlim(min(extent) - room, max(extent) + room)
     ax.set_xlabel(f"weights win: {g!r}   ←   logit {c!r} − logit {g!r}   →   context wins: {c!r}")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
     frameless(ax)

@@ -15,7 +15,7 @@ from matplotlib.axis import Axis, XAxis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.category import StrCategoryFormatter
 from matplotlib.figure import Figure
-from matplotlib.text import Text
+from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FixedFormatter, Formatter, FuncFormatter, LogFormatterMathtext
 from matplotlib.transforms import Bbox
 
@@ -24,6 +24,7 @@ from hijack_lens.show.glyphs import give_fonts, written
 _NAMES = (FixedFormatter, FuncFormatter, StrCategoryFormatter)
 _ROUNDS = 8
 _SLACK = 0.02  # inches
+_GAP = 3.0  # points, between a number beside a bar and the end of its axes
 _LABEL = 3.6  # inches, of a title or label that stays in one line whatever its axes
 _INCHES = 400.0
 _RAISED = str.maketrans("-−0123456789", "⁻⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -64,14 +65,15 @@ class LiteralFigure(Figure):
     def fit(self) -> None:
         """Grows until no text is cut and no title or label lies on another; ticks too close to be named lose names.
 
-        matplotlib's layout makes room for the names of ticks, but not for a title or label longer than its axes:
-        long ones are broken into lines.
+        matplotlib's layout makes room for the names of ticks, but not for a title or label longer than its axes, which
+        is broken into lines, nor for numbers beside bars, for which the axes reach further.
         """
         for _ in range(_ROUNDS):
             self.draw_without_rendering()
             renderer = FigureCanvasAgg(self).get_renderer()
             changed = [_thin(axis, renderer) for axis in self.findobj(Axis)]
             changed += [self._break(text, renderer) for text in self._labels()]
+            changed += [_widen(ax, renderer) for ax in self.axes]
             size = self.get_size_inches()
             missing = self._missing(renderer)
             if not any(changed) and missing.max() < _SLACK:
@@ -167,6 +169,20 @@ def _thin(axis: Axis, renderer: Any) -> bool:
         axis.set_tick_params(labelrotation=90)
     else:
         axis.set_ticks(ticks[::2], [label.get_text() for label in labels[: len(ticks) : 2]])
+    return True
+
+
+def _widen(ax: Axes, renderer: Any) -> bool:
+    """Whether a number beside a bar (`write_beside`) lay beyond its axes, or on their end: these now reach further."""
+    texts = [one for one in ax.texts if isinstance(one, Annotation) and one.anncoords == "offset points"]
+    boxes = [one.get_window_extent(renderer) for one in texts if one.xyann[1] == 0]
+    gap = renderer.points_to_pixels(_GAP)
+    left = max([0.0, *(ax.bbox.x0 + gap - box.x0 for box in boxes)])
+    right = max([0.0, *(box.x1 + gap - ax.bbox.x1 for box in boxes)])
+    if max(left, right) == 0:
+        return False
+    ends = [[ax.bbox.x0 - 1.3 * left, 0], [ax.bbox.x1 + 1.3 * right, 0]]  # more: all bars get shorter by it
+    ax.set_xlim(*ax.transData.inverted().transform(ends)[:, 0])
     return True
 
 

@@ -61,7 +61,6 @@ def path_bars(result: LogitAttribution) -> Picture:
     ax.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     for place, row in enumerate(rows):
         write_beside(ax, f"{row[-1]:+.2f}", row[-1], place, 4, fontsize=8)
-    ax.margins(x=0.2)
     names = [repr(result.token_text(token)) for token in _compared(result)]
     ax.set_xlabel("adds to logit " + " − logit ".join(names))
     named = [f"{name}: {memory}" for memory, name in _NAMED.items() if memory in {row[1] for row in rows}]

@@ -203,15 +203,14 @@ def map_axes(count: int, across: int, width: float, height: float) -> tuple[Pict
     return picture, axes[:count], lowest, axes[::across]
 
 
-def stacked_bars(ax: Any, rows: Any, margin: Any, height: float) -> tuple[np.ndarray, np.ndarray]:
-    """Stacked bars of a margin's parts on either side of zero; returns where each side ends."""
+def stacked_bars(ax: Any, rows: Any, margin: Any, height: float) -> None:
+    """Stacked bars of a margin's parts on either side of zero."""
     high, low = np.zeros(np.size(rows)), np.zeros(np.size(rows))
     for memory, colour in COLOURS.items():
         values = np.atleast_1d(margin.parts[memory].detach().cpu().double().numpy())
         ax.barh(rows, values, left=np.where(values >= 0, high, low), color=colour, height=height, label=memory)
         high, low = high + np.maximum(values, 0), low + np.minimum(values, 0)
     ax.axvline(0, color="black", linewidth=1)
-    return high, low
 
 
 def write_beside(ax: Any, text: str, end: float, row: int, points: int, **style: Any) -> None:

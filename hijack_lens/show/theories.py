@@ -43,7 +43,6 @@ def strengths_bars(fit: FittedStrengths) -> Picture:
         for row, value in enumerate(frame[column]):
             write_beside(ax, f"{value:.3g}", value, row, 4, fontsize=8)
         ax.axvline(0, color="black", linewidth=1)
-        ax.margins(x=0.2)
         ax.set_xlabel(label)
     axes[0].set_yticks(range(len(frame)), names)
     axes[0].invert_yaxis()
