@@ -4,7 +4,7 @@ import pytest
 import torch
 from bridges_for_tests import BOOTED, modern
 from browser_for_tests import Opened
-from models_for_tests import hooked, prompts
+from models_for_tests import OURS, hooked, native, prompts
 from refusals import refused
 
 import hijack_lens as hl
@@ -75,6 +75,25 @@ def test_shares_are_attributed_and_changes_are_measured(family, unchecked):
     for dose, expected in ((0, [*tokens[:2], *tokens[5:]]), (2, [*tokens[:5], *tokens[2:]])):
         assert said.doses[dose] == pytest.approx(margin(model, torch.stack(expected), pair), abs=exact * 100)
     assert said.doses[1] == said.total
+
+
+def test_where_attention_cannot_be_cut_all_else_is_explained(unchecked):
+    bridge, twin = native("LN")
+    twin.__dict__.pop("circuit", None)
+    tokens, context = prompts(1, 8)[0], [2, 3, 4]
+    said, expected = (hl.explain(model, tokens, 5, 1, context=context) for model in (bridge, twin))
+    cut = [check for check in expected.checks if "attention" in check.what]
+    assert len(cut) == 2
+    assert expected.not_cut is None
+    kept = expected.checks if said.not_cut is None else [one for one in expected.checks if one not in cut]
+    assert [check.what for check in said.checks] == [check.what for check in kept]
+    for check, same in zip(said.checks, kept, strict=True):
+        assert (check.attributed, check.measured) == pytest.approx((same.attributed, same.measured), abs=1e-5)
+    assert said.total == pytest.approx(expected.total, abs=1e-5)
+    assert said.doses == pytest.approx(expected.doses, abs=1e-5)
+    if not OURS:  # TransformerLens 4's native model reads what is edited
+        assert "does not honour edits at 'blocks.0.attn.hook_pattern'" in said.not_cut
+        assert f"Attention to the context was not cut: {said.not_cut}." in str(said)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,11 +1,10 @@
 """An explanation of a language model's answer: ten rows, one picture, and a page."""
 
-from html import escape
 from typing import Any
 
 import numpy as np
 
-from hijack_lens.core.tables import Report, Table, picture_of, report_of
+from hijack_lens.core.tables import Report, Table, escaped, picture_of, report_of
 from hijack_lens.explanation import AnswerExplanation
 from hijack_lens.show.logits import head_table, shaded_prompt
 from hijack_lens.show.style import COLOURS, PLAIN, Picture, frameless, write_beside
@@ -32,6 +31,8 @@ def _notes(found: AnswerExplanation) -> list[str]:
     if found.whole:
         each = "; ".join(f"{text!r}: {value:.2f}" for text, value in found.whole.items())
         notes.append(f"Log-probabilities of the whole answers, each token given those before it: {each}.")
+    if found.not_cut is not None:
+        notes.append(f"Attention to the context was not cut: {found.not_cut}.")
     return notes
 
 
@@ -94,7 +95,7 @@ def _tables(found: AnswerExplanation) -> list[Table]:
 def answer_body(found: AnswerExplanation) -> str:
     """The picture, the shaded prompt and the tables, for a page."""
     tables = "".join(table.html() for table in _tables(found))
-    notes = "".join(f"<p style='font-size:85%'>{escape(note)}</p>" for note in _notes(found))
+    notes = "".join(f"<p style='font-size:85%'>{escaped(note)}</p>" for note in _notes(found))
     return f"<div class='wide'>{_drawn(found)}{tables}</div>{notes}"
 
 
