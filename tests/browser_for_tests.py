@@ -32,3 +32,33 @@ class Opened:
                 return count;
             })"""
         )
+
+
+_ON_A_PHONE = r"""scroll => {
+    const pictures = scroll ? [...document.querySelectorAll("[role=img]")].map(one => one.closest(".wide")) : [];
+    const wide = [document.documentElement, ...document.querySelectorAll("*")]
+        .filter(one => !pictures.some(picture => picture.contains(one)))
+        .filter(one => one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).display != "inline")
+        .map(one => `${one.localName}.${one.className}: ${one.scrollWidth} in ${one.clientWidth}`);
+    const broken = [];
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    for (let text = texts.nextNode(); text; text = texts.nextNode())
+        for (const number of text.data.matchAll(/[-+−]?[\d.]+(e[-+]?\d+|%)?/g)) {
+            const range = document.createRange();
+            range.setStart(text, number.index);
+            range.setEnd(text, number.index + number[0].length);
+            if (new Set([...range.getClientRects()].map(box => box.top)).size > 1)
+                broken.push(`${number[0]} in ${text.data}`);
+        }
+    return [...wide, ...broken];
+}"""
+
+
+def faults_on_a_phone(browser, result, pictures_scroll=False):
+    """What is wider than the page or than what it stands in, and numbers broken into two lines, its tables open."""
+    page = browser.new_page(viewport={"width": 420, "height": 900})
+    head = "<!DOCTYPE html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+    page.set_content(f"{head}<body>{result._repr_html_().replace('<details>', '<details open>')}")
+    found = page.evaluate(_ON_A_PHONE, pictures_scroll)
+    page.close()
+    return found

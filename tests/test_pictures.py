@@ -8,6 +8,7 @@ import torch
 from matplotlib.text import Annotation, Text
 
 import hijack_lens as hl
+from browser_for_tests import faults_on_a_phone
 
 LONG = "counterrevolutionaries"
 SIZES = {"one": 1, "eight": 8, "many": 64}
@@ -58,31 +59,35 @@ def dose(c):
     return hl.dose_response(c.model, facts, repeats=min(len(c.prompt), 30))
 
 
+RESULTS = {
+    "language": lambda c: c.language,
+    "sequences": sequences,
+    "prompt": hijack,
+    "circuit": lambda c: c.model.circuit,
+    "explanation": lambda c: hl.explain(c.model, c.prompt, *c.pair),
+    "attribution": lambda c: hl.attribute(c.model, c.prompt, answers=list(c.pair)),
+    "of a batch": lambda c: hl.attribute(c.model, c.tokens, answers=list(c.pair)),
+    "of all positions": lambda c: hl.attribute(c.model, c.prompt, "all"),
+    "sources": lambda c: hl.attribute_sources(c.model, c.prompt, list(c.pair)),
+    "scores": lambda c: hl.attribute_scores(c.model, c.prompt),
+    "sweep": sweep,
+    "sweep of heads": lambda c: sweep(c, activations=["z"]),
+    "path sweep": lambda c: hl.hooks.path_sweep(c.model, c.prompt, c.other, hl.logit_diff(*c.pair)),
+    "shapley": lambda c: hl.shapley(c.model, c.prompt, hl.logit_diff(*c.pair), how="zero"),
+    "context": lambda c: hl.context_memory(c.model, c.prompt),
+    "conflict": lambda c: hl.memory_conflict(c.model, c.prompt),
+    "matrix": lambda c: hl.memory_matrix(c.model),
+    "neurons": lambda c: hl.memory_neurons(c.model),
+    "dose": dose,
+    "dose theory": lambda c: dose(c).theory,
+    "evidence": lambda c: hl.find_circuit(c.model).evidence,
+    "tables": lambda c: hl.training.read_tables(c.model),
+    "strengths": lambda c: hl.fit_strengths(c.model),
+}
+
 PICTURES = {
-    "language": lambda c: c.language.picture(),
-    "sequences": lambda c: sequences(c).picture(),
-    "prompt": lambda c: hijack(c).picture(),
-    "circuit": lambda c: c.model.circuit.picture(),
-    "explanation": lambda c: hl.explain(c.model, c.prompt, *c.pair).picture(),
-    "attribution": lambda c: hl.attribute(c.model, c.prompt, answers=list(c.pair)).picture(),
-    "of a batch": lambda c: hl.attribute(c.model, c.tokens, answers=list(c.pair)).picture(),
-    "of all positions": lambda c: hl.attribute(c.model, c.prompt, "all").picture(),
-    "sources": lambda c: hl.attribute_sources(c.model, c.prompt, list(c.pair)).picture(),
-    "scores": lambda c: hl.attribute_scores(c.model, c.prompt).picture(),
+    **{name: lambda c, make=make: make(c).picture() for name, make in RESULTS.items()},
     "scores of keys": lambda c: hl.attribute_scores(c.model, c.prompt).picture(range(min(5, len(c.prompt)))),
-    "sweep": lambda c: sweep(c).picture(),
-    "sweep of heads": lambda c: sweep(c, activations=["z"]).picture(),
-    "path sweep": lambda c: hl.hooks.path_sweep(c.model, c.prompt, c.other, hl.logit_diff(*c.pair)).picture(),
-    "shapley": lambda c: hl.shapley(c.model, c.prompt, hl.logit_diff(*c.pair), how="zero").picture(),
-    "context": lambda c: hl.context_memory(c.model, c.prompt).picture(),
-    "conflict": lambda c: hl.memory_conflict(c.model, c.prompt).picture(),
-    "matrix": lambda c: hl.memory_matrix(c.model).picture(),
-    "neurons": lambda c: hl.memory_neurons(c.model).picture(),
-    "dose": lambda c: dose(c).picture(),
-    "dose theory": lambda c: dose(c).theory.picture(),
-    "evidence": lambda c: hl.find_circuit(c.model).evidence.picture(),
-    "tables": lambda c: hl.training.read_tables(c.model).picture(),
-    "strengths": lambda c: hl.fit_strengths(c.model).picture(),
     "attention": lambda c: hl.show.attention_maps(
         {"head": torch.eye(len(c.prompt)), "head two": torch.eye(len(c.prompt))},
         [c.language.tokens[i] for i in c.prompt.tolist()],
@@ -156,6 +161,13 @@ def test_no_text_is_cut_and_none_lies_on_another(name, case, unchecked):
     with picture.figure.fitted():  # as it is where it is saved or shown
         FigureCanvasAgg(picture.figure)
         assert faults(picture.figure) == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("case", ["many, long"], indirect=True)
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_large_result_fits_a_phone_but_for_its_picture_which_scrolls_by_itself(name, case, unchecked, browser):
+    assert faults_on_a_phone(browser, RESULTS[name](case), pictures_scroll=True) == []
 
 
 def test_slanted_names_of_ticks_run_side_by_side_and_all_stay_where_there_is_room():

@@ -9,6 +9,7 @@ import matplotlib
 import pandas as pd
 import pytest
 import torch
+from browser_for_tests import faults_on_a_phone
 
 import hijack_lens as hl
 from hijack_lens.core.files import Saved
@@ -114,20 +115,10 @@ def test_a_result_in_a_notebook_is_a_line_a_small_picture_and_folded_tables(name
     assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", html)
 
 
-SIDEWAYS = """[document.documentElement, ...document.querySelectorAll("*")]
-    .filter(one => one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).display != "inline")
-    .map(one => `${one.localName}.${one.className}: ${one.scrollWidth} in ${one.clientWidth}`)"""
-"""What is wider than the page, or than what it stands in."""
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize("name", KINDS)
 def test_a_result_fits_a_phone_with_its_tables_open(name, made, unchecked, browser):
-    page = browser.new_page(viewport={"width": 420, "height": 900})
-    head = "<!DOCTYPE html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-    page.set_content(f"{head}<body>{made(name)._repr_html_().replace('<details>', '<details open>')}")
-    assert page.evaluate(SIDEWAYS) == []
-    page.close()
+    assert faults_on_a_phone(browser, made(name)) == []
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import singledispatch
@@ -21,11 +22,18 @@ if TYPE_CHECKING:
 
 _VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍", "Ġ": "␣", "Ċ": "⏎", "▁": "␣"}
 _ALIGN = {"l": "left", "r": "right"}
+_NUMBER = re.compile(r"[-+−]?[\d.]+%? ± [\d.]+%?|[-+−]?[\d.]+e-\d+")
+"""Numbers that a browser would break into two lines."""
 
 
 def visible(text: str) -> str:
     """A token's text with white space made visible, including the forms of byte-level tokenizers."""
     return "".join(_VISIBLE.get(character, character) for character in text)
+
+
+def escaped(text: str) -> str:
+    """A text as HTML, no number of which is broken into two lines."""
+    return _NUMBER.sub(lambda number: f"<span style='white-space:nowrap'>{number[0]}</span>", escape(text))
 
 
 def widened(x: Tensor) -> Tensor:
@@ -66,7 +74,8 @@ NARROW = """
   .hijack-lens .wide :is(th, td) { padding: 0.15em 0.4em }
   .hijack-lens-flowing :is(tbody, tr) { display: block }
   .hijack-lens-flowing tr { padding: 0.4em 0; border-bottom: 1px solid }
-  .hijack-lens .wide .hijack-lens-flowing td { display: inline-block; padding: 0 1em 0 0; white-space: normal }
+  .hijack-lens .wide .hijack-lens-flowing td { display: inline-block; padding: 0 1em 0 0; white-space: normal;
+    text-align: left !important }
   .hijack-lens .wide .hijack-lens-flowing :is(thead, td:empty) { display: none }
   .hijack-lens-flowing td::before { content: attr(data-column) " "; opacity: 0.75 }
 }
@@ -180,14 +189,14 @@ class Table:
         def line(cells: Sequence[str], tag: str, weight: str = "") -> str:
             written = (
                 f"<{tag}{name if tag == 'td' else ''} style='text-align:{side}{weight}'>"
-                f"{cell if isinstance(cell, Markup) else escape(cell)}</{tag}>"
+                f"{cell if isinstance(cell, Markup) else escaped(cell)}</{tag}>"
                 for cell, side, name in zip(cells, sides, names, strict=True)
             )
             return f"<tr>{''.join(written)}</tr>"
 
         last = len(self.rows) - 1 if self.total else None
         body = "".join(line(row, "td", ";font-weight:600" * (index == last)) for index, row in enumerate(self.rows))
-        title = f"<p>{escape(self.title)}</p>" if self.title else ""
+        title = f"<p>{escaped(self.title)}</p>" if self.title else ""
         kind = " class='hijack-lens-flowing'" if flows else ""
         return f"{title}<table{kind}><thead>{line(self.columns, 'th')}</thead><tbody>{body}</tbody></table>"
 
@@ -271,9 +280,9 @@ class Report:
 
     def body(self) -> str:
         """The same, to stand in a page that has the style and runs."""
-        lines = "".join(f"<br>{escape(line)}" for line in self.lines)
+        lines = "".join(f"<br>{escaped(line)}" for line in self.lines)
         figure = "" if self.figure is None else f"<div class='wide'>{self.figure()}</div>"
-        notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in self.notes)
+        notes = "".join(f"<p class='note'>{escaped(note)}</p>" for note in self.notes)
         tables = "".join(table.html() for table in self.tables)
         if tables:
             rows = sum(len(table.rows) for table in self.tables)
@@ -281,7 +290,7 @@ class Report:
                 f"<details{'' if figure else ' open'}><summary>{len(self.tables)} table{'s' * (len(self.tables) > 1)}, "
                 f"{rows} row{'s' * (rows > 1)}</summary><div class='wide'>{tables}</div></details>"
             )
-        return f"<p><b>{escape(self.title)}</b>{lines}</p>{figure}{tables}{notes}"
+        return f"<p><b>{escaped(self.title)}</b>{lines}</p>{figure}{tables}{notes}"
 
 
 @singledispatch

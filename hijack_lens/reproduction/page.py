@@ -1,14 +1,13 @@
 """The claims and their outcomes, as one HTML file that opens offline."""
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from operator import itemgetter
 from typing import Any
 
-from hijack_lens.core.tables import Table
+from hijack_lens.core.tables import Table, escaped
 from hijack_lens.show.style import PAGE_STYLE
 
 _MOST_ROWS = 60  # of a claim's measurements; the JSON file has them all
@@ -21,7 +20,6 @@ _COLOURS = {
     "failed": "#222",
 }
 _MARKS = {True: "✓ ", False: "<span class='missed'>✗</span> ", None: "? "}
-_UNBROKEN = re.compile(r"[\d.]+%? ± [\d.]+%?|[\d.]+e-\d+")  # numbers that a browser would break into two lines
 
 
 def page(outcomes: Sequence[dict[str, Any]], heading: str, compared: str = "") -> str:
@@ -33,7 +31,7 @@ def page(outcomes: Sequence[dict[str, Any]], heading: str, compared: str = "") -
 :root {{ color-scheme: light }} body {{ max-width: 1240px }}
 td, th {{ text-align: left; vertical-align: top }} td {{ border-bottom: 1px solid #ddd }}
 .summary table {{ min-width: 960px }} .summary th:nth-child(4), .summary th:nth-child(5) {{ width: 20% }}
-.verdict-of {{ font-weight: 600; white-space: nowrap }} .number {{ white-space: nowrap }}
+.verdict-of {{ font-weight: 600; white-space: nowrap }}
 .missed {{ color: {_COLOURS["not reproduced"]}; font-weight: 600 }}
 details table {{ font-size: 85%; font-variant-numeric: tabular-nums }} pre {{ overflow-x: auto }}</style></head><body>
 <h1>The papers' claims, tested</h1>
@@ -83,8 +81,8 @@ def _rows(outcome: dict[str, Any]) -> str:
     every = f"rowspan='{len(findings)}'"
     rows = []
     for setting, group in itertools.groupby(findings, key=itemgetter("setting")):
-        alike = [f"<td>{_text(one['predicted'])}</td><td>{_mark(one)}{_text(one['measured'])}</td>" for one in group]
-        rows += [f"<td rowspan='{len(alike)}'>{_text(setting)}</td>{alike[0]}", *alike[1:]]
+        alike = [f"<td>{escaped(one['predicted'])}</td><td>{_mark(one)}{escaped(one['measured'])}</td>" for one in group]
+        rows += [f"<td rowspan='{len(alike)}'>{escaped(setting)}</td>{alike[0]}", *alike[1:]]
     link = f"<a href='#{outcome['claim']}'>{escape(outcome['statement'])}</a>"
     rows[0] = (
         f"<td {every}>{link}</td><td {every}>{escape(outcome['source'])}</td>{rows[0]}"
@@ -95,10 +93,6 @@ def _rows(outcome: dict[str, Any]) -> str:
 
 def _mark(finding: dict[str, Any]) -> str:
     return _MARKS[finding["holds"]] if finding["predicted"] else ""  # a claim that failed predicts nothing
-
-
-def _text(text: str) -> str:
-    return _UNBROKEN.sub(lambda match: f"<span class='number'>{match[0]}</span>", escape(text))
 
 
 def _section(outcome: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import check_target, write_atomically
-from hijack_lens.core.tables import Report, Table, page_of, picture_of, report_of
+from hijack_lens.core.tables import Report, Table, escaped, page_of, picture_of, report_of
 from hijack_lens.explanation import AnswerExplanation, Explanation
 from hijack_lens.language import HijackPrompt
 from hijack_lens.show.answers import answer_body
@@ -150,7 +150,7 @@ def _page(explanation: Explanation | AnswerExplanation, body: str) -> str:
 <title>hijack-lens: which memory wrote the logit?</title>
 <style>{PAGE_STYLE}</style><script>{circuitsvis_script()}</script></head><body class="hijack-lens">
 <h1>Which memory wrote the logit?</h1>
-<p class="verdict {explanation.winner}">{escape(explanation.verdict)}</p>
+<p class="verdict {explanation.winner}">{escaped(explanation.verdict)}</p>
 {body}
 </body></html>
 """
@@ -164,7 +164,7 @@ def _of_answer(explanation: AnswerExplanation) -> str:
 
 def _of_circuit(explanation: Explanation) -> str:
     return f"""
-{"".join(f'<p class="warning">{escape(line)}</p>' for line in _half_a_model(explanation))}
+{"".join(f'<p class="warning">{escaped(line)}</p>' for line in _half_a_model(explanation))}
 {_question(explanation)}
 <div class="wide">{margin_bars(explanation).html(explanation.verdict)}</div>
 <h2>Which paths wrote it</h2>
@@ -179,7 +179,7 @@ def _of_circuit(explanation: Explanation) -> str:
 
 def _paths(explanation: Explanation) -> str:
     if explanation.attribution is None:
-        return f"<p>No paths: {escape(str(explanation.not_split))}.</p>"
+        return f"<p>No paths: {escaped(str(explanation.not_split))}.</p>"
     report = report_of(explanation.attribution)
     tables = "".join(table.html() for table in report.tables)
     return f"<div class='wide'>{logit_figure(explanation.attribution)}{tables}</div>"
@@ -202,7 +202,7 @@ def _question(explanation: Explanation) -> str:
         )
     found = ""
     if evidence is not None:
-        verdicts = "".join(f"<li>{escape(line)}</li>" for line in evidence.verdicts.splitlines())
+        verdicts = "".join(f"<li>{escaped(line)}</li>" for line in evidence.verdicts.splitlines())
         found = f"<p>The circuit, as found on repeated random tokens:</p><ul>{verdicts}</ul>"
     return (
         f"<p>The prompt ends with {q}. The answer {c}, which stands for the context, is compared with the foil {g}, "
@@ -231,7 +231,7 @@ def _ablations(explanation: Explanation) -> str:
     if not explanation.ablated:
         return f"<p>{_NOTHING_NAMED}</p>"
     off = _AT_ITS_MEAN if explanation.deep else "set to zero"
-    broken = "".join(f"<p>{escape(line)}</p>" for line in _broken(explanation))
+    broken = "".join(f"<p>{escaped(line)}</p>" for line in _broken(explanation))
     return (
         f"<p>The margin, in logits, with a component's output {off}; the whole model's is {explanation.total:+.3f}.</p>"
         f"<div class='wide'>{ablation_table(explanation).html()}</div>{broken}"
@@ -245,5 +245,5 @@ def _theory(explanation: Explanation) -> str:
         "<h2>What the theory says</h2>"
         f"<p>{_source(explanation)}</p>"
         f"<div class='wide'>{theory_table(explanation).html()}</div>"
-        f"<p>Repeats needed among neutral tokens, at this length: {escape(str(explanation.flip))}.</p>"
+        f"<p>Repeats needed among neutral tokens, at this length: {escaped(str(explanation.flip))}.</p>"
     )
