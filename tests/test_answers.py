@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from bridges_for_tests import BOOTED, modern
+from bridges_for_tests import BOOTED, modern, scattered
 from browser_for_tests import Opened
 from models_for_tests import OURS, hooked, native, prompts
 from refusals import refused
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import hijack_lens as hl
 from hijack_lens import AnswerExplanation, attribute_sources, hooks
@@ -75,6 +77,17 @@ def test_shares_are_attributed_and_changes_are_measured(family, unchecked):
     for dose, expected in ((0, [*tokens[:2], *tokens[5:]]), (2, [*tokens[:5], *tokens[2:]])):
         assert said.doses[dose] == pytest.approx(margin(model, torch.stack(expected), pair), abs=exact * 100)
     assert said.doses[1] == said.total
+
+
+def test_a_folder_without_a_tokenizer_is_a_model_of_ids(tmp_path, unchecked):
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=13, n_positions=24)
+    scattered(GPT2LMHeadModel(config)).save_pretrained(tmp_path)
+    model, tokens = TransformerBridge.boot_transformers(str(tmp_path), device="cpu"), prompts(1, 8)[0]
+    assert hl.explain(model, tokens, 5, 1).attribution.context == tuple(range(1, 7))
+    with pytest.raises(ValueError, match="prompt is text, but the model has no tokenizer: give token ids"):
+        hl.explain(model, "one two", 5, 1)
+    with pytest.raises(ValueError, match="it has no tokenizer: save one in its folder"):
+        load_model(tmp_path)
 
 
 def test_where_attention_cannot_be_cut_all_else_is_explained(unchecked):
@@ -304,6 +317,6 @@ test_bad_input_is_refused = refused(
         ),
         "answer must be an output from 0 to 12, got 99": lambda: hl.explain(BOOTED["Llama"](), TEXT, 99, 1),
         "answer holds 'zebra', which is not a single token": lambda: hl.explain(BOOTED["Llama"](), TEXT, "zebra", "a"),
-        "--model 'none.gguf' is not a file": lambda: load_model("none.gguf"),
+        "model 'none.gguf' is not a file": lambda: load_model("none.gguf"),
     },
 )

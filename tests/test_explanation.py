@@ -136,9 +136,9 @@ def test_what_it_cannot_explain_is_refused_with_the_reason(unchecked):
         dataclasses.replace(hl.explain(model, prompt), prompt=several)
     with pytest.raises(TypeError, match="total must be a float, got 'large'"):
         dataclasses.replace(hl.explain(model, prompt), total="large")
-    with pytest.raises(TypeError, match="prompt must be a HijackPrompt, got Tensor"):
+    with pytest.raises(TypeError, match="answer and foil must be given with a Tensor: only a HijackPrompt has"):
         hl.explain(model, prompt.tokens)
-    with pytest.raises(TypeError, match="prompt must be a HijackPrompt, got str"):
+    with pytest.raises(TypeError, match="answer and foil must be given with a str: only a HijackPrompt has"):
         hl.explain(model, "012")
     with pytest.raises(ValueError, match="answer must be one token, or one for each of 2 prompts, got 3"):
         hl.explain(model, prompts(), [1, 2, 3], 0)

@@ -19,7 +19,7 @@ from hijack_lens.core.hook_points import rows_at_once
 from hijack_lens.core.inputs import Tokens, components_of, is_single, model_tokens, token_ids
 from hijack_lens.core.spans import Span, before_last_sentence, is_text, positions_of
 from hijack_lens.core.tables import widened
-from hijack_lens.core.texts import outputs_are_tokens, texts_of
+from hijack_lens.core.texts import outputs_are_tokens, texts_of, tokenizer_of
 from hijack_lens.language.prompts import HijackPrompt
 from hijack_lens.models.transformer import BigramTransformer
 
@@ -157,7 +157,7 @@ def parts_of(model: Any, ids: Int[Tensor, "pos"], query: int, context: Span) -> 
     sink = not isinstance(model, BigramTransformer)
     if context is not None:
         at = positions_of(model, ids, context, "context")
-    elif not sink or getattr(model, "tokenizer", None) is None:
+    elif not sink or tokenizer_of(model) is None:
         at = list(range(query))
     else:
         at = [i for i in before_last_sentence(model, ids[: query + 1]) if i < query]

@@ -33,7 +33,7 @@ from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.inputs import token_ids
 from hijack_lens.core.memory import check_memory
 from hijack_lens.core.statistics import chance, student_quantile
-from hijack_lens.core.texts import n_outputs, outputs_are_tokens
+from hijack_lens.core.texts import n_outputs, outputs_are_tokens, tokenizer_of
 
 _MIN_PERIOD = 3
 
@@ -251,13 +251,13 @@ def _named_mlps(bigram: MLPEvidence) -> tuple[Component, ...]:
 def _vocabulary(model: Any) -> Tensor:
     """All of the model's tokens but the tokenizer's special ones."""
     ids = torch.arange(model.cfg.d_vocab)
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer = tokenizer_of(model)
     special = torch.tensor(getattr(tokenizer, "all_special_ids", None) or [], dtype=torch.long)
     return ids[~torch.isin(ids, special)]
 
 
 def _first_token(model: Any) -> int | None:
     """The id of the token that begins a text, if the model's prompts have one."""
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer = tokenizer_of(model)
     wanted = tokenizer is not None and bool(getattr(model.cfg, "default_prepend_bos", False))
     return getattr(tokenizer, "bos_token_id", None) if wanted else None

@@ -13,7 +13,7 @@ from hijack_lens.core.checks import as_int, check_list, check_tokens, check_type
 from hijack_lens.core.circuit import ROLE_NAMES, Circuit, Component
 from hijack_lens.core.hook_points import all_components, check_hook_points, check_model, sites
 from hijack_lens.core.tables import visible
-from hijack_lens.core.texts import chat_ids, decoded, listed_ids, n_outputs, text_ids
+from hijack_lens.core.texts import chat_ids, decoded, listed_ids, n_outputs, text_ids, tokenizer_of
 
 Tokens = int | str | Iterable[int | str] | Int[Tensor, "token"] | None
 """Tokens, each as an id or a text, in the user's order; or a single one. `None` is the default, often all tokens."""
@@ -93,7 +93,7 @@ def token_ids(model: Any, name: str, tokens: Any, at_least: int = 1, output: boo
 
 def prompt_texts(model: Any, ids: Int[Tensor, "pos"]) -> tuple[str, ...]:
     """The texts of a prompt's tokens, with white space made visible; their ids if the model has no tokenizer."""
-    if getattr(model, "tokenizer", None) is None:
+    if tokenizer_of(model) is None:
         return tuple(map(str, ids.tolist()))
     return tuple(map(visible, decoded(model.tokenizer, ids.tolist())))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hijack_lens.core.checks import as_int, check_text, shown
 from hijack_lens.core.inputs import indices
-from hijack_lens.core.texts import UNDECODED, decoded, known_ids, spellings
+from hijack_lens.core.texts import UNDECODED, decoded, known_ids, spellings, tokenizer_of
 
 Span = str | int | Iterable[str | int] | Int[Tensor, "word"] | None
 """A part of a prompt: a text, or several, wherever they occur; or positions, negative ones counted from the end."""
@@ -50,7 +50,7 @@ def before_last_sentence(model: Any, ids: Int[Tensor, "pos"]) -> list[int]:
 
 
 def _of_text(model: Any, ids: Int[Tensor, "pos"], wanted: str, name: str) -> list[int]:
-    if getattr(model, "tokenizer", None) is None:
+    if tokenizer_of(model) is None:
         raise ValueError(f"{name} is the text {shown(wanted)}, but the model has no tokenizer: give positions")
     text, spans = _pieces(model, ids)
     sought = check_text(name, wanted).strip()
@@ -83,7 +83,7 @@ def _pieces(model: Any, ids: Int[Tensor, "pos"]) -> tuple[str, list[tuple[int, i
 def joiner(model: Any, tokens: Int[Tensor, "pos"]) -> str:
     """What stands between tokens: nothing if they contain their own spaces."""
     own = getattr(getattr(model, "language", None), "joiner", None)
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer = tokenizer_of(model)
     if own is not None or tokenizer is None:
         return " " if own is None else own
     whole = [i for i in tokens.tolist() if UNDECODED not in tokenizer.decode([i])]  # the others are parts of characters
@@ -92,7 +92,7 @@ def joiner(model: Any, tokens: Int[Tensor, "pos"]) -> str:
 
 def token_runs(model: Any, given: str | Iterable[str], name: str) -> list[list[int]]:
     """The token ids that stand for some texts within a prompt: with a space before, and without."""
-    if getattr(model, "tokenizer", None) is None:
+    if tokenizer_of(model) is None:
         raise ValueError(f"{name} is text, but the model has no tokenizer: give positions")
     found = []
     for text in [given] if isinstance(given, str) else given:

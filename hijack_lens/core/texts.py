@@ -28,10 +28,16 @@ def texts_begin(prepend_bos: bool | None) -> Iterator[None]:
         begins.reset(token)
 
 
+def tokenizer_of(model: Any) -> Any:
+    """A model's tokenizer; `None` where it has none, or the empty one that transformers makes up for a folder without."""
+    tokenizer = getattr(model, "tokenizer", None)
+    return tokenizer if getattr(tokenizer, "vocab_size", 1) else None
+
+
 def text_ids(model: Any, text: str, name: str) -> list[int]:
     """Token ids of a text, with the same beginning as the model's prompts (for example, a BOS token)."""
     text = check_text(name, text)
-    if getattr(model, "tokenizer", None) is None:
+    if tokenizer_of(model) is None:
         raise ValueError(f"{name} is text, but the model has no tokenizer: give token ids")
     unknown = _unknown(model, text)
     if unknown:
@@ -56,7 +62,7 @@ def text_ids(model: Any, text: str, name: str) -> list[int]:
 
 def chat_ids(model: Any, messages: Sequence[Mapping[str, str]], name: str) -> list[int]:
     """Token ids of a chat by the tokenizer's own template, up to where the assistant's answer begins."""
-    tokenizer: Any = getattr(model, "tokenizer", None)
+    tokenizer: Any = tokenizer_of(model)
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"{name} is a chat, but the model's tokenizer has no template for chats: give text")
     try:
@@ -115,7 +121,7 @@ def token_id(model: Any, name: str, token: object, output: bool = False) -> int:
             raise TypeError(f"{name} must be tokens, each a text or an id, got {shown(token)}")
         return number
     token = check_text(name, token)
-    if getattr(model, "tokenizer", None) is None:
+    if tokenizer_of(model) is None:
         raise ValueError(f"{name} holds the text {shown(token)}, but the model has no tokenizer: give token ids")
     if output and not outputs_are_tokens(model):
         raise ValueError(
@@ -212,12 +218,12 @@ def whole_vocab(model: Any) -> tuple[str, ...] | None:
     language = getattr(model, "language", None)
     if language is not None:
         return language.tokens
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer = tokenizer_of(model)
     return None if tokenizer is None else tuple(decoded(tokenizer, range(model.cfg.d_vocab)))
 
 
 def texts_of(model: Any, ids: Int[Tensor, "..."]) -> dict[int, str] | None:
     """The texts of these tokens by id; decoding all of a large vocabulary would take longer than everything else."""
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer = tokenizer_of(model)
     chosen = sorted(set(ids.flatten().tolist()))
     return None if tokenizer is None else dict(zip(chosen, decoded(tokenizer, chosen), strict=True))

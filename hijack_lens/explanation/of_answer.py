@@ -19,7 +19,7 @@ from hijack_lens.core.hook_points import all_components, check_hook_points, site
 from hijack_lens.core.inputs import prompt_texts
 from hijack_lens.core.spans import Span, joiner
 from hijack_lens.core.tables import Drawn, tidy, widened
-from hijack_lens.core.texts import decoded, known_ids, n_outputs, outputs_are_tokens, token_id
+from hijack_lens.core.texts import decoded, known_ids, n_outputs, outputs_are_tokens, token_id, tokenizer_of
 from hijack_lens.hooks.intervention import logits_of, record
 from hijack_lens.metrics import logit_diff
 
@@ -203,7 +203,7 @@ def spelled_ways(model: Any, name: str, given: Any) -> tuple[Answer, ...]:
     Raises:
         TypeError, ValueError: for what is neither text nor an id, and for words that the tokenizer lacks.
     """
-    if isinstance(given, str) and getattr(model, "tokenizer", None) is not None and outputs_are_tokens(model):
+    if isinstance(given, str) and tokenizer_of(model) is not None and outputs_are_tokens(model):
         ways = [given] if given.startswith(" ") or not given.strip() else [given, f" {given}"]
         known = [tuple(ids) for way in ways if (ids := known_ids(model, way))]
         # A space by itself is no way in which a text goes on.
@@ -398,7 +398,7 @@ class _Asked:
     def _said(self, dose: int) -> Int[Tensor, "said"]:
         """The prompt with its context said so many times."""
         start, end = self.context[0], self.context[-1] + 1
-        tokenizer: Any = getattr(self.model, "tokenizer", None)
+        tokenizer: Any = tokenizer_of(self.model)
         if start == 1 and tokenizer is not None and int(self.ids[0]) != getattr(tokenizer, "bos_token_id", None):
             # The first token is the sink, but the context's as well: its text is said, spaced as the rest is.
             said, asked = ("".join(decoded(tokenizer, ids.tolist())) for ids in (self.ids[:end], self.ids[end:]))
@@ -427,7 +427,7 @@ class _Asked:
 def _others(model: Any, logits: Tensor, known: list[int]) -> list[int]:
     """The likeliest other tokens that are words like the answer."""
     ranked = [i for i in logits.topk(min(50, len(logits))).indices.tolist() if i not in known]
-    if getattr(model, "tokenizer", None) is None:
+    if tokenizer_of(model) is None:
         return ranked[:_OTHERS]
     texts = decoded(model.tokenizer, [*ranked, known[0]])
     spaced = texts[-1].startswith(" ")

@@ -13,7 +13,7 @@ from hijack_lens.core.checks import check_count, check_list, check_tokens, check
 from hijack_lens.core.hook_points import check_model
 from hijack_lens.core.inputs import token_ids
 from hijack_lens.core.memory import check_memory
-from hijack_lens.core.texts import decoded, n_outputs, outputs_are_tokens, text_ids
+from hijack_lens.core.texts import decoded, n_outputs, outputs_are_tokens, text_ids, tokenizer_of
 from hijack_lens.language.vocabulary import Token
 
 _TEMPLATE = "{subject}'s capital is {answer}."
@@ -267,7 +267,7 @@ def _of_text(model: Any, fact: Fact, repeats: int, lead: str | Sequence[int]) ->
 def _of_tokens(model: Any, fact: Bigram, repeats: int, lead: str | Sequence[int]) -> FactPrompts:
     q, c, g = token_ids(model, "bigram", [fact.trigger, fact.context, fact.weights]).tolist()
     token_ids(model, "bigram", [fact.context, fact.weights], output=True)  # they are also looked for in the logits
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer = tokenizer_of(model)
     if not isinstance(lead, str):
         given = check_list("lead", lead, "a text or token ids")
         before = check_tokens("lead", given, model.cfg.d_vocab).tolist() if given else []

