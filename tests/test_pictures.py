@@ -5,10 +5,10 @@ import itertools
 import matplotlib
 import pytest
 import torch
+from browser_for_tests import faults_on_a_phone
 from matplotlib.text import Annotation, Text
 
 import hijack_lens as hl
-from browser_for_tests import faults_on_a_phone
 
 LONG = "counterrevolutionaries"
 SIZES = {"one": 1, "eight": 8, "many": 64}

@@ -29,7 +29,7 @@ def texts_begin(prepend_bos: bool | None) -> Iterator[None]:
 
 
 def tokenizer_of(model: Any) -> Any:
-    """A model's tokenizer; `None` where it has none, or the empty one that transformers makes up for a folder without."""
+    """A model's tokenizer; `None` where it has none, or the empty one that transformers makes up for a folder."""
     tokenizer = getattr(model, "tokenizer", None)
     return tokenizer if getattr(tokenizer, "vocab_size", 1) else None
 

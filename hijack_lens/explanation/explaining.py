@@ -71,7 +71,9 @@ def explain(
         pairs = zip(prompt.tokens, prompt.corrupted, strict=True)
         return [of_hijack_prompt(model, replace(prompt, tokens=a, corrupted=b), circuit) for a, b in pairs]
     if answer is None or foil is None:
-        raise TypeError(f"answer and foil must be given with a {type(prompt).__name__}: only a HijackPrompt has its own")
+        raise TypeError(
+            f"answer and foil must be given with a {type(prompt).__name__}: only a HijackPrompt has its own"
+        )
     texts, prompts = _each(model, prompt, "prompt")
     contrasts: list[Any] = [None] * len(prompts) if contrast is None else _each(model, contrast, "contrast")[1]
     if len(contrasts) != len(prompts):

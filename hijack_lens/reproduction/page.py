@@ -81,7 +81,9 @@ def _rows(outcome: dict[str, Any]) -> str:
     every = f"rowspan='{len(findings)}'"
     rows = []
     for setting, group in itertools.groupby(findings, key=itemgetter("setting")):
-        alike = [f"<td>{escaped(one['predicted'])}</td><td>{_mark(one)}{escaped(one['measured'])}</td>" for one in group]
+        alike = [
+            f"<td>{escaped(one['predicted'])}</td><td>{_mark(one)}{escaped(one['measured'])}</td>" for one in group
+        ]
         rows += [f"<td rowspan='{len(alike)}'>{escaped(setting)}</td>{alike[0]}", *alike[1:]]
     link = f"<a href='#{outcome['claim']}'>{escape(outcome['statement'])}</a>"
     rows[0] = (

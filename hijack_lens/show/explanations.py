@@ -3,6 +3,7 @@
 import os
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import check_target, write_atomically
@@ -99,7 +100,8 @@ def margin_bars(explanation: Explanation) -> Picture:
         if row or not split:
             ax.barh(row, total, color=PLAIN, height=0.62)
         ax.plot(total, row, "D", color="black", markersize=6, label="total" if row == 0 else None)
-        write_beside(ax, f"{total:+.2f}", total, row, 9, bbox=box, color=ON_CELL)
+        on_bars: dict[str, Any] = {"bbox": box, "color": ON_CELL} if split and row == 0 else {}
+        write_beside(ax, f"{total:+.2f}", total, row, 9, **on_bars)
     ax.set_yticks(range(len(rows)), rows)
     ax.invert_yaxis()
     ax.set_xlabel(f"weights win: {g!r}   ←   logit {c!r} − logit {g!r}   →   context wins: {c!r}")
