@@ -1,5 +1,6 @@
 """Every result shows itself: found by introspection, each kind of one shows all of what it should."""
 
+import dataclasses
 import re
 import sys
 from html.parser import HTMLParser
@@ -119,6 +120,14 @@ def test_a_result_in_a_notebook_is_a_line_a_small_picture_and_folded_tables(name
 @pytest.mark.parametrize("name", KINDS)
 def test_a_result_fits_a_phone_with_its_tables_open(name, made, unchecked, browser):
     assert faults_on_a_phone(browser, made(name)) == []
+
+
+@pytest.mark.browser
+def test_no_number_is_broken_into_two_lines(made, unchecked, browser):
+    result = made("hijack_lens.reproduction.Result")
+    said = " ".join(f"{'m' * (n % 11)} -1.6e-15" for n in range(100))
+    finding = dataclasses.replace(result.findings[0], predicted=said, measured=said, setting=said)
+    assert faults_on_a_phone(browser, dataclasses.replace(result, findings=(finding,))) == []
 
 
 @pytest.mark.parametrize("name", KINDS)
