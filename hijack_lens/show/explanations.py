@@ -16,6 +16,8 @@ from hijack_lens.show.style import ON_CELL, PAGE_STYLE, PLAIN, Picture, frameles
 from hijack_lens.show.views import attention, circuitsvis_script, token_paths
 
 _HEADS_SHOWN = 2
+_NEAR = 0.15
+"""Of all bars' lengths: a total as near to the end of its bar is written beyond it, not across that end."""
 _AT_ITS_MEAN = "set to its mean over other orders of the prompt's tokens"
 _NOTHING_NAMED = "The circuit names no component, so there is none to switch off."
 
@@ -95,13 +97,16 @@ def margin_bars(explanation: Explanation) -> Picture:
     ax = picture.figure.add_subplot()
     if split:
         stacked_bars(ax, 0, explanation.margin, 0.62)
+    parts = [float(part) for part in explanation.margin.parts.values()][:3] if split else [explanation.total]
+    beyond, across = sum(part for part in parts if (part > 0) == (explanation.total >= 0)), sum(map(abs, parts))
     box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.85, "edgecolor": "none"}
     for row, total in enumerate([explanation.total, *explanation.ablated.values()]):
         if row or not split:
             ax.barh(row, total, color=PLAIN, height=0.62)
         ax.plot(total, row, "D", color="black", markersize=6, label="total" if row == 0 else None)
-        on_bars: dict[str, Any] = {"bbox": box, "color": ON_CELL} if split and row == 0 else {}
-        write_beside(ax, f"{total:+.2f}", total, row, 9, **on_bars)
+        inside = row == 0 and abs(beyond - total) > _NEAR * across
+        style: dict[str, Any] = {"bbox": box, "color": ON_CELL} if inside else {}
+        write_beside(ax, f"{total:+.2f}", total if inside or row else beyond, row, 9, **style)
     ax.set_yticks(range(len(rows)), rows)
     ax.invert_yaxis()
     ax.set_xlabel(f"weights win: {g!r}   ←   logit {c!r} − logit {g!r}   →   context wins: {c!r}")
