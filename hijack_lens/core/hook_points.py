@@ -130,9 +130,7 @@ def _why_ignored(model: TransformerBridge, name: str) -> str | None:
         attn = model.blocks[int(name.split(".")[1])].attn
         # TransformerLens 4's own attention hands its pattern, not its scores, to the bridge.
         handed = leaf == "hook_pattern" and getattr(attn.original_component, "accepts_pattern_fn", False)
-        if handed or type(attn) in _REBUILT_ATTENTION:
-            return None
-        return "it computes heads' outputs without them (HookedTransformers and bridges of Hugging Face models do not)"
+        return None if handed or type(attn) in _REBUILT_ATTENTION else "it computes the head's output without them"
     if leaf == "hook_resid_mid":
         return "only the MLP would see them, not the residual stream"
     if name == "rotary_emb.hook_in":

@@ -14,8 +14,8 @@ from hijack_lens.attribution.frozen import FrozenModel
 from hijack_lens.attribution.source_attribution import SourceAttribution
 from hijack_lens.attribution.sources import attribution_of_runs, check_linear, parts_of
 from hijack_lens.core.checks import check_fields, shown
-from hijack_lens.core.circuit import Component, Margin, heads_at
-from hijack_lens.core.hook_points import all_components, check_hook_points, sites
+from hijack_lens.core.circuit import Margin, heads_at
+from hijack_lens.core.hook_points import all_components, sites
 from hijack_lens.core.inputs import prompt_texts
 from hijack_lens.core.spans import Span, joiner
 from hijack_lens.core.tables import Drawn, tidy, widened
@@ -94,7 +94,6 @@ class AnswerExplanation(Drawn):
         texts: those of the prompt's tokens.
         first: that of the token with the largest logit.
         contrast: how it differs from a second prompt, if one was given.
-        not_cut: why no check cuts attention, where the model computes without what is edited there.
 
     Examples:
         >>> smollm2 = hl.models.load_model("smollm2-135m")
@@ -118,7 +117,6 @@ class AnswerExplanation(Drawn):
     texts: tuple[str, ...]
     first: str
     contrast: Contrast | None = None
-    not_cut: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -244,19 +242,17 @@ def explain_answer(
     said = torch.tensor([*pair, first])
     c, g, best = prompt_texts(model, said) if outputs_are_tokens(model) else tuple(map(str, said.tolist()))
     asked = _Asked(model, ids, answers, attribution.context, attribution, _margin_of(attribution))
-    not_cut = asked.why_not_cut()
     return AnswerExplanation(
         model,
         ids,
         attribution,
-        checks=(*asked.swapped(logits), *asked.subject(), *(asked.cut() if not_cut is None else ())),
+        checks=(*asked.swapped(logits), *asked.subject(), *asked.cut()),
         doses=asked.doses(),
         names=(c, g),
         whole=asked.whole() if max(map(len, answers)) > 1 else {},
         texts=prompt_texts(model, ids),
         first=best,
         contrast=None if contrast is None else asked.against(contrast, parts),
-        not_cut=not_cut,
     )
 
 
@@ -333,14 +329,6 @@ class _Asked:
         lost = self.total - float(self._margins(changed).mean())
         return Check(f"{text} in the {part} exchanged for {', '.join(texts)}", float(shares[0] - shares[1]), lost)
 
-    def why_not_cut(self) -> str | None:
-        """Why attention cannot be cut, if it cannot."""
-        try:
-            check_hook_points(self.model, [site.name for site in sites(self.model, self._heads(), "pattern")], "model")
-        except ValueError as error:
-            return str(error)
-        return None
-
     def cut(self) -> list[Check]:
         """The answer's position kept from attending to the context: all heads at once, and the one that brings most."""
         if not self.context:
@@ -349,14 +337,12 @@ class _Asked:
         inside = brought[..., list(self.context)].sum(-1)
         best = inside.abs().flatten().topk(min(_CUT, inside.numel())).indices.tolist()
         heads = heads_at(best, inside.shape[1])
-        found = [self._without("attention to the context cut, all heads", self._heads(), float(inside.sum()))]
+        every = [head for head in all_components(self.model) if head.kind == "head"]
+        found = [self._without("attention to the context cut, all heads", every, float(inside.sum()))]
         for head in heads:
             share = float(inside[head.layer, head.head])
             found.append(self._without(f"{head}'s attention to the context cut", head, share))
         return found
-
-    def _heads(self) -> list[Component]:
-        return [one for one in all_components(self.model) if one.kind == "head"]
 
     def _without(self, what: str, heads: Any, share: float) -> Check:
         with hooks.scale(self.model, heads, 0.0, source=list(self.context)):

@@ -31,8 +31,6 @@ def _notes(found: AnswerExplanation) -> list[str]:
     if found.whole:
         each = "; ".join(f"{text!r}: {value:.2f}" for text, value in found.whole.items())
         notes.append(f"Log-probabilities of the whole answers, each token given those before it: {each}.")
-    if found.not_cut is not None:
-        notes.append(f"Attention to the context was not cut: {found.not_cut}.")
     return notes
 
 
