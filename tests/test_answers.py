@@ -4,7 +4,7 @@ import pytest
 import torch
 from bridges_for_tests import BOOTED, modern, scattered
 from browser_for_tests import Opened
-from models_for_tests import hooked, prompts
+from models_for_tests import hooked, native, prompts
 from refusals import refused
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -88,6 +88,19 @@ def test_a_folder_without_a_tokenizer_is_a_model_of_ids(tmp_path, unchecked):
         hl.explain(model, "one two", 5, 1)
     with pytest.raises(ValueError, match="it has no tokenizer: save one in its folder"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("norm", [None, "LN"])
+def test_a_bridge_that_shows_patterns_after_their_use_is_explained_as_its_twin(norm, unchecked):
+    bridge, twin = native(norm)
+    tokens = prompts(1, 8)[0]
+    tokens[3] = 5
+    found, expected = (hl.explain(model, tokens, 5, 1, context=[2, 3, 4]) for model in (bridge, plain(lambda: twin)))
+    assert [check.what for check in found.checks] == [check.what for check in expected.checks]
+    assert sum("attention to the context cut" in check.what for check in found.checks) == 2
+    for one, other in zip(found.checks, expected.checks, strict=True):
+        assert one.attributed == pytest.approx(other.attributed, abs=1e-10)
+        assert one.measured == pytest.approx(other.measured, abs=1e-10)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -91,6 +91,11 @@ def points_kept() -> Iterator[None]:
         _known.reset(token)
 
 
+def honours_edits(model: Any, name: str) -> bool:
+    """Whether edits at one of the model's hook points take effect."""
+    return not isinstance(model, TransformerBridge) or _why_ignored(model, name) is None
+
+
 def check_hook_points(model: Any, names: Iterable[str], argument: str = "components", edits: bool = True) -> None:
     """Checks that the model has these hook points, that they fire, and that `edits` there would take effect."""
     check_model(model)

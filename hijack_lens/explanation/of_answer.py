@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -14,8 +15,8 @@ from hijack_lens.attribution.frozen import FrozenModel
 from hijack_lens.attribution.source_attribution import SourceAttribution
 from hijack_lens.attribution.sources import attribution_of_runs, check_linear, parts_of
 from hijack_lens.core.checks import check_fields, shown
-from hijack_lens.core.circuit import Margin, heads_at
-from hijack_lens.core.hook_points import all_components, sites
+from hijack_lens.core.circuit import Component, Margin, heads_at
+from hijack_lens.core.hook_points import all_components, honours_edits, sites
 from hijack_lens.core.inputs import prompt_texts
 from hijack_lens.core.spans import Span, joiner
 from hijack_lens.core.tables import Drawn, tidy, widened
@@ -341,12 +342,43 @@ class _Asked:
         found = [self._without("attention to the context cut, all heads", every, float(inside.sum()))]
         for head in heads:
             share = float(inside[head.layer, head.head])
-            found.append(self._without(f"{head}'s attention to the context cut", head, share))
+            found.append(self._without(f"{head}'s attention to the context cut", [head], share))
         return found
 
-    def _without(self, what: str, heads: Any, share: float) -> Check:
-        with hooks.scale(self.model, heads, 0.0, source=list(self.context)):
+    def _without(self, what: str, heads: list[Component], share: float) -> Check:
+        with self._attending_elsewhere(heads):
             return Check(what, share, self.total - float(self._margins(self.ids[None])[0]))
+
+    def _attending_elsewhere(self, heads: list[Component]) -> hooks.Intervention:
+        """Keeps heads from attending to the context at the last position."""
+        if all(honours_edits(self.model, site.name) for site in sites(self.model, heads, "pattern")):
+            return hooks.scale(self.model, heads, 0.0, source=list(self.context))
+        # A model that shows patterns only after their use is cut at the heads' outputs, from the first layer to the
+        # last, since each layer's patterns follow from the cuts before.
+        brought: dict[int, Tensor] = {}
+
+        def less(z: Tensor, hook: Any, layer: int) -> Tensor:
+            edited = z.clone()
+            edited[:, -1] -= brought[layer]
+            return edited
+
+        def cut() -> hooks.Intervention:
+            return hooks.Intervention(
+                self.model, [(f"blocks.{layer}.attn.hook_z", partial(less, layer=layer)) for layer in brought]
+            )
+
+        for layer in sorted({head.layer for head in heads}):
+            names = [f"blocks.{layer}.attn.{leaf}" for leaf in ("hook_pattern", "hook_v", "hook_z")]
+            with cut():
+                kept = record(self.model, self.ids[None], names)[1]
+            pattern, v, z = (kept[name] for name in names)
+            seen = torch.zeros_like(pattern[:, :, -1])  # [batch, head, key]
+            for head in heads:
+                if head.layer == layer:
+                    seen[:, head.head, list(self.context)] = pattern[:, head.head, -1, list(self.context)]
+            v = v.repeat_interleave(z.shape[2] // v.shape[2], 2)
+            brought[layer] = torch.einsum("bhs,bshe->bhe", seen, v)
+        return cut()
 
     def against(self, contrast: Int[Tensor, "pos"], parts: Int[Tensor, "1 source"]) -> Contrast:
         """What sets the prompt apart from another, and the heads that carry it to the answer's position."""
