@@ -123,7 +123,10 @@ def llama_like(seed: int = 0) -> TransformerBridge:
 
 @functools.cache
 def modern(name: str, seed: int = 0, **options) -> TransformerBridge:
-    """Qwen 3, Gemma 2 or 3, OLMo 2 or Mistral: norms of queries and keys, norms after heads, windows, logit caps."""
+    """Qwen 3, Gemma 2 or 3, OLMo 2 or Mistral: norms of queries and keys, norms after heads, windows, logit caps.
+
+    Or Phi 3, whose prompts of more than four tokens turn all positions by other angles.
+    """
     sizes = {
         "vocab_size": D_VOCAB,
         "max_position_embeddings": N_CTX,
@@ -139,12 +142,14 @@ def modern(name: str, seed: int = 0, **options) -> TransformerBridge:
         "tie_word_embeddings": False,
     }
     windows = {"sliding_window": 4, "query_pre_attn_scalar": 9, "layer_types": ["sliding_attention", "full_attention"]}
+    rope = {"rope_type": "longrope", "type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [3.0, 7.0]}
     own = {
         "Qwen3": ("Qwen3Config", {}),
         "Gemma2": ("Gemma2Config", windows),
         "Gemma3": ("Gemma3TextConfig", windows),
         "Olmo2": ("Olmo2Config", {}),
         "Mistral": ("MistralConfig", {"sliding_window": 4}),
+        "Phi3": ("Phi3Config", {"original_max_position_embeddings": 4, "rope_scaling": rope, "sliding_window": None}),
     }
     config, extra = own[name]
     model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, config)(**sizes, **extra, **options))

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformer_lens.patching as lens_patching
-from bridges_for_tests import BOOTED, gpt2_like
+from bridges_for_tests import BOOTED, gpt2_like, modern
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_for_tests import HEADS, SHAPE, close, handwritten, hooked, native, perturbed, prompts
@@ -674,6 +674,26 @@ def test_a_bridges_subclassed_part_is_not_taken_apart():
     assert agrees(bridge, ["resid_pre"]).method == "forward"
     with pytest.raises(ValueError, match=r"method='incremental' cannot run this TransformerBridge.*type Other"):
         patch_sweep(bridge, CLEAN, CORRUPTED, hl.logit_diff(1, 2), method="incremental")
+
+
+def test_angles_that_depend_on_a_prompts_length_are_not_computed_for_some_positions_alone(unchecked):
+    bridge = modern("Phi3")
+    clean, corrupted = prompts(2, 7, d_vocab=13), prompts(2, 7, d_vocab=13, seed=5)
+    found = patch_sweep(bridge, clean, corrupted, hl.logit_diff(1, 2), "resid_pre", positions=[1, 2])
+    cache = bridge.run_with_cache(clean)[1]
+    for layer, position in itertools.product(range(2), (1, 2)):
+        name = f"blocks.{layer}.hook_resid_pre"
+
+        def write(stream, hook, position=position):
+            edited = stream.clone()
+            edited[:, position] = cache[name][:, position]  # noqa: B023
+            return edited
+
+        with torch.no_grad():
+            logits = bridge.run_with_hooks(corrupted, fwd_hooks=[(name, write)])[:, -1]
+        close(found.values[0, layer, position - 1], (logits[:, 1] - logits[:, 2]).mean())
+    with pytest.raises(ValueError, match="rotary angles that depend on a prompt's length are not taken apart"):
+        patch_sweep(bridge, clean, corrupted, hl.logit_diff(1, 2), method="incremental")
 
 
 def on_block(layer, **changes):

@@ -230,6 +230,23 @@ def check_plain(model: Any) -> None:
         raise UnknownArchitectureError("norms of queries and keys are not taken apart")
     if any(getattr(block, "ln1_post", None) is not None for block in model.blocks):
         raise UnknownArchitectureError("norms after attention are not taken apart")
+    if isinstance(model, TransformerBridge) and not _angles_stay(model):
+        raise UnknownArchitectureError("rotary angles that depend on a prompt's length are not taken apart")
+
+
+def _angles_stay(model: TransformerBridge) -> bool:
+    """Whether a position is turned by the same angles in prompts of any length; with long ropes, as Phi 3's, it is not."""
+    rotary = getattr(getattr(model, "rotary_emb", None), "original_component", None)
+    if rotary is None:
+        return True
+    x, longest = torch.zeros(1, device=model.cfg.device), max(1, model.cfg.n_ctx - 1)
+
+    def angles(*positions: int, kind: tuple) -> Tensor:
+        tables = rotary(x, torch.tensor([positions], device=x.device), *kind)
+        return torch.stack([table[:, 0] for table in tables])
+
+    kinds = [(kind,) for kind in getattr(rotary, "layer_types", ())] or [()]
+    return all(torch.equal(angles(1, kind=kind), angles(1, longest, kind=kind)) for kind in kinds)
 
 
 def open_model(model: Any) -> OpenModel:
