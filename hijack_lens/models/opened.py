@@ -235,7 +235,7 @@ def check_plain(model: Any) -> None:
 
 
 def _angles_stay(model: TransformerBridge) -> bool:
-    """Whether a position is turned by the same angles in prompts of any length; with long ropes, as Phi 3's, it is not."""
+    """Whether a position has the same angles in prompts of any length; with long ropes, as Phi 3 has, it has not."""
     rotary = getattr(getattr(model, "rotary_emb", None), "original_component", None)
     if rotary is None:
         return True
