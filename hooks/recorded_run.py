@@ -98,29 +98,34 @@ class RecordedRun:
             recorded("z"),
         )
 
-    def mismatch(self) -> str | None:
-        """The first result at the last position that the parts fail to reproduce; `None` if they reproduce all."""
-        last = self.length - 1
+    def mismatch(self, every_logit: bool = False) -> str | None:
+        """The first result that the parts fail to reproduce; `None` if they reproduce all.
+
+        All positions are compared, since what was put into a model may act on some of them alone; logits at the last
+        position, or at every one.
+        """
+        at = self.positions
         for index, layer in enumerate(self.layers):
-            block, here = layer.block, layer.resid_pre[:, last:]
-            normed, at = block.normed(here), self.positions[last:]
-            pattern = block.pattern(block.scores(layer.q[:, last:], layer.k, at, self.positions))
+            block, here = layer.block, layer.resid_pre
+            normed = block.normed(here)
+            pattern = block.pattern(block.scores(layer.q, layer.k, at, at))
             after = self.layers[index + 1].resid_pre if index + 1 < len(self.layers) else None
             pairs = {
-                "q": (block.q(normed, at), layer.q[:, last:]),
-                "k": (block.k(normed, at), layer.k[:, last:]),
-                "v": (block.v(normed), layer.v[:, last:]),
-                "z": (block.mixed(pattern, layer.v), layer.z[:, last:]),
-                "attn_out": (block.attn_out(layer.z[:, last:]), layer.attn_out[:, last:]),
-                "mlp_out": (block.mlp_out(here, layer.attn_out[:, last:]), layer.mlp_out[:, last:]),
+                "q": (block.q(normed, at), layer.q),
+                "k": (block.k(normed, at), layer.k),
+                "v": (block.v(normed), layer.v),
+                "z": (block.mixed(pattern, layer.v), layer.z),
+                "attn_out": (block.attn_out(layer.z), layer.attn_out),
+                "mlp_out": (block.mlp_out(here, layer.attn_out), layer.mlp_out),
             }
             if after is not None:
-                pairs["resid_post"] = (layer.resid_post[:, last:], after[:, last:])
+                pairs["resid_post"] = (layer.resid_post, after)
             for part, (ours, theirs) in pairs.items():
                 if not agree(ours, theirs):
                     return f"the {part} of layer {index}"
-        final = self.opened.logits(self.layers[-1].resid_post[:, last])
-        return None if agree(final, self.logits[:, last]) else "the logits"
+        rows = slice(0 if every_logit else self.length - 1, self.length)
+        final = self.opened.logits(self.layers[-1].resid_post[:, rows])
+        return None if agree(final, self.logits[:, rows]) else "the logits"
 
     def after_attention(self, layer: int, attn_out: Rows, start: int) -> Changed:
         """What attention writes in patched runs from `start` on, taken through the block's MLP."""

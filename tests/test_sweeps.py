@@ -606,6 +606,28 @@ class Doubled(type(hooked().blocks[0])):
         return 2 * super().forward(*args, **kwargs)
 
 
+class Steered(type(hooked().blocks[0])):
+    """A block with something of its own at one early position."""
+
+    def forward(self, *args, **kwargs):
+        stream = super().forward(*args, **kwargs).clone()
+        stream[:, 1] *= 2
+        return stream
+
+
+def with_forward(model):
+    """A model whose first attention has a forward that somebody put there, of effect before the last position."""
+    attn = model.blocks[0].attn
+    own = attn.forward
+
+    def forward(*args, **kwargs):
+        written = own(*args, **kwargs)
+        return torch.cat([2 * written[:, :-1], written[:, -1:]], 1)
+
+    attn.forward = forward
+    return model
+
+
 class Inverted(type(hooked().blocks[0].attn)):
     """An attention with something of its own in it."""
 
@@ -643,6 +665,11 @@ STRANGE = {  # and what is said of them
         lambda: with_class(hooked("LN"), lambda model: model.blocks[0], Doubled),
         "resid_post of layer 0",
     ),
+    "a block that acts at one position": (
+        lambda: with_class(hooked("LN"), lambda model: model.blocks[0], Steered),
+        "resid_post of layer 0",
+    ),
+    "an attention's own forward": (lambda: with_forward(hooked("LN")), "attn_out of layer 0"),
     "a last block of another class": (
         lambda: with_class(hooked(), lambda model: model.blocks[1], Doubled),
         "the logits",
