@@ -161,6 +161,7 @@ def logit_diff(answer: Answer, foil: Answer, position: int = -1) -> Metric:
 
     Raises:
         TypeError: for anything but tokens.
+        ValueError: if they are the same token.
 
     Examples:
         >>> metric = hl.logit_diff("e", "u").on(model)
@@ -300,11 +301,24 @@ def _of_tokens(
 
     def resolve(model: Any, clean: Logits | None = None, corrupted: Logits | None = None) -> Callable[[Tensor], Tensor]:
         ids = {argument: _ids(argument, answer, model) for argument, answer in answers.items()}
+        if "foil" in ids:
+            _check_differ(answers, ids)
         return lambda logits: of_logits(logits, ids)
 
     texts = any(isinstance(one, str) for answer in answers.values() for one in _listed(answer))
     name = words.format(**{argument: _named(answer) for argument, answer in answers.items()})
     return _OfTokens(name, None if texts else resolve(None), position, resolve, words, tuple(answers.items()))
+
+
+def _check_differ(answers: dict[str, Answer], ids: dict[str, Tensor]) -> None:
+    """Checks that answer and foil are two tokens: else their difference would be 0 in every run."""
+    answer, foil = ids["answer"], ids["foil"]
+    if answer.ndim == foil.ndim == 1 and len(answer) != len(foil):
+        raise ValueError(f"foil must be as many tokens as answer, {len(answer)}, got {len(foil)}")
+    if bool((answer == foil).any()):
+        raise ValueError(
+            f"foil must be another token than answer, {shown(answers['answer'])}, got {shown(answers['foil'])}"
+        )
 
 
 def _is_several(answer: Any) -> bool:

@@ -274,9 +274,9 @@ def as_logits(listed):
 
 
 @settings(max_examples=50)
-@given(rows, tokens, tokens, finite)
-def test_laws_of_probabilities(listed, answer, foil, shift):
-    logits = as_logits(listed)
+@given(rows, st.lists(tokens, min_size=2, max_size=2, unique=True), finite)
+def test_laws_of_probabilities(listed, pair, shift):
+    logits, (answer, foil) = as_logits(listed), pair
     total = sum(metrics.prob(token).per_prompt(logits) for token in range(5))
     close(total, torch.ones(len(listed), dtype=torch.float64), atol=1e-12)
     prob, log_prob = metrics.prob(answer).per_prompt(logits), metrics.log_prob(answer).per_prompt(logits)
@@ -320,6 +320,12 @@ test_values = refused(
     {
         "answer holds token id -1": lambda: hl.logit_diff(-1, 0),
         "foil holds token id -2": lambda: hl.logit_diff(0, [1, -2]),
+        "foil must be another token than answer, 3, got 3": lambda: hl.logit_diff(3, 3),
+        r"foil must be another token than answer, \[1, 2\], got 2": lambda: hl.logit_diff([1, 2], 2),
+        "foil must be another token than answer, 'one', got ' one'": lambda: hl.logit_diff("one", " one").on(
+            gpt2_like()
+        ),
+        "foil must be as many tokens as answer, 2, got 3": lambda: hl.logit_diff([1, 2], [3, 4, 5]),
         r"answer holds token id 100; the vocabulary has ids 0 to 12": lambda: metrics.prob(100).on(gpt2_like()),
         r"answer must be a non-empty": lambda: metrics.log_prob([]),
         "2 tokens, one per prompt, for 3 prompts": lambda: metrics.prob([1, 2])(LOGITS),

@@ -138,6 +138,21 @@ def test_analyses_run_without_dropout_and_leave_every_flag(dropping, name, unche
     assert flags(dropping) == before
 
 
+@pytest.fixture(scope="module")
+def single():
+    """A model in single precision, which autocast would take products of in half."""
+    return MODELS["GPT-2 bridge"]().to(torch.float32)
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_analyses_run_without_autocast_and_leave_it_on(single, name, unchecked):
+    expected = ANALYSES[name](single)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ANALYSES[name](single)
+        assert single(CLEAN).dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_an_intervention_leaves_the_mode_to_the_user(dropping, unchecked):
     dropping.train()
     with hooks.ablate(dropping, HEADS[0]):

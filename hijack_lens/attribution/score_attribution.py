@@ -116,8 +116,10 @@ class LogOdds(_ByTerms, Drawn):
         """
         own, others = keys.index(key), [keys.index(other) for other in against]
         shares = scores[others].softmax(0)
+        with torch.autocast(shares.device.type, enabled=False):
+            mean = einsum(shares, values[others], "key, key query_term key_term -> query_term key_term")
         return cls(
-            values=values[own] - einsum(shares, values[others], "key, key query_term key_term -> query_term key_term"),
+            values=values[own] - mean,
             entropy=float(-torch.xlogy(shares, shares).sum()),
             total=float(scores[own] - scores[others].logsumexp(0)),
             key=key,

@@ -28,9 +28,9 @@ _under_way: ContextVar[_UnderWay | None] = ContextVar("the analysis under way", 
 def analysis(analyse: Callable[Concatenate[Any, Given], Found]) -> Callable[Concatenate[Any, Given], Found]:
     """Has a function of a model, its first argument, see the model in one state, whatever state the user's is in.
 
-    While it runs, dropout is off, compiled graphs are not used, and no gradients are recorded; and all texts that it
-    reads begin as its `prepend_bos`, if it takes one, says. Afterwards every training flag is as it was, even if Ctrl-C
-    breaks into the restoring itself.
+    While it runs, dropout and `torch.autocast` are off, compiled graphs are not used, and no gradients are recorded;
+    and texts that it reads begin as its `prepend_bos`, if it takes one, says. Afterwards every training flag is as it
+    was, even if Ctrl-C breaks into the restoring itself.
 
     Raises:
         TypeError, ValueError: for what is no model, and for a model with weights that are not finite.
@@ -48,13 +48,16 @@ def analysis(analyse: Callable[Concatenate[Any, Given], Found]) -> Callable[Conc
         # Hold what must be restored before anything is changed.
         flagged = [module for module in every_module(model) if module.training]
         ours = _UnderWay((*checked, id(model)), {})
-        restore = functools.partial(_restore, flagged, ours, outer, torch.is_grad_enabled(), begins.get())
+        casting = [kind for kind in _CASTING if torch.is_autocast_enabled(kind)]
+        restore = functools.partial(_restore, flagged, casting, ours, outer, torch.is_grad_enabled(), begins.get())
         try:
             try:
                 _under_way.set(ours)
                 hold_eager(ours)
                 for module in flagged:
                     module.training = False
+                for kind in casting:
+                    torch.set_autocast_enabled(kind, False)
                 with torch.inference_mode(False), torch.no_grad(), points_kept(), texts_begin(prepend_bos):
                     return analyse(model, *args, **kwargs)
             finally:
@@ -65,11 +68,22 @@ def analysis(analyse: Callable[Concatenate[Any, Given], Found]) -> Callable[Conc
     return analyse_as_written
 
 
+_CASTING = ("cpu", "cuda", "mps", "xpu")
+"""Kinds of devices whose products `torch.autocast` may take in half precision."""
+
+
 def _restore(
-    flagged: Sequence[nn.Module], ours: _UnderWay, outer: _UnderWay | None, gradients: bool, begin: bool | None
+    flagged: Sequence[nn.Module],
+    casting: Sequence[str],
+    ours: _UnderWay,
+    outer: _UnderWay | None,
+    gradients: bool,
+    begin: bool | None,
 ) -> None:
     for module in flagged:
         module.training = True
+    for kind in casting:
+        torch.set_autocast_enabled(kind, True)
     # A Ctrl-C between the last line of a `with` and its `__exit__` leaves an intervention entered.
     for undo in tuple(ours.pending.values()):
         undo()

@@ -81,7 +81,8 @@ class ContextMemory(TokenTables, Saved, Drawn):
     def values(self) -> Float[Tensor, "query answer"]:
         """The memory: what the head writes for each answer if the query is the last token, in logits."""
         context, own = self.attention[:, :-1], self.attention[:, -1:]
-        return (context @ self.value_logits + own * self.own_logits) / self.scale[:, None]
+        with torch.autocast(context.device.type, enabled=False):
+            return (context @ self.value_logits + own * self.own_logits) / self.scale[:, None]
 
     def by_source(self, query_token: int | str) -> Float[Tensor, "source answer"]:
         """One row of `values`, split by the position that it comes from.
