@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from hijack_lens.core.analysis import as_written, hold_eager, is_compiled, release_eager
+from hijack_lens.core.analysis import analysing_thread, as_written, hold_eager, is_compiled, release_eager
 from hijack_lens.core.checks import check_choice, check_list, shown
 from hijack_lens.core.hook_points import check_hook_points, points_of
 from hijack_lens.core.inputs import model_tokens
@@ -176,6 +176,7 @@ class _Entry:
         self.point = point
         self.fn = fn
         self.fired = False
+        self.thread = analysing_thread()
 
     @property
     def handles(self) -> list[Any]:
@@ -183,6 +184,8 @@ class _Entry:
         return [handle for handle in tuple(self.point.fwd_hooks) if handle.user_hook is self]
 
     def __call__(self, activation: Tensor, hook: Any) -> Tensor | None:
+        if self.thread not in (None, threading.get_ident()):
+            return None  # a run that is none of the analysis's
         self.fired = True
         return None if self.fn is None else self.fn(activation, hook=hook)
 

@@ -1,6 +1,7 @@
 """Models in the states in which people have them: compiled, training, with adapters, broken, intervened upon."""
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import jaxtyping
 import pytest
@@ -115,6 +116,26 @@ def test_a_compiled_model_is_analysed_as_it_was_written(compiled, name, unchecke
     model, plain = compiled
     torch.testing.assert_close(ANALYSES[name](model), ANALYSES[name](plain), rtol=0, atol=1e-12, equal_nan=True)
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+# Threads
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_threads_with_one_model_do_not_see_one_another(kind, unchecked):
+    model, names = MODELS[kind](), ["patch_sweep", "forward sweep", "attribute_sources"]
+    expected, plain = {name: ANALYSES[name](model) for name in names}, model(CLEAN)
+
+    def run(name):
+        return [ANALYSES[name](model) if name in ANALYSES else model(CLEAN) for _ in range(6)]
+
+    with ThreadPoolExecutor(8) as pool:
+        asked = 2 * [*names, "a plain run"]
+        found = list(pool.map(run, asked))
+    for name, several in zip(asked, found, strict=True):
+        for one in several:
+            torch.testing.assert_close(one, expected.get(name, plain), rtol=0, atol=1e-12, equal_nan=True)
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
 # Training

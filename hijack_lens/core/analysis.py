@@ -1,9 +1,11 @@
 """What surrounds every analysis of a model: it runs as written, without dropout, and is left as it was."""
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -22,6 +24,9 @@ class _UnderWay(NamedTuple):
     pending: dict[int, Callable[[], None]]
 
 
+_locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""By model, what an analysis of it holds: it changes flags and adds hooks, which others would see."""
+
 _under_way: ContextVar[_UnderWay | None] = ContextVar("the analysis under way", default=None)
 
 
@@ -30,7 +35,8 @@ def analysis(analyse: Callable[Concatenate[Any, Given], Found]) -> Callable[Conc
 
     While it runs, dropout and `torch.autocast` are off, compiled graphs are not used, and no gradients are recorded;
     and texts that it reads begin as its `prepend_bos`, if it takes one, says. Afterwards every training flag is as it
-    was, even if Ctrl-C breaks into the restoring itself.
+    was, even if Ctrl-C breaks into the restoring itself. Threads that analyse one model do so in turn, and hooks of an
+    analysis act on its own thread's runs alone.
 
     Raises:
         TypeError, ValueError: for what is no model, and for a model with weights that are not finite.
@@ -40,30 +46,31 @@ def analysis(analyse: Callable[Concatenate[Any, Given], Found]) -> Callable[Conc
     def analyse_as_written(model: Any, *args: Given.args, **kwargs: Given.kwargs) -> Found:
         model = as_written(model)
         check_model(model)
-        prepend_bos: Any = kwargs.get("prepend_bos")
-        outer = _under_way.get()
-        checked = () if outer is None else outer.models
-        if id(model) not in checked:
-            check_finite_weights(model)
-        # Hold what must be restored before anything is changed.
-        flagged = [module for module in every_module(model) if module.training]
-        ours = _UnderWay((*checked, id(model)), {})
-        casting = [kind for kind in _CASTING if torch.is_autocast_enabled(kind)]
-        restore = functools.partial(_restore, flagged, casting, ours, outer, torch.is_grad_enabled(), begins.get())
-        try:
+        with _locks.setdefault(model, threading.RLock()):
+            prepend_bos: Any = kwargs.get("prepend_bos")
+            outer = _under_way.get()
+            checked = () if outer is None else outer.models
+            if id(model) not in checked:
+                check_finite_weights(model)
+            # Hold what must be restored before anything is changed.
+            flagged = [module for module in every_module(model) if module.training]
+            ours = _UnderWay((*checked, id(model)), {})
+            casting = [kind for kind in _CASTING if torch.is_autocast_enabled(kind)]
+            restore = functools.partial(_restore, flagged, casting, ours, outer, torch.is_grad_enabled(), begins.get())
             try:
-                _under_way.set(ours)
-                hold_eager(ours)
-                for module in flagged:
-                    module.training = False
-                for kind in casting:
-                    torch.set_autocast_enabled(kind, False)
-                with torch.inference_mode(False), torch.no_grad(), points_kept(), texts_begin(prepend_bos):
-                    return analyse(model, *args, **kwargs)
+                try:
+                    _under_way.set(ours)
+                    hold_eager(ours)
+                    for module in flagged:
+                        module.training = False
+                    for kind in casting:
+                        torch.set_autocast_enabled(kind, False)
+                    with torch.inference_mode(False), torch.no_grad(), points_kept(), texts_begin(prepend_bos):
+                        return analyse(model, *args, **kwargs)
+                finally:
+                    restore()
             finally:
-                restore()
-        finally:
-            restore()  # once more, in case a Ctrl-C interrupted the first
+                restore()  # once more, in case a Ctrl-C interrupted the first
 
     return analyse_as_written
 
@@ -93,6 +100,11 @@ def _restore(
     if outer is None:
         forget_points()
     release_eager(ours)
+
+
+def analysing_thread() -> int | None:
+    """The thread of the analysis under way, if there is one: the only one whose runs its hooks may act on."""
+    return None if _under_way.get() is None else threading.get_ident()
 
 
 def as_written(model: Any) -> Any:

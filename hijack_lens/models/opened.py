@@ -245,7 +245,7 @@ def _angles_stay(model: TransformerBridge) -> bool:
         tables = rotary(x, torch.tensor([positions], device=x.device), *kind)
         return torch.stack([table[:, 0] for table in tables])
 
-    kinds = [(kind,) for kind in getattr(rotary, "layer_types", ())] or [()]
+    kinds: list[tuple] = [(kind,) for kind in getattr(rotary, "layer_types", ())] or [()]
     return all(torch.equal(angles(1, kind=kind), angles(1, longest, kind=kind)) for kind in kinds)
 
 
