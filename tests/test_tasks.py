@@ -1011,6 +1011,30 @@ def test_a_bar_is_met_on_its_side_and_by_no_nan():
     assert replace(bar, side="at least").met(1.1)
 
 
+def test_a_model_that_is_not_finite_has_no_share_and_no_measures():
+    model = REGRESSION.model(0)
+    with torch.no_grad():
+        model.blocks[1].mlp.W_in[0, 0] = math.nan
+    for run in (
+        lambda: tasks.context_share(REGRESSION, model, [1.0], n=5),
+        lambda: REGRESSION.measure(model, 0),
+    ):
+        with pytest.raises(ValueError, match=r"logits must be finite, got a NaN.* first at blocks\.1\.hook_resid_post"):
+            run()
+
+
+def test_autocast_changes_no_training_and_no_share():
+    def found():
+        run = tasks.train(tasks.shortened(REGRESSION, steps=3), seed=1)
+        return [*run.model.parameters(), tasks.context_share(REGRESSION, run.model, [1.0], n=50).share]
+
+    expected = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        for one, other in zip(found(), expected, strict=True):
+            assert torch.equal(one, other)
+        assert torch.is_autocast_enabled("cpu")
+
+
 # Conflicts
 
 

@@ -2,7 +2,8 @@
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
@@ -100,6 +101,16 @@ def _restore(
     if outer is None:
         forget_points()
     release_eager(ours)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """No product is taken in half precision because of the user's `torch.autocast`, as long as the context lasts."""
+    with ExitStack() as off:
+        for kind in _CASTING:
+            if torch.is_autocast_enabled(kind):
+                off.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def analysing_thread() -> int | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hijack_lens.attribution import attribute
 from hijack_lens.core.checks import Seed, as_generator, check_count, check_number, check_type, fixed_seed
-from hijack_lens.hooks.intervention import record
+from hijack_lens.hooks.intervention import logits_of, record
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.measures import Row, added_without, decoded, followed, watched_loss
 from hijack_lens.tasks.outputs import OneNumber
@@ -190,7 +190,7 @@ class AffineRecurrence(OneNumber):
         batch = self.sample(_MEASURED, mixed_seed(fixed_seed(seed), "measured", 0))
         check_fits(model, batch, self)
         with torch.no_grad():
-            said = {"model": self.predictions(model(batch.inputs)), **self.references(batch)}
+            said = {"model": self.predictions(logits_of(model, batch.inputs)), **self.references(batch)}
         errors = {name: _errors(said[name], batch) for name in ("model", "bayes", "least squares", "copy")}
         rows = [("error", name, float(by.mean())) for name, by in errors.items()]
         rows.append(("error", "model, after 2 or more", float(errors["model"][2:].mean())))
@@ -217,7 +217,7 @@ class AffineRecurrence(OneNumber):
         rows += added_without(model, batch, lambda outputs: float(_errors(self.predictions(outputs), batch).mean()))
         for name, one in self._ranges(mixed_seed(seed, "ranges", 0)):
             with torch.no_grad():
-                off = _errors(self.predictions(model(one.inputs)), one)
+                off = _errors(self.predictions(logits_of(model, one.inputs)), one)
             # The first two are not known to anyone.
             rows.append((_OVER, name, float(off[2:].sum() / _errors(one.inputs, one)[2:].sum())))
         return pd.DataFrame(rows, columns=["measure", "where", "value"])

@@ -19,6 +19,7 @@ from hijack_lens.core.checks import (
     fixed_seed,
 )
 from hijack_lens.core.memory import check_memory
+from hijack_lens.hooks.intervention import logits_of
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.kinds import (
     Kind,
@@ -232,7 +233,7 @@ class AlgorithmSelection(OneNumber):
         batch = self.sample(_MEASURED, mixed_seed(fixed_seed(seed), "measured", 0))
         check_fits(model, batch, self)
         with torch.no_grad():
-            said = {**self.references(batch), "model": self.predictions(model(batch.inputs))}
+            said = {**self.references(batch), "model": self.predictions(logits_of(model, batch.inputs))}
         rows = list[Row]()
         errors = dict[str, float]()
         for name in ("model", "bayes", "oracle", "single ridge", *(kind.name for kind in self.kinds)):

@@ -21,7 +21,7 @@ from hijack_lens.core.checks import (
     shown,
 )
 from hijack_lens.core.memory import check_memory
-from hijack_lens.hooks.intervention import record
+from hijack_lens.hooks.intervention import logits_of, record
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.measures import added_without, decoded, moved_to_class, nats, residual_points, watched_loss
@@ -237,7 +237,7 @@ class BigramMemories(NextToken):
         batch = self.sample(_MEASURED, mixed_seed(fixed_seed(seed), "measured", 0))
         check_fits(model, batch, self)
         with torch.no_grad():
-            said = {"model": self.predictions(model(batch.inputs)), **self.references(batch)}
+            said = {"model": self.predictions(logits_of(model, batch.inputs)), **self.references(batch)}
         losses = {name: nats(said[name], batch.targets) for name in ("model", "bayes", "weights")}
         rows = [("loss", name, value) for name, value in losses.items()]
         rows.append(("loss", "above bayes", losses["model"] - losses["bayes"]))

@@ -10,9 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hijack_lens.core.analysis import without_autocast
 from hijack_lens.core.checks import check_count, check_fields, check_list, check_number, check_shapes, fixed_seed
 from hijack_lens.core.files import Saved
 from hijack_lens.core.tables import Drawn, tidy
+from hijack_lens.hooks.intervention import logits_of
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.task import Predictions, Task, check_fits, check_task
 from hijack_lens.training.data import mixed_seed
@@ -90,8 +92,8 @@ def context_share(
         batch = task.conflict(strength, n, mixed_seed(seed, "conflict", index))
         check_fits(model, batch, task)
         answers = task.references(batch)
-        with torch.no_grad():
-            said = task.predictions(model(batch.inputs))
+        with torch.no_grad(), without_autocast():
+            said = task.predictions(logits_of(model, batch.inputs))
         sides = answers["context"], answers["weights"]
         bayes = share_of(answers["bayes"], *sides) if "bayes" in answers else math.nan
         shares.append((share_of(said, *sides), bayes))

@@ -21,6 +21,7 @@ from hijack_lens.core.checks import (
     shown,
 )
 from hijack_lens.core.memory import check_memory
+from hijack_lens.hooks.intervention import logits_of
 from hijack_lens.language import BigramLanguage
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.measures import added_without, decoded, nats, residual_points
@@ -214,7 +215,7 @@ class LatentConcepts(NextToken):
         check_fits(model, batch, self)
         untrained = self.model(mixed_seed(seed, "weights", 0))
         with torch.no_grad():
-            said = {"model": self.predictions(model(batch.inputs)), **self.references(batch)}
+            said = {"model": self.predictions(logits_of(model, batch.inputs)), **self.references(batch)}
         losses = {name: nats(one, batch.targets) for name, one in said.items()}
         rows = [("loss", name, value) for name, value in losses.items()]
         rows.append(("loss", "above bayes", losses["model"] - losses["bayes"]))

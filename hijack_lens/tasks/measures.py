@@ -11,6 +11,7 @@ from torch import Tensor
 from hijack_lens.core.checks import fixed_seed
 from hijack_lens.core.hook_points import all_components
 from hijack_lens.hooks.ablate_and_patch import ablate
+from hijack_lens.hooks.intervention import logits_of
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.probes import Moved, move_latent
 from hijack_lens.tasks.task import Batch, Predictions, Task, check_fits
@@ -83,7 +84,7 @@ def added_without(model: RealTransformer, batch: Batch, error: Callable[[Tensor]
     """What the mean ablation of each component adds to the error of the model's outputs."""
     reader, ids = model.reading(batch.inputs)
     with torch.no_grad():
-        whole = error(model(batch.inputs))
+        whole = error(logits_of(model, batch.inputs))
     rows = list[Row]()
     for component in all_components(model):
         with ablate(reader, component, how="mean", reference=ids), torch.no_grad():

@@ -21,7 +21,7 @@ from hijack_lens.core.checks import (
     fixed_seed,
 )
 from hijack_lens.hooks.ablate_and_patch import patch
-from hijack_lens.hooks.intervention import record
+from hijack_lens.hooks.intervention import logits_of, record
 from hijack_lens.models.real import RealTransformer
 from hijack_lens.tasks.measures import added_without, decoded, residual_points, watched_loss
 from hijack_lens.tasks.outputs import OneNumber
@@ -224,7 +224,7 @@ class Representations(OneNumber):
         batch = self.sample(_MEASURED, mixed_seed(fixed_seed(seed), "measured", 0))
         check_fits(model, batch, self)
         with torch.no_grad():
-            said = {"model": self.predictions(model(batch.inputs)), **self.references(batch)}
+            said = {"model": self.predictions(logits_of(model, batch.inputs)), **self.references(batch)}
         errors = {name: _errors(said[name], batch) for name in ("model", "bayes", "oracle", "ridge on x")}
         rows = [("error", name, float(by.mean())) for name, by in errors.items()]
         for name, by in errors.items():

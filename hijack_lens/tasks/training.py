@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from hijack_lens.core.analysis import without_autocast
 from hijack_lens.core.checks import check_columns, check_count, check_fields, fixed_seed
 from hijack_lens.core.files import locked, make_folder, read_safetensors, write_safetensors
 from hijack_lens.core.tables import Drawn
@@ -71,6 +72,7 @@ class TaskRun(Drawn):
 
 
 @torch.inference_mode(False)
+@without_autocast()
 def train(task: Task, seed: int = 0, out: str | os.PathLike[str] | None = None) -> TaskRun:
     """Trains a fresh model of a task by its schedule, each step on fresh prompts.
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hijack_lens.core.analysis import without_autocast
 from hijack_lens.core.files import locked, make_folder
 from hijack_lens.core.memory import check_memory
 from hijack_lens.language import BigramLanguage, SampledSequences
@@ -35,6 +36,7 @@ from hijack_lens.training.verdict import Judge
 
 
 @torch.inference_mode(False)
+@without_autocast()
 def train(
     model: BigramTransformer, language: BigramLanguage, config: TrainConfig, out: str | os.PathLike[str] | None = None
 ) -> TrainingRun:

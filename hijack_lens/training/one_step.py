@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import trange
 
+from hijack_lens.core.analysis import without_autocast
 from hijack_lens.core.checks import Seed, check_count, check_list, check_number, check_type, fixed_seed, shown
 from hijack_lens.language.bigrams import BigramLanguage
 from hijack_lens.models.trainable import trainable_transformer
@@ -19,6 +20,7 @@ _MOST_TOKENS = 2**30
 
 
 @torch.inference_mode(False)
+@without_autocast()
 def gradient_steps(
     language: BigramLanguage,
     d_model: int = 384,
