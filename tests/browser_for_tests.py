@@ -54,11 +54,8 @@ _ON_A_PHONE = r"""scroll => {
 }"""
 
 
-def faults_on_a_phone(browser, result, pictures_scroll=False):
+def faults_on_a_phone(phone, html, pictures_scroll=False):
     """What is wider than the page or than what it stands in, and numbers broken into two lines, its tables open."""
-    page = browser.new_page(viewport={"width": 420, "height": 900})
     head = "<!DOCTYPE html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-    page.set_content(f"{head}<body>{result._repr_html_().replace('<details>', '<details open>')}")
-    found = page.evaluate(_ON_A_PHONE, pictures_scroll)
-    page.close()
-    return found
+    phone.set_content(f"{head}<body>{html.replace('<details>', '<details open>')}")
+    return phone.evaluate(_ON_A_PHONE, pictures_scroll)

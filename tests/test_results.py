@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def made(tmp_path_factory):
         return known[name]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def html_of(made):
+    """A result of a kind as a notebook shows it, drawn once."""
+    return cache(lambda name: made(name)._repr_html_())
 
 
 def test_the_kinds_of_result_are_found():
@@ -97,9 +104,8 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_result_in_a_notebook_is_a_line_a_small_picture_and_folded_tables(name, made, unchecked):
-    result = made(name)
-    html = result._repr_html_()
+def test_a_result_in_a_notebook_is_a_line_a_small_picture_and_folded_tables(name, made, html_of, unchecked):
+    result, html = made(name), html_of(name)
     assert len(html) < 300_000
     page = Page(html)
     assert page.open == []
@@ -118,16 +124,16 @@ def test_a_result_in_a_notebook_is_a_line_a_small_picture_and_folded_tables(name
 
 @pytest.mark.browser
 @pytest.mark.parametrize("name", KINDS)
-def test_a_result_fits_a_phone_with_its_tables_open(name, made, unchecked, browser):
-    assert faults_on_a_phone(browser, made(name)) == []
+def test_a_result_fits_a_phone_with_its_tables_open(name, html_of, unchecked, phone):
+    assert faults_on_a_phone(phone, html_of(name)) == []
 
 
 @pytest.mark.browser
-def test_no_number_is_broken_into_two_lines(made, unchecked, browser):
+def test_no_number_is_broken_into_two_lines(made, unchecked, phone):
     result = made("hijack_lens.reproduction.Result")
     said = " ".join(f"{'m' * (n % 11)} -1.6e-15" for n in range(100))
     finding = dataclasses.replace(result.findings[0], predicted=said, measured=said, setting=said)
-    assert faults_on_a_phone(browser, dataclasses.replace(result, findings=(finding,))) == []
+    assert faults_on_a_phone(phone, dataclasses.replace(result, findings=(finding,))._repr_html_()) == []
 
 
 @pytest.mark.parametrize("name", KINDS)

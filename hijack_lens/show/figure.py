@@ -35,6 +35,12 @@ class LiteralFigure(Figure):
 
     def draw(self, renderer: Any) -> None:
         """Draws the figure, with all texts that it has by now and those that drawing adds."""
+        with self._literal():
+            super().draw(renderer)
+
+    @contextmanager
+    def _literal(self) -> Iterator[None]:
+        """Has all texts say what is written, those made meanwhile included."""
         with rc_context({"text.parse_math": False, "text.usetex": False}):
             for axis in self.findobj(Axis):
                 for get, set_formatter in (
@@ -49,14 +55,16 @@ class LiteralFigure(Figure):
             for text in self.findobj(Text):
                 text.set(parse_math=False, usetex=False, text=written(text.get_text()))
                 give_fonts(text)
-            super().draw(renderer)
+            yield
 
     @contextmanager
     def fitted(self) -> Iterator[None]:
         """Fits it, and holds that layout, which takes longer than to draw it."""
         self.fit()
         engine = self.get_layout_engine()
-        self.set_layout_engine("none")
+        # Not "none", which stands in for an engine: matplotlib draws a figure that has one twice.
+        with rc_context({"figure.autolayout": False, "figure.constrained_layout.use": False}):
+            self.set_layout_engine()
         try:
             yield
         finally:
@@ -68,9 +76,15 @@ class LiteralFigure(Figure):
         matplotlib's layout makes room for the names of ticks, but not for a title or label longer than its axes, which
         is broken into lines, nor for numbers beside bars, for which the axes reach further.
         """
+        canvas = FigureCanvasAgg(self)
         for _ in range(_ROUNDS):
-            self.draw_without_rendering()
-            renderer = FigureCanvasAgg(self).get_renderer()
+            with self._literal():
+                if engine := self.get_layout_engine():
+                    engine.execute(self)
+            renderer = canvas.get_renderer()
+            for ax in self.axes:
+                place = ax.get_axes_locator()
+                ax.apply_aspect(place(ax, renderer) if place else None)
             changed = [_thin(axis, renderer) for axis in self.findobj(Axis)]
             changed += [self._break(text, renderer) for text in self._labels()]
             changed += [_widen(ax, renderer) for ax in self.axes]

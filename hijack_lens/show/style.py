@@ -118,10 +118,11 @@ class Picture:
         check_type("alt", alt, str)
         with self.figure.fitted():
             drawn = [self._element("", strip) for strip in self.figure.strips()]
+            if large := sum(map(len, drawn)) > _LARGEST:
+                data = base64.b64encode(self._pixels(dpi=100)).decode()
         named = f'role="img" aria-label="{self._name(alt)}"'
-        if sum(map(len, drawn)) <= _LARGEST:
+        if not large:
             return f'<div {named} style="display:flex;flex-wrap:wrap;align-items:flex-start">{"".join(drawn)}</div>'
-        data = base64.b64encode(self.png(dpi=100)).decode()
         style = f"{_size(self.figure.get_size_inches()[0])};background:white"
         return f'<img alt="{self._name(alt)}" style="{style}" src="data:image/png;base64,{data}">'
 
@@ -151,11 +152,15 @@ class Picture:
         """The picture as the bytes of a PNG file."""
         dpi = check_count("dpi", dpi, minimum=_DPI)
         with self.figure.fitted():
-            size = dpi * self.figure.get_size_inches()
-            if max(size) >= 2**16 or math.prod(size) > 2**28:
-                raise ValueError(f"dpi must be smaller for a picture this large, got {shown(dpi)}")
-            buffer = io.BytesIO()
-            self.figure.savefig(buffer, format="png", dpi=dpi)
+            return self._pixels(dpi)
+
+    def _pixels(self, dpi: int) -> bytes:
+        """The fitted picture as a PNG file."""
+        size = dpi * self.figure.get_size_inches()
+        if max(size) >= 2**16 or math.prod(size) > 2**28:
+            raise ValueError(f"dpi must be smaller for a picture this large, got {shown(dpi)}")
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="png", dpi=dpi)
         return buffer.getvalue()
 
     def _repr_png_(self) -> bytes:
