@@ -45,6 +45,8 @@ _MOST_SMOOTHING = 1e100
 STEP = 600
 """Bytes of a tensor of its own for a time step, beside what it holds."""
 
+BELOW_ONE = 1 - 2**-32
+"""The largest number to invert a row's distribution at: any larger, it could round up into the next token's row."""
 
 _SQUARED = 1000
 """Tokens up to which a chain's long-run frequencies are found by squaring it, in less than a second."""
@@ -284,13 +286,14 @@ class BigramLanguage(Vocabulary, Drawn):
         forced = torch.full((n_sequences, self.d_vocab), -1).scatter_(1, chosen, follow)
         forced_flat, row_start = forced.flatten(), torch.arange(n_sequences) * self.d_vocab
         uniform = torch.rand(length, n_sequences, generator=generator, dtype=torch.float64)
+        uniform[1:].clamp_(max=BELOW_ONE)
         first_cdf = (self.pi_u.cumsum(0) / self.pi_u.sum()).clamp(max=1)
         current = torch.searchsorted(first_cdf, uniform[0], right=True)
         columns = [current]
         jumps = drawn_jumps(jump, chosen, length, generator) if jump else None
         for t in range(1, length):
             must = forced_flat.index_select(0, row_start + current)
-            free = self.step(current, uniform[t])
+            free = self._successors(current, uniform[t])
             if jumps is not None:
                 free = torch.where(jumps[t] >= 0, jumps[t], free)
             current = torch.where(must >= 0, must, free)
@@ -313,9 +316,13 @@ class BigramLanguage(Vocabulary, Drawn):
             raise ValueError(
                 f"tokens and uniform must have one shape [sequence], got {list(tokens.shape)} and {list(uniform.shape)}"
             )
-        # Stay below 1, or tokens + uniform could round up into the next token's row.
-        drawn = tokens + uniform.clamp(max=1 - 2**-32)
-        return torch.searchsorted(self._stacked_cdf, drawn, right=True) - tokens * self.d_vocab
+        return self._successors(tokens, uniform.clamp(max=BELOW_ONE))
+
+    def _successors(
+        self, tokens: Int[Tensor, "sequence"], uniform: Float[Tensor, "sequence"]
+    ) -> Int[Tensor, "sequence"]:
+        """`step` without its checks, for loops; no number may lie above `BELOW_ONE`."""
+        return torch.searchsorted(self._stacked_cdf, tokens + uniform, right=True) - tokens * self.d_vocab
 
     @cached_property
     def _stacked_cdf(self) -> Float[Tensor, "cells"]:

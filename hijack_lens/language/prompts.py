@@ -11,7 +11,7 @@ from torch import Tensor
 from hijack_lens.core.checks import Seed, as_generator, check_choice, check_count, check_fields, check_type, shown
 from hijack_lens.core.memory import check_memory
 from hijack_lens.core.tables import Drawn
-from hijack_lens.language.bigrams import STEP, BigramLanguage
+from hijack_lens.language.bigrams import BELOW_ONE, STEP, BigramLanguage
 from hijack_lens.language.vocabulary import Token
 
 _LETTERS = 600
@@ -218,10 +218,9 @@ def _fill(
     fixed = torch.full((len(starts), length), -1)
     fixed.scatter_(1, starts, q).scatter_(1, starts + 1, c)
     fixed[:, -1] = q
-    uniform = torch.rand(length, len(starts), generator=generator, dtype=torch.float64)
+    uniform = torch.rand(length, len(starts), generator=generator, dtype=torch.float64).clamp_(max=BELOW_ONE)
     tokens = filler.sample(len(starts), 1, seed=generator).tokens
     columns = [tokens[:, 0]]
-    for t in range(1, length):
-        drawn = filler.step(columns[-1], uniform[t])
-        columns.append(torch.where(fixed[:, t] >= 0, fixed[:, t], drawn))
+    for at, drawn in zip(fixed.T[1:], uniform[1:], strict=True):
+        columns.append(torch.where(at >= 0, at, filler._successors(columns[-1], drawn)))
     return torch.stack(columns, 1)
