@@ -42,12 +42,26 @@ def nasty_explanation():
     return hl.explain(hl.associative_transformer(language), prompt)
 
 
+@pytest.fixture(scope="module")
+def report(explanation, tmp_path_factory):
+    return hl.write_report(explanation, tmp_path_factory.mktemp("report") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def nasty_report(nasty_explanation, tmp_path_factory):
+    return hl.write_report(nasty_explanation, tmp_path_factory.mktemp("nasty") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def view(explanation):
+    return show.attention(explanation.model, explanation.prompt)
+
+
 @pytest.mark.browser
-def test_the_report_draws_both_attention_patterns_and_the_attribution_offline(explanation, browser, tmp_path):
-    path = hl.write_report(explanation, tmp_path / "report.html")
-    opened = Opened(browser, path)
+def test_the_report_draws_both_attention_patterns_and_the_attribution_offline(explanation, report, browser):
+    opened = Opened(browser, report)
     assert opened.complaints == []
-    assert [url for url in opened.requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
+    assert [url for url in opened.requests if not url.startswith(("data:", "blob:"))] == [report.as_uri()]
     text = opened.page.inner_text("body")
     assert explanation.verdict in text
     assert "previous-token head (L0H0)" in text
@@ -70,8 +84,8 @@ def test_the_report_draws_both_attention_patterns_and_the_attribution_offline(ex
 
 
 @pytest.mark.browser
-def test_tokens_that_look_like_markup_are_shown_as_text(nasty_explanation, browser, tmp_path):
-    opened = Opened(browser, hl.write_report(nasty_explanation, tmp_path / "report.html"))
+def test_tokens_that_look_like_markup_are_shown_as_text(nasty_explanation, nasty_report, browser):
+    opened = Opened(browser, nasty_report)
     assert opened.complaints == []
     assert opened.page.evaluate("document.querySelectorAll('img[src=\"x\"]').length") == 0
     assert NASTY in opened.page.inner_text("body")
@@ -86,8 +100,7 @@ def test_tokens_that_look_like_markup_are_shown_as_text(nasty_explanation, brows
 
 
 @pytest.mark.browser
-def test_a_view_stands_alone_in_a_notebook_page_and_may_stand_there_twice(explanation, browser, tmp_path):
-    view = show.attention(explanation.model, explanation.prompt)
+def test_a_view_stands_alone_in_a_notebook_page_and_may_stand_there_twice(view, browser, tmp_path):
     page = tmp_path / "cells.html"
     page.write_text(f"<!DOCTYPE html><meta charset=utf-8><body>{view._repr_html_()}{view._repr_html_()}</body>")
     opened = Opened(browser, page)
@@ -128,8 +141,8 @@ def test_patterns_of_long_prompts_are_drawn_in_blocks_that_lose_no_peak(language
     assert len(view._repr_html_()) < 300_000
 
 
-def test_the_report_carries_circuitsvis_once(explanation, tmp_path):
-    html = hl.write_report(explanation, tmp_path / "report.html").read_text(encoding="utf-8")
+def test_the_report_carries_circuitsvis_once(report):
+    html = report.read_text(encoding="utf-8")
     assert html.count("var CircuitsVis=") == 1
     assert html.count("lens.render(") == 3
     assert "https://unpkg.com" not in html
@@ -141,10 +154,10 @@ def props_of(view):
     return [(element, json.loads(props)) for element, props in calls]
 
 
-def test_the_attention_view_holds_the_models_own_patterns(explanation):
-    model, prompt = explanation.model, explanation.prompt
-    _, cache = model.run_with_cache(prompt.tokens)
-    (first, one), (second, two) = props_of(show.attention(model, prompt))
+def test_the_attention_view_holds_the_models_own_patterns(explanation, view):
+    prompt = explanation.prompt
+    _, cache = explanation.model.run_with_cache(prompt.tokens)
+    (first, one), (second, two) = props_of(view)
     assert first == second == "AttentionPattern"
     # Pages hold four decimals.
     torch.testing.assert_close(torch.tensor(one["attention"]), cache["pattern", 0][0, 0], atol=6e-5, rtol=0)
@@ -174,8 +187,7 @@ def test_a_first_token_that_deep_heads_look_at_by_default_is_set_apart():
 
 
 @pytest.mark.browser
-def test_panels_are_equally_wide_however_many(explanation, browser, tmp_path):
-    view = show.attention(explanation.model, explanation.prompt)
+def test_panels_are_equally_wide_however_many(view, browser, tmp_path):
     for n_panels, width in ((1, 1000), (2, 1000), (3, 1000), (3, 420)):
         page = tmp_path / f"{n_panels}-{width}.html"
         some = show.views.View((view.panels * 2)[:n_panels], view.caption)
@@ -223,10 +235,9 @@ class Balanced(HTMLParser):
         self.text.append(data)
 
 
-def test_the_reports_markup_is_balanced(explanation, nasty_explanation, tmp_path):
-    for case in (explanation, nasty_explanation):
-        html = hl.write_report(case, tmp_path / "report.html").read_text(encoding="utf-8")
-        assert Balanced(html).open == []
+def test_the_reports_markup_is_balanced(report, nasty_report):
+    for path in (report, nasty_report):
+        assert Balanced(path.read_text(encoding="utf-8")).open == []
 
 
 def test_the_bars_show_the_margin_and_every_ablation(explanation):
@@ -329,9 +340,8 @@ def test_on_a_phone_panels_stand_below_one_another_and_wide_tables_flow(explanat
 
 
 @pytest.mark.browser
-def test_on_paper_a_result_is_black_on_white_open_and_not_cut(explanation, browser, tmp_path):
+def test_on_paper_a_result_is_black_on_white_open_and_not_cut(explanation, report, browser, tmp_path):
     explanation.attribution.save(alone := tmp_path / "attribution.html")
-    report = hl.write_report(explanation, tmp_path / "report.html")
     for path, drawn in ((alone, "svg"), (report, "canvas")):
         page = Opened(browser, path, drawn).page
         page.emulate_media(media="print", color_scheme="dark")
@@ -344,8 +354,8 @@ def test_on_paper_a_result_is_black_on_white_open_and_not_cut(explanation, brows
 
 
 @pytest.mark.browser
-def test_circuitsvis_draws_on_the_ground_of_its_page(explanation, browser, tmp_path):
-    page = Opened(browser, hl.write_report(explanation, tmp_path / "report.html")).page
+def test_circuitsvis_draws_on_the_ground_of_its_page(report, browser):
+    page = Opened(browser, report).page
     filtered = "getComputedStyle(document.querySelector('.hijack-lens-view')).filter"
     for theme, media, wanted in (("light", "screen", "none"), ("dark", "screen", "invert"), ("dark", "print", "none")):
         page.emulate_media(media=media, color_scheme=theme)
