@@ -1,13 +1,13 @@
 """The claims in one run: resumable, reported whole, failures and all."""
 
+import importlib
 import json
 import math
 import re
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
+import torch
 from browser_for_tests import Opened
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,8 +18,10 @@ from hijack_lens.reproduction import claims
 from hijack_lens.reproduction.findings import Condition, Finding, Result, over_seeds
 from hijack_lens.show.style import Picture
 
-SCRIPT = """
+PLANTED = """
 import os
+
+import torch
 
 from hijack_lens import reproduction
 
@@ -28,11 +30,9 @@ def deadly(settings):
     os._exit(1)
 
 
-# In the workers too, which import this script.
-reproduction.CLAIMS["facts"] = reproduction.Claim("", "nowhere", deadly, "full", "quick")
-
-if __name__ == "__main__":
-    reproduction.reproduce("out", True, ["facts", "closed-form"], workers=2)
+def plant(n_threads):
+    torch.set_num_threads(n_threads)
+    reproduction.CLAIMS["facts"] = reproduction.Claim("", "nowhere", deadly, "full", "quick")
 """
 
 NASTY = "</table><img src=x onerror=document.title='PWNED'>"
@@ -253,11 +253,14 @@ def test_every_claim_says_what_it_is_and_is_measured_at_several_seeds():
         assert claim.full != claim.quick
 
 
-def test_processes_find_what_one_does_and_one_that_dies_fails_its_claim_alone(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    ran = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    found, died = json.loads((tmp_path / "out" / "report.json").read_text())
+def test_processes_find_what_one_does_and_one_that_dies_fails_its_claim_alone(tmp_path, monkeypatch):
+    (tmp_path / "planted.py").write_text(PLANTED)
+    monkeypatch.syspath_prepend(tmp_path)  # the workers' too
+    planted = importlib.import_module("planted")
+    monkeypatch.setitem(reproduction.CLAIMS, "facts", None)
+    planted.plant(1)
+    monkeypatch.setattr(torch, "set_num_threads", planted.plant)  # what every worker calls first
+    died, found = reproduction.reproduce(tmp_path / "out", True, ["facts", "closed-form"], workers=2).outcomes
     assert (died["claim"], died["verdict"], died["seconds"]) == ("facts", "failed", None)
     assert died["error"].startswith("BrokenProcessPool: ")
     assert died["error"] in (tmp_path / "out" / "report.html").read_text()
