@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from importlib.resources import files
 
 import numpy as np
@@ -296,24 +295,6 @@ def test_what_the_widget_is_set_to_the_explorer_knows(monkeypatch):
     bundle = explorer._repr_mimebundle_()
     assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.widget.model_id
     assert hl.explore(repeats=7).values == explorer.values
-
-
-def test_without_anywidget_the_page_is_there_and_the_widget_names_the_extra(tmp_path):
-    code = """
-import sys
-sys.modules["anywidget"] = None  # as if it were not installed
-import hijack_lens as hl
-explorer = hl.explore(repeats=3)
-print(explorer._repr_mimebundle_(), "srcdoc" in explorer._repr_html_(), explorer.save("explorer.html"))
-try:
-    explorer.widget
-except ImportError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    shown, said = done.stdout.splitlines() or [done.stderr, ""]
-    assert shown == "{} True explorer.html"
-    assert "pip install 'hijack-lens[widgets]'" in said
 
 
 NASTY = "</script><b>&"

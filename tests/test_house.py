@@ -58,12 +58,25 @@ print(repr(hl.attribute(model, [0, 1, 2])).splitlines()[0])
 print(sorted(loaded() & {"matplotlib", "circuitsvis"} - before))
 hl.write_report
 print("hijack_lens.show" in loaded())
+sys.modules["anywidget"] = None  # as if it were not installed
+explorer = hl.explore(repeats=3)
+print(explorer._repr_mimebundle_(), "srcdoc" in explorer._repr_html_(), explorer.save("explorer.html"))
+try:
+    explorer.widget
+except ImportError as error:
+    print(error)
 """
 
 
-def test_what_is_not_used_is_not_imported_and_results_print_themselves_all_the_same():
-    """What only pictures need is loaded when one is drawn, so that importing costs what TransformerLens costs."""
-    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=True)
-    at_import, shown, after_printing, after_asking = done.stdout.splitlines()
+def test_what_is_not_used_is_not_imported_and_results_print_themselves_all_the_same(tmp_path):
+    """What only pictures need is loaded when one is drawn, so that importing costs what TransformerLens costs.
+
+    Without anywidget an explorer's page is there, and its widget names the extra.
+    """
+    done = subprocess.run([sys.executable, "-c", FRESH], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    at_import, printed, after_printing, after_asking, shown, said = done.stdout.splitlines()
     assert (at_import, after_printing, after_asking) == ("[]", "[]", "True")
-    assert shown.startswith("LogitAttribution(path=")
+    assert printed.startswith("LogitAttribution(path=")
+    assert shown == "{} True explorer.html"
+    assert "pip install 'hijack-lens[widgets]'" in said
