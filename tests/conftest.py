@@ -1,6 +1,7 @@
 """Settings and fixtures that several test files use.
 
-Nothing here may import hijack_lens: pytest reads this file while the run-time shape checks are being set up.
+Nothing here may import hijack_lens: pytest reads this file while the run-time shape checks are being set up. PyTorch is
+imported where it is needed, since the process that deals the tests out to others waits for this file and needs none.
 """
 
 import gc
@@ -11,12 +12,10 @@ import shutil
 import jaxtyping
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 # A process per core, and so a thread per process: on tiny tensors, more only wait for one another.
-torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for those that tests start
+os.environ["OMP_NUM_THREADS"] = "1"
 
 settings.register_profile(
     "hijack-lens",
@@ -59,14 +58,16 @@ def unchecked(monkeypatch):
 @pytest.fixture
 def global_rng_untouched(unchecked):  # the type checker looks at random items of lists, by the global state
     """Fails a test in which any global random state moved."""
+    import torch
+
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
     yield
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
     assert before == after
 
 
-@pytest.fixture(scope="module")
-def browser():
+@pytest.fixture(scope="session")
+def chromium():
     executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if executable is None:
         if os.environ.get("REQUIRE_BROWSER"):
@@ -75,9 +76,17 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
-        yield chromium
-        chromium.close()
+        started = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    """The session's browser, without what earlier modules opened."""
+    yield chromium
+    for context in chromium.contexts:
+        context.close()
 
 
 @pytest.fixture(scope="module")
