@@ -49,11 +49,12 @@ def untrained(task, seed):
     return TaskRun(task.model(seed), task, seed, 4, table)
 
 
-@pytest.fixture
-def result(monkeypatch):
-    for name in ("_WATCHED", "_MEASURED", "_PROBED"):
-        monkeypatch.setattr(latent_concepts, name, 200)
-    return in_context_learner(Settings(TASK, (5, 6, 7)), untrained)
+@pytest.fixture(scope="module")
+def result():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_WATCHED", "_MEASURED", "_PROBED"):
+            patch.setattr(latent_concepts, name, 200)
+        return in_context_learner(Settings(TASK, (5, 6, 7)), untrained)
 
 
 def test_verdicts_follow_from_every_seed_and_a_model_that_learned_nothing_misses_what_it_should(result):
@@ -171,9 +172,9 @@ def test_a_page_on_several_learners_ends_with_their_comparison_each_by_its_first
         monkeypatch.setitem(claims._TASKS, name, small)
     compared = []
     monkeypatch.setattr(claims, "comparison", lambda learners: compared.append([*learners]) or comparison(learners))
-    alike = reproduction.reproduce(tmp_path, True, ["latent-concepts", "algorithm-selection"], workers=1)
+    alike = reproduction.reproduce(tmp_path, False, ["latent-concepts", "algorithm-selection"], workers=1)
     assert "id='comparison'" not in alike.report.read_text()
-    both = reproduction.reproduce(tmp_path, True, ["latent-concepts", "affine-recurrence"], workers=1)
+    both = reproduction.reproduce(tmp_path, False, ["latent-concepts", "affine-recurrence"], workers=1)
     assert both.report.read_text().index("id='comparison'") > both.report.read_text().index("id='affine-recurrence'")
     assert compared == [["latent-concepts", "affine-recurrence"]]
 

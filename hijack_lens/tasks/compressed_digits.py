@@ -79,7 +79,7 @@ class CompressedDigits:
         schedule: of the training, of teacher and student alike.
 
     Examples:
-        >>> task = hl.tasks.CompressedDigits(rows=3, columns=3, prior=False)
+        >>> task = hl.tasks.CompressedDigits(rows=3, columns=3, prior=False, schedule=hl.tasks.Schedule(50))
         >>> task.name, task.source[:39]
         ('digits from 3 x 3 measurements, 150 labels, without prior', 'after Tran et al., arXiv 2002.07203: sm')
         >>> task.claims[0].statement, task.teacher.cfg.n_layers
