@@ -38,6 +38,17 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def blank_report(monkeypatch):
+    """Reports are blank pages: what stands in them is looked at elsewhere, and takes long to draw."""
+
+    def write(explanation, path):
+        path.write_text("")
+        return path
+
+    monkeypatch.setattr(hl, "write_report", write)
+
+
 def test_explain_without_arguments_tells_the_whole_story(capsys, monkeypatch, tmp_path):
     code, out, err = run(capsys, monkeypatch, "explain")
     assert (code, err) == (0, "")
@@ -53,7 +64,7 @@ def test_explain_without_arguments_tells_the_whole_story(capsys, monkeypatch, tm
     assert (tmp_path / "hijack-lens-report.html").stat().st_size > 1_000_000
 
 
-def test_json_holds_the_numbers_that_the_library_gives(capsys, monkeypatch, tmp_path):
+def test_json_holds_the_numbers_that_the_library_gives(capsys, monkeypatch, tmp_path, blank_report):
     text = "the cat sat on the mat and the dog sat on the log while the cow ate the hay " * 20
     Path("my.txt").write_text(text)
     options = ["--text", "my.txt", "--level", "word", "--trigger", "the", "--in-context", "sat", "--repeats", "2",
@@ -131,7 +142,7 @@ def test_a_trigger_that_mostly_follows_itself_is_one_like_any_other(capsys, monk
     assert (code, err) == (0, "")
 
 
-def test_brackets_in_names_are_no_markup(capsys, monkeypatch, tmp_path):
+def test_brackets_in_names_are_no_markup(capsys, monkeypatch, tmp_path, blank_report):
     (tmp_path / "d[red]x").mkdir()
     code, out, _ = run(capsys, monkeypatch, "explain", "--trigger", "]", "--global", "[", "--out", "d[red]x/r.html")
     assert code == 0
@@ -162,7 +173,7 @@ def test_a_text_in_another_encoding(capsys, monkeypatch):
     assert json.loads(out)["trigger"] == "é"
 
 
-def test_a_report_is_written_beside_json_only_where_it_is_asked_for(capsys, monkeypatch, tmp_path):
+def test_a_report_is_written_beside_json_only_where_it_is_asked_for(capsys, monkeypatch, tmp_path, blank_report):
     code, out, _ = run(capsys, monkeypatch, "explain", "--json")
     assert code == 0
     assert json.loads(out)["report"] is None
@@ -172,23 +183,23 @@ def test_a_report_is_written_beside_json_only_where_it_is_asked_for(capsys, monk
         assert said + str(tmp_path) in out
 
 
-@pytest.mark.parametrize("width", [40, 80, 200])
-def test_tables_fit_the_terminal_and_no_number_is_cut(capsys, monkeypatch, width):
+def test_tables_fit_the_terminal_and_no_number_is_cut(capsys, monkeypatch, blank_report):
     _, out, _ = run(capsys, monkeypatch, "explain", "--json")
     printed = json.loads(out)
     numbers = [f"{row[side]:+.3f}" for row in printed["paths"] for side in ("in_context", "global")]
     numbers += [f"{printed['margin']['total']:+.3f}", *(f"{margin:+.3f}" for margin in printed["ablated"].values())]
-    _, out, _ = run(capsys, monkeypatch, "explain", width=width)
-    tables = [line for line in out.splitlines() if "Report" not in line]
-    assert max(map(len, tables)) <= width
-    assert [number for number in numbers if number not in out] == []
+    for width in (40, 80, 200):
+        _, out, _ = run(capsys, monkeypatch, "explain", width=width)
+        tables = [line for line in out.splitlines() if "Report" not in line]
+        assert max(map(len, tables)) <= width
+        assert [number for number in numbers if number not in out] == []
 
 
 def test_the_default_that_help_gives_is_the_one_used():
     assert f"[default: {hl.TrainConfig.max_steps}]" in inspect.getdoc(commands.train)
 
 
-def test_training_and_explaining_close_the_loop(capsys, monkeypatch, tmp_path):
+def test_training_and_explaining_close_the_loop(capsys, monkeypatch, blank_report):
     Path("my.txt").write_text("abcdefgh" * 40 + "hgfedcba" * 40)
     options = ["--text", "my.txt", "--out", "run", "--steps", "3", "--length", "16", "--d-model", "16"]
     code, out, err = run(capsys, monkeypatch, "train", *options)
@@ -222,7 +233,7 @@ def test_training_goes_on_until_the_circuit_has_formed(capsys, monkeypatch, tmp_
     assert json.loads(out)["formed"] == list(formed.formed.lines)
 
 
-def test_a_terminal_says_what_takes_long_and_then_forgets_it(capsys, monkeypatch):
+def test_a_terminal_says_what_takes_long_and_then_forgets_it(capsys, monkeypatch, blank_report):
     language = hl.BigramLanguage.dirichlet(12, seed=0)
     hl.associative_transformer(language, n_ctx=16).save_pretrained("mine")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
