@@ -50,9 +50,11 @@ def pytest_runtest_call(item):
 
 
 @pytest.fixture
-def unchecked(monkeypatch):
+def unchecked():
     """The library as its users run it: its own checks meet bad input, not the test run's type checker."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo its `monkeypatch`
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        yield
 
 
 @pytest.fixture
