@@ -4,10 +4,13 @@ Nothing here may import hijack_lens: pytest reads this file while the run-time s
 imported where it is needed, since the process that deals the tests out to others waits for this file and needs none.
 """
 
+import functools
 import gc
+import inspect
 import os
 import random
 import shutil
+from collections import Counter
 
 import jaxtyping
 import numpy as np
@@ -27,7 +30,45 @@ settings.register_profile(
 settings.load_profile("hijack-lens")
 
 
+_CHECKED = 20
 _first: dict[str, pytest.Item] = {}
+_calls = Counter()  # of each function, in this test
+
+
+def _in_first_calls(jaxtyped):
+    """jaxtyping's decorator, which is applied when a function is first called where shapes are checked.
+
+    To decorate takes a millisecond and to check a tenth of one, for thousands of functions, those made within others
+    again and again, and for some of them thousands of calls in a test.
+    """
+
+    def decorator(*, typechecker):
+        decorate = jaxtyped(typechecker=typechecker)
+
+        def decorated(made):
+            if inspect.isclass(made):
+                return decorate(made)
+            checking = None
+
+            @functools.wraps(made)
+            def call(*args, **kwargs):
+                __tracebackhide__ = True
+                nonlocal checking
+                if jaxtyping.config.jaxtyping_disable or _calls[made.__code__] >= _CHECKED:
+                    return made(*args, **kwargs)
+                _calls[made.__code__] += 1
+                if checking is None:
+                    checking = decorate(made)
+                return checking(*args, **kwargs)
+
+            return call
+
+        return decorated
+
+    return decorator
+
+
+jaxtyping.jaxtyped = _in_first_calls(jaxtyping.jaxtyped)
 
 
 def pytest_collection_finish(session):
@@ -41,6 +82,7 @@ def pytest_collection_finish(session):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """Of the cases of one test, shapes are checked in the first: all others run the library as its users do."""
+    _calls.clear()
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.jaxtyping_disable = before or _first[item.nodeid.split("[")[0]] is not item
     try:

@@ -1,8 +1,7 @@
-"""The run-time type checker of the tests, which pyproject.toml names to jaxtyping: beartype, when it is needed, once.
+"""The run-time type checker of the tests, which pyproject.toml names to jaxtyping: beartype, with a memory.
 
-Whenever a `def` runs, a closure's too, jaxtyping asks for a checker of its arguments; most are never called. It hands
-over a stand-in with the function's signature and no body, so what beartype makes of one is good for every other of that
-name and signature.
+Whenever a `def` runs, a closure's too, jaxtyping asks for a checker of its arguments. It hands over a stand-in with the
+function's signature and no body, so what beartype makes of one is good for every other of that name and signature.
 """
 
 import inspect
@@ -13,19 +12,7 @@ _made = {}
 
 
 def checked(stand_in):
-    """What `beartype(stand_in)` is, made at the first call."""
-    checker = None
-
-    def check(*args, **kwargs):
-        nonlocal checker
-        if checker is None:
-            checker = _checker(stand_in)
-        return checker(*args, **kwargs)
-
-    return check
-
-
-def _checker(stand_in):
+    """`beartype(stand_in)`, made once."""
     alike = (stand_in.__module__, stand_in.__qualname__, inspect.signature(stand_in))
     try:
         return _made[alike]
