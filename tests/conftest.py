@@ -54,8 +54,11 @@ def _in_first_calls(jaxtyped):
             def call(*args, **kwargs):
                 __tracebackhide__ = True
                 nonlocal checking
-                if jaxtyping.config.jaxtyping_disable or _calls[made.__code__] >= _CHECKED:
+                if jaxtyping.config.jaxtyping_disable:
                     return made(*args, **kwargs)
+                if _calls[made.__code__] >= _CHECKED:
+                    with jaxtyped("context"):  # its axes are its own, as of a call that is checked
+                        return made(*args, **kwargs)
                 _calls[made.__code__] += 1
                 if checking is None:
                     checking = decorate(made)

@@ -84,7 +84,7 @@ class LiteralFigure(Figure):
             renderer = canvas.get_renderer()
             for ax in self.axes:
                 place = ax.get_axes_locator()
-                ax.apply_aspect(place(ax, renderer) if place else None)
+                ax.apply_aspect(None if place is None else place(ax, renderer))
             changed = [_thin(axis, renderer) for axis in self.findobj(Axis)]
             changed += [self._break(text, renderer) for text in self._labels()]
             changed += [_widen(ax, renderer) for ax in self.axes]
