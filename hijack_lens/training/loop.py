@@ -140,7 +140,8 @@ class _BigramCourse:
             self.loss = F.cross_entropy(logits, answers)
         else:
             weights = self.weights[part].to(logits).flatten()
-            self.loss = F.cross_entropy(logits, answers, reduction="none") @ weights / weights.sum()
+            counted = weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)  # there may be nothing to learn
+            self.loss = F.cross_entropy(logits, answers, reduction="none") @ weights / counted
         self.optimizer.zero_grad()
         self.loss.backward()
         self.optimizer.step()
