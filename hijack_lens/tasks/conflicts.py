@@ -88,7 +88,7 @@ def context_share(
     if not doses:
         raise ValueError("strengths must hold at least one number, got none")
     shares = list[tuple[float, float]]()
-    for index, strength in enumerate(tqdm(doses, desc="context_share", unit="dose", disable=None)):
+    for index, strength in enumerate(tqdm(doses, desc="context_share", unit="dose", disable=None, delay=1)):
         batch = task.conflict(strength, n, mixed_seed(seed, "conflict", index))
         check_fits(model, batch, task)
         answers = task.references(batch)
