@@ -159,7 +159,8 @@ def judged(call: Call, error: BaseException) -> Outcome:
         return Outcome(call, "refused", detail, where)  # a file is named by its path
     if isinstance(error, KeyError) and call.target.name.endswith(".__getitem__"):
         return Outcome(call, "refused", detail, where)  # what square brackets raise in Python
-    if last and (last[0].name == hostile.failing.__name__ or "self.metric(" in str(last[0].line)):  # the user's own
+    # The user's own: what was raised by a function of theirs, or by what it called.
+    if last and (last[0].name == hostile.failing.__name__ or "self.metric(" in str((ours or last)[-1].line)):
         return Outcome(call, "refused", detail, where)
     if not isinstance(error, (ValueError, TypeError)):
         return Outcome(call, type(error).__name__, detail, where)
