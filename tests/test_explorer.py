@@ -60,7 +60,7 @@ def drawn_case(rng):
 
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory):
-    """A thousand cases, and what the ES module says of each."""
+    """Thousands of cases, and what the ES module says of each."""
     node = shutil.which("node")
     if node is None:
         pytest.skip(
@@ -71,7 +71,7 @@ def answered(tmp_path_factory):
     module.write_text(files("hijack_lens.explorer").joinpath("closed_form.js").read_text(encoding="utf-8"), "utf-8")
     script.write_text(ASK, "utf-8")
     rng = np.random.default_rng(0)
-    cases = [drawn_case(rng) for _ in range(1000)]
+    cases = [drawn_case(rng) for _ in range(2000)]
     done = subprocess.run([node, script, module.as_uri()], input=json.dumps(cases), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return list(zip(cases, json.loads(done.stdout), strict=True))

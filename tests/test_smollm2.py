@@ -48,7 +48,7 @@ def test_parts_of_prompts_are_found_whatever_their_characters_are_cut_into(promp
 def test_both_answers_are_compared_as_the_contexts_is_written_there(model):
     prompts = [f"The capital of {x} is Rome. So the capital of {x} is" for x in ("France", "Spain", "Japan", "Poland")]
     found = []
-    for rome, paris in (("Rome", " Paris"), (" Rome", "Paris")):
+    for rome, paris in (("Rome", "Paris"), (" Rome", "Paris"), ("Rome", " Paris"), (" Rome", " Paris")):
         try:
             found.append(hl.find_carriers(model, prompts, [rome] * 4, [paris] * 4).flow)
         except ValueError as error:  # so few prompts may single out no head; then all say so alike
