@@ -16,7 +16,7 @@ from hijack_lens.core.inputs import model_tokens
 from hijack_lens.core.memory import memory_budget
 from hijack_lens.core.progress import progress
 from hijack_lens.core.tables import widened
-from hijack_lens.core.texts import decoded
+from hijack_lens.core.texts import decoded, tokenizer_of
 from hijack_lens.hooks.incremental_runs import IncrementalRuns, Method, checked_runs, open_for
 from hijack_lens.hooks.intervention import check_reference, draw_rows, read_source, record, stand_in
 from hijack_lens.hooks.patched_runs import (
@@ -297,7 +297,7 @@ def _labelled(
 ) -> Sweep:
     """The values, with the plan's labels for their axes."""
     texts = None  # of the tokens at the positions, for a single prompt
-    if len(tokens) == 1 and plan.positions is not None and getattr(model, "tokenizer", None) is not None:
+    if len(tokens) == 1 and plan.positions is not None and tokenizer_of(model) is not None:
         every = decoded(model.tokenizer, tokens[0].tolist())
         texts = tuple(every[position] for position in plan.positions)
     return Sweep(

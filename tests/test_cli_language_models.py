@@ -259,7 +259,7 @@ def test_explaining_in_python_gives_the_same_on_tokens_and_text(handmade):
         (["--context", "x"], "--context does not go with a conflict in a bigram language"),
         (["--model", "HF", *ASKED, "--context", "of Spain"], "context must be a part of the prompt, got 'of Spain'"),
         (["--model", "HF"], "is a language model: ask it with --prompt, --answer and --foil"),
-        (["--model", "/no/such", *ASKED], "model '/no/such' is not a folder"),
+        (["--model", "/no/such", *ASKED], "--model '/no/such' is not a folder"),
         (["--model", "EMPTY", *ASKED], "holds neither model.safetensors nor a checkpoint"),
         (["--model", "BARE", *ASKED], "cannot be loaded as a language model"),
         (
@@ -301,7 +301,7 @@ def test_a_name_that_the_hub_does_not_give_is_one_line_too(capsys, monkeypatch):
     code, out, err = run(capsys, monkeypatch, "--model", "no/such-model", *ASKED)
     assert (code, out) == (2, "")
     assert err == (
-        "hijack-lens: model 'no/such-model' cannot be loaded as a language model: We couldn't connect to "
+        "hijack-lens: --model 'no/such-model' cannot be loaded as a language model: We couldn't connect to "
         "'https://huggingface.co'\n"
     )
 

@@ -10,6 +10,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from hijack_lens.core.analysis import without_autocast
 from hijack_lens.core.checks import as_int, check_fields, check_list, check_shapes, check_type, shown
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import Saved
@@ -116,7 +117,7 @@ class LogOdds(_ByTerms, Drawn):
         """
         own, others = keys.index(key), [keys.index(other) for other in against]
         shares = scores[others].softmax(0)
-        with torch.autocast(shares.device.type, enabled=False):
+        with without_autocast():
             mean = einsum(shares, values[others], "key, key query_term key_term -> query_term key_term")
         return cls(
             values=values[own] - mean,

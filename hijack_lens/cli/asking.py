@@ -98,8 +98,12 @@ def explain_answers(
     if not prompt:
         raise ValueError("--prompt must be a text, got ''")
     assert name is not None
-    with working(f"Loading {name}"):
-        model = load_model(name)
+    try:
+        with working(f"Loading {name}"):
+            model = load_model(name)
+    except ValueError as error:
+        said = str(error)
+        raise ValueError(f"--{said}" if said.startswith("model ") else said) from error
     with texts_begin(prepend_bos):
         tokens = single_prompt(model, prompt, "--prompt")[0]
     found: dict[str, Any] = {"model": str(name), "prompt": prompt}

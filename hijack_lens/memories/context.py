@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hijack_lens.attribution.direct import check_additive, check_unembedded
 from hijack_lens.attribution.scores import offset_keys, tolerance
-from hijack_lens.core.analysis import analysis
+from hijack_lens.core.analysis import analysis, without_autocast
 from hijack_lens.core.checks import check_fields, check_shapes
 from hijack_lens.core.circuit import Circuit, Component
 from hijack_lens.core.files import Saved
@@ -81,7 +81,7 @@ class ContextMemory(TokenTables, Saved, Drawn):
     def values(self) -> Float[Tensor, "query answer"]:
         """The memory: what the head writes for each answer if the query is the last token, in logits."""
         context, own = self.attention[:, :-1], self.attention[:, -1:]
-        with torch.autocast(context.device.type, enabled=False):
+        with without_autocast():
             return (context @ self.value_logits + own * self.own_logits) / self.scale[:, None]
 
     def by_source(self, query_token: int | str) -> Float[Tensor, "source answer"]:

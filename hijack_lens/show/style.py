@@ -24,8 +24,9 @@ COLOURS = {"context": BLUE, "weights": ORANGE, "rest": GREY}
 PLAIN = "#777777"
 """Of what belongs to no memory: as legible on white as on black."""
 
-ON_CELL = "#010101"
 MAP_WIDEST = 4.6  # inches: it fits a phone
+
+ON_CELL = "#010101"
 """Black in all pages, on cells and boxes that are light in all; plain black is the page's own colour of text."""
 
 PAGE_STYLE = (
